@@ -1,0 +1,1 @@
+"""Configuration: the schema, its files and overrides, and the rules across keys."""

@@ -1,0 +1,161 @@
+"""Every key of a run: its type, unit, default and meaning.
+
+Frozen dataclasses, one a section; `stablelm.config.load` fills and validates them. A key marked
+`identity` belongs to what a run *is* and must be equal on resume; the others are free to change.
+A default of None means: derived from other keys (see the text of the key).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, text: str, *, unit: str = "", identity: bool = False) -> Any:
+    """A documented dataclass field; mutable defaults are copied for each instance."""
+    metadata = {"text": text, "unit": unit, "identity": identity}
+    if isinstance(default, (list, dict)) or isinstance(default, type):
+        make = default if isinstance(default, type) else lambda: default.copy()
+        return field(default_factory=make, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = key("runs/default", "where everything of the run is written")
+    seed: int = key(0, "seed of weights, dropout and data order", identity=True)
+    stop_after: int | None = key(
+        None, "stop with a checkpoint and exit code 75 once this step is finished", unit="steps"
+    )
+    init_from: str | None = key(
+        None, "start a new run from the weights of this run or checkpoint directory", identity=True
+    )
+    time_limit: str | float | None = key(
+        None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s"
+    )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    position: Literal["rope", "learned", "none"] | None = key(
+        None, "how positions enter; None: the method's own", identity=True
+    )
+    rope_base: float = key(10000.0, "base of the rotary frequencies", identity=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    method: str = key("pre_ln", "named point of the method space; keys beside it override it", identity=True)
+    n_layers: int = key(12, "layers, each an attention and a feed-forward sub-layer", identity=True)
+    d_model: int = key(384, "width of the residual stream", identity=True)
+    n_heads: int = key(6, "query heads; must divide d_model", identity=True)
+    kv_heads: int | None = key(None, "key/value heads; must divide n_heads; None: n_heads", identity=True)
+    d_ff: int | None = key(
+        None, "feed-forward width; None: 4 d_model, for swiglu 8/3 d_model to a multiple of 64", identity=True
+    )
+    max_seq_len: int | None = key(
+        None, "longest sequence the positions allow; None: data.seq_len", unit="tokens", identity=True
+    )
+    vocab_size: int | None = key(
+        None, "rows of the embedding; None: the tokenizer's pieces, padded to a multiple of 64", identity=True
+    )
+    dropout: float = key(0.0, "probability after embeddings, sub-layers and on attention weights", identity=True)
+    tie_embeddings: bool | None = key(None, "head shares the embedding; None: the method's own", identity=True)
+    stream_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "residual stream under precision bf16; fp32 keeps small additions at great depth", identity=True
+    )
+    stream: Literal["residual"] | None = key(None, "how a branch joins the stream", identity=True)
+    placement: Literal["pre", "post"] | None = key(None, "where norms sit", identity=True)
+    norm: Literal["layernorm", "rmsnorm"] | None = key(None, "kind of norm", identity=True)
+    norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
+    init: Literal["gpt2", "xavier"] | None = key(None, "initialisation of the weights", identity=True)
+    activation: Literal["relu", "gelu", "swiglu"] | None = key(None, "feed-forward activation", identity=True)
+    bias: bool | None = key(None, "biases in linear maps and layernorms; None: the method's own", identity=True)
+    attention: AttentionConfig = key(AttentionConfig, "attention options", identity=True)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["files"] = key("files", "where documents come from")
+    path: str | list[str] = key(
+        "embedded", "file, glob, folder, URL or list of these; 'embedded': Python's own documentation", identity=True
+    )
+    validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
+    validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")
+    tokenizer: str = key(
+        "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True
+    )
+    seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
+    lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
+    shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
+    workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")
+    prefetch: int = key(2, "batches kept ready by the workers")
+    cache: str = key("data/cache", "folder of the embedded corpus and other derived files")
+    retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = key(None, "optimizer steps; exactly one of steps and tokens", identity=True)
+    tokens: int | None = key(None, "training length; rounded up to whole steps", unit="tokens", identity=True)
+    global_batch_size: int = key(32, "sequences a step over all ranks", unit="sequences", identity=True)
+    micro_batch_size: int | None = key(
+        None, "sequences a rank takes at once; None: no accumulation", unit="sequences"
+    )
+    lr: float = key(3e-4, "peak learning rate", identity=True)
+    min_lr: float | None = key(None, "learning rate at the end; None: lr / 10", identity=True)
+    warmup_steps: int = key(100, "linear warm-up from zero; may exceed steps", unit="steps", identity=True)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
+        "cosine", "shape after the warm-up; wsd: constant, then linear in the cooldown", identity=True
+    )
+    cooldown_steps: int | None = key(
+        None, "last steps of wsd; None: a fifth of the steps", unit="steps", identity=True
+    )
+    weight_decay: float = key(0.1, "AdamW decay of matrices; norms, biases and embeddings have none", identity=True)
+    betas: tuple[float, float] = key((0.9, 0.95), "Adam's averaging constants", identity=True)
+    eps: float = key(1e-8, "Adam's epsilon", identity=True)
+    grad_clip: float = key(1.0, "largest global gradient norm; 0: no clipping", identity=True)
+    z_loss: float = key(0.0, "weight of log(Z)^2, which keeps logits from drifting", identity=True)
+    precision: Literal["fp32", "bf16", "fp64"] | None = key(
+        None, "arithmetic of the matrix products; None: accelerate's flag, else fp32", identity=True
+    )
+    compile: bool = key(False, "compile each layer with torch.compile")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    kind: Literal["auto", "single", "ddp", "fsdp2"] = key(
+        "auto", "how ranks share the work; auto: accelerate's flags, else single or fsdp2 by world size"
+    )
+    recompute: Literal["none", "full"] = key("none", "recompute each layer's activations in the backward pass")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    dir: str | None = key(None, "where checkpoints go; None: <run.dir>/checkpoints")
+    every: int = key(500, "steps between checkpoints; 0: only when the run stops", unit="steps")
+    keep: int = key(2, "newest checkpoints kept")
+    keep_permanent_every: int | None = key(None, "checkpoints at multiples of this are never deleted", unit="steps")
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    every: int = key(10, "steps between records", unit="steps")
+    profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
+    memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int = key(500, "steps between evaluations; 0: only at the end", unit="steps")
+    batches: int = key(8, "global batches of each validation set, the same ones every time")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = key(RunConfig, "the run and its directory")
+    model: ModelConfig = key(ModelConfig, "the decoder")
+    data: DataConfig = key(DataConfig, "text, tokens and their order")
+    train: TrainConfig = key(TrainConfig, "optimisation")
+    engine: EngineConfig = key(EngineConfig, "parallelism and memory")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "saving")
+    observe: ObserveConfig = key(ObserveConfig, "records and traces")
+    evaluate: EvaluateConfig = key(EvaluateConfig, "validation")

@@ -1,0 +1,41 @@
+"""What a user can cause, each with the exit code that scripts rely on."""
+
+
+class UserError(Exception):
+    """A mistake or mishap outside the program: printed as one sentence, never as a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A bad configuration or input, found before anything was created."""
+
+    exit_code = 78
+
+
+class DataError(UserError):
+    """Text that was there became unavailable or proved damaged after the start."""
+
+    exit_code = 77
+
+
+class CheckpointError(UserError):
+    """No checkpoint at the given place can be loaded."""
+
+    exit_code = 78
+
+
+class StorageError(UserError):
+    """The storage of the run directory is full or cannot be written."""
+
+    exit_code = 74
+
+
+class DivergedError(UserError):
+    """The loss is not finite any more."""
+
+    exit_code = 76
+
+
+EXIT_FINISHED = 0
+EXIT_STOPPED_EARLY = 75
