@@ -6,3 +6,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+from support.corpora import TinyCorpus, make_tiny_corpus  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    """A small corpus and its tokenizer, made once for each worker process."""
+    return make_tiny_corpus(tmp_path_factory.mktemp("tiny"))

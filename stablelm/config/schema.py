@@ -5,6 +5,8 @@ Frozen dataclasses, one a section; `stablelm.config.load` fills and validates th
 A default of None means: derived from other keys (see the text of the key).
 """
 
+# ruff: noqa: RUF009 - key() makes dataclass fields
+
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from typing import Any, Literal
 def key(default: Any, text: str, *, unit: str = "", identity: bool = False) -> Any:
     """A documented dataclass field; mutable defaults are copied for each instance."""
     metadata = {"text": text, "unit": unit, "identity": identity}
-    if isinstance(default, (list, dict)) or isinstance(default, type):
+    if isinstance(default, (list, dict, type)):
         make = default if isinstance(default, type) else lambda: default.copy()
         return field(default_factory=make, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -97,18 +99,14 @@ class TrainConfig:
     steps: int | None = key(None, "optimizer steps; exactly one of steps and tokens", identity=True)
     tokens: int | None = key(None, "training length; rounded up to whole steps", unit="tokens", identity=True)
     global_batch_size: int = key(32, "sequences a step over all ranks", unit="sequences", identity=True)
-    micro_batch_size: int | None = key(
-        None, "sequences a rank takes at once; None: no accumulation", unit="sequences"
-    )
+    micro_batch_size: int | None = key(None, "sequences a rank takes at once; None: no accumulation", unit="sequences")
     lr: float = key(3e-4, "peak learning rate", identity=True)
     min_lr: float | None = key(None, "learning rate at the end; None: lr / 10", identity=True)
     warmup_steps: int = key(100, "linear warm-up from zero; may exceed steps", unit="steps", identity=True)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
         "cosine", "shape after the warm-up; wsd: constant, then linear in the cooldown", identity=True
     )
-    cooldown_steps: int | None = key(
-        None, "last steps of wsd; None: a fifth of the steps", unit="steps", identity=True
-    )
+    cooldown_steps: int | None = key(None, "last steps of wsd; None: a fifth of the steps", unit="steps", identity=True)
     weight_decay: float = key(0.1, "AdamW decay of matrices; norms, biases and embeddings have none", identity=True)
     betas: tuple[float, float] = key((0.9, 0.95), "Adam's averaging constants", identity=True)
     eps: float = key(1e-8, "Adam's epsilon", identity=True)
@@ -147,6 +145,9 @@ class ObserveConfig:
 class EvaluateConfig:
     every: int = key(500, "steps between evaluations; 0: only at the end", unit="steps")
     batches: int = key(8, "global batches of each validation set, the same ones every time")
+    micro_batch_size: int = key(
+        8, "sequences a rank takes at once; the same in any world size, so that the figures are", unit="sequences"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Train a SentencePiece model on any text that stablelm reads.
+
+    python data/train_tokenizer.py --source embedded --vocab-size 4096 --out tokenizer.model
+    python data/train_tokenizer.py --source 'c4/en/c4-train.0000*.json.gz' --vocab-size 32000 --out c4-32k.model
+
+The same text and options give the same file. Every text is given back by decode(encode(text)).
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.errors import ConfigError, UserError
+
+HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
+HELD_OUT = 1000  # documents held out at most
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with the exit code of a bad configuration."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", nargs="+", required=True, help="files, globs, folders, URLs, hf:// patterns or 'embedded'"
+    )
+    parser.add_argument("--out", required=True, help="the .model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, 256 bytes, unknown and eos included")
+    parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram", help="default: unigram")
+    parser.add_argument(
+        "--sentences", type=int, default=500_000, help="lines to train on, drawn from all the text; default: 500000"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw; default: 0")
+    parser.add_argument("--cache", default="data/cache", help="folder of the embedded corpus; default: data/cache")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    # Imported here, so that --help answers at once.
+    from stablelm.data import corpus
+    from stablelm.data.source import documents
+    from stablelm.data.tokenizer import Tokenizer, sample_lines, train
+
+    if options.sentences < 1:
+        raise ConfigError(f"--sentences: {options.sentences} is no number of lines; give at least 1")
+    files = corpus.resolve(options.source, key="--source", cache=options.cache)
+    corpus.check(files, key="--source")
+    held_out: list[str] = []
+
+    def training_texts() -> Iterator[str]:
+        for file in files:
+            for text in documents(file, retry_budget=600.0):
+                if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
+                    held_out.append(text)
+                else:
+                    yield text
+
+    lines = sample_lines(training_texts(), options.sentences, options.seed)
+    model = train(lines, vocab_size=options.vocab_size, model_type=options.model_type, key="--vocab-size")
+    write(Path(options.out), model)
+    tokenizer = Tokenizer(options.out, key="--out")
+    print(f"{options.out}: {tokenizer.pieces} pieces, trained on {len(lines)} lines, sha256 {tokenizer.sha256}")
+    if held_out:
+        tokens = sum(len(tokenizer.encode(text)) for text in held_out)
+        size = sum(len(text.encode()) for text in held_out)
+        print(f"{size / max(tokens, 1):.3f} bytes per token on {len(held_out)} held-out documents ({size} bytes)")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Atomic: `path` holds all of `content` or what it held before."""
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+            staging = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.chmod(0o644)
+        os.replace(staging, path)
+    except OSError as error:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+        mend = "give a path in a folder that can be written"
+        raise ConfigError(f"--out: cannot write {str(path)!r} ({error.strerror}); {mend}") from None
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

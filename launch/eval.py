@@ -1,0 +1,47 @@
+"""Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data NAME=PATH ...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run (its newest valid checkpoint) or a step directory"
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH",
+        help="file, glob, folder or URL of documents; may be repeated; default: the run's validation sets",
+    )
+    parser.add_argument("--tokenizer", metavar="FILE.model", help="default: the run's own")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        metavar="N",
+        help="at most N sequences a set, 0 for all; default: as many as training used",
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from stablelm.evaluate.checkpoint import evaluate_checkpoint
+
+    return evaluate_checkpoint(
+        arguments.checkpoint,
+        data=arguments.data,
+        tokenizer=arguments.tokenizer,
+        sequences=arguments.sequences,
+        out=arguments.out,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

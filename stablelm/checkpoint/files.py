@@ -1,0 +1,91 @@
+"""Small file operations that survive a power cut, and the words for storage that cannot be written."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablelm.errors import StorageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest knows of one file: its size in bytes and the sha256 of its content in hex."""
+
+    size: int
+    sha256: str
+
+
+def record_of(content: bytes) -> FileRecord:
+    """The record of a file that holds `content`."""
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def record_of_file(path: Path) -> FileRecord:
+    """Reads the whole file. Raises OSError."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def write_durably(path: Path, content: bytes) -> FileRecord:
+    """Writes a new file and forces it to the disk. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return record_of(content)
+
+
+def sync_directory(path: Path) -> None:
+    """Forces the names in a directory to the disk: a file's own fsync does not cover its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_to_new(source: Path, target: Path) -> None:
+    """Renames a directory in one step onto a name that is free. Raises FileExistsError if it is not, and OSError."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns the OSErrors of full or unwritable storage into a StorageError that names `place` and the mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(
+                f"no space left for a checkpoint in {place} ({error.strerror}): free space there, lower "
+                "checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
+            ) from error
+        if error.errno in UNWRITABLE:
+            raise StorageError(
+                f"cannot write a checkpoint to {place} ({error.strerror}): make it a writable directory "
+                "or set checkpoint.dir to one; committed checkpoints are kept"
+            ) from error
+        raise

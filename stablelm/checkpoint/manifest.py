@@ -1,0 +1,126 @@
+"""What makes a step directory a checkpoint: the manifest of its files and the COMMITTED mark over the manifest.
+
+step-00001200/
+    tensors/        files of torch.distributed.checkpoint
+    state.json      everything of the run that is not a tensor; knows no rank and no world size
+    config.yaml     the resolved configuration
+    manifest.json   every file above: size and sha256
+    COMMITTED       sha256 of manifest.json, step, attempt, time, and a sha256 over these
+"""
+
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
+
+TENSORS = "tensors"
+STATE = "state.json"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+COMMITTED = "COMMITTED"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Content of COMMITTED; `time` is UTC in ISO 8601, `attempt` the writer's token."""
+
+    step: int
+    attempt: str
+    time: str
+    manifest_sha256: str
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a directory's name states; None for any other name."""
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def manifest_content(records: dict[str, FileRecord]) -> bytes:
+    """Canonical bytes of manifest.json for records by path relative to the step directory."""
+    return _canonical({"files": {name: asdict(record) for name, record in records.items()}})
+
+
+def commit_content(commit: Commit) -> bytes:
+    """Canonical bytes of COMMITTED, sealed with a hash of its own fields."""
+    fields = asdict(commit)
+    return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
+
+
+def read_commit(path: Path) -> Commit:
+    """COMMITTED of a step directory. Raises OSError if unreadable, ValueError if it is not as it was written."""
+    content = (path / COMMITTED).read_bytes()
+    try:
+        fields = json.loads(content)
+        commit = Commit(**{name: kind(fields[name]) for name, kind in Commit.__annotations__.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{COMMITTED} is not readable") from error
+    if commit_content(commit) != content:
+        raise ValueError(f"{COMMITTED} was changed after it was written")
+    return commit
+
+
+def read_manifest(path: Path, commit: Commit) -> dict[str, FileRecord]:
+    """manifest.json of a step directory. Raises OSError if unreadable, ValueError if it is not the committed one."""
+    content = (path / MANIFEST).read_bytes()
+    if record_of(content).sha256 != commit.manifest_sha256:
+        raise ValueError(f"{MANIFEST} is not the one that was committed")
+    return {name: FileRecord(**fields) for name, fields in json.loads(content)["files"].items()}
+
+
+def verify(path: Path, *, hashes: bool = True) -> list[str]:
+    """What is wrong with a step directory, one phrase a problem; empty: it is whole.
+
+    With hashes every file is read; without, names and sizes are compared, which misses changed bytes.
+    """
+    try:
+        commit = read_commit(path)
+        records = read_manifest(path, commit)
+    except FileNotFoundError as error:
+        return [f"{Path(error.filename).name} is missing"]
+    except OSError as error:
+        return [f"{error.filename} cannot be read ({error.strerror})"]
+    except ValueError as error:
+        return [str(error)]
+    named = step_of(path)
+    problems = [] if named in (None, commit.step) else [f"it holds step {commit.step}, not the step of its name"]
+    present = files_below(path) - {MANIFEST, COMMITTED}
+    problems += [f"{name} is not in the manifest" for name in sorted(present - set(records))]
+    # sha256 lets other threads run while it works, so files are read side by side.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda item: _problem(path / item[0], item[1], hashes), sorted(records.items()))
+        problems += [f"{name} {problem}" for name, problem in zip(sorted(records), found, strict=True) if problem]
+    return problems
+
+
+def files_below(path: Path) -> set[str]:
+    """Names of all that is not a directory below `path`, relative to it, with forward slashes."""
+    return {(Path(folder) / name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names}
+
+
+def _problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        size = path.stat().st_size
+        if size != record.size:
+            return f"has {size} bytes instead of {record.size}"
+        if hashes and record_of_file(path) != record:
+            return "was changed after it was written (its sha256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _canonical(value: dict) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()

@@ -1,0 +1,80 @@
+"""What a run is: the keys that must be equal on resume, and how they may grow."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from stablelm.config.keys import keys, values
+from stablelm.config.schema import Config
+
+# Told, not compared: the axes say what a method's name means, and the steps what the tokens come to.
+DESCRIPTIVE = ("model.method", "train.tokens")
+LENGTH = ("train.steps", "train.cooldown_steps")
+
+
+def identity(config: Config, *, base_names: Sequence[str], tokenizer_sha256: str) -> dict[str, Any]:
+    """Identity keys of a resolved configuration by dotted name, as plain JSON values.
+
+    `data.path` becomes the base names of its files and `data.tokenizer` the tokenizer's hash, so
+    that the same data in another place is the same run.
+    """
+    found = {name: value for name, value in values(config).items() if keys()[name].identity}
+    found |= {"data.path": list(base_names), "data.tokenizer": tokenizer_sha256}
+    return json.loads(json.dumps(found))
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """SHA-256 of what `differences` compares, in hexadecimal: equal for equal runs."""
+    compared = {name: value for name, value in identity.items() if name not in DESCRIPTIVE}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None = None) -> list[str]:
+    """A sentence for each key in which two identities differ; none if one run can continue the other.
+
+    `step` is the finished step to continue from; None: not known yet, so the earliest.
+    """
+    names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
+    different = [name for name in names if saved.get(name) != current.get(name)]
+    if different and set(different) <= set(LENGTH) and may_extend(saved, current, step or 0):
+        return []
+    return [_sentence(name, saved.get(name), current.get(name)) for name in different]
+
+
+def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:
+    """Whether the run may become as long as `current` says, with its first `step` steps as they were.
+
+    True if it does not shrink and its learning rate up to `step` does not depend on its length: the
+    schedule is constant, or wsd before its cooldown.
+    """
+    if current["train.schedule"] != saved["train.schedule"] or current["train.steps"] < saved["train.steps"]:
+        return False
+    if saved["train.schedule"] == "constant":
+        return True
+    starts = [
+        max(told["train.warmup_steps"], told["train.steps"] - told["train.cooldown_steps"]) for told in (saved, current)
+    ]
+    return saved["train.schedule"] == "wsd" and step <= min(starts)
+
+
+def _sentence(name: str, saved: Any, current: Any) -> str:
+    if isinstance(saved, list) and isinstance(current, list):
+        saved, current = _what_only_one_has(saved, current)
+    hint = (
+        " (it may grow where train.schedule is constant, or wsd before its cooldown)" if name == "train.steps" else ""
+    )
+    return f"{name}: saved with {_show(saved)}, now {_show(current)}{hint}"
+
+
+def _what_only_one_has(one: list, other: list) -> tuple[Any, Any]:
+    """Long lists of files differ in a few: only those are worth reading."""
+    if len(one) <= 4 and len(other) <= 4:
+        return one, other
+    only_one, only_other = ([item for item in a if item not in set(b)] for a, b in ((one, other), (other, one)))
+    return f"{len(one)} entries, {only_one} only here", f"{len(other)} entries, {only_other} only here"
+
+
+def _show(value: Any) -> str:
+    words = value if isinstance(value, str) else json.dumps(value)
+    return words if len(words) <= 120 else words[:117] + "..."

@@ -1,0 +1,294 @@
+"""Rules between keys, and the values of keys that are derived from others."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from stablelm.config.keys import values
+from stablelm.config.load import parse_duration
+from stablelm.config.schema import Config, ModelConfig, TrainConfig
+from stablelm.errors import ConfigError
+from stablelm.methods.catalogue import apply_method, default_d_ff
+
+VOCABULARY_MULTIPLE = 64
+LARGEST_VOCABULARY_MULTIPLE = 128
+LONGEST_SEARCH = 100_000
+
+
+def check(
+    config: Config, world_size: int, accelerate_precision: str | None, origins: dict[str, str] | None = None
+) -> None:
+    """All rules that need no tokenizer; raises one ConfigError with a line for each broken one."""
+    _Rules(config, origins).check(world_size, accelerate_precision).report()
+
+
+def resolve(
+    config: Config,
+    *,
+    pieces: int,
+    world_size: int,
+    accelerate_precision: str | None,
+    origins: dict[str, str] | None = None,
+) -> Config:
+    """Checks all rules and fills every derived key that is None; resolving the result changes nothing.
+
+    `pieces` is the tokenizer's size, `world_size` the number of data-parallel ranks. Raises one
+    ConfigError with a line for each broken rule.
+    """
+    rules = _Rules(config, origins).check(world_size, accelerate_precision)
+    rules.vocabulary(pieces)
+    rules.report()
+    train = _resolve_train(config.train, config.data.seq_len, world_size, accelerate_precision)
+    checkpoint = replace(config.checkpoint, dir=config.checkpoint.dir or f"{config.run.dir.rstrip('/')}/checkpoints")
+    model = _resolve_model(config.model, config.data.seq_len, pieces)
+    return replace(config, model=model, train=train, checkpoint=checkpoint)
+
+
+def _resolve_model(model: ModelConfig, seq_len: int, pieces: int) -> ModelConfig:
+    model = apply_method(model)
+    assert model.activation is not None
+    return replace(
+        model,
+        kv_heads=_or(model.kv_heads, model.n_heads),
+        d_ff=_or(model.d_ff, default_d_ff(model.d_model, model.activation)),
+        max_seq_len=_or(model.max_seq_len, seq_len),
+        vocab_size=_or(model.vocab_size, _up(pieces, VOCABULARY_MULTIPLE)),
+    )
+
+
+def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate_precision: str | None) -> TrainConfig:
+    steps = train.steps if train.tokens is None else steps_of(train.tokens, train, seq_len)
+    assert steps is not None
+    return replace(
+        train,
+        steps=steps,
+        micro_batch_size=_or(train.micro_batch_size, train.global_batch_size // world_size),
+        min_lr=_or(train.min_lr, train.lr / 10),
+        cooldown_steps=_or(train.cooldown_steps, steps // 5 if train.schedule == "wsd" else 0),
+        precision=_or(train.precision, accelerate_precision or "fp32"),
+    )
+
+
+def steps_of(tokens: int, train: TrainConfig, seq_len: int) -> int:
+    """Whole steps that see at least `tokens` tokens."""
+    return -(-tokens // (train.global_batch_size * seq_len))
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class _Rules:
+    """Collects a sentence for each broken rule."""
+
+    def __init__(self, config: Config, origins: dict[str, str] | None):
+        self.config, self.origins = config, origins or {}
+        self.problems: list[str] = []
+
+    def broken(self, problem: str, *names: str) -> None:
+        """`names` are the keys to blame; their origins end the sentence."""
+        told = list(dict.fromkeys(self.origins[name] for name in names if name in self.origins))
+        self.problems.append(problem + (f" ({', '.join(told)})" if told else ""))
+
+    def report(self) -> None:
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+
+    def check(self, world_size: int, accelerate_precision: str | None) -> "_Rules":
+        sound = self.ranges()
+        self.validation_sets()
+        self.precision(accelerate_precision)
+        if sound:  # what follows divides by these numbers
+            self.length()
+            self.model()
+            self.batches(world_size)
+        return self
+
+    def ranges(self) -> bool:
+        """Numbers on their own; False if one is out of its range."""
+        before, config = len(self.problems), values(self.config)
+        for wanted, holds, names in _RANGES:
+            for name in names.split():
+                if config[name] is not None and not holds(config[name]):
+                    self.broken(f"{name}={_plain(config[name])} must be {wanted}", name)
+        try:
+            parse_duration(self.config.run.time_limit)
+        except ConfigError as error:
+            self.broken(str(error), "run.time_limit")
+        train, profile = self.config.train, self.config.observe.profile
+        if train.min_lr is not None and train.min_lr > train.lr:
+            self.broken(
+                f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it or leave it out",
+                "train.min_lr",
+                "train.lr",
+            )
+        if profile is not None and not 1 <= profile[0] <= profile[1]:
+            self.broken(
+                f"observe.profile={list(profile)} must be the first and the last step, counted from 1",
+                "observe.profile",
+            )
+        return len(self.problems) == before
+
+    def length(self) -> None:
+        train, seq_len = self.config.train, self.config.data.seq_len
+        steps = train.steps
+        if train.tokens is None and steps is None:
+            self.broken("train.steps and train.tokens are both missing; set one of them")
+        if train.tokens is not None:
+            needed = steps_of(train.tokens, train, seq_len)
+            # A resolved configuration holds both, and they agree.
+            if steps not in (None, needed):
+                self.broken(
+                    f"train.steps={steps} contradicts train.tokens={train.tokens}, which is {needed} steps; "
+                    "set one of them and the other to null",
+                    "train.steps",
+                    "train.tokens",
+                )
+            steps = needed
+        if steps is not None and train.cooldown_steps is not None and train.cooldown_steps > steps:
+            self.broken(
+                f"train.cooldown_steps={train.cooldown_steps} is more than the {steps} steps of the run; "
+                "lower it or leave it out",
+                "train.cooldown_steps",
+            )
+
+    def model(self) -> None:
+        model, seq_len = self.config.model, self.config.data.seq_len
+        try:
+            position = apply_method(model).attention.position
+        except ConfigError as error:
+            return self.broken(str(error), "model.method")
+        even = 2 if position == "rope" else 1
+        if model.d_model % (model.n_heads * even):
+            why = (
+                f"is not divisible by model.n_heads={model.n_heads}"
+                if model.d_model % model.n_heads
+                else f"gives each of model.n_heads={model.n_heads} heads an odd width, which rope cannot halve"
+            )
+            fits = _around(model.n_heads, lambda n: model.d_model % (n * even) == 0, model.d_model)
+            mend = f"use {_either(fits)} heads" if fits else "use an even width"
+            self.broken(f"model.d_model={model.d_model} {why}; {mend}", "model.d_model", "model.n_heads")
+        if model.kv_heads is not None and model.n_heads % model.kv_heads:
+            fits = _around(model.kv_heads, lambda n: model.n_heads % n == 0, model.n_heads)
+            self.broken(
+                f"model.kv_heads={model.kv_heads} does not divide model.n_heads={model.n_heads}; "
+                f"use {_either(fits)} key/value heads",
+                "model.kv_heads",
+                "model.n_heads",
+            )
+        if model.max_seq_len is not None and model.max_seq_len < seq_len:
+            self.broken(
+                f"model.max_seq_len={model.max_seq_len} is below data.seq_len={seq_len}; raise it or leave it out",
+                "model.max_seq_len",
+                "data.seq_len",
+            )
+
+    def batches(self, world_size: int) -> None:
+        train, lanes = self.config.train, self.config.data.lanes
+        batch, micro = train.global_batch_size, train.micro_batch_size
+        if self.config.engine.kind == "single" and world_size > 1:
+            self.broken(
+                f"engine.kind=single cannot use the {world_size} processes that were started; use ddp, fsdp2 or auto",
+                "engine.kind",
+            )
+        if lanes % world_size:
+            worlds = _around(world_size, lambda n: lanes % n == 0, lanes)
+            others = _around(lanes, lambda n: n % world_size == 0, lanes + world_size)
+            self.broken(
+                f"data.lanes={lanes} cannot be shared out evenly over {world_size} processes; "
+                f"start {_either(worlds)} processes, or a new run with {_either(others)} lanes",
+                "data.lanes",
+            )
+        if batch % world_size:
+            sizes = _around(batch, lambda n: n % world_size == 0, batch + world_size)
+            worlds = _around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
+            self.broken(
+                f"train.global_batch_size={batch} cannot be shared out evenly over {world_size} processes; "
+                f"use {_either(sizes)}, or start {_either(worlds)} processes",
+                "train.global_batch_size",
+            )
+        elif micro is not None and batch // world_size % micro:
+            sizes = _around(micro, lambda n: batch // world_size % n == 0, batch)
+            self.broken(
+                f"train.micro_batch_size={micro} on {world_size} process{'es' * (world_size > 1)} does not divide "
+                f"train.global_batch_size={batch}; use {_either(sizes)}",
+                "train.micro_batch_size",
+                "train.global_batch_size",
+            )
+
+    def validation_sets(self) -> None:
+        data = self.config.data
+        for name in data.validation:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                key = f"data.validation.{name}"
+                self.broken(f"{key}: the name of a validation set has only letters, digits, _ and -; rename it", key)
+        if data.validation_path is not None and "default" in data.validation:
+            self.broken(
+                "data.validation_path and data.validation.default both give the validation set 'default'; drop one",
+                "data.validation_path",
+                "data.validation.default",
+            )
+
+    def precision(self, accelerate_precision: str | None) -> None:
+        precision = self.config.train.precision
+        if precision and accelerate_precision and precision != accelerate_precision:
+            self.broken(
+                f"train.precision={precision} contradicts accelerate's mixed precision {accelerate_precision}; "
+                "drop the flag or the key",
+                "train.precision",
+            )
+
+    def vocabulary(self, pieces: int) -> None:
+        vocab, largest = self.config.model.vocab_size, _up(pieces, LARGEST_VOCABULARY_MULTIPLE)
+        if vocab is None or pieces <= vocab <= largest:
+            return
+        relation = "smaller" if vocab < pieces else "larger"
+        self.broken(
+            f"model.vocab_size={vocab} is {relation} than the tokenizer, which has {pieces} pieces; "
+            f"leave it out or use {pieces} to {largest}",
+            "model.vocab_size",
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:
+    """The nearest numbers below and above `value`, from 1 to `highest`, that fit."""
+    highest = min(highest, value + LONGEST_SEARCH)
+    below = next((n for n in range(min(value - 1, highest), 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, highest + 1) if fits(n)), None)
+    return [n for n in (below, above) if n is not None]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(str(number) for number in numbers)
+
+
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
+        "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
+        "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
+        "evaluate.batches evaluate.micro_batch_size",
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        "run.seed data.workers data.retry_budget train.min_lr train.warmup_steps train.cooldown_steps "
+        "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every evaluate.every",
+    ),
+    ("above 0", lambda v: v > 0, "model.norm_eps model.attention.rope_base train.lr train.eps"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
+    ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
+    ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),
+    ("a directory's name", lambda v: v.strip() != "", "run.dir checkpoint.dir data.cache"),
+]

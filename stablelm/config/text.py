@@ -1,0 +1,106 @@
+"""YAML in and out: the core schema of YAML 1.2, so that 3e-4 is a number and `on` is a word."""
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+_TAG = "tag:yaml.org,2002:"
+_FIRST_OF_NUMBER = list("-+.0123456789")
+_RESOLVERS = [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", _FIRST_OF_NUMBER),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        _FIRST_OF_NUMBER,
+    ),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    # Also quotes what YAML 1.1 would not read as text, such as `on`: other programs read these files.
+    yaml_implicit_resolvers: ClassVar = {k: list(v) for k, v in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), _first)
+_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True))
+
+
+class TextError(ValueError):
+    """Text that is not what we read; `line` counts from 1."""
+
+    def __init__(self, problem: str, line: int):
+        super().__init__(problem)
+        self.line = line
+
+
+def read(text: str) -> yaml.Node | None:
+    """The node tree of one YAML document, None if it is empty; raises TextError."""
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise TextError(f"not valid YAML: {error.problem or error.context}", mark.line + 1 if mark else 1) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise TextError(f"not valid YAML: {error.reason}", line) from error
+    except RecursionError as error:
+        raise TextError("nested too deeply", 1) from error
+
+
+def plain(node: yaml.Node | None) -> Any:
+    """The value of a node: None, bool, int, float, str, list or dict; raises TextError."""
+    if node is None:
+        return None
+    if isinstance(node, yaml.SequenceNode):
+        return [plain(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {name: plain(item) for name, item, _ in items(node)}
+    return _scalar(node)
+
+
+def items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node, int]]:
+    """Name, value and line of each entry; raises TextError for a name that is no text or comes twice."""
+    found: dict[str, tuple[str, yaml.Node, int]] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise TextError("a name must be text, not a list or mapping", line)
+        if key.value in found:
+            raise TextError(f"{key.value} is given twice, first in line {found[key.value][2]}", line)
+        found[key.value] = (key.value, value, line)
+    return list(found.values())
+
+
+def _scalar(node: yaml.Node) -> Any:
+    kind, value = node.tag.removeprefix(_TAG), node.value
+    try:
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return {"true": True, "false": False}[value.lower()]
+        if kind == "int":
+            return int(value)
+        if kind == "float":
+            return float(value.replace(".inf", "inf").replace(".nan", "nan") if value[-1:].isalpha() else value)
+    except (ValueError, KeyError) as error:
+        raise TextError(f"{value!r} does not fit its tag {node.tag}", node.start_mark.line + 1) from error
+    if kind != "str":
+        raise TextError(f"the tag {node.tag} is not supported", node.start_mark.line + 1)
+    return value
+
+
+def write(tree: dict[str, Any]) -> str:
+    """YAML of nested mappings in their own order; lists on one line. `plain(read(write(x))) == x`."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)

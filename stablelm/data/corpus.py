@@ -1,0 +1,130 @@
+"""From what the user wrote (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
+
+import glob
+import itertools
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from stablelm.data import hub
+from stablelm.data.embedded import embedded
+from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
+from stablelm.data.reader import base_name, local_path
+from stablelm.errors import ConfigError
+
+__all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
+
+TRAINING_KEYS = ("data.path", "--source")
+
+
+def resolve(path: str | list[str], *, key: str, cache: str) -> list[str]:
+    """Files of `path`, sorted by base name: local ones as plain paths, all else as URLs for fsspec.
+
+    Each entry is a file, a glob, a folder (all its files with one of SUFFIXES), an http(s) URL, an
+    `hf://datasets/...` pattern or 'embedded'. Shell braces such as {00000..01023} or {a,b} are expanded
+    everywhere, which is how many files at an http server are named. 'embedded' is the training split
+    under TRAINING_KEYS and the validation split elsewhere; 'embedded:train' and 'embedded:validation'
+    say it outright. `cache` is where the embedded corpus is kept.
+
+    Raises ConfigError under `key` when an entry matches nothing or two files share a base name, since
+    base names decide the order of the text.
+    """
+    entries = [path] if isinstance(path, str) else list(path)
+    if not entries:
+        raise ConfigError(f"{key}: the list is empty; give at least one file, glob, folder or URL")
+    files = [file for entry in entries for file in _expand(entry, key=key, cache=cache)]
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        by_name[base_name(file)].append(file)
+    for name, same in by_name.items():
+        if len(same) > 1:
+            raise ConfigError(
+                f"{key}: two files have the base name {name!r} ({same[0]} and {same[1]}); rename one or leave it out"
+            )
+    return sorted(files, key=base_name)
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path of the local file system."""
+    return local_path(url) is not None
+
+
+def braces(text: str) -> list[str]:
+    """Shell brace expansion: {a,b} gives each word, {007..011} each number, padded like the first."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        return [text]
+    first, last, words = match.groups()
+    if words is not None:
+        choices = words.split(",")
+    else:
+        step = 1 if int(first) <= int(last) else -1
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
+    before, after = text[: match.start()], braces(text[match.end() :])
+    return [before + choice + rest for choice, rest in itertools.product(choices, after)]
+
+
+def _expand(entry: str, *, key: str, cache: str) -> list[str]:
+    if not entry:
+        raise ConfigError(f"{key}: the path is empty; give a file, glob, folder or URL, or 'embedded'")
+    if entry.partition(":")[0] == "embedded" and not os.path.exists(entry):
+        return _embedded(entry, key=key, cache=cache)
+    if (path := local_path(entry)) is not None:
+        return _local(path, key=key)
+    urls = _remote(entry, key=key)
+    for url in urls:
+        if not base_name(url).endswith(SUFFIXES):
+            raise ConfigError(f"{key}: {url!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
+    return urls
+
+
+def _remote(entry: str, *, key: str) -> list[str]:
+    scheme = entry.partition("://")[0]
+    if scheme == "hf":
+        return [file for url in braces(entry) for file in hub.expand(url, key=key)]
+    if scheme not in ("http", "https"):
+        raise ConfigError(f"{key}: {entry!r} is in a store we do not read; give a local path, http(s):// or hf://")
+    if "*" in urlsplit(entry).path:
+        raise ConfigError(
+            f"{key}: {entry!r} has a '*', but a web server cannot be asked for its files; "
+            "write the names with braces, as in c4-train.{00000..01023}-of-01024.json.gz"
+        )
+    return braces(entry)
+
+
+def _embedded(entry: str, *, key: str, cache: str) -> list[str]:
+    split = entry.partition(":")[2] or ("train" if key in TRAINING_KEYS else "validation")
+    if split not in ("train", "validation"):
+        raise ConfigError(f"{key}: {entry!r} is no split; write 'embedded:train' or 'embedded:validation'")
+    corpus = embedded(cache)
+    return corpus.train if split == "train" else corpus.validation
+
+
+def _local(entry: str, *, key: str) -> list[str]:
+    path = os.path.expanduser(entry)
+    if os.path.isdir(path):
+        found = [str(p) for p in Path(path).iterdir() if p.is_file() and _wanted(p.name)]
+        if not found:
+            raise ConfigError(
+                f"{key}: the folder {entry!r} holds no file named {SUFFIXES_IN_WORDS}; give the one with the text"
+            )
+        return found
+    if os.path.exists(path):
+        return [path]
+    here = f"check the path, looked up from {os.getcwd()}"
+    patterns = braces(path)
+    if patterns == [path] and not glob.has_magic(path):
+        raise ConfigError(f"{key}: there is no file or folder {entry!r}; {here}")
+    found = []
+    for pattern in patterns:
+        matches = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
+        if not matches:
+            raise ConfigError(f"{key}: no file matches {pattern!r}; {here}")
+        found += matches
+    return found
+
+
+def _wanted(name: str) -> bool:
+    return name.endswith(SUFFIXES) and not name.startswith(".")

@@ -1,0 +1,127 @@
+"""What is looked at in a corpus before anything is created: form, completeness, size.
+
+Only local files are opened; those of other stores are read when training starts.
+"""
+
+import os
+from collections.abc import Iterator
+
+from stablelm.data.reader import local_path, numbered_lines
+from stablelm.data.source import document_text, documents
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.errors import ConfigError, DataError
+
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl")
+SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard"}
+SMALL_FILE = 8 * 2**20  # compressed bytes up to which a file is read to its end
+SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
+
+
+def check(files: list[str], *, key: str) -> None:
+    """Each local file can be read, is what its name says and begins with a JSON object that has a text.
+
+    Small files are also read to the end, so that a truncated copy is found now rather than in the middle
+    of training. Raises ConfigError under `key` for the first file that is wrong.
+    """
+    budget = SMALL_CORPUS
+    for path in _local(files):
+        try:
+            size = os.path.getsize(path)
+            _check_form(path, size, key)
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: cannot read {path!r} ({error.strerror}); check the path and its permissions"
+            ) from None
+        whole = size <= min(SMALL_FILE, budget)
+        budget -= size if whole else 0
+        try:
+            _read(path, key, whole)
+        except DataError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str) -> None:
+    """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
+
+    Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
+    Raises ConfigError under `key`, with the number of tokens there are.
+    """
+    paths = _local(files)
+    if len(paths) < len(files) or sum(map(os.path.getsize, paths)) >= 4 * tokens_needed:
+        return
+    tokens = count = 0
+    try:
+        for text in (text for path in paths for text in documents(path, retry_budget=0)):
+            tokens += len(tokenizer.encode(text)) + 1
+            count += 1
+            if tokens >= tokens_needed:
+                return
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    where = f"{paths[0]!r} holds" if len(paths) == 1 else f"the {len(paths)} files from {paths[0]!r} on hold"
+    raise ConfigError(
+        f"{key}: {where} {tokens} tokens in {count} documents, fewer than the {tokens_needed} of one batch; "
+        "give more text, or lower train.global_batch_size or data.seq_len"
+    )
+
+
+def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
+    """Each lane gets at least one document: with F < lanes files each file is cut into ceil(lanes / F) shares.
+
+    Raises ConfigError under `key` with the largest number of lanes that these files allow. Remote files are passed.
+    """
+    shares = -(-lanes // len(files))
+    if shares == 1:
+        return
+    fewest, shortest = shares, ""
+    for path in _local(files):
+        try:
+            rows = _count(numbered_lines(path, retry_budget=0), limit=fewest)
+        except DataError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if rows < fewest:
+            fewest, shortest = rows, path
+    if shortest:
+        raise ConfigError(
+            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} holds "
+            f"{fewest}; set at most {fewest * len(files)} lanes, or give more text"
+        )
+
+
+def _local(files: list[str]) -> list[str]:
+    return [path for file in files if (path := local_path(file)) is not None]
+
+
+def _check_form(path: str, size: int, key: str) -> None:
+    if not path.endswith(SUFFIXES):
+        raise ConfigError(f"{key}: {path!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if size == 0:
+        raise ConfigError(f"{key}: {path!r} is empty; leave it out or fetch it again")
+    content = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
+    expected = {".gz": "gzip", ".zst": "zstandard"}.get(os.path.splitext(path)[1], "plain")
+    if content != expected:
+        raise ConfigError(
+            f"{key}: {path!r} holds {content} data, but its name says {expected}; rename it or fetch it again"
+        )
+
+
+def _read(path: str, key: str, whole: bool) -> None:
+    rows = numbered_lines(path, retry_budget=0)
+    first = next(rows, None)
+    if first is None:
+        raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
+    number, line = first
+    document_text(line, url=path, number=number)
+    if whole:
+        _count(rows)
+
+
+def _count(rows: Iterator[object], limit: float = float("inf")) -> int:
+    """Rows there are, at most `limit` of them read."""
+    count = 0
+    while count < limit and next(rows, None) is not None:
+        count += 1
+    return count

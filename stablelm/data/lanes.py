@@ -1,0 +1,136 @@
+"""The order of documents: which document comes next in which lane.
+
+Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
+keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries, and
+share k of a file holds its rows ≡ k mod S. Rows of a share are shuffled in blocks by a keyed permutation.
+Nothing here knows of ranks or workers, and keys hold base names only, so data may move.
+
+Keyed permutation: the SHAKE-256 stream of the key gives each item a 64-bit number, and a stable sort by
+it gives the order. It depends on neither platform nor library version.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from stablelm.data.reader import base_name
+from stablelm.data.source import FileRows, SharedFiles, document_text
+from stablelm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in a lane: row `index` (in shuffled order) of block `block` of an entry of an epoch.
+
+    `offset` counts the tokens of that document, its eos included, which have been inputs already.
+    """
+
+    epoch: int
+    entry: int
+    block: int
+    index: int
+    offset: int
+
+    def to_list(self) -> list[int]:
+        return list(astuple(self))
+
+
+def permutation(size: int, *key: int | str) -> list[int]:
+    """A permutation of range(size) determined by the key alone; see the module's text."""
+    stream = hashlib.shake_256("\0".join(map(str, key)).encode()).digest(8 * size)
+    return np.argsort(np.frombuffer(stream, "<u8"), kind="stable").tolist()
+
+
+class Order:
+    """The endless sequence of entries over `files` for `lanes` lanes: pure arithmetic, no reading."""
+
+    def __init__(self, files: list[str], *, seed: int, lanes: int, shuffle_block: int):
+        assert files
+        self.files = sorted(files, key=base_name)
+        self.seed = seed
+        self.lanes = lanes
+        self.shuffle_block = shuffle_block
+        self.shares = -(-lanes // len(files)) if len(files) < lanes else 1
+        self.entries = len(files) * self.shares
+        self._epochs: dict[int, list[int]] = {}
+
+    def start(self, lane: int) -> Cursor:
+        """Where a lane begins."""
+        return Cursor(0, lane, 0, 0, 0)
+
+    def following(self, epoch: int, entry: int) -> tuple[int, int]:
+        """(epoch, entry) that the lane of this entry takes next."""
+        turns, entry = divmod(entry + self.lanes, self.entries)
+        return epoch + turns, entry
+
+    def locate(self, epoch: int, entry: int) -> tuple[int, int]:
+        """(index into `files`, share) of an entry."""
+        share, place = divmod(entry, len(self.files))
+        return self._epoch(epoch)[place], share
+
+    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> list[int]:
+        """Shuffled order of the `size` rows of a block."""
+        return permutation(size, "rows", self.seed, epoch, base_name(self.files[file]), share, block)
+
+    def _epoch(self, epoch: int) -> list[int]:
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = permutation(len(self.files), "files", self.seed, epoch)
+            if len(self._epochs) > 16:
+                self._epochs.clear()
+            self._epochs[epoch] = order
+        return order
+
+
+class Lane:
+    """Documents of one lane. `shared` is the process's reader of files that several lanes read."""
+
+    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, retry_budget: float):
+        self._order, self._lane, self._shared = order, lane, shared
+        self._retry_budget = retry_budget
+
+    def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
+        """(cursor with offset 0, text) from the document of `start` on, endlessly.
+
+        Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
+        any more, or when the lane meets no document in as many entries as an epoch has.
+        """
+        order, size = self._order, self._order.shuffle_block
+        epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
+        resumed = start != Cursor(epoch, entry, 0, 0, 0)
+        own: FileRows | None = None
+        barren = 0
+        while barren <= order.entries:
+            file, share = order.locate(epoch, entry)
+            url = order.files[file]
+            first = share + block * size * order.shares
+            wanted = range(first, first + size * order.shares, order.shares)
+            rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
+            if rows is None:
+                own = own or FileRows(url, room=0, retry_budget=self._retry_budget)
+                rows = own.take(wanted)
+                assert rows is not None  # a lane reads its own file forward only
+            if resumed and index >= len(rows):
+                raise DataError(
+                    f"{url}: changed since the checkpoint, it has no row {wanted[index] + 1} any more; "
+                    "put the old file back, or start a new run"
+                )
+            resumed = False
+            shuffled = order.rows(epoch, file, share, block, len(rows))
+            waiting = [(place, rows[shuffled[place]]) for place in range(len(rows) - 1, index - 1, -1)]
+            last = len(rows) < size
+            barren = 0 if rows or block else barren + 1
+            del rows
+            while waiting:
+                index, (number, line) = waiting.pop()
+                yield Cursor(epoch, entry, block, index, 0), document_text(line, url=url, number=number)
+            index, block = 0, block + 1
+            if last:
+                epoch, entry = order.following(epoch, entry)
+                block, own = 0, None
+        raise DataError(
+            f"data.lanes: lane {self._lane} of {order.lanes} finds no document in its share of "
+            f"{len(order.files)} file(s); use fewer lanes or more documents"
+        )

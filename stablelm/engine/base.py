@@ -1,0 +1,40 @@
+"""What a training step needs of an engine: the protocol that every way of sharing the work meets."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stablelm.model.loss import LossSums
+
+
+class Engine(Protocol):
+    """A model and its optimizer, spread over the ranks in one way or another.
+
+    Between `backward(..., last=True)` and `step`, gradients are complete on every rank.
+    """
+
+    kind: str
+    device: torch.device
+    module: nn.Module
+    """The decoder as it is called; its parameters may be shards."""
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
+        """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss`, summed over ranks; `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, lr: float) -> Tensor:
+        """Clips by global norm, updates, clears the gradients; returns the norm before clipping (0-dim, fp32)."""
+        ...
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients without an update."""
+        ...
+
+    def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
+        """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`."""
+        ...

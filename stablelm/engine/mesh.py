@@ -1,0 +1,91 @@
+"""Process groups: one for the devices, one on gloo for agreements that must not wait for the device."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from stablelm.engine.environment import Launch
+from stablelm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks. `cpu_group` is None when there is one process only."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None
+    stop_group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value):
+        """Rank 0's picklable value, on every rank."""
+        if self.cpu_group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.cpu_group is None:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def barrier(self) -> None:
+        if self.cpu_group is not None:
+            dist.barrier(group=self.cpu_group)
+
+
+def choose_device(local_rank: int, environ=os.environ) -> torch.device:
+    """The rank's own GPU where there are any (and `ACCELERATE_USE_CPU` is not set), else the CPU."""
+    if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()};"
+            " start as many processes a node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ConfigError where the device cannot compute in the asked precision."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"train.precision=bf16 needs a GPU with bfloat16, which {name} has not; use fp32")
+
+
+def connect(launch: Launch, kind: str, *, timeout_minutes: float = 10) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and two gloo side groups; none for kind `single`."""
+    device = choose_device(launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if kind == "single":
+        return Ranks(0, 1, device, None, None)
+    timeout = timedelta(minutes=timeout_minutes)
+    meet: dict = {"init_method": "env://"}
+    if launch.world_size == 1:
+        meet = {"store": dist.HashStore()}
+    elif launch.launcher == "srun":
+        meet = {"init_method": f"tcp://{launch.master_addr}:{launch.master_port}"}
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meet)
+    # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
+    groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
+    return Ranks(launch.rank, launch.world_size, device, groups[0], groups[1])
+
+
+def disconnect() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""The engine on torch alone: one process, DDP or FSDP2, chosen by `kind`."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from stablelm.checkpoint.portable import clean_name
+from stablelm.config.schema import Config
+from stablelm.engine.mesh import Ranks
+from stablelm.engine.recompute import recompute_layers
+from stablelm.methods.initialise import initial_value, roles
+from stablelm.model.decoder import Decoder
+from stablelm.model.loss import LossSums
+from stablelm.train.optimizer import adamw
+
+
+class TorchEngine:
+    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer."""
+
+    def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
+        self.kind, self.device = kind, ranks.device
+        self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
+        with torch.device("meta"):
+            self.module: nn.Module = Decoder(config.model, str(config.train.precision))
+        self._roles = roles(self.module)
+        if config.engine.recompute == "full":
+            recompute_layers(self.module.layers)
+        if config.train.compile:
+            compile_layers(self.module.layers)
+        if kind == "fsdp2":
+            shard(self.module, self.module.layers, ranks)
+        self._materialise(config)
+        self._call = self.module
+        if kind == "ddp":
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            # Weights are equal by construction (seeded by name), so nothing needs a broadcast at the start.
+            self._call = DistributedDataParallel(self.module, device_ids=ids, init_sync=False)
+        self.module.train(train)
+        self.optimizer = adamw(self.parameters(), self._roles, config.train) if train else None
+
+    def _materialise(self, config: Config) -> None:
+        """Gives every parameter its seeded initial value, or this rank's part of it."""
+        self.module.to_empty(device=self.device)
+        for name, parameter in self.parameters().items():
+            role = self._roles[name]
+            value = initial_value(name, role, tuple(parameter.shape), config.model, config.run.seed)
+            value = value.to(self.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                # Every rank draws the whole tensor and keeps its rows: no traffic, any world size.
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            with torch.no_grad():
+                parameter.copy_(value)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters (shards under fsdp2) by portable name; a tied head appears once."""
+        return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
+        return self._call(tokens, targets, z_loss=self._z_loss)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        held = isinstance(self._call, DistributedDataParallel) and not last
+        with self._call.no_sync() if held else nullcontext():
+            # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
+            (loss * self._world_size).backward()
+
+    def step(self, lr: float) -> Tensor:
+        assert self.optimizer is not None, "an engine built with train=False cannot step"
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if self._grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.clear_gradients()
+        return norm.detach()
+
+    def clear_gradients(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
+        named = self.parameters()
+        found: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        if optimizer and self.optimizer is not None:
+            for name, parameter in named.items():
+                for moment, value in self.optimizer.state[parameter].items():
+                    found[f"optim.{name}.{moment}"] = value
+        return found
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in layers:
+        layer.compile()
+
+
+def shard(module: nn.Module, layers: nn.ModuleList, ranks: Ranks) -> None:
+    """FSDP2: one unit a layer, the embedding, head and final norm in the root unit."""
+    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)

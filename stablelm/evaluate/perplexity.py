@@ -1,0 +1,73 @@
+"""Loss, perplexity and bits per byte of a validation set, the same figures in any world size."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from stablelm.data.validation import ValidationSet
+from stablelm.engine.base import Engine
+from stablelm.engine.mesh import Ranks
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`loss` in nats a token, `tokens` predicted."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
+
+
+def evaluate(engine: Engine, ranks: Ranks, data: ValidationSet, micro_batch_size: int) -> Scores:
+    """Mean cross-entropy over the set's valid targets.
+
+    The set is cut into the same micro-batches in every world size and rank r takes those ≡ r mod W,
+    so that only the order of a float64 sum can differ. Ranks without one left run an empty one,
+    because a sharded model is called by all or by none.
+    """
+    parts = _micro_batches(torch.as_tensor(data.tokens), torch.as_tensor(data.targets), micro_batch_size)
+    total, valid = 0.0, 0
+    was_training = engine.module.training
+    engine.module.eval()
+    with torch.no_grad():
+        for first in range(0, len(parts), ranks.world_size):
+            index = first + ranks.rank
+            part_tokens, part_targets = parts[min(index, len(parts) - 1)]
+            if index >= len(parts):
+                part_targets = torch.full_like(part_targets, IGNORED)
+            sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
+            total += float(sums.cross_entropy)
+            valid += int(sums.valid)
+    engine.module.train(was_training)
+    gathered = ranks.gather((total, valid))
+    total, valid = sum(t for t, _ in gathered), sum(v for _, v in gathered)
+    loss = total / max(1, valid)
+    return Scores(loss=loss, bits_per_byte=bits_per_byte(loss, data.bytes_per_token), tokens=valid)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats a token to bits a UTF-8 byte of the text, end-of-document tokens counted as tokens."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def _micro_batches(tokens: torch.Tensor, targets: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of exactly `rows` rows, the last one filled up: one shape serves a compiled model."""
+    missing = -len(tokens) % rows
+    tokens = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])
+    targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORED)])
+    return list(zip(tokens.split(rows), targets.split(rows), strict=True))

@@ -1,0 +1,107 @@
+"""Cross-entropy that never holds all logits: gradients are taken chunk by chunk in the forward pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+CHUNK_BYTES = 32 * 2**20
+
+
+class LossSums(NamedTuple):
+    """Sums over the valid targets of a micro-batch, 0-dim, fp32 (fp64 under fp64); divide by a global count.
+
+    `total`: cross-entropy + z_loss * log(Z)^2, differentiable; `cross_entropy`: in nats, detached;
+    `valid`: how many targets count (int64).
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    valid: Tensor
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, z_loss: float = 0.0, chunk_bytes: int = CHUNK_BYTES
+) -> LossSums:
+    """The loss of logits hidden weight^T without keeping them.
+
+    hidden: (n, d) in the compute dtype; weight: (vocab, d) in the parameter dtype; targets: (n,) int64, -100 =
+    ignored; `chunk_bytes` bounds the logits held at once. Matrix products run in hidden's dtype, softmax and
+    sums in weight's. The gradients are computed here and only scaled in the backward pass, in place, so that
+    `total` can be differentiated once. z-loss: Chowdhery et al. 2022, section 5.
+    """
+    total, cross_entropy = _ChunkedCrossEntropy.apply(
+        hidden, weight, targets, z_loss, chunk_bytes, torch.is_grad_enabled()
+    )
+    return LossSums(total, cross_entropy, (targets != IGNORED).sum())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_bytes: int, grad: bool):
+        grad_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if grad and ctx.needs_input_grad[1] else None
+        n, vocab = hidden.shape[0], weight.shape[0]
+        rows = max(1, min(n, chunk_bytes // (vocab * weight.element_size())))
+        matrix = weight.to(hidden.dtype)
+        logits = weight.new_empty(rows, vocab)
+        losses = weight.new_zeros(2, n)  # cross-entropy and log(Z)^2 of each token
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            x = hidden[part]
+            chunk = _product(x, matrix, logits[: x.shape[0]])
+            _losses_and_slopes(chunk, targets[part], z_loss, losses[:, part], grad)
+            slopes = chunk.to(x.dtype)
+            if grad_hidden is not None:
+                torch.mm(slopes, matrix, out=grad_hidden[part])
+            if grad_weight is not None:
+                _accumulate(grad_weight, slopes, x)
+        ctx.grads = (grad_hidden, grad_weight)
+        cross_entropy, z = losses.sum(dim=1)
+        ctx.mark_non_differentiable(cross_entropy)
+        return cross_entropy + z_loss * z, cross_entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor):
+        assert ctx.grads is not None, "the chunked loss can be differentiated once"
+        grads, ctx.grads = ctx.grads, None
+        scaled = (None if grad is None else grad.mul_(grad_total) for grad in grads)
+        return *scaled, None, None, None, None
+
+
+def _product(x: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+    """x matrix^T into `out`, whose dtype is at least that of x."""
+    if x.dtype == out.dtype:
+        return torch.mm(x, matrix.t(), out=out)
+    return out.copy_(torch.mm(x, matrix.t()))
+
+
+def _accumulate(total: Tensor, slopes: Tensor, x: Tensor) -> None:
+    """total += slopes^T x, added up in total's dtype."""
+    if x.dtype == total.dtype:
+        torch.addmm(total, slopes.t(), x, out=total)
+    else:
+        total.add_(torch.mm(slopes.t(), x))
+
+
+def _losses_and_slopes(logits: Tensor, targets: Tensor, z_loss: float, losses: Tensor, slopes: bool) -> None:
+    """Writes (cross-entropy, log(Z)^2) of each row into `losses` and, with `slopes`, d total/d logits into `logits`.
+
+    logits: (rows, vocab), overwritten in any case; targets: (rows,); losses: (2, rows). Ignored rows get zeros.
+    """
+    valid = targets != IGNORED
+    index = targets.clamp(min=0)[:, None]
+    chosen = logits.gather(1, index).squeeze(1)
+    largest = logits.amax(dim=1)
+    powers = logits.sub_(largest[:, None]).exp_()
+    sums = powers.sum(dim=1)
+    log_z = sums.log() + largest
+    losses[0] = torch.where(valid, log_z - chosen, 0)
+    losses[1] = torch.where(valid, log_z.square(), 0)
+    if slopes:
+        # d(log Z)/d logits is the softmax, so z_loss log(Z)^2 adds 2 z_loss log(Z) softmax.
+        powers.mul_(torch.where(valid, (1 + 2 * z_loss * log_z) / sums, 0)[:, None])
+        powers.scatter_add_(1, index, -valid.to(logits.dtype)[:, None])

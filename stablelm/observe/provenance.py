@@ -1,0 +1,90 @@
+"""Where a run's numbers come from: code, command, versions and hosts of each attempt."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
+REPOSITORY = Path(__file__).resolve().parents[2]
+GIT_SECONDS = 20
+
+
+def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str] | None = None) -> int:
+    """Adds this attempt to `run_dir/provenance.json` and returns its number, from 1.
+
+    Uncommitted changes of the program go to `provenance-<attempt>.diff`. `hosts` default to this
+    one. Works without git. Raises OSError where the directory cannot be written.
+    """
+    run_dir = Path(run_dir)
+    attempts = read(run_dir)
+    attempt = 1 + max((told.get("attempt", 0) for told in attempts), default=0)
+    commit, diff = git_state(REPOSITORY)
+    diff_file = f"provenance-{attempt}.diff" if diff else None
+    if diff_file:
+        (run_dir / diff_file).write_text(diff, encoding="utf-8", errors="surrogateescape")
+    attempts.append(
+        {
+            "attempt": attempt,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit,
+            "diff": diff_file,
+            "argv": argv,
+            "world_size": world_size,
+            "hosts": hosts or [socket.gethostname()],
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "versions": versions(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+    )
+    temporary = run_dir / ".provenance.json.new"
+    temporary.write_text(json.dumps(attempts, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(run_dir / "provenance.json")
+    return attempt
+
+
+def read(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The attempts so far; none where the file is missing or not ours."""
+    try:
+        attempts = json.loads((Path(run_dir) / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [told for told in attempts if isinstance(told, dict)] if isinstance(attempts, list) else []
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages whose change can change a run; None: not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_state(directory: Path) -> tuple[str | None, str]:
+    """Commit of the checkout at `directory` and the diff of tracked files; (None, "") where there is none."""
+    top = _git(directory, "rev-parse", "--show-toplevel")
+    # An installed package may lie inside some other project's checkout.
+    if top is None or Path(top.strip()).resolve() != directory.resolve():
+        return None, ""
+    commit = _git(directory, "rev-parse", "HEAD")
+    return commit and commit.strip(), _git(directory, "diff", "HEAD", "--no-ext-diff", "--no-color") or ""
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    """Git's answer, or None where there is no git, no checkout or no answer in time."""
+    command = ["git", "-c", "core.fsmonitor=false", "-C", str(directory), *arguments]
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=True, env=environment)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="surrogateescape")

@@ -1,0 +1,126 @@
+"""Where records go: `metrics.jsonl` (the truth), TensorBoard (derived from it) and the console.
+
+A record is a flat dict: `step`, other counters, and metrics by name.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stablelm.errors import StorageError
+from stablelm.observe.console import Console as Console  # the third sink
+
+COUNTERS = ("step", "tokens", "attempt")
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """One sentence for a storage that does not take what we write."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    mend = "free some space and run again" if full else "make it writable, or name another run.dir"
+    return StorageError(f"{path} cannot be written ({error.strerror or error}); {mend}")
+
+
+class MetricsFile:
+    """Append-only lines of JSON, each flushed when written. Floats keep their full precision.
+
+    JSON has no non-finite numbers: they are written as the strings "nan", "inf" and "-inf", which
+    `read_metrics` turns back. Opening drops a torn last line. Raises StorageError.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: after a failed write nothing is left to be written at the close.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
+            os.truncate(self._path, _whole_lines(self._path))
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
+        data = line.encode()
+        try:
+            while data:  # a disk that fills up takes a part first
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise storage_error(self._path, error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> int:
+    """Length of the part of the file that ends with a line break, bytes."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole records in the order they were written; a torn last line is left out."""
+    records = []
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:
+        record = json.loads(line)
+        records.append({k: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
+    return records
+
+
+def last_records(path: str | Path) -> dict[int, dict[str, Any]]:
+    """What counts of each step, in the order of steps.
+
+    An attempt may write several records of a step (training, validation), which add up; a later
+    attempt that repeats a step replaces it, and so do its own later records, name by name.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for record in read_metrics(path):
+        earlier = steps.get(record["step"], {})
+        same = earlier.get("attempt") == record.get("attempt")
+        steps[record["step"]] = {**earlier, **record} if same else record
+    return dict(sorted(steps.items()))
+
+
+class TensorBoardSink:
+    """One scalar for each metric, under its own name.
+
+    `purge_step` makes TensorBoard forget that step and later ones of earlier attempts in the same
+    directory. Raises StorageError.
+    """
+
+    def __init__(self, directory: str | Path, purge_step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._directory = Path(directory)
+        self._writer = self._guard(lambda: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name not in COUNTERS and isinstance(value, int | float):
+                self._guard(lambda name=name, value=value: self._writer.add_scalar(name, value, record["step"]))
+
+    def close(self) -> None:
+        self._guard(self._writer.close)
+
+    def _guard(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except OSError as error:
+            raise storage_error(self._directory, error) from error

@@ -1,0 +1,75 @@
+"""Parts of a run from its prepared configuration, and the save that ties them together."""
+
+from pathlib import Path
+
+from stablelm.checkpoint import commit, keep
+from stablelm.config.load import dump
+from stablelm.data import validation
+from stablelm.data.loader import Loader
+from stablelm.engine.base import Engine
+from stablelm.engine.mesh import Ranks
+from stablelm.train.prepare import Prepared
+from stablelm.train.progress import Progress
+
+
+def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
+    """The stream of this rank's batches."""
+    assert prepared.corpora is not None
+    return Loader(
+        prepared.corpora.train,
+        prepared.tokenizer,
+        prepared.config.data,
+        seed=prepared.config.run.seed,
+        global_batch_size=prepared.config.train.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
+    """Every validation set, the same on all ranks."""
+    config = prepared.config
+    assert prepared.corpora is not None
+    return {
+        name: validation.read(
+            files,
+            prepared.tokenizer,
+            seq_len=config.data.seq_len,
+            sequences=config.evaluate.batches * config.train.global_batch_size,
+            retry_budget=config.data.retry_budget,
+        )
+        for name, files in prepared.corpora.validation.items()
+    }
+
+
+def save(prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress) -> float:
+    """Commits the current step; returns the seconds it took, 0 if it is committed already."""
+    if progress.checkpointed_step == progress.step:
+        return 0.0
+    config = prepared.config
+    assert prepared.corpora is not None
+    lanes: dict[str, list[int]] = {}
+    for part in ranks.gather(loader.state()):
+        lanes |= part["lanes"]
+    state = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
+        "identity": prepared.corpora.identity,
+    }
+    root = Path(str(config.checkpoint.dir))
+    result = commit.save(
+        root,
+        progress.step,
+        engine.tensors(),
+        state,
+        dump(config),
+        attempt=str(progress.attempt),
+        group=ranks.cpu_group,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    progress.checkpointed_step = progress.step
+    if ranks.is_first:
+        keep.retain(root, config.checkpoint.keep, config.checkpoint.keep_permanent_every)
+    return result.seconds

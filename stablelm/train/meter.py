@@ -1,0 +1,85 @@
+"""From steps to records: sums of the current interval, one reduction over ranks and one host sync a record."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stablelm.config.schema import Config
+from stablelm.engine.mesh import Ranks
+from stablelm.errors import DivergedError
+from stablelm.observe.metrics import Interval
+from stablelm.train.progress import Progress
+from stablelm.train.schedule import learning_rate
+from stablelm.train.step import StepResult
+
+
+class Meter:
+    """Adds up steps and writes a record of their means (names: docs/metrics)."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        ranks: Ranks,
+        config: Config,
+        progress: Progress,
+        record: Callable[[dict[str, Any]], None],
+    ):
+        self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
+        self._device = device
+        self._interval = Interval(device)
+        self._tokens_before = progress.tokens
+        self.slowest = 0.0
+        """Longest step so far, seconds."""
+
+    def add(self, result: StepResult, *, wait: float, seconds: float) -> None:
+        """Takes in one step: `wait` for data and `seconds` in all."""
+        self._interval.add("cross_entropy", result.cross_entropy)
+        self._interval.add("valid", result.valid)
+        self._interval.add("grad_norm", result.grad_norm)
+        self._interval.add("wait", wait)
+        self._interval.add("seconds", seconds)
+        self.slowest = max(self.slowest, seconds)
+
+    def write(self) -> None:
+        """Records the interval and starts the next; nothing if no step was made since the last record.
+
+        Raises DivergedError, on all ranks, when the loss is not finite.
+        """
+        progress = self._progress
+        if progress.tokens == self._tokens_before:
+            return
+        steps, sums = self._interval.reduce(self._ranks.cpu_group)
+        ranks = self._ranks.world_size
+        seconds = sums["seconds"] / ranks
+        progress.loss = sums["cross_entropy"] / max(1.0, sums["valid"])
+        progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
+        self._tokens_before = progress.tokens
+        self._record(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": progress.loss,
+                "grad_norm": sums["grad_norm"] / ranks / steps,
+                "lr": learning_rate(progress.step, self._config.train),
+                "tokens_per_second": progress.tokens_per_second,
+                "step_seconds": seconds / steps,
+                "data_wait_seconds": sums["wait"] / ranks / steps,
+                "memory_bytes": peak_memory(self._device),
+            }
+        )
+        if not math.isfinite(progress.loss):
+            raise DivergedError(
+                f"the loss is {progress.loss} at step {progress.step};"
+                " start again from an earlier checkpoint with a lower train.lr or a more stable model.method"
+            )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this rank so far, bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

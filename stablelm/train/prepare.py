@@ -1,0 +1,137 @@
+"""All that can be found wrong before anything is created: configuration, launcher, text, run directory.
+
+Runs on every rank before any process group exists and without torch, so that a mistake costs a
+second and not an allocation.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stablelm.config import identity as identities
+from stablelm.config import rules
+from stablelm.config.load import Loaded
+from stablelm.config.schema import Config
+from stablelm.data import corpus, inspection
+from stablelm.data.embedded import embedded
+from stablelm.data.reader import base_name
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.engine.environment import AccelerateFlags, Launch, engine_kind
+from stablelm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Files by purpose, and what the run is (see `config.identity`)."""
+
+    train: list[str]
+    validation: dict[str, list[str]]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    kind: str
+    launch: Launch
+    tokenizer: Tokenizer
+    corpora: Corpora | None
+    """None on a rank that must ask rank 0, because listing a remote store once is enough."""
+
+
+def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:
+    """Resolves the configuration and checks its inputs; ConfigError with one sentence a problem."""
+    config = loaded.config
+    kind = engine_kind(config.engine.kind, flags, launch.world_size)
+    rules.check(config, launch.world_size, flags.precision, loaded.origins)
+    tokenizer = Tokenizer(
+        embedded(config.data.cache).tokenizer if config.data.tokenizer == "embedded" else config.data.tokenizer
+    )
+    config = rules.resolve(
+        config,
+        pieces=tokenizer.pieces,
+        world_size=launch.world_size,
+        accelerate_precision=flags.precision,
+        origins=loaded.origins,
+    )
+    corpora = None
+    if launch.rank == 0 or not _remote(config):
+        corpora = find_corpora(config, tokenizer)
+        check_run_dir(config, corpora.identity, resume)
+    return Prepared(config, kind, launch, tokenizer, corpora)
+
+
+def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
+    """Lists and checks the training files and every validation set."""
+    data = config.data
+    train = corpus.resolve(data.path, key="data.path", cache=data.cache)
+    inspection.check(train, key="data.path")
+    tokens = config.train.global_batch_size * data.seq_len + 1
+    inspection.check_enough(train, tokenizer, tokens, key="data.path")
+    inspection.check_lanes(train, data.lanes)
+    validation = {}
+    for name, path in validation_paths(config).items():
+        key = f"data.validation.{name}"
+        validation[name] = (
+            embedded(data.cache).validation if path == "embedded" else corpus.resolve(path, key=key, cache=data.cache)
+        )
+        inspection.check(validation[name], key=key)
+    base_names = [base_name(file) for file in train]
+    return Corpora(
+        train, validation, identities.identity(config, base_names=base_names, tokenizer_sha256=tokenizer.sha256)
+    )
+
+
+def validation_paths(config: Config) -> dict[str, str | list[str]]:
+    """Validation sets by name; the embedded corpus brings its own."""
+    paths = dict(config.data.validation)
+    if config.data.validation_path is not None:
+        paths["default"] = config.data.validation_path
+    if not paths and config.data.path == "embedded":
+        paths["default"] = "embedded"
+    return paths
+
+
+def _remote(config: Config) -> bool:
+    paths = [config.data.path, *validation_paths(config).values()]
+    flat = [item for path in paths for item in (path if isinstance(path, list) else [path])]
+    return not all(corpus.is_local(item) for item in flat)
+
+
+def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
+    """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
+    run_dir = Path(config.run.dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir} is a file; name a directory")
+    if resume not in ("auto", "none") and not Path(resume).exists():
+        raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
+    steps = any(Path(str(config.checkpoint.dir)).glob("step-*"))
+    started = steps or _has_text(run_dir / "metrics.jsonl")
+    if not started:
+        return
+    if resume == "none":
+        raise ConfigError(
+            f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
+        )
+    try:
+        saved = json.loads((run_dir / "identity.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"run.dir={run_dir} holds a run without a readable identity.json; name another run.dir"
+        ) from error
+    refuse_other_run(saved, identity, f"run.dir={run_dir}")
+
+
+def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None) -> None:
+    """ConfigError naming the identity keys in which a saved run differs from this one."""
+    different = identities.differences(saved, current, step=step)
+    if different:
+        listed = "\n  ".join(different)
+        raise ConfigError(
+            f"{where} belongs to a run with other settings; set them back or name another run.dir:\n  {listed}"
+        )
+
+
+def _has_text(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

@@ -1,0 +1,16 @@
+"""Where a run stands: what the loop advances, the records quote and `summary.json` tells at the end."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what `summary.json` tells when it ends."""
+
+    step: int = 0
+    tokens: int = 0
+    attempt: int = 1
+    loss: float | None = None
+    val_loss: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    checkpointed_step: int = -1

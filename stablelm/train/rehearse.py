@@ -1,0 +1,39 @@
+"""The first step is a rehearsal: what would fail after hours of queueing fails before the clock starts."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from stablelm.checkpoint import commit
+from stablelm.config.schema import Config
+from stablelm.engine.base import Engine
+from stablelm.engine.mesh import Ranks
+from stablelm.train.meter import peak_memory
+from stablelm.train.step import seed_dropout
+
+
+def rehearse(config: Config, engine: Engine, ranks: Ranks) -> tuple[str, float]:
+    """Runs one full micro-batch forward and backward and a test save; changes nothing.
+
+    Returns a line that tells time and memory, and the seconds that the save took. Raises
+    StorageError if the checkpoint directory cannot take a checkpoint.
+    """
+    started = time.perf_counter()
+    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
+    seed_dropout(config.run.seed, 0, 0, ranks.rank)
+    tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
+    sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+    engine.backward(sums.total / sums.valid, last=True)
+    engine.clear_gradients()
+    computed = time.perf_counter() - started
+    saved = commit.rehearse(
+        Path(str(config.checkpoint.dir)), 0, engine.tensors(), {}, "", group=ranks.cpu_group, rank=ranks.rank,
+        world_size=ranks.world_size,
+    )  # fmt: skip
+    text = (
+        f"rehearsal: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
+        f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
+        f"test save of {saved.bytes / 2**20:.0f} MiB {saved.seconds:.2f} s"
+    )
+    return text, saved.seconds

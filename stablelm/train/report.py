@@ -1,0 +1,52 @@
+"""What a finished run says of itself: its validation loss beside the simplest model of the same tokens."""
+
+from collections.abc import Callable
+from typing import Any
+
+from stablelm.config.schema import Config
+from stablelm.data import unigram
+from stablelm.errors import DataError
+from stablelm.evaluate.perplexity import bits_per_byte
+from stablelm.train.loop import Job
+from stablelm.train.prepare import Prepared
+
+UNIGRAM_TOKENS = 2_000_000
+
+
+def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> dict[str, Any]:
+    """Prints each validation set's final loss, bits per byte and unigram cross-entropy (nats); returns them."""
+    config, corpora = job.config, prepared.corpora
+    assert corpora is not None
+    told: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
+    for name, data in job.validation.items():
+        loss = job.progress.val_loss[name]
+        told["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
+        try:
+            baseline = unigram.cross_entropy(
+                corpora.train,
+                prepared.tokenizer,
+                data,
+                vocab=prepared.tokenizer.pieces,
+                tokens=UNIGRAM_TOKENS,
+                retry_budget=config.data.retry_budget,
+            )
+        except DataError as error:
+            # The run is complete and saved: a baseline that cannot be read must not fail it.
+            message(f"validation {name}: loss {loss:.4f}, {bits:.4f} bits per byte (no unigram baseline: {error})")
+            continue
+        told["unigram_loss"][name] = baseline
+        message(
+            f"validation {name}: loss {loss:.4f}, {bits:.4f} bits per byte; a unigram model of the training "
+            f"tokens has {baseline:.4f}: {baseline - loss:.4f} nats more"
+        )
+    return told
+
+
+def where_to_look(config: Config) -> str:
+    """Commands that show and use the run."""
+    run_dir = config.run.dir
+    return (
+        f"curves:   tensorboard --logdir {run_dir}/tensorboard\n"
+        f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
+        f"evaluate: python launch/eval.py --checkpoint {run_dir}"
+    )

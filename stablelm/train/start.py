@@ -1,0 +1,57 @@
+"""From the command line to an exit code: what goes wrong is said once, in words."""
+
+import os
+import sys
+import time
+
+from stablelm.engine.environment import Launch, accelerate_flags, detect
+from stablelm.errors import ConfigError, UserError
+
+OTHERS_WAIT_SECONDS = 3.0
+
+
+def start(
+    *, files: list[str], overrides: list[str], resume: str, print_config: bool, argv: list[str], started: float
+) -> int:
+    """Loads, checks and runs; returns the process's exit code."""
+    from stablelm.config.load import dump, load
+
+    launch = Launch()
+    try:
+        launch = detect()
+        loaded = load(files, overrides)
+        flags = accelerate_flags()
+        from stablelm.train.prepare import prepare
+
+        prepared = prepare(loaded, launch, flags, "auto" if print_config else resume)
+    except UserError as error:
+        report(error, launch)
+        return ConfigError.exit_code
+    except KeyboardInterrupt:
+        return 130
+    if print_config:
+        if launch.rank == 0:
+            print(dump(prepared.config), end="")
+        return 0
+    from stablelm.train.run import run
+
+    return run(prepared, resume=resume, argv=argv, started=started)
+
+
+def report(error: UserError, launch: Launch) -> None:
+    """Prints the error once for all ranks.
+
+    Ranks above 0 hold back: where rank 0 fails for the same reason, its launcher ends them first.
+    """
+    if launch.rank > 0:
+        time.sleep(OTHERS_WAIT_SECONDS)
+        print(f"rank {launch.rank}: error: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def end_at_once(code: int) -> None:
+    """Ends the process without waiting for other ranks, threads or process groups."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,52 @@
+"""One optimizer step: micro-batches in, one update out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stablelm.engine.base import Engine
+from stablelm.engine.mesh import Ranks
+from stablelm.seeds import seed_from
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors, read only when a record is due: no host sync in the step."""
+
+    cross_entropy: Tensor
+    """Sum over this rank's valid targets, nats; 0-dim."""
+    valid: Tensor
+    """Valid targets of this rank; 0-dim int64."""
+    grad_norm: Tensor
+    """Global norm before clipping; 0-dim, the same on all ranks."""
+
+
+def train_step(
+    engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor, *, step: int, lr: float, seed: int, micro: int
+) -> StepResult:
+    """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
+
+    Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
+    so that accumulation and world size do not change the gradient.
+    """
+    valid = (targets >= 0).sum().to(engine.device)
+    valid_global = valid.clone()
+    if ranks.world_size > 1:
+        dist.all_reduce(valid_global)
+    valid_global = valid_global.clamp(min=1)
+    parts = list(zip(tokens.split(micro), targets.split(micro), strict=True))
+    cross_entropy = torch.zeros((), dtype=torch.float64 if engine.device.type == "cpu" else torch.float32)
+    cross_entropy = cross_entropy.to(engine.device)
+    for index, (part_tokens, part_targets) in enumerate(parts):
+        seed_dropout(seed, step, index, ranks.rank)
+        sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
+        engine.backward(sums.total / valid_global, last=index == len(parts) - 1)
+        cross_entropy += sums.cross_entropy
+    return StepResult(cross_entropy, valid, engine.step(lr))
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Restarts torch's generators from what identifies the micro-batch: a resumed run draws the same masks."""
+    torch.manual_seed(seed_from("dropout", seed, step, micro_batch, rank))

@@ -1,0 +1,28 @@
+"""`summary.json`: how an attempt ended, for programs that decide whether to start another."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
+    """Replaces the file in one step; a failing rank's word about this attempt is not overwritten.
+
+    When one rank fails, its peers fail after it for lack of it: the first cause is the true one.
+    """
+    path = Path(run_dir) / "summary.json"
+    earlier = read_summary(run_dir)
+    if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
+        return
+    temporary = path.with_name(f".summary-{os.getpid()}.json")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The last attempt's summary; empty where there is none or it is torn."""
+    try:
+        return json.loads((Path(run_dir) / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,203 @@
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.distributed import run_ranks
+from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
+
+from stablelm.checkpoint import commit, files, keep, manifest, portable
+from stablelm.errors import CheckpointError, StorageError
+
+
+def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
+    result = save_toy(tmp_path / "run" / "checkpoints", 1200)
+    assert result.path.name == "step-00001200"
+    assert manifest.files_below(result.path) == {
+        "tensors/.metadata",
+        "tensors/__0_0.distcp",
+        "state.json",
+        "config.yaml",
+        "manifest.json",
+        "COMMITTED",
+    }
+    assert manifest.verify(result.path) == []
+    listed = json.loads((result.path / "manifest.json").read_text())["files"]
+    assert result.bytes == sum(entry["size"] for entry in listed.values())
+    assert list(listed) == sorted(listed)
+    assert manifest.read_commit(result.path).attempt == "a1"
+    assert keep.read_state(result.path) == {**STATE, "step": 1200}
+    assert (result.path / "config.yaml").read_text() == CONFIG
+    loaded = blanks(toy_tensors(1200))
+    portable.load_tensors(result.path / "tensors", loaded, None)
+    assert_equal(loaded, toy_tensors(1200))
+    assert left_over(result.path.parent) == []
+
+
+def test_equal_content_gives_equal_files(tmp_path):
+    first, second = save_toy(tmp_path / "a", 3).path, save_toy(tmp_path / "b", 3).path
+    assert (first / "manifest.json").read_bytes() == (second / "manifest.json").read_bytes()
+
+
+def test_saving_a_committed_step_again_changes_nothing(tmp_path):
+    first = save_toy(tmp_path, 5)
+    before = {name: (first.path / name).stat().st_mtime_ns for name in manifest.files_below(first.path)}
+    again = save_toy(tmp_path, 5)
+    assert (again.path, again.bytes) == (first.path, first.bytes)
+    assert before == {name: (first.path / name).stat().st_mtime_ns for name in manifest.files_below(first.path)}
+
+
+def test_a_damaged_step_is_set_aside_and_saved_anew(tmp_path, caplog):
+    path = save_toy(tmp_path, 5).path
+    (path / "state.json").write_text("{}")
+    assert save_toy(tmp_path, 5).path == path
+    assert manifest.verify(path) == []
+    (aside,) = left_over(tmp_path)
+    assert aside.startswith("damaged-step-00000005-")
+    assert (tmp_path / aside / "state.json").read_text() == "{}"
+    assert "state.json has 2 bytes" in caplog.text
+
+
+def test_a_rehearsal_leaves_nothing_and_counts_the_same_bytes(tmp_path):
+    arguments = (tmp_path / "new", 7, toy_tensors(7), {**STATE, "step": 7}, CONFIG)
+    rehearsed = commit.rehearse(*arguments, group=None, rank=0, world_size=1)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert rehearsed.bytes == save_toy(tmp_path, 7).bytes
+    assert rehearsed.seconds > 0
+
+
+def test_a_step_that_another_attempt_commits_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    seal = commit._seal
+
+    def slow_seal(staging: Path, *rest):
+        monkeypatch.setattr(commit, "_seal", seal)
+        save_toy(tmp_path, 5)
+        (tmp_path / "step-00000005" / "state.json").touch()
+        return seal(staging, *rest)
+
+    monkeypatch.setattr(commit, "_seal", slow_seal)
+    with pytest.raises(CheckpointError, match=r"another attempt committed .*step-00000005"):
+        save_toy(tmp_path, 5)
+    assert manifest.verify(tmp_path / "step-00000005") == []
+    assert left_over(tmp_path) == []
+
+
+def test_values_that_are_no_json_are_an_error_and_leave_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        commit.save(tmp_path, 1, toy_tensors(), {"x": torch.ones(1)}, "", attempt="a", group=None, rank=0, world_size=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    save_toy(tmp_path, 1)
+    monkeypatch.setattr(commit, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(commit, "save_tensors", lambda *arguments: pytest.fail("wrote"))
+    with pytest.raises(StorageError, match=r"has 0.00 GiB free, but a checkpoint needs .*checkpoint.keep") as caught:
+        save_toy(tmp_path, 2)
+    assert str(tmp_path) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_free_bytes_are_those_an_ordinary_user_may_write(tmp_path, monkeypatch):
+    class Status:
+        f_bavail, f_bfree, f_frsize, f_bsize = 10, 20, 512, 4096
+
+    monkeypatch.setattr(files.os, "statvfs", lambda path: Status)
+    assert files.free_bytes(tmp_path) == 5120
+
+
+def test_a_file_in_place_of_the_directory_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write a checkpoint to .*checkpoints .*checkpoint.dir"):
+        save_toy(tmp_path / "checkpoints", 1)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("refused", ["state.json", "manifest.json", "COMMITTED"])
+def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatch, code, refused):
+    save_toy(tmp_path, 1)
+    write = files.write_durably
+
+    def refusing(path, content):
+        if path.name == refused:
+            raise OSError(code, "refused", str(path))
+        return write(path, content)
+
+    monkeypatch.setattr(commit, "write_durably", refusing)
+    with pytest.raises(StorageError, match=r"refused.*committed checkpoints are kept") as caught:
+        save_toy(tmp_path, 2)
+    assert caught.value.exit_code == 74
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_other_errors_are_not_dressed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "sync_directory", lambda path: (_ for _ in ()).throw(OSError(errno.EINVAL, "odd")))
+    with pytest.raises(OSError, match="odd"):
+        save_toy(tmp_path, 2)
+
+
+def ranks_save_and_fail(rank, world_size, root):
+    """Two good saves, then one in which rank 1's disk is full, one where rank 1 has a bug, one unshared disk."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    words = []
+    path = save_toy(root, 1, group=group, rank=rank, world_size=world_size).path
+    loaded = blanks(toy_tensors(1))
+    portable.load_tensors(path / "tensors", loaded, group)
+    assert_equal(loaded, toy_tensors(1))
+
+    def attempt():
+        try:
+            save_toy(root, 2, group=group, rank=rank, world_size=world_size)
+        except Exception as error:
+            words.append((type(error).__name__, str(error), left_over(root)))
+
+    write, save = portable._HashingStream.write, commit.save_tensors
+    if rank == 1:
+
+        def full(self, content):
+            self.files.failure = OSError(errno.ENOSPC, "No space left on device")
+            raise self.files.failure
+
+        portable._HashingStream.write = full
+    attempt()
+    portable._HashingStream.write = write
+    if rank == 1:
+        commit.save_tensors = lambda *arguments: save(*arguments) and {}["bug"]
+    attempt()
+    if rank == 1:
+        commit.save_tensors = lambda *arguments: {
+            **save(*arguments),
+            "__9_0.distcp": files.FileRecord(1, "0"),
+        }
+    attempt()
+    commit.save_tensors = save
+    again = save_toy(root, 2, group=group, rank=rank, world_size=world_size)
+    return words, again.bytes
+
+
+def test_two_ranks_share_the_work_and_fail_together(tmp_path):
+    (first, bytes_0), (second, bytes_1) = run_ranks(ranks_save_and_fail, 2, tmp_path)
+    assert bytes_0 == bytes_1
+    full, bug, unshared = zip(first, second, strict=True)
+    assert full[0] == full[1]
+    assert full[0][0] == "StorageError"
+    assert str(tmp_path) in full[0][1]
+    assert [kind for kind, *_ in bug] == ["RuntimeError", "KeyError"]
+    assert "rank 1 failed: KeyError" in bug[0][1]
+    assert unshared[0] == unshared[1]
+    assert unshared[0][0] == "StorageError"
+    assert "__9_0.distcp" in unshared[0][1]
+    assert [staging for _, _, staging in first + second] == [[]] * 6
+    for step in (1, 2):
+        path = tmp_path / manifest.step_name(step)
+        assert manifest.verify(path) == []
+        # Replicated tensors are written once, and by both ranks.
+        pieces = {piece.name: piece.stat().st_size for piece in (path / "tensors").glob("*.distcp")}
+        assert pieces.keys() == {"__0_0.distcp", "__1_0.distcp"}
+        assert (
+            sum(pieces.values())
+            < 1.5 * (save_toy(tmp_path / "alone", step).path / "tensors").joinpath("__0_0.distcp").stat().st_size
+        )

@@ -1,0 +1,147 @@
+import gzip
+from pathlib import Path
+
+import pytest
+
+from stablelm.data import corpus
+from stablelm.data.corpus import braces, resolve
+from stablelm.errors import ConfigError
+
+
+def find(path: str | list[str], key: str = "data.path") -> list[str]:
+    return resolve(path, key=key, cache="unused")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.json.gz", "a.jsonl", "c.json.zst", "README.md", ".hidden.json", "d.json"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "z.json").mkdir()
+    return tmp_path
+
+
+def names(files: list[str]) -> list[str]:
+    return [Path(file).name for file in files]
+
+
+def test_a_folder_gives_its_text_files_by_name(folder: Path):
+    assert find(str(folder)) == [str(folder / name) for name in ("a.jsonl", "b.json.gz", "c.json.zst", "d.json")]
+
+
+def test_file_glob_braces_and_lists_are_sorted_by_base_name(folder: Path):
+    assert find(str(folder / "b.json.gz")) == [str(folder / "b.json.gz")]
+    assert names(find(f"{folder}/*.json*")) == ["b.json.gz", "c.json.zst", "d.json"]
+    assert names(find(f"{folder}/{{d.json,b.json.gz}}")) == ["b.json.gz", "d.json"]
+    other = folder / "z.json" / "aa.json"
+    other.write_bytes(b"x")
+    assert names(find([str(folder / "d.json"), str(other), f"{folder}/a*"])) == ["a.jsonl", "aa.json", "d.json"]
+
+
+def test_a_file_url_is_a_local_path(folder: Path):
+    assert find(f"file://{folder}/d.json") == [str(folder / "d.json")]
+    assert corpus.is_local(str(folder))
+    assert not corpus.is_local("https://host/x.json")
+
+
+def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert find("~/d.json") == [str(folder / "d.json")]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path):
+    path = tmp_path / "a[1]{x,y}.json"
+    path.write_bytes(b"x")
+    assert find(str(path)) == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plain", ["plain"]),
+        ("a{08..11}b", ["a08b", "a09b", "a10b", "a11b"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
+        ("{x}", ["{x}"]),
+    ],
+)
+def test_braces(text: str, words: list[str]):
+    assert braces(text) == words
+
+
+def test_c4_at_a_mirror_is_1024_urls_in_order():
+    files = find("https://mirror.example/en/c4-train.{00000..01023}-of-01024.json.gz")
+    assert len(files) == 1024
+    assert files == sorted(files)
+    assert files[-1] == "https://mirror.example/en/c4-train.01023-of-01024.json.gz"
+
+
+def test_urls_are_sorted_by_base_name_without_host_and_query():
+    files = find(["https://z.example/a.json.gz?token=9", "https://a.example/b.json.gz?token=1"])
+    assert files == ["https://z.example/a.json.gz?token=9", "https://a.example/b.json.gz?token=1"]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("{tmp}/none.json", "there is no file or folder"),
+        ("{tmp}/none/", "there is no file or folder"),
+        ("{tmp}/none*.json", "no file matches"),
+        ("{tmp}/{{d,none}}.json", "no file matches"),
+        ("{tmp}/z.json", "holds no file named *.json.gz"),
+        ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
+        ("http://host/text.parquet", "is not named like text we read"),
+        ("s3://bucket/a.json", "is in a store we do not read"),
+        ("hf://allenai/c4/x.json", "write hf://datasets/<owner>/<name>"),
+        ("embedded:test", "is no split"),
+        ("", "the path is empty"),
+    ],
+)
+def test_entries_that_match_nothing(path: str, says: str, folder: Path):
+    path = path.format(tmp=folder)
+    with pytest.raises(ConfigError) as caught:
+        find(path, key="data.validation.web")
+    message = str(caught.value)
+    assert message.startswith("data.validation.web: ")
+    assert says in message
+    assert "; " in message  # the mend
+    assert "\n" not in message
+    assert caught.value.exit_code == 78
+
+
+def test_an_empty_list():
+    with pytest.raises(ConfigError, match=r"^data\.path: the list is empty; give"):
+        find([])
+
+
+def test_equal_base_names_are_refused(folder: Path):
+    copy = folder / "z.json" / "d.json"
+    copy.write_bytes(b"x")
+    with pytest.raises(ConfigError) as caught:
+        find([str(folder / "d.json"), str(copy)])
+    assert "two files have the base name 'd.json'" in str(caught.value)
+    assert str(copy) in str(caught.value)
+    assert "rename one" in str(caught.value)
+
+
+def test_embedded_is_the_split_that_the_key_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from stablelm.data.embedded import Embedded
+
+    made = Embedded(["/c/a.json.gz"], ["/c/v.json.gz"], "/c/t.model")
+    seen = []
+    monkeypatch.setattr(corpus, "embedded", lambda cache: seen.append(cache) or made)
+    assert find("embedded") == ["/c/a.json.gz"]
+    assert find("embedded", key="data.validation.own") == ["/c/v.json.gz"]
+    assert find("embedded:train", key="data.validation.own") == ["/c/a.json.gz"]
+    own = tmp_path / "b.json.gz"
+    own.write_bytes(gzip.compress(b"x"))
+    assert find([str(own), "embedded"]) == ["/c/a.json.gz", str(own)]
+    assert set(seen) == {"unused"}
+
+
+def test_importing_the_corpus_imports_neither_torch_nor_datasets():
+    import subprocess
+    import sys
+
+    code = "import sys, stablelm.data.corpus; print([m for m in ('torch', 'datasets', 'fsspec') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,140 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from stablelm.data import inspection
+from stablelm.data.corpus import check, check_enough, check_lanes
+from stablelm.data.tokenizer import Tokenizer, train
+from stablelm.errors import ConfigError
+
+GOOD = b'{"text":"one"}\n{"text":"two"}\n'
+LONG = b"".join(json.dumps({"text": f"{n} {hash((n, 7))}"}).encode() + b"\n" for n in range(20_000))
+
+
+def zst(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    path = folder / name
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json.gz", gzip.compress(GOOD)),
+        ("a.json.gz", gzip.compress(GOOD) + gzip.compress(LONG)),
+        ("a.jsonl.zst", zst(GOOD) + zst(LONG)),
+        ("a.json", GOOD),
+        ("a.jsonl", b"\xef\xbb\xbf\n  \n" + GOOD.rstrip()),
+    ],
+)
+def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
+    check([write(tmp_path, name, content)], key="data.path")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", GOOD, "is not named like text we read; give files named *.json.gz"),
+        ("a.parquet", b"PAR1", "is not named like text we read"),
+        ("a.json.gz", b"", "is empty"),
+        ("a.json", b"", "is empty"),
+        ("a.json.gz", GOOD, "holds plain data, but its name says gzip"),
+        ("a.json.gz", b"<html>not found</html>", "holds plain data, but its name says gzip"),
+        ("a.json.gz", zst(GOOD), "holds zstandard data, but its name says gzip"),
+        ("a.json.zst", gzip.compress(GOOD), "holds gzip data, but its name says zstandard"),
+        ("a.json", gzip.compress(GOOD), "holds gzip data, but its name says plain; rename it"),
+        ("a.json.gz", gzip.compress(b""), "holds no document"),
+        ("a.json", b"\n \n", "holds no document"),
+        ("a.json", b"some words\n", "line 1: not valid JSON"),
+        ("a.json", b'[{"text":"one"}]\n', "line 1: not a JSON object"),
+        ("a.json", b'{"content":"one"}\n', "line 1: without a string under 'text'"),
+        ("a.json", b'{"text":null}\n', "line 1: without a string under 'text'"),
+        ("a.json.gz", gzip.compress(GOOD)[:20], "truncated"),
+        ("a.json.gz", gzip.compress(LONG)[:-1000], "truncated"),
+        ("a.json.gz", gzip.compress(LONG)[:-3], "truncated"),
+        ("a.json.zst", zst(LONG)[:-1000], "truncated"),
+        ("a.json.gz", gzip.compress(LONG)[:9000] + bytes(2000) + gzip.compress(LONG)[11000:], "damaged"),
+    ],
+)
+def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Path):
+    good = write(tmp_path, "0.json", GOOD)
+    path = write(tmp_path, name, content)
+    with pytest.raises(ConfigError) as caught:
+        check([good, path], key="data.path")
+    message = str(caught.value)
+    assert message.startswith("data.path: ")
+    assert path in message
+    assert says in message
+    assert "; " in message  # the mend
+    assert "\n" not in message
+
+
+def test_a_file_that_vanished_and_one_that_is_a_folder(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^data\.path: cannot read .*No such file"):
+        check([str(tmp_path / "gone.json")], key="data.path")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ConfigError, match=r"^data\.path: cannot read .*Is a directory"):
+        check([str(tmp_path / "folder.json")], key="data.path")
+
+
+def test_large_files_are_read_only_at_their_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path, "a.json.gz", gzip.compress(LONG)[:-1000])
+    monkeypatch.setattr(inspection, "SMALL_FILE", 1000)
+    check([path], key="data.path")
+    monkeypatch.setattr(inspection, "SMALL_FILE", 2**20)
+    monkeypatch.setattr(inspection, "SMALL_CORPUS", 1000)
+    check([path], key="data.path")
+
+
+def test_remote_files_are_not_opened():
+    check(["https://host.invalid/a.json.gz"], key="data.path")
+    check_lanes(["https://host.invalid/a.json.gz"], 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("inspection") / "bytes.model"
+    path.write_bytes(train(["one two three four"] * 50, vocab_size=270))
+    return Tokenizer(path)
+
+
+def test_enough_tokens_counts_eos_and_stops_when_it_has_seen_enough(tokenizer: Tokenizer, tmp_path: Path):
+    path = write(tmp_path, "a.json.gz", gzip.compress(GOOD))
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in ("one", "two"))
+    check_enough([path], tokenizer, tokens, key="data.path")
+    with pytest.raises(ConfigError) as caught:
+        check_enough([path], tokenizer, tokens + 1000, key="data.path")
+    message = str(caught.value)
+    assert message.startswith("data.path: ")
+    assert (
+        f"holds {tokens} tokens in 2 documents, fewer than the {tokens + 1000} of one batch; give more text" in message
+    )
+    # The second file is never opened: the first one is enough.
+    check_enough([path, write(tmp_path, "b.json", b"junk\n")], tokenizer, 3, key="data.path")
+
+
+def test_enough_tokens_by_size_reads_nothing(tokenizer: Tokenizer, tmp_path: Path):
+    path = write(tmp_path, "a.json", b"junk\n" * 1000)
+    check_enough([path], tokenizer, 1250, key="data.path")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        check_enough([path], tokenizer, 1251, key="data.path")
+
+
+def test_lanes_need_a_document_each(tmp_path: Path):
+    three = write(tmp_path, "a.json", b'{"text":"x"}\n' * 3)
+    five = write(tmp_path, "b.json.gz", gzip.compress(b'{"text":"x"}\n' * 5))
+    check_lanes([three, five], 2)
+    check_lanes([three, five], 6)
+    with pytest.raises(ConfigError) as caught:
+        check_lanes([three, five], 7)
+    assert str(caught.value) == (
+        f"data.lanes: 7 lanes over 2 files take 4 documents from each, but {three!r} holds 3; "
+        "set at most 6 lanes, or give more text"
+    )

@@ -1,0 +1,83 @@
+"""Windows: a naive concatenation cut with an overlap of one token, from any cursor on."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.letters import LetterTokenizer
+
+from stablelm.data.lanes import Cursor
+from stablelm.data.packing import Packer, document_tokens
+
+TEXTS = st.lists(st.text("abc", max_size=25), min_size=1, max_size=12)
+
+
+def cycle(texts: list[str], start: Cursor):
+    """The texts again and again; the cursor's index counts them."""
+    for index in itertools.count(start.index):
+        yield Cursor(0, 0, 0, index, 0), texts[index % len(texts)]
+
+
+def pack(texts: list[str], seq_len: int, start: Cursor | None = None) -> Packer:
+    start = start or Cursor(0, 0, 0, 0, 0)
+    return Packer(cycle(texts, start), LetterTokenizer(), seq_len, start)
+
+
+def concatenated(texts: list[str], length: int) -> list[int]:
+    tokens = [[*map(ord, text), 0] for text in texts]
+    return list(itertools.islice(itertools.chain.from_iterable(itertools.cycle(tokens)), length))
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(1, 17))
+def test_windows_are_the_concatenation_with_an_overlap_of_one(texts, seq_len):
+    packer = pack(texts, seq_len)
+    windows = [packer.next() for _ in range(9)]
+    stream = concatenated(texts, 9 * seq_len + 1)
+    for number, window in enumerate(windows):
+        assert window.tolist() == stream[number * seq_len : (number + 1) * seq_len + 1]
+    # Each token but the first is predicted once, each eos with it.
+    predicted = np.concatenate([window[1:] for window in windows])
+    assert predicted.tolist() == stream[1:]
+    assert (predicted == 0).sum() == stream[1:].count(0)
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(1, 17), st.integers(0, 6), st.integers(1, 4))
+def test_the_cursor_is_all_the_state(texts, seq_len, first, second):
+    whole = pack(texts, seq_len)
+    windows = [whole.next().tolist() for _ in range(first + second + 3)]
+    part = pack(texts, seq_len)
+    for number in range(first):
+        assert part.next().tolist() == windows[number]
+    part = pack(texts, seq_len, part.cursor)
+    for number in range(first, first + second):
+        assert part.next().tolist() == windows[number]
+    part = pack(texts, seq_len, Cursor(*part.cursor.to_list()))
+    for number in range(first + second, first + second + 3):
+        assert part.next().tolist() == windows[number]
+    assert part.cursor == whole.cursor
+
+
+def test_the_offset_counts_inputs_of_the_current_document():
+    packer = pack(["abcdef", "gh"], 3)
+    packer.next()
+    assert packer.cursor == Cursor(0, 0, 0, 0, 3)
+    packer.next()
+    assert packer.cursor == Cursor(0, 0, 0, 0, 6), "eos of the first document is the next input"
+    packer.next()
+    assert packer.cursor == Cursor(0, 0, 0, 1, 2)
+    packer.next()
+    assert packer.cursor == Cursor(0, 0, 0, 2, 2)
+
+
+def test_a_cursor_never_points_behind_a_document():
+    packer = pack(["abc", "def"], 4)
+    packer.next()
+    assert packer.cursor == Cursor(0, 0, 0, 1, 0)
+
+
+def test_an_empty_document_is_its_eos():
+    assert document_tokens(LetterTokenizer(), "").tolist() == [0]
+    assert document_tokens(LetterTokenizer(), "a").dtype == np.int32

@@ -1,0 +1,93 @@
+"""Named methods and how they fill the axes."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from stablelm.config.schema import AttentionConfig, ModelConfig
+from stablelm.errors import ConfigError
+from stablelm.methods.catalogue import METHODS, apply_method, default_d_ff
+from stablelm.methods.placement import PLACEMENTS, make_placement
+from stablelm.methods.stream import Residual, make_stream
+
+AXES = {"stream", "placement", "norm", "init", "activation", "bias", "tie_embeddings", "attention.position"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_its_paper_and_all_axes(name):
+    method = METHODS[name]
+    assert method.name == name
+    assert method.paper
+    assert method.defaults.keys() == AXES
+    model = apply_method(ModelConfig(method=name))
+    for key in AXES - {"attention.position"}:
+        assert getattr(model, key) == method.defaults[key]
+    assert model.attention.position == method.defaults["attention.position"]
+    make_stream(model)
+    assert make_placement(model) is PLACEMENTS[str(model.placement)]
+
+
+def test_the_three_points():
+    pre, post, gpt2 = (apply_method(ModelConfig(method=name)) for name in ("pre_ln", "post_ln", "gpt2"))
+    assert (pre.placement, pre.init, pre.bias, pre.tie_embeddings) == ("pre", "xavier", False, False)
+    assert replace(post, method="pre_ln", placement="pre") == pre
+    assert (gpt2.init, gpt2.bias, gpt2.tie_embeddings, gpt2.attention.position) == ("gpt2", True, True, "learned")
+
+
+def test_keys_that_are_set_override_the_method():
+    own = {"placement": "post", "norm": "rmsnorm", "init": "gpt2", "activation": "swiglu", "bias": True}
+    attention = AttentionConfig(position="none", rope_base=500.0)
+    model = apply_method(ModelConfig(method="pre_ln", tie_embeddings=True, attention=attention, **own))
+    assert {key: getattr(model, key) for key in own} == own
+    assert model.tie_embeddings is True
+    assert model.attention == attention
+
+
+def test_false_is_a_set_value():
+    model = apply_method(ModelConfig(method="gpt2", bias=False, tie_embeddings=False))
+    assert (model.bias, model.tie_embeddings) == (False, False)
+
+
+def test_other_keys_are_left_alone():
+    model = ModelConfig(method="gpt2", n_layers=7, dropout=0.3)
+    filled = apply_method(model)
+    others = {f.name for f in fields(ModelConfig)} - AXES - {"attention"}
+    assert {name: getattr(filled, name) for name in others} == {name: getattr(model, name) for name in others}
+    assert apply_method(filled) == filled
+
+
+@pytest.mark.parametrize(("name", "mend"), [("preln", "did you mean pre_ln"), ("zzz", "choose one of pre_ln, post_ln")])
+def test_an_unknown_method_is_named_with_its_mend(name, mend):
+    with pytest.raises(ConfigError, match=rf"model\.method={name}.*{mend}"):
+        apply_method(ModelConfig(method=name))
+
+
+@pytest.mark.parametrize(
+    ("d_model", "activation", "d_ff"),
+    [(128, "gelu", 512), (100, "relu", 400), (96, "swiglu", 256), (128, "swiglu", 384), (4096, "swiglu", 10944)],
+)
+def test_default_feedforward_width(d_model, activation, d_ff):
+    assert default_d_ff(d_model, activation) == d_ff
+
+
+def test_streams_are_functional_and_join_is_associative():
+    import torch
+
+    stream = Residual()
+    a, f = torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)
+    start = stream.start(a)
+    new = stream.write(start, f)
+    assert torch.equal(stream.finish(stream.join(start, new)), torch.full((1, 2, 3), 3.0))
+    assert torch.equal(stream.read(start), torch.ones(1, 2, 3))
+    newer = stream.write(new, f.bfloat16())
+    assert newer[0].dtype == torch.float32
+    left, right = stream.join(stream.join(start, new), newer), stream.join(start, stream.join(new, newer))
+    assert torch.equal(stream.finish(left), stream.finish(right))
+
+
+def test_the_catalogue_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, stablelm.methods.catalogue; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,34 @@
+"""Tiny corpora and a tokenizer without a model file."""
+
+import gzip
+import json
+from pathlib import Path
+
+
+class LetterTokenizer:
+    """One token a character; eos is 0. Enough to follow each token through packing."""
+
+    pieces, eos = 1 << 16, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    """A .json or .json.gz file with one document a line."""
+    data = "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(data, 1) if path.name.endswith(".gz") else data)
+    return str(path)
+
+
+def write_corpus(folder: Path, rows: list[int]) -> list[str]:
+    """One file for each number of rows; documents are unique, of 0 to about 60 letters, and say where they are from."""
+    files = []
+    for index, count in enumerate(rows):
+        texts = [f"{index}:{row}" + "x" * (row * 7 % 53) + "." for row in range(count)]
+        suffix = ".json.gz" if index % 2 else ".json"
+        files.append(write_rows(folder / f"part-{index:05d}{suffix}", texts))
+    return files

@@ -1,0 +1,49 @@
+"""Starts our programs as a user does: plain python, torchrun or accelerate launch, on CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from support.samples import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+LAUNCHERS = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's variables without any launcher's, one thread a process."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **extra}
+
+
+def command(program: str, *arguments: str, processes: int = 1, launcher: str = "") -> list[str]:
+    """The command line for `launch/<program>.py`; launcher: '', 'torchrun' or accelerate's own flags."""
+    script = str(LAUNCH / f"{program}.py")
+    if not launcher and processes == 1:
+        return [sys.executable, script, *arguments]
+    if launcher in ("", "torchrun"):
+        start = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        start += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
+    else:
+        start = ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
+        start += ["--cpu", f"--main_process_port={free_port()}", *launcher.split()]
+    return [sys.executable, *start, script, *arguments]
+
+
+def run(
+    program: str, *arguments: str, processes: int = 1, launcher: str = "", timeout: float = 240,
+    cwd: Path | None = None, **extra: str,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Runs to the end; the caller checks the return code."""
+    return subprocess.run(
+        command(program, *arguments, processes=processes, launcher=launcher),
+        env=environment(**extra), cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,56 @@
+"""Toy checkpoints for the tests: known tensors, one line to save them, and ways to hurt them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stablelm.checkpoint import commit
+
+STATE = {"step": 0, "tokens": 12, "lanes": {"0": [0, 1, 2, 3, 4]}}
+CONFIG = "run:\n  seed: 1\n"
+
+
+def toy_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Several shapes and dtypes, a scalar and an empty one; a function of the seed only."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "model.embedding.weight": torch.randn(33, 16, generator=draw),
+        "model.layers.0.bias": torch.randn(7, generator=draw).bfloat16(),
+        "model.layers.0.gain": torch.randn(5, 3, generator=draw, dtype=torch.float64),
+        "model.layers.0.none": torch.empty(0, 4),
+        "optim.embedding.weight.exp_avg": torch.randn(33, 16, generator=draw),
+        "optim.embedding.weight.step": torch.tensor(float(seed)),
+        "optim.count": torch.tensor([seed, 2], dtype=torch.int64),
+    }
+
+
+def blanks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()}
+
+
+def save_toy(root: Path, step: int, *, group: Any = None, rank: int = 0, world_size: int = 1) -> commit.SaveResult:
+    """Commits toy_tensors(step) as `step`."""
+    state = {**STATE, "step": step}
+    return commit.save(
+        root, step, toy_tensors(step), state, CONFIG, attempt="a1", group=group, rank=rank, world_size=world_size
+    )
+
+
+def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(got[name], tensor), name
+        assert got[name].dtype == tensor.dtype, name
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Flips one bit of a file, counted from its first byte's lowest."""
+    content = bytearray(path.read_bytes())
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def left_over(root: Path) -> list[str]:
+    """Names below the checkpoints directory that are no committed steps."""
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("step-"))
