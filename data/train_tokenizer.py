@@ -59,12 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
-        for file in files:
-            for text in documents(file, retry_budget=600.0):
-                if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
-                    held_out.append(text)
-                else:
-                    yield text
+        for text in documents(files, retry_budget=600.0):
+            if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
+                held_out.append(text)
+            else:
+                yield text
 
     lines = sample_lines(training_texts(), options.sentences, options.seed)
     model = train(lines, vocab_size=options.vocab_size, model_type=options.model_type, key="--vocab-size")

@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-from support.corpora import TinyCorpus, make_tiny_corpus  # noqa: E402
+import pytest
+from support.tiny import TinyCorpus, make_tiny_corpus
 
 
 @pytest.fixture(scope="session")

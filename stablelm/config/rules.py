@@ -144,7 +144,7 @@ class _Rules:
             # A resolved configuration holds both, and they agree.
             if steps not in (None, needed):
                 self.broken(
-                    f"train.steps={steps} contradicts train.tokens={train.tokens}, which is {needed} steps; "
+                    f"train.steps={steps} contradicts train.tokens={train.tokens}, which makes it {needed}; "
                     "set one of them and the other to null",
                     "train.steps",
                     "train.tokens",

@@ -31,9 +31,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _style(words: str) -> str | None:
+    # PyYAML turns these into plain line breaks unless they are escaped, which double quotes do.
+    return '"' if any(mark in words for mark in "\x85\u2028\u2029\ufeff") else None
+
+
 for _kind, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), _first)
+_Dumper.add_representer(str, lambda dumper, data: dumper.represent_scalar(_TAG + "str", data, style=_style(data)))
 _Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence(_TAG + "seq", data, flow_style=True))
 
 

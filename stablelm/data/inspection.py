@@ -52,7 +52,7 @@ def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, 
         return
     tokens = count = 0
     try:
-        for text in (text for path in paths for text in documents(path, retry_budget=0)):
+        for text in documents(paths, retry_budget=0):
             tokens += len(tokenizer.encode(text)) + 1
             count += 1
             if tokens >= tokens_needed:

@@ -163,6 +163,8 @@ class _Producer:
             self._room.notify_all()
             for number in numbers:
                 while number not in self._ready:
+                    if self._closed:
+                        raise RuntimeError("the loader was closed while a batch was waited for")
                     self._filled.wait()
                 row = self._ready.pop(number)
                 if isinstance(row, BaseException):
@@ -174,6 +176,7 @@ class _Producer:
         with self._room:
             self._closed = True
             self._room.notify_all()
+            self._filled.notify_all()
         for thread in self._threads:
             # One that waits for a store ends by itself later; a daemon does not keep the program alive.
             thread.join(timeout=1.0)

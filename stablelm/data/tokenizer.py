@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -125,6 +126,17 @@ def train(lines: Iterable[str], *, vocab_size: int, model_type: str = "unigram",
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip().rstrip(".") or "too little text"
-        raise ConfigError(f"{key}: {vocab_size} pieces cannot be learned from this text ({reason})") from None
+        raise ConfigError(
+            f"{key}: {vocab_size} pieces cannot be learned from this text, {_possible(str(error))}"
+        ) from None
     return model.getvalue()
+
+
+def _possible(error: str) -> str:
+    """The mend in SentencePiece's message, without its talk of options that are not ours."""
+    if most := re.search(r"value <= (\d+)", error):
+        return f"it gives at most {most[1]}; give fewer pieces or more text"
+    if least := re.search(r"required_chars. \d+ vs (\d+)", error):
+        return f"it takes at least {least[1]}; give more pieces"
+    reason = " ".join(error.rsplit("] ", 1)[-1].split()).rstrip(".")
+    return f"there is too little of it{f' ({reason})' if reason else ''}; give more text"

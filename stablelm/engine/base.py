@@ -16,8 +16,11 @@ class Engine(Protocol):
 
     kind: str
     device: torch.device
-    module: nn.Module
-    """The decoder as it is called; its parameters may be shards."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The decoder; its parameters may be shards."""
+        ...
 
     def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
         """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode."""

@@ -3,10 +3,13 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
+from stablelm.checkpoint.agree import Together
 from stablelm.engine.environment import Launch
 from stablelm.errors import ConfigError
 
@@ -25,13 +28,9 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, value):
-        """Rank 0's picklable value, on every rank."""
-        if self.cpu_group is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
-        return box[0]
+    def together(self) -> Together:
+        """For phases in which all ranks fail together."""
+        return Together(self.cpu_group, self.rank)
 
     def gather(self, value) -> list:
         """Every rank's picklable value, in rank order, on every rank."""
@@ -75,17 +74,18 @@ def connect(launch: Launch, kind: str, *, timeout_minutes: float = 10) -> Ranks:
     timeout = timedelta(minutes=timeout_minutes)
     meet: dict = {"init_method": "env://"}
     if launch.world_size == 1:
-        meet = {"store": dist.HashStore()}
+        meet = {"store": HashStore()}
     elif launch.launcher == "srun":
         meet = {"init_method": f"tcp://{launch.master_addr}:{launch.master_port}"}
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meet)
     # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
-    groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
-    return Ranks(launch.rank, launch.world_size, device, groups[0], groups[1])
+    agreements, stops = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
+    return Ranks(launch.rank, launch.world_size, device, agreements, stops)
 
 
-def disconnect() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
+def disconnect(ranks: Ranks) -> None:
+    """Leaves the process groups once every rank is ready to: one that goes early breaks its peers' last words."""
+    if ranks.cpu_group is not None:
+        ranks.barrier()
         dist.destroy_process_group()

@@ -3,8 +3,8 @@
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +26,7 @@ class TorchEngine:
         self.kind, self.device = kind, ranks.device
         self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
         with torch.device("meta"):
-            self.module: nn.Module = Decoder(config.model, str(config.train.precision))
+            self.module = Decoder(config.model, str(config.train.precision))
         self._roles = roles(self.module)
         if config.engine.recompute == "full":
             recompute_layers(self.module.layers)
@@ -35,7 +35,7 @@ class TorchEngine:
         if kind == "fsdp2":
             shard(self.module, self.module.layers, ranks)
         self._materialise(config)
-        self._call = self.module
+        self._call: nn.Module = self.module
         if kind == "ddp":
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             # Weights are equal by construction (seeded by name), so nothing needs a broadcast at the start.
@@ -107,7 +107,7 @@ def compile_layers(layers: nn.ModuleList) -> None:
 
 def shard(module: nn.Module, layers: nn.ModuleList, ranks: Ranks) -> None:
     """FSDP2: one unit a layer, the embedding, head and final norm in the root unit."""
-    mesh = dist.init_device_mesh(ranks.device.type, (ranks.world_size,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)

@@ -147,5 +147,5 @@ def _run(request: Request, launch: Launch, out: str | None) -> int:
     if ranks.is_first and out is not None:
         told = {"checkpoint": str(request.checkpoint), "step": request.step, "sets": figures, "tasks": {}}
         Path(out).write_text(json.dumps(told, indent=2) + "\n")
-    disconnect()
+    disconnect(ranks)
     return 0

@@ -70,6 +70,5 @@ def save(prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progr
         world_size=ranks.world_size,
     )
     progress.checkpointed_step = progress.step
-    if ranks.is_first:
-        keep.retain(root, config.checkpoint.keep, config.checkpoint.keep_permanent_every)
+    ranks.together().first(lambda: keep.retain(root, config.checkpoint.keep, config.checkpoint.keep_permanent_every))
     return result.seconds

@@ -37,7 +37,7 @@ class Prepared:
     launch: Launch
     tokenizer: Tokenizer
     corpora: Corpora | None
-    """None on a rank that must ask rank 0, because listing a remote store once is enough."""
+    """None on ranks above 0 for remote text: rank 0 lists a store once for all of them."""
 
 
 def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:

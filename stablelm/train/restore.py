@@ -10,7 +10,7 @@ from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
-from stablelm.errors import CheckpointError, ConfigError, UserError
+from stablelm.errors import CheckpointError, ConfigError
 from stablelm.train.prepare import refuse_other_run
 from stablelm.train.progress import Progress
 
@@ -40,20 +40,6 @@ def find(config: Config, identity: dict[str, Any], resume: str, message: Callabl
     return found
 
 
-def agree(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
-    """Rank 0's choice on every rank; its UserError is raised on every rank."""
-    found, problem = None, None
-    if ranks.is_first:
-        try:
-            found = choose()
-        except UserError as error:
-            problem = error
-    found, problem = ranks.broadcast((found, problem))
-    if problem is not None:
-        raise problem
-    return found
-
-
 def resume_from(checkpoint: Path, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress) -> None:
     """Loads weights, moments, position in the data and counters, in place."""
     load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
@@ -65,8 +51,7 @@ def resume_from(checkpoint: Path, engine: Engine, loader: Loader, ranks: Ranks, 
 
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
     """Loads the weights alone, of a run or checkpoint directory, into a new run."""
-    found = agree(ranks, lambda: keep.resolve_checkpoint(Path(path)))
-    assert found is not None
+    found = ranks.together().first(lambda: keep.resolve_checkpoint(Path(path)))
     try:
         load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     except CheckpointError as error:

@@ -17,7 +17,7 @@ from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
 from stablelm.train.build import build_loader, read_validation, save
 from stablelm.train.loop import Job, train
-from stablelm.train.prepare import Prepared, find_corpora
+from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.rehearse import rehearse
@@ -54,7 +54,7 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
     code = EXIT_STOPPED_EARLY if reason else EXIT_FINISHED
     if ranks.is_first:
         ending.write(code, reason or "finished")
-    disconnect()
+    disconnect(ranks)
     return code
 
 
@@ -93,17 +93,15 @@ class Ending:
 
 def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
     """Gives every rank rank 0's file lists, which were read once."""
-    corpora = prepared.corpora
-    if ranks.is_first and corpora is None:
-        corpora = find_corpora(prepared.config, prepared.tokenizer)
-    return dataclasses.replace(prepared, corpora=ranks.broadcast(corpora))
+    found = ranks.together().first(lambda: prepared.corpora)
+    return dataclasses.replace(prepared, corpora=found)
 
 
 def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started: float) -> str:
     config, corpora, progress = prepared.config, prepared.corpora, ending.progress
     assert corpora is not None and config.train.steps is not None
     early: list[str] = []
-    found = restore.agree(ranks, lambda: restore.find(config, corpora.identity, resume, early.append))
+    found = ranks.together().first(lambda: restore.find(config, corpora.identity, resume, early.append))
     if found is not None and keep.read_state(found)["step"] >= config.train.steps:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)
@@ -164,7 +162,8 @@ def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Path) ->
             setattr(ending.progress, name, earlier.get(name))
         ending.extra |= {k: earlier[k] for k in ("params", "unigram_loss", "val_bits_per_byte") if k in earlier}
         print(
-            f"nothing to do: {config.run.dir} has finished its {config.train.steps} steps; name another run.dir to train anew"
+            f"nothing to do: {config.run.dir} has finished its {config.train.steps} steps;"
+            " name another run.dir to train anew"
         )
         print(where_to_look(config))
     ending.progress.step, ending.progress.tokens = state["step"], state["tokens"]

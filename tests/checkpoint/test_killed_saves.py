@@ -76,7 +76,9 @@ def in_a_fork(function, *arguments):
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join(60)
-    assert not process.is_alive()
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the forked process hung")
     return process.exitcode
 
 

@@ -30,7 +30,7 @@ def test_a_folder_gives_its_text_files_by_name(folder: Path):
 
 def test_file_glob_braces_and_lists_are_sorted_by_base_name(folder: Path):
     assert find(str(folder / "b.json.gz")) == [str(folder / "b.json.gz")]
-    assert names(find(f"{folder}/*.json*")) == ["b.json.gz", "c.json.zst", "d.json"]
+    assert names(find(f"{folder}/*.json*")) == ["a.jsonl", "b.json.gz", "c.json.zst", "d.json"]
     assert names(find(f"{folder}/{{d.json,b.json.gz}}")) == ["b.json.gz", "d.json"]
     other = folder / "z.json" / "aa.json"
     other.write_bytes(b"x")

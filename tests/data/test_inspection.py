@@ -111,11 +111,9 @@ def test_enough_tokens_counts_eos_and_stops_when_it_has_seen_enough(tokenizer: T
     check_enough([path], tokenizer, tokens, key="data.path")
     with pytest.raises(ConfigError) as caught:
         check_enough([path], tokenizer, tokens + 1000, key="data.path")
-    message = str(caught.value)
-    assert message.startswith("data.path: ")
-    assert (
-        f"holds {tokens} tokens in 2 documents, fewer than the {tokens + 1000} of one batch; give more text" in message
-    )
+    says = f"holds {tokens} tokens in 2 documents, fewer than the {tokens + 1000} of one batch; give more text"
+    assert str(caught.value).startswith("data.path: ")
+    assert says in str(caught.value)
     # The second file is never opened: the first one is enough.
     check_enough([path, write(tmp_path, "b.json", b"junk\n")], tokenizer, 3, key="data.path")
 

@@ -14,13 +14,13 @@ AWKWARD = "  two  spaces\n\n\ttab, naïve café ☃ \x00 日本語 🙂 trailing
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
-    path.write_bytes(train(TEXT, vocab_size=300))
+    path.write_bytes(train(TEXT, vocab_size=285))
     return path
 
 
 def test_a_trained_model_gives_every_text_back(model: Path):
     tokenizer = Tokenizer(model)
-    assert tokenizer.pieces == 300
+    assert tokenizer.pieces == 285
     assert tokenizer.eos == 1
     ids = tokenizer.encode(AWKWARD)
     assert tokenizer.decode(ids) == AWKWARD
@@ -42,26 +42,26 @@ def test_sha256_is_of_the_file(model: Path, tmp_path: Path):
 
 
 def test_equal_lines_give_equal_models_and_other_lines_others():
-    assert train(TEXT, vocab_size=300) == train(TEXT, vocab_size=300)
-    assert train(TEXT, vocab_size=300) != train([*TEXT, "another thing entirely"], vocab_size=300)
+    assert train(TEXT, vocab_size=285) == train(TEXT, vocab_size=285)
+    assert train(TEXT, vocab_size=285) != train([*TEXT, "another thing entirely"], vocab_size=285)
 
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_both_kinds_of_model(model_type: str, tmp_path: Path):
     path = tmp_path / "any.model"
-    path.write_bytes(train(TEXT, vocab_size=300, model_type=model_type))
+    path.write_bytes(train(TEXT, vocab_size=285, model_type=model_type))
     assert Tokenizer(path).decode(Tokenizer(path).encode(AWKWARD)) == AWKWARD
 
 
-@pytest.mark.parametrize("pieces", [100, 5000])
-def test_a_vocabulary_that_the_text_cannot_give(pieces: int):
-    with pytest.raises(ConfigError, match=rf"^--vocab-size: {pieces} pieces cannot be learned"):
+@pytest.mark.parametrize(("pieces", "says"), [(100, "it takes at least 28"), (5000, "it gives at most ")])
+def test_a_vocabulary_that_the_text_cannot_give(pieces: int, says: str):
+    with pytest.raises(ConfigError, match=rf"^--vocab-size: {pieces} pieces cannot be learned from this text, {says}"):
         train(TEXT, vocab_size=pieces, key="--vocab-size")
 
 
 def test_no_text_at_all():
-    with pytest.raises(ConfigError, match="too little text"):
-        train([], vocab_size=300)
+    with pytest.raises(ConfigError, match="too little of it; give more text"):
+        train([], vocab_size=285)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_model_without_eos(tmp_path: Path):
 
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=writer, vocab_size=40, eos_id=-1, minloglevel=2
+        sentence_iterator=iter(TEXT), model_writer=writer, vocab_size=34, eos_id=-1, minloglevel=2
     )
     path = tmp_path / "no-eos.model"
     path.write_bytes(writer.getvalue())

@@ -15,8 +15,8 @@ COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 class FakeHub:
     """Serves `files` (path in the data set -> content) as the data set `name` at `url` inside a with block.
 
-    `requests` are the (method, path) seen. `failures` holds HTTP statuses that the next reads of file
-    content answer before the server gets well.
+    `requests` are the (method, path) seen. `failures` holds HTTP statuses that the next reads of .gz
+    files answer before the server gets well.
     """
 
     def __init__(self, files: dict[str, bytes], *, name: str = "allenai/c4", commit: str = COMMIT):
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, name: str) -> None:
         if name not in self.hub.files:
             return self._missing("EntryNotFound")
-        if self.command == "GET" and self.hub.failures:
+        if self.command == "GET" and name.endswith(".gz") and self.hub.failures:
             return self._json({"error": "overloaded"}, self.hub.failures.pop(0))
         data = self.hub.files[name]
         headers = {"ETag": f'"{_oid(name)}"', "X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}

@@ -1,5 +1,6 @@
 """Starts our programs as a user does: plain python, torchrun or accelerate launch, on CPU."""
 
+import json
 import os
 import socket
 import subprocess
@@ -47,3 +48,34 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# A model that trains in seconds; dropout off and a gentle start, so that runs can be compared.
+TINY = (
+    "model.n_layers=3",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "data.seq_len=32",
+    "data.lanes=12",
+    "train.steps=20",
+    "train.global_batch_size=12",
+    "train.lr=3e-4",
+    "train.warmup_steps=100",
+    "observe.every=1",
+    "evaluate.every=0",
+    "evaluate.batches=2",
+    "checkpoint.every=0",
+)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of each step; a step that was made again counts as made last."""
+    from stablelm.observe.sinks import last_records
+
+    return {
+        step: record["loss"] for step, record in last_records(run_dir / "metrics.jsonl").items() if "loss" in record
+    }
+
+
+def summary(run_dir: Path) -> dict:
+    return json.loads((run_dir / "summary.json").read_text())

@@ -1,0 +1,154 @@
+"""What may differ on resume and what may not."""
+
+import json
+
+import pytest
+
+from stablelm.config import rules
+from stablelm.config.identity import differences, identity, identity_hash, may_extend
+from stablelm.config.keys import keys
+from stablelm.config.load import load
+
+
+def make(*overrides: str, files: tuple[str, ...] = ("a.json.gz", "b.json.gz"), tokenizer: str = "1234") -> dict:
+    length = [] if any(o.startswith(("train.tokens", "train.steps")) for o in overrides) else ["train.steps=100"]
+    config = load([], [*length, "train.warmup_steps=10", *overrides]).config
+    config = rules.resolve(config, pieces=4000, world_size=1, accelerate_precision=None)
+    return identity(config, base_names=files, tokenizer_sha256=tokenizer)
+
+
+def test_holds_the_identity_keys_as_json():
+    found = make()
+    assert set(found) == {name for name, key in keys().items() if key.identity}
+    assert json.loads(json.dumps(found)) == found
+    assert (found["data.path"], found["data.tokenizer"]) == (["a.json.gz", "b.json.gz"], "1234")
+    assert found["train.betas"] == [0.9, 0.95]
+
+
+def test_contract_of_free_keys():
+    free = {name for name, key in keys().items() if not key.identity}
+    assert free >= {
+        "run.dir",
+        "run.stop_after",
+        "run.time_limit",
+        "train.micro_batch_size",
+        "train.compile",
+        "data.workers",
+    }
+    for name, key in keys().items():
+        if name.startswith(("engine.", "checkpoint.", "observe.", "evaluate.")):
+            assert not key.identity, name
+        if name.startswith("model."):
+            assert key.identity, name
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere",
+        "run.stop_after=3",
+        "train.micro_batch_size=4",
+        "train.compile=true",
+        "engine.kind=ddp",
+        "observe.every=1",
+        "data.workers=0",
+        "checkpoint.dir=/c",
+        "data.path=/other/store/*.gz",
+        "model.kv_heads=6",
+    ],
+)
+def test_free_to_change(override):
+    assert differences(make(), make(override)) == []
+    assert identity_hash(make()) == identity_hash(make(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.lr=1e-3", "train.lr: saved with 0.0003, now 0.001"),
+        ("run.seed=1", "run.seed: saved with 0, now 1"),
+        ("model.n_layers=13", "model.n_layers: saved with 12, now 13"),
+        ("model.placement=post", "model.placement: saved with pre, now post"),
+        ("train.betas=[0.9, 0.99]", "train.betas: saved with [0.9, 0.95], now [0.9, 0.99]"),
+        ("model.tie_embeddings=true", "model.tie_embeddings: saved with false, now true"),
+        ("run.init_from=x", "run.init_from: saved with null, now x"),
+    ],
+)
+def test_refused(override, sentence):
+    different = differences(make(), make(override))
+    assert sentence in different
+    assert identity_hash(make()) != identity_hash(make(override))
+
+
+def test_other_data_or_tokenizer():
+    assert differences(make(), make(files=("a.json.gz",))) == [
+        'data.path: saved with ["a.json.gz", "b.json.gz"], now ["a.json.gz"]'
+    ]
+    assert differences(make(), make(tokenizer="99")) == ["data.tokenizer: saved with 1234, now 99"]
+
+
+def test_long_lists_show_what_differs():
+    many = tuple(f"{i}.gz" for i in range(50))
+    (sentence,) = differences(make(files=many), make(files=many[1:]))
+    assert sentence == "data.path: saved with 50 entries, ['0.gz'] only here, now 49 entries, [] only here"
+
+
+def test_a_method_counts_by_its_axes():
+    assert differences(make("model.method=post_ln"), make("model.placement=post")) == []
+    assert identity_hash(make("model.method=post_ln")) == identity_hash(make("model.placement=post"))
+    assert differences(make("model.method=post_ln"), make()) != []
+
+
+def test_tokens_count_by_their_steps():
+    tokens = 100 * 32 * 512
+    assert differences(make(), make(f"train.tokens={tokens}")) == []
+
+
+def test_a_cosine_cannot_grow():
+    (sentence,) = differences(make(), make("train.steps=200"), step=50)
+    assert sentence == (
+        "train.steps: saved with 100, now 200 "
+        "(it may grow where train.schedule is constant, or wsd before its cooldown)"
+    )
+
+
+def test_constant_can_grow_but_not_shrink():
+    short, long = make("train.schedule=constant"), make("train.schedule=constant", "train.steps=200")
+    assert differences(short, long, step=100) == []
+    assert differences(long, short, step=50) != []
+
+
+def test_wsd_can_grow_before_its_cooldown():
+    short = make("train.schedule=wsd", "train.steps=100", "train.cooldown_steps=20")
+    long = make("train.schedule=wsd", "train.steps=200", "train.cooldown_steps=40")
+    assert differences(short, long, step=80) == []
+    assert differences(short, long) == []
+    assert len(differences(short, long, step=81)) == 2
+
+
+def test_wsd_may_not_already_be_past_the_new_cooldown():
+    short = make("train.schedule=wsd", "train.steps=100", "train.cooldown_steps=20")
+    long = make("train.schedule=wsd", "train.steps=110", "train.cooldown_steps=60")
+    assert may_extend(short, long, 50)
+    assert not may_extend(short, long, 51)
+
+
+def test_growing_excuses_no_other_difference():
+    saved = make("train.schedule=constant")
+    different = differences(saved, make("train.schedule=constant", "train.steps=200", "train.lr=1"), step=1)
+    assert any(sentence.startswith("train.lr") for sentence in different)
+
+
+def test_the_learning_rate_before_the_step_does_not_change():
+    """What `may_extend` promises, against the schedule itself."""
+    from stablelm.train.schedule import learning_rate
+
+    def resolved(*overrides: str):
+        config = load([], ["train.schedule=wsd", "train.warmup_steps=10", *overrides]).config
+        return rules.resolve(config, pieces=4000, world_size=1, accelerate_precision=None)
+
+    configs = resolved("train.steps=100"), resolved("train.steps=150")
+    saved, current = (identity(c, base_names=["a"], tokenizer_sha256="") for c in configs)
+    for step in range(1, 101):
+        same = all(learning_rate(s, configs[0].train) == learning_rate(s, configs[1].train) for s in range(1, step + 1))
+        assert may_extend(saved, current, step) == same, step

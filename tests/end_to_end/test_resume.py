@@ -1,0 +1,106 @@
+"""A run that is killed and resumed is the run that was not."""
+
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.programs import TINY, command, environment, losses, run, summary
+from support.tiny import TinyCorpus
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+DROPOUT = ("model.dropout=0.1", f"train.steps={STEPS}", "checkpoint.every=4", "data.workers=2")
+
+
+def arguments(corpus: TinyCorpus, run_dir: Path, *extra: str) -> list[str]:
+    return [*TINY, *corpus.overrides(), f"run.dir={run_dir}", *extra]
+
+
+def records(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def kill_after(seconds: float, records_first: int, run_dir: Path, command_line: list[str]) -> None:
+    """Starts the program and kills it, with no warning, `seconds` after it has written that many more records."""
+    before = records(run_dir)
+    process = subprocess.Popen(
+        command_line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while records(run_dir) < before + records_first:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_three_kills_leave_no_trace(tiny_corpus: TinyCorpus, tmp_path: Path):
+    undisturbed = run("pretrain", *arguments(tiny_corpus, tmp_path / "whole", *DROPOUT))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    killed = tmp_path / "killed"
+    moments = random.Random(5)
+    for _ in range(3):
+        line = command("pretrain", *arguments(tiny_corpus, killed, *DROPOUT))
+        kill_after(moments.uniform(0, 0.2), moments.randint(2, 10), killed, line)
+    last = run("pretrain", *arguments(tiny_corpus, killed, *DROPOUT))
+    assert last.returncode == 0, last.stderr
+    assert "resumed from" in last.stdout
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert sorted(losses(killed)) == list(range(1, STEPS + 1))
+    assert summary(killed)["attempts"] == 4
+    assert summary(killed)["val_loss"] == summary(tmp_path / "whole")["val_loss"]
+    assert not list((killed / "checkpoints").glob(".staging-*"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_two_processes_resume_exactly_with_dropout(engine: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+    extra = (*DROPOUT, "train.steps=8", f"engine.kind={engine}", "engine.recompute=full")
+    for name, stops in (("whole", [[]]), ("parts", [["run.stop_after=3"], ["run.stop_after=5"], []])):
+        for stop in stops:
+            done = run("pretrain", *arguments(tiny_corpus, tmp_path / name, *extra, *stop), processes=2)
+            assert summary(tmp_path / name)["exit_code"] == (75 if stop else 0), done.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_world_size_may_change_between_attempts(tiny_corpus: TinyCorpus, tmp_path: Path):
+    whole = run("pretrain", *arguments(tiny_corpus, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    elastic = tmp_path / "elastic"
+    for processes, stop in ((1, ["run.stop_after=7"]), (2, ["run.stop_after=13"]), (4, [])):
+        done = run("pretrain", *arguments(tiny_corpus, elastic, *stop), processes=processes)
+        assert summary(elastic)["exit_code"] == (75 if stop else 0), done.stderr
+    expected, found = losses(tmp_path / "whole"), losses(elastic)
+    assert sorted(found) == sorted(expected)
+    assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-6
+
+
+def test_a_longer_run_goes_on_where_the_schedule_allows_it(tiny_corpus: TinyCorpus, tmp_path: Path):
+    constant = ("train.schedule=constant", "train.warmup_steps=3")
+    assert run("pretrain", *arguments(tiny_corpus, tmp_path / "run", *constant, "train.steps=5")).returncode == 0
+    again = run("pretrain", *arguments(tiny_corpus, tmp_path / "run", *constant, "train.steps=5"))
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout
+    longer = run("pretrain", *arguments(tiny_corpus, tmp_path / "run", *constant, "train.steps=8"))
+    assert longer.returncode == 0, longer.stderr
+    whole = run("pretrain", *arguments(tiny_corpus, tmp_path / "whole", *constant, "train.steps=8"))
+    assert whole.returncode == 0, whole.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_new_run_from_the_weights_of_another(tiny_corpus: TinyCorpus, tmp_path: Path):
+    first = run("pretrain", *arguments(tiny_corpus, tmp_path / "first", "train.steps=6"))
+    assert first.returncode == 0, first.stderr
+    settings = ("train.steps=2", "train.lr=1e-9", f"run.init_from={tmp_path / 'first'}", "run.seed=9")
+    second = run("pretrain", *arguments(tiny_corpus, tmp_path / "second", *settings))
+    assert second.returncode == 0, second.stderr
+    before, after = summary(tmp_path / "first")["val_loss"], summary(tmp_path / "second")["val_loss"]
+    assert after["default"] == pytest.approx(before["default"], rel=1e-6)
+    misfit = run("pretrain", *arguments(tiny_corpus, tmp_path / "third", *settings, "model.d_model=64"))
+    assert misfit.returncode == 78
+    assert "does not fit this model" in misfit.stderr
