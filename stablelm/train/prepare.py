@@ -104,6 +104,8 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file; name a directory")
+    if config.run.init_from is not None and not Path(config.run.init_from).exists():
+        raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not Path(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
     steps = any(Path(str(config.checkpoint.dir)).glob("step-*"))
