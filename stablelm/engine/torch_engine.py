@@ -66,8 +66,7 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
-        held = isinstance(self._call, DistributedDataParallel) and not last
-        with self._call.no_sync() if held else nullcontext():
+        with self._call.no_sync() if isinstance(self._call, DistributedDataParallel) and not last else nullcontext():
             # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
             (loss * self._world_size).backward()
 
