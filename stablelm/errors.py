@@ -39,3 +39,4 @@ class DivergedError(UserError):
 
 EXIT_FINISHED = 0
 EXIT_STOPPED_EARLY = 75
+EXIT_RANK_LOST = 80

@@ -106,11 +106,7 @@ def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
     sets = {}
     for name, path in paths.items():
         key = f"--data {name}" if data else f"data.validation.{name}"
-        sets[name] = (
-            embedded(config.data.cache).validation
-            if path == "embedded"
-            else corpus.resolve(path, key=key, cache=config.data.cache)
-        )
+        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache)
         inspection.check(sets[name], key=key)
     return sets
 

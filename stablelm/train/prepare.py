@@ -73,9 +73,7 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     validation = {}
     for name, path in validation_paths(config).items():
         key = f"data.validation.{name}"
-        validation[name] = (
-            embedded(data.cache).validation if path == "embedded" else corpus.resolve(path, key=key, cache=data.cache)
-        )
+        validation[name] = corpus.resolve(path, key=key, cache=data.cache)
         inspection.check(validation[name], key=key)
     base_names = [base_name(file) for file in train]
     return Corpora(

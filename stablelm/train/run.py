@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -12,7 +13,7 @@ from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, UserError
+from stablelm.errors import EXIT_FINISHED, EXIT_RANK_LOST, EXIT_STOPPED_EARLY, UserError
 from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
 from stablelm.train.build import build_loader, read_validation, save
@@ -45,12 +46,16 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
         ending.write(error.exit_code, str(error))
         return _leave(prepared, error.exit_code)
     except Exception as error:
-        if prepared.launch.rank > 0 or _lost_a_peer(error):
-            # Another rank may be the cause: let it speak first, this process then ends with it.
+        code, words = 1, f"{type(error).__name__}: {error}"
+        if _lost_a_peer(error):
+            # The rank that failed says why, here and in the summary; its peers only end with it.
             time.sleep(OTHERS_WAIT_SECONDS)
-        traceback.print_exc()
-        ending.write(1, f"{type(error).__name__}: {error}")
-        return _leave(prepared, 1)
+            code, words = EXIT_RANK_LOST, f"rank {prepared.launch.rank} lost another rank"
+            print(words, file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        ending.write(code, words)
+        return _leave(prepared, code)
     code = EXIT_STOPPED_EARLY if reason else EXIT_FINISHED
     if ranks.is_first:
         ending.write(code, reason or "finished")

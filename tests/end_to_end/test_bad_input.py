@@ -232,6 +232,30 @@ def test_damage_in_mid_stream_ends_with_77_and_the_last_checkpoint(tiny_corpus: 
     assert (tmp_path / "run" / "checkpoints" / f"step-{told['checkpointed_step']:08d}" / "COMMITTED").exists()
 
 
+@pytest.mark.slow
+def test_one_ranks_damaged_file_ends_both_with_one_cause(tiny_corpus: TinyCorpus, tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    texts = [json.dumps({"text": text}) for text in synthetic_documents(300, seed=1)]
+    (tmp_path / "text" / "good.json").write_text("\n".join(texts) + "\n")
+    texts[200] = '{"text": "cut off he'
+    (tmp_path / "text" / "bad.json").write_text("\n".join(texts) + "\n")
+    began = time.monotonic()
+    changes = [
+        "train.steps=2000",
+        "checkpoint.every=5",
+        "data.lanes=2",
+        "data.shuffle_block=1",
+        f"data.path={tmp_path}/text",
+    ]
+    done = run("pretrain", *TINY, *tiny_corpus.overrides(), f"run.dir={tmp_path / 'run'}", *changes, processes=2)
+    assert time.monotonic() - began < 90
+    told = summary(tmp_path / "run")
+    assert told["exit_code"] == 77
+    assert "bad.json" in told["reason"]
+    assert "201" in told["reason"]
+    assert done.stderr.count(told["reason"]) == 1
+
+
 def can_mount() -> bool:
     if not shutil.which("unshare"):
         return False
