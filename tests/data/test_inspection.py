@@ -27,8 +27,8 @@ def write(folder: Path, name: str, content: bytes) -> str:
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.json.gz", gzip.compress(GOOD)),
-        ("a.json.gz", gzip.compress(GOOD) + gzip.compress(LONG)),
+        ("a.json.gz", gzip.compress(GOOD, mtime=0)),
+        ("a.json.gz", gzip.compress(GOOD, mtime=0) + gzip.compress(LONG)),
         ("a.jsonl.zst", zst(GOOD) + zst(LONG)),
         ("a.json", GOOD),
         ("a.jsonl", b"\xef\xbb\xbf\n  \n" + GOOD.rstrip()),
@@ -48,19 +48,19 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
         ("a.json.gz", GOOD, "holds plain data, but its name says gzip"),
         ("a.json.gz", b"<html>not found</html>", "holds plain data, but its name says gzip"),
         ("a.json.gz", zst(GOOD), "holds zstandard data, but its name says gzip"),
-        ("a.json.zst", gzip.compress(GOOD), "holds gzip data, but its name says zstandard"),
-        ("a.json", gzip.compress(GOOD), "holds gzip data, but its name says plain; rename it"),
-        ("a.json.gz", gzip.compress(b""), "holds no document"),
+        ("a.json.zst", gzip.compress(GOOD, mtime=0), "holds gzip data, but its name says zstandard"),
+        ("a.json", gzip.compress(GOOD, mtime=0), "holds gzip data, but its name says plain; rename it"),
+        ("a.json.gz", gzip.compress(b"", mtime=0), "holds no document"),
         ("a.json", b"\n \n", "holds no document"),
         ("a.json", b"some words\n", "line 1: not valid JSON"),
         ("a.json", b'[{"text":"one"}]\n', "line 1: not a JSON object"),
         ("a.json", b'{"content":"one"}\n', "line 1: without a string under 'text'"),
         ("a.json", b'{"text":null}\n', "line 1: without a string under 'text'"),
-        ("a.json.gz", gzip.compress(GOOD)[:20], "truncated"),
-        ("a.json.gz", gzip.compress(LONG)[:-1000], "truncated"),
-        ("a.json.gz", gzip.compress(LONG)[:-3], "truncated"),
+        ("a.json.gz", gzip.compress(GOOD, mtime=0)[:20], "truncated"),
+        ("a.json.gz", gzip.compress(LONG, mtime=0)[:-1000], "truncated"),
+        ("a.json.gz", gzip.compress(LONG, mtime=0)[:-3], "truncated"),
         ("a.json.zst", zst(LONG)[:-1000], "truncated"),
-        ("a.json.gz", gzip.compress(LONG)[:9000] + bytes(2000) + gzip.compress(LONG)[11000:], "damaged"),
+        ("a.json.gz", gzip.compress(LONG, mtime=0)[:9000] + bytes(2000) + gzip.compress(LONG)[11000:], "damaged"),
     ],
 )
 def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Path):
@@ -85,7 +85,7 @@ def test_a_file_that_vanished_and_one_that_is_a_folder(tmp_path: Path):
 
 
 def test_large_files_are_read_only_at_their_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = write(tmp_path, "a.json.gz", gzip.compress(LONG)[:-1000])
+    path = write(tmp_path, "a.json.gz", gzip.compress(LONG, mtime=0)[:-1000])
     monkeypatch.setattr(inspection, "SMALL_FILE", 1000)
     check([path], key="data.path")
     monkeypatch.setattr(inspection, "SMALL_FILE", 2**20)
@@ -106,7 +106,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_enough_tokens_counts_eos_and_stops_when_it_has_seen_enough(tokenizer: Tokenizer, tmp_path: Path):
-    path = write(tmp_path, "a.json.gz", gzip.compress(GOOD))
+    path = write(tmp_path, "a.json.gz", gzip.compress(GOOD, mtime=0))
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in ("one", "two"))
     check_enough([path], tokenizer, tokens, key="data.path")
     with pytest.raises(ConfigError) as caught:
@@ -127,7 +127,7 @@ def test_enough_tokens_by_size_reads_nothing(tokenizer: Tokenizer, tmp_path: Pat
 
 def test_lanes_need_a_document_each(tmp_path: Path):
     three = write(tmp_path, "a.json", b'{"text":"x"}\n' * 3)
-    five = write(tmp_path, "b.json.gz", gzip.compress(b'{"text":"x"}\n' * 5))
+    five = write(tmp_path, "b.json.gz", gzip.compress(b'{"text":"x"}\n' * 5, mtime=0))
     check_lanes([three, five], 2)
     check_lanes([three, five], 6)
     with pytest.raises(ConfigError) as caught:
