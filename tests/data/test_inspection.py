@@ -28,7 +28,7 @@ def write(folder: Path, name: str, content: bytes) -> str:
     ("name", "content"),
     [
         ("a.json.gz", gzip.compress(GOOD, mtime=0)),
-        ("a.json.gz", gzip.compress(GOOD, mtime=0) + gzip.compress(LONG)),
+        ("a.json.gz", gzip.compress(GOOD, mtime=0) + gzip.compress(LONG, mtime=0)),
         ("a.jsonl.zst", zst(GOOD) + zst(LONG)),
         ("a.json", GOOD),
         ("a.jsonl", b"\xef\xbb\xbf\n  \n" + GOOD.rstrip()),
@@ -60,7 +60,11 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
         ("a.json.gz", gzip.compress(LONG, mtime=0)[:-1000], "truncated"),
         ("a.json.gz", gzip.compress(LONG, mtime=0)[:-3], "truncated"),
         ("a.json.zst", zst(LONG)[:-1000], "truncated"),
-        ("a.json.gz", gzip.compress(LONG, mtime=0)[:9000] + bytes(2000) + gzip.compress(LONG)[11000:], "damaged"),
+        (
+            "a.json.gz",
+            gzip.compress(LONG, mtime=0)[:9000] + bytes(2000) + gzip.compress(LONG, mtime=0)[11000:],
+            "damaged",
+        ),
     ],
 )
 def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Path):

@@ -29,7 +29,7 @@ def command(program: str, *arguments: str, processes: int = 1, launcher: str = "
         start += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     else:
         start = ["-m", "accelerate.commands.launch", f"--num_processes={processes}", "--num_machines=1"]
-        start += ["--cpu", f"--main_process_port={free_port()}", *launcher.split()]
+        start += [f"--main_process_port={free_port()}", *launcher.split()]
     return [sys.executable, *start, script, *arguments]
 
 
