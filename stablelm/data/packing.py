@@ -20,12 +20,12 @@ class Encoder(Protocol):
     @property
     def eos(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode_array(self, text: str) -> np.ndarray: ...
 
 
 def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:
     """Tokens of a document and its eos, int32 (length,)."""
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode_array(text)
     tokens = np.empty(len(ids) + 1, np.int32)
     tokens[:-1] = ids
     tokens[-1] = tokenizer.eos

@@ -152,7 +152,7 @@ def test_workers_stay_within_the_prefetch(files):
     encoded = []
 
     class Counting(LetterTokenizer):
-        def encode(self, text):
+        def encode_array(self, text):
             encoded.append(text)
             return [1] * (SEQ_LEN - 1)
 
@@ -230,9 +230,9 @@ def test_remote_and_local_files_are_the_same_data(tmp_path, files, monkeypatch):
 
 def test_wait_seconds_counts_the_last_next(files):
     class Slow(LetterTokenizer):
-        def encode(self, text):
+        def encode_array(self, text):
             time.sleep(0.01)
-            return super().encode(text)
+            return super().encode_array(text)
 
     config = DataConfig(seq_len=SEQ_LEN, lanes=4, workers=1)
     each = Loader(files, Slow(), config, seed=1, global_batch_size=4)

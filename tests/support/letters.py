@@ -4,6 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+
 
 class LetterTokenizer:
     """One token a character; eos is 0. Enough to follow each token through packing."""
@@ -12,6 +14,9 @@ class LetterTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), np.int32)
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
