@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.httpserver import serve
@@ -154,7 +155,7 @@ def test_workers_stay_within_the_prefetch(files):
     class Counting(LetterTokenizer):
         def encode_array(self, text):
             encoded.append(text)
-            return [1] * (SEQ_LEN - 1)
+            return np.ones(SEQ_LEN - 1, np.int32)
 
     config = DataConfig(seq_len=SEQ_LEN, lanes=6, shuffle_block=4, workers=2, prefetch=2)
     each = Loader(files, Counting(), config, seed=1, global_batch_size=6)
