@@ -4,7 +4,6 @@ A value depends on (seed, name, shape, config) alone: not on the device, the ord
 the world size or any other parameter.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
+from stablelm.seeds import seed_from
 
 _LEAF_KINDS = {"embedding": "embedding", "position": "position", "head": "head"} | {
     kind: kind for kind in ("query", "key", "value", "output", "fc1", "gate", "fc2")
@@ -58,8 +58,7 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
         return torch.ones(*shape)
     if role.kind == "bias":
         return torch.zeros(*shape)
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    generator = torch.Generator().manual_seed(seed_from(seed, name))
     return torch.randn(*shape, generator=generator).mul_(initial_std(role, shape, config))
 
 

@@ -16,7 +16,7 @@ from stablelm.train.step import StepResult
 
 
 class Meter:
-    """Adds up steps and writes a record of their means (names: docs/metrics)."""
+    """Adds up steps and writes a record of their means (seconds a step, nats a token)."""
 
     def __init__(
         self,

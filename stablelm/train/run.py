@@ -50,7 +50,7 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
         if _lost_a_peer(error):
             # The rank that failed says why, here and in the summary; its peers only end with it.
             time.sleep(OTHERS_WAIT_SECONDS)
-            code, words = EXIT_RANK_LOST, f"rank {prepared.launch.rank} lost another rank"
+            code, words = EXIT_RANK_LOST, f"rank {prepared.launch.rank} lost another rank: {str(error).splitlines()[0]}"
             print(words, file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
