@@ -18,6 +18,7 @@ from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 
 CLOSE_ENOUGH = 0.6
+SHORT_FORMS = {"deepscale": "model.deepscale"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def load(files: list[str], overrides: list[str]) -> Loaded:
     for layer in [_read_file(file, problems) for file in files] + [
         _read_override(item, problems) for item in overrides
     ]:
-        for name, given in layer.items():
+        for short, given in layer.items():
+            name = _in_full(short)
             if name in sections():
                 problems.append(_no_section(name, given))
             else:
@@ -56,6 +58,12 @@ def load(files: list[str], overrides: list[str]) -> Loaded:
     if config is None:
         raise ConfigError("\n".join(problems))
     return Loaded(config, {name: given.origin for name, given in merged.items()})
+
+
+def _in_full(name: str) -> str:
+    """The key's full name, if `name` begins with a section's short form."""
+    section, dot, rest = name.partition(".")
+    return SHORT_FORMS.get(section, section) + dot + rest
 
 
 def _put(merged: dict[str, Given], name: str, given: Given) -> None:

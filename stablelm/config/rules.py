@@ -9,7 +9,9 @@ from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.errors import ConfigError
+from stablelm.methods import compose
 from stablelm.methods.catalogue import apply_method, default_d_ff
+from stablelm.methods.catformer import solve_shape
 
 VOCABULARY_MULTIPLE = 64
 LARGEST_VOCABULARY_MULTIPLE = 128
@@ -46,15 +48,15 @@ def resolve(
 
 
 def _resolve_model(model: ModelConfig, seq_len: int, pieces: int) -> ModelConfig:
-    model = apply_method(model)
-    assert model.activation is not None
-    return replace(
-        model,
+    model = replace(
+        apply_method(model),
         kv_heads=_or(model.kv_heads, model.n_heads),
-        d_ff=_or(model.d_ff, default_d_ff(model.d_model, model.activation)),
         max_seq_len=_or(model.max_seq_len, seq_len),
         vocab_size=_or(model.vocab_size, _up(pieces, VOCABULARY_MULTIPLE)),
     )
+    if model.stream == "concat":
+        return solve_shape(model)
+    return replace(model, d_ff=_or(model.d_ff, default_d_ff(model.d_model, str(model.activation))))
 
 
 def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate_precision: str | None) -> TrainConfig:
@@ -160,11 +162,15 @@ class _Rules:
     def model(self) -> None:
         model, seq_len = self.config.model, self.config.data.seq_len
         try:
-            position = apply_method(model).attention.position
+            whole = apply_method(model)
         except ConfigError as error:
             return self.broken(str(error), "model.method")
+        position = whole.attention.position
+        for problem, names in compose.problems(whole):
+            self.broken(problem, *names, "model.method")
+        self.method_options(whole)
         even = 2 if position == "rope" else 1
-        if model.d_model % (model.n_heads * even):
+        if whole.stream != "concat" and model.d_model % (model.n_heads * even):
             why = (
                 f"is not divisible by model.n_heads={model.n_heads}"
                 if model.d_model % model.n_heads
@@ -186,6 +192,25 @@ class _Rules:
                 f"model.max_seq_len={model.max_seq_len} is below data.seq_len={seq_len}; raise it or leave it out",
                 "model.max_seq_len",
                 "data.seq_len",
+            )
+
+    def method_options(self, model: ModelConfig) -> None:
+        """Options of one stream that other keys must allow; the axes of `model` are filled."""
+        if model.stream == "scaled" and model.deepscale.k >= model.n_layers:
+            self.broken(
+                f"model.deepscale.k={model.deepscale.k} with model.n_layers={model.n_layers} leaves nothing of the "
+                f"skip, lambda^2 = 1 - k / n_layers; use k below {model.n_layers}",
+                "model.deepscale.k",
+                "model.n_layers",
+            )
+        d_attention, even = model.catformer.d_attention, 2 if model.attention.position == "rope" else 1
+        if model.stream == "concat" and d_attention is not None and d_attention % (model.n_heads * even):
+            fits = _around(d_attention, lambda n: n % (model.n_heads * even) == 0, d_attention + model.n_heads * even)
+            self.broken(
+                f"model.catformer.d_attention={d_attention} cannot be shared out over model.n_heads={model.n_heads} "
+                f"heads{' of even width' * (even == 2)}; use {_either(fits)}",
+                "model.catformer.d_attention",
+                "model.n_heads",
             )
 
     def batches(self, world_size: int) -> None:
@@ -278,15 +303,25 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
-        "evaluate.batches evaluate.micro_batch_size",
+        "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
+        "model.completep.base_depth model.completep.base_width",
     ),
     (
         "at least 0",
         lambda v: v >= 0,
         "run.seed data.workers data.retry_budget train.min_lr train.warmup_steps train.cooldown_steps "
-        "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every evaluate.every",
+        "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every "
+        "observe.layers_every evaluate.every model.attention.logit_cap",
     ),
-    ("above 0", lambda v: v > 0, "model.norm_eps model.attention.rope_base train.lr train.eps"),
+    (
+        "above 0",
+        lambda v: v > 0,
+        "model.norm_eps model.norm_alpha "
+        "model.attention.rope_base train.lr train.eps model.deepscale.k model.catformer.attention_expansion "
+        "model.catformer.feedforward_expansion",
+    ),
+    ("0.5 to 1", lambda v: 0.5 <= v <= 1, "model.completep.alpha"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
     ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
     ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),

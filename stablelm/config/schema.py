@@ -37,10 +37,63 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    position: Literal["rope", "learned", "none"] | None = key(
+    position: Literal["rope", "learned", "alibi", "none"] | None = key(
         None, "how positions enter; None: the method's own", identity=True
     )
     rope_base: float = key(10000.0, "base of the rotary frequencies", identity=True)
+    qk_norm: bool | None = key(None, "RMSNorm over each head's queries and keys; None: the method's own", identity=True)
+    logit_cap: float | None = key(
+        None, "logits become cap * tanh(logit / cap); 0: no cap; None: the method's own", identity=True
+    )
+    value_residual: bool | None = key(
+        None, "values are the mean of the layer's own and the first layer's; None: the method's own", identity=True
+    )
+    low_rank: float | None = key(
+        None,
+        "rank of query, key and value maps as a share of d_model (two factors each); 0: full maps; "
+        "None: the method's own",
+        identity=True,
+    )
+    shaping: Literal["none", "espa"] | None = key(
+        None, "espa: attention starts as a fixed decay that needs no skip; None: the method's own", identity=True
+    )
+
+
+@dataclass(frozen=True)
+class SigmaConfig:
+    targets: Literal["all", "attention"] = key(
+        "all", "matrices of the layers that are reparametrised: all, or those of attention", identity=True
+    )
+    gamma: Literal["spectral", "one"] = key(
+        "spectral", "start of the gain: the spectral norm of the start, which keeps the function, or 1", identity=True
+    )
+
+
+@dataclass(frozen=True)
+class DeepscaleConfig:
+    k: float = key(2.0, "beta^2 = k / n_layers, lambda^2 = 1 - beta^2", identity=True)
+    form: Literal["causal", "literal"] = key(
+        "causal", "correlation recursion: for a causal decoder, or as released for an encoder", identity=True
+    )
+
+
+@dataclass(frozen=True)
+class CatformerConfig:
+    growth: int | None = key(
+        None, "width that each sub-layer adds; None: solved for the parameters of a residual model", identity=True
+    )
+    d_attention: int | None = key(
+        None, "width of all heads together; None: attention_expansion times growth", identity=True
+    )
+    attention_expansion: float = key(4.0, "wanted d_attention / growth", identity=True)
+    feedforward_expansion: float = key(8.0, "wanted d_ff / growth", identity=True)
+
+
+@dataclass(frozen=True)
+class CompletepConfig:
+    alpha: float = key(1.0, "branches are divided by (n_layers / base_depth)^alpha; 0.5 to 1", identity=True)
+    base_depth: int = key(2, "depth at which the learning rate was tuned", unit="layers", identity=True)
+    base_width: int = key(256, "width at which the learning rate was tuned", identity=True)
 
 
 @dataclass(frozen=True)
@@ -64,14 +117,32 @@ class ModelConfig:
     stream_dtype: Literal["fp32", "bf16"] = key(
         "fp32", "residual stream under precision bf16; fp32 keeps small additions at great depth", identity=True
     )
-    stream: Literal["residual"] | None = key(None, "how a branch joins the stream", identity=True)
-    placement: Literal["pre", "post"] | None = key(None, "where norms sit", identity=True)
-    norm: Literal["layernorm", "rmsnorm"] | None = key(None, "kind of norm", identity=True)
+    stream: Literal["residual", "scaled", "deepnorm", "rezero", "concat", "completep", "dense", "skipless"] | None = (
+        key(None, "how a branch joins the stream", identity=True)
+    )
+    placement: Literal["pre", "post", "sub", "peri", "none", "pre_scaled"] | None = key(
+        None, "where norms sit", identity=True
+    )
+    norm: Literal["layernorm", "rmsnorm", "dyt"] | None = key(None, "kind of norm", identity=True)
     norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
-    init: Literal["gpt2", "xavier"] | None = key(None, "initialisation of the weights", identity=True)
-    activation: Literal["relu", "gelu", "swiglu"] | None = key(None, "feed-forward activation", identity=True)
+    norm_alpha: float = key(0.5, "start of the slope inside dyt's tanh", identity=True)
+    embedding_norm: bool | None = key(None, "a norm on the embeddings; None: the method's own", identity=True)
+    init: (
+        Literal[
+            "gpt2", "xavier", "deepscale", "magneto", "deepnet", "fan_in", "unit", "tfixup", "completep", "orthogonal"
+        ]
+        | None
+    ) = key(None, "initialisation of the weights", identity=True)
+    reparam: Literal["none", "sigma"] | None = key(None, "reparametrisation of the weights", identity=True)
+    activation: Literal["relu", "gelu", "swiglu", "tailored"] | None = key(
+        None, "feed-forward activation; tailored: a leaky relu whose slope fits the depth", identity=True
+    )
     bias: bool | None = key(None, "biases in linear maps and layernorms; None: the method's own", identity=True)
     attention: AttentionConfig = key(AttentionConfig, "attention options", identity=True)
+    sigma: SigmaConfig = key(SigmaConfig, "options of reparam: sigma", identity=True)
+    deepscale: DeepscaleConfig = key(DeepscaleConfig, "options of stream: scaled and init: deepscale", identity=True)
+    catformer: CatformerConfig = key(CatformerConfig, "options of stream: concat", identity=True)
+    completep: CompletepConfig = key(CompletepConfig, "options of stream and init: completep", identity=True)
 
 
 @dataclass(frozen=True)
@@ -137,6 +208,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ObserveConfig:
     every: int = key(10, "steps between records", unit="steps")
+    layers_every: int = key(0, "steps between measurements of every layer on a fixed batch; 0: never", unit="steps")
     profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
     memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
 

@@ -39,5 +39,8 @@ class Engine(Protocol):
         ...
 
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
-        """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`."""
+        """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
+
+        Buffers that are state, the vectors of spectral norms, are among the first.
+        """
         ...

@@ -10,13 +10,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.checkpoint.portable import clean_name
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.recompute import recompute_layers
-from stablelm.methods.initialise import initial_value, roles
+from stablelm.engine.sigma import SigmaMatrices
+from stablelm.methods.initialise import initial_values, roles
+from stablelm.methods.stream import Concat
 from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums
-from stablelm.train.optimizer import adamw
+from stablelm.model.sublayer import Layer, Sublayer
+from stablelm.train.optimizer import adamw, set_learning_rate
 
 
 class TorchEngine:
@@ -31,34 +34,41 @@ class TorchEngine:
         if config.engine.recompute == "full":
             recompute_layers(self.module.layers)
         if config.train.compile:
-            compile_layers(self.module.layers)
+            compile_layers(self.module.layers, config.model)
         if kind == "fsdp2":
             shard(self.module, self.module.layers, ranks)
         self._materialise(config)
+        self.sigma = SigmaMatrices(self.module)
         self._call: nn.Module = self.module
         if kind == "ddp":
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             # Weights are equal by construction (seeded by name), so nothing needs a broadcast at the start.
-            self._call = DistributedDataParallel(self.module, device_ids=ids, init_sync=False)
+            self._call = DistributedDataParallel(self.module, device_ids=ids, init_sync=False, broadcast_buffers=False)
         self.module.train(train)
-        self.optimizer = adamw(self.parameters(), self._roles, config.train) if train else None
+        self.optimizer = adamw(self.parameters(), self._roles, config.train, config.model) if train else None
 
     def _materialise(self, config: Config) -> None:
-        """Gives every parameter its seeded initial value, or this rank's part of it."""
+        """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
         self.module.to_empty(device=self.device)
-        for name, parameter in self.parameters().items():
-            role = self._roles[name]
-            value = initial_value(name, role, tuple(parameter.shape), config.model, config.run.seed)
-            value = value.to(self.device, parameter.dtype)
-            if isinstance(parameter, DTensor):
+        named = self.parameters()
+        tensors = named | self.buffers()
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        for name, whole in initial_values(shapes, config.model, config.run.seed):
+            tensor = tensors[name]
+            value = whole.to(self.device, tensor.dtype)
+            if isinstance(tensor, DTensor):
                 # Every rank draws the whole tensor and keeps its rows: no traffic, any world size.
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
             with torch.no_grad():
-                parameter.copy_(value)
+                tensor.copy_(value)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters (shards under fsdp2) by portable name; a tied head appears once."""
         return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
+        return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
     def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
         return self._call(tokens, targets, z_loss=self._z_loss)
@@ -77,9 +87,9 @@ class TorchEngine:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self._grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._grad_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        self.sigma.refresh()
         self.clear_gradients()
         return norm.detach()
 
@@ -89,7 +99,8 @@ class TorchEngine:
 
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
         named = self.parameters()
-        found: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        weights = named | self.buffers()
+        found: dict[str, Tensor] = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
         if optimizer and self.optimizer is not None:
             for name, parameter in named.items():
                 for moment, value in self.optimizer.state[parameter].items():
@@ -97,11 +108,19 @@ class TorchEngine:
         return found
 
 
-def compile_layers(layers: nn.ModuleList) -> None:
-    """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary."""
+def compile_layers(layers: nn.ModuleList, config: ModelConfig) -> None:
+    """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary.
+
+    On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
+    """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in layers:
-        layer.compile()
+    if config.placement == "pre_scaled" or config.stream == "dense" or config.attention.shaping == "espa":
+        torch._dynamo.config.recompile_limit = max(8, 2 * config.n_layers)  # a graph for each layer
+    for layer in layers.modules():
+        if isinstance(layer, Layer) and not isinstance(layer.stream, Concat):
+            layer.compile()
+        elif isinstance(layer, Sublayer) and isinstance(layer.stream, Concat):
+            layer.body.compile()
 
 
 def shard(module: nn.Module, layers: nn.ModuleList, ranks: Ranks) -> None:

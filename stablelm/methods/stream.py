@@ -7,9 +7,11 @@ sharding engines may run any layer again from its inputs.
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
+from stablelm.methods.scales import skip_and_branch
 
 Chunks = tuple[Tensor, ...]
 
@@ -43,8 +45,11 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
-class Residual:
-    """x + f(x), one tensor."""
+class Sum:
+    """skip x + branch f(x), one tensor; (1, 1) is the plain residual stream."""
+
+    skip: float = 1.0
+    branch: float = 1.0
 
     def start(self, embedded: Tensor) -> Chunks:
         return (embedded,)
@@ -53,8 +58,10 @@ class Residual:
         return chunks[0]
 
     def write(self, chunks: Chunks, branch: Tensor) -> Chunks:
-        x = chunks[0]
-        return (x + branch.to(x.dtype),)
+        x, branch = chunks[0], branch.to(chunks[0].dtype)
+        if self.skip == 0:
+            return (branch * self.branch,)
+        return (torch.add(x if self.skip == 1 else x * self.skip, branch, alpha=self.branch),)
 
     def join(self, chunks: Chunks, new: Chunks) -> Chunks:
         return new
@@ -63,10 +70,55 @@ class Residual:
         return chunks[0]
 
 
-_STREAMS = {"residual": Residual}
+@dataclass(frozen=True)
+class Concat:
+    """Catformer: all outputs so far side by side (Davis et al., ICML 2021); a sub-layer makes its own chunk only."""
+
+    def start(self, embedded: Tensor) -> Chunks:
+        return (embedded,)
+
+    def read(self, chunks: Chunks) -> Tensor:
+        return torch.cat(chunks, dim=-1)
+
+    def write(self, chunks: Chunks, branch: Tensor) -> Chunks:
+        return (branch.to(chunks[0].dtype),)
+
+    def join(self, chunks: Chunks, new: Chunks) -> Chunks:
+        return chunks + new
+
+    def finish(self, chunks: Chunks) -> Tensor:
+        return torch.cat(chunks, dim=-1)
+
+
+@dataclass(frozen=True)
+class Dense(Sum):
+    """DenseFormer (Pagliardini et al., NeurIPS 2024): the stream, then the embedding and every layer's output.
+
+    A layer ends by replacing the stream by a weighted sum of all outputs so far (`average`).
+    """
+
+    def start(self, embedded: Tensor) -> Chunks:
+        return (embedded, embedded)
+
+    def join(self, chunks: Chunks, new: Chunks) -> Chunks:
+        return (new[0], *chunks[1:], *new[1:])
+
+    def average(self, chunks: Chunks, output: Tensor, weights: Tensor) -> Chunks:
+        """The stream after a layer, and the layer's output, which later averages read.
+
+        `chunks`: the stream before the layer; `weights`: (outputs so far with this one,).
+        """
+        outputs = (*chunks[1:], output)
+        total = torch.zeros_like(output)
+        for weight, each in zip(weights.to(output.dtype).unbind(), outputs, strict=True):
+            total = torch.addcmul(total, each, weight)
+        return total, output
 
 
 def make_stream(config: ModelConfig) -> Stream:
     """The stream of a resolved config."""
     assert config.stream is not None, "apply_method fills model.stream"
-    return _STREAMS[config.stream]()
+    if config.stream == "concat":
+        return Concat()
+    skip, branch = skip_and_branch(config)
+    return Dense(skip, branch) if config.stream == "dense" else Sum(skip, branch)

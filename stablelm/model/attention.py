@@ -1,44 +1,116 @@
 """Causal self-attention with grouped queries."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
-from stablelm.model.linear import Dtypes, Linear
-from stablelm.model.positions import Rotation, rotate
+from stablelm.methods import espa
+from stablelm.methods.placement import make_placement
+from stablelm.methods.scales import logit_scale
+from stablelm.methods.widths import Widths, d_head, d_key_value, rank
+from stablelm.model.linear import Dtypes, Linear, LowRankLinear
+from stablelm.model.norms import Norm
+from stablelm.model.positions import Positions, rotate
 
 
 class Attention(nn.Module):
-    """The body of an attention sub-layer; query head i reads key/value head i // (n_heads / kv_heads)."""
+    """The body of an attention sub-layer; query head i reads key/value head i // (n_heads / kv_heads).
 
-    def __init__(self, config: ModelConfig, dtypes: Dtypes):
+    `first_maps` project what the sub-layer reads; `forward` goes on from their products.
+    """
+
+    def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, layer: int):
         super().__init__()
         assert config.kv_heads is not None
-        assert config.d_model % config.n_heads == 0
+        assert width.attention % config.n_heads == 0
         assert config.n_heads % config.kv_heads == 0
-        self.d_head = config.d_model // config.n_heads
-        self.grouped = config.kv_heads != config.n_heads
+        self.config, self.layer = config, layer
+        self.d_head, self.scale = d_head(config), logit_scale(config)
         self.dropout = config.dropout
-        bias = bool(config.bias)
-        d_kv = config.kv_heads * self.d_head
-        self.query = Linear(config.d_model, config.d_model, bias=bias, dtypes=dtypes)
-        self.key = Linear(config.d_model, d_kv, bias=bias, dtypes=dtypes)
-        self.value = Linear(config.d_model, d_kv, bias=bias, dtypes=dtypes)
-        self.output = Linear(config.d_model, config.d_model, bias=bias, dtypes=dtypes)
+        bias, sigma, d_kv = bool(config.bias), config.reparam == "sigma", d_key_value(config)
+        inner = rank(config)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """x: (batch, seq, d_model) -> the same shape; `rotation` is (cos, sin) for rope, else empty."""
-        query = self.query(x).unflatten(-1, (-1, self.d_head))  # (batch, seq, heads, d_head)
-        key = self.key(x).unflatten(-1, (-1, self.d_head))
-        value = self.value(x).unflatten(-1, (-1, self.d_head))
-        if rotation:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        def first(d_out: int) -> Linear | LowRankLinear:
+            if inner is None:
+                return Linear(width.read, d_out, bias=bias, dtypes=dtypes, sigma=sigma)
+            return LowRankLinear(width.read, inner, d_out, bias=bias, dtypes=dtypes, sigma=sigma)
+
+        self.query, self.key, self.value = first(width.attention), first(d_kv), first(d_kv)
+        self.norm_query = self.norm_key = None
+        if config.attention.qk_norm:
+            # RMSNorm over each head, gains shared by heads (Wortsman et al. 2024; OLMo et al. 2024).
+            self.norm_query = Norm(config, dtypes, self.d_head, kind="rmsnorm")
+            self.norm_key = Norm(config, dtypes, self.d_head, kind="rmsnorm")
+        inner_norm = make_placement(config).before_output
+        self.norm_inner = Norm(config, dtypes, width.attention) if inner_norm else None
+        self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, sigma=sigma)
+
+    @property
+    def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
+        return self.query, self.key, self.value
+
+    def forward(self, products: tuple[Tensor, ...], positions: Positions) -> Tensor:
+        """products: query (batch, seq, d_attention), key and value (batch, seq, d_kv) -> (batch, seq, branch)."""
+        query, key = self.queries_and_keys(products, positions)
+        value = products[2].unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        mixed = self._mix(query, key, value, positions).transpose(1, 2).flatten(-2)
+        if self.norm_inner is not None:
+            mixed = self.norm_inner(mixed)
+        return self.output(mixed)
+
+    def queries_and_keys(self, products: tuple[Tensor, ...], positions: Positions) -> tuple[Tensor, Tensor]:
+        """(batch, heads, seq, d_head) each, with norms and rotary positions."""
+        query = products[0].unflatten(-1, (-1, self.d_head))  # (batch, seq, heads, d_head)
+        key = products[1].unflatten(-1, (-1, self.d_head))
+        if self.norm_query is not None and self.norm_key is not None:
+            query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
+        if self.config.attention.position == "rope":
+            query, key = rotate(query, positions), rotate(key, positions)
+        return query.transpose(1, 2), key.transpose(1, 2)
+
+    def logits(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+        """(batch, heads, seq, seq) in at least fp32, capped and biased, -inf for keys after the query."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        logits = (query @ key.transpose(-1, -2)).to(dtype) * self.scale
+        cap = self.config.attention.logit_cap
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        bias = self._bias(positions, query)
+        if bias is not None:
+            return logits + bias.to(dtype)
+        after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        return logits.masked_fill(after, -torch.inf)
+
+    def _bias(self, positions: Positions, query: Tensor) -> Tensor | None:
+        """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
+        if self.config.attention.position == "alibi":
+            return positions[0]
+        if self.config.attention.shaping == "espa":
+            bias, _ = espa.bias_and_scale(self.layer, self.config.n_layers, query.shape[-2])
+            return torch.from_numpy(bias).to(query.device, torch.promote_types(query.dtype, torch.float32))
+        return None
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+        """(batch, heads, seq, d_head): values averaged by softmax attention."""
+        dropout = self.dropout if self.training else 0.0
+        if self.config.attention.logit_cap:
+            # No fused kernel caps logits.
+            weights = F.dropout(self.logits(query, key, positions).softmax(dim=-1).to(value.dtype), dropout)
+            return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        bias = self._bias(positions, query)
         mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=self.grouped,
+            query,
+            key,
+            value,
+            attn_mask=None if bias is None else bias.to(query.dtype),
+            dropout_p=dropout,
+            is_causal=bias is None,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        return self.output(mixed.transpose(1, 2).flatten(-2))
+        if self.config.attention.shaping != "espa":
+            return mixed
+        _, rows = espa.bias_and_scale(self.layer, self.config.n_layers, query.shape[-2])
+        return mixed * torch.from_numpy(rows).to(mixed.device, mixed.dtype)[:, None]

@@ -1,17 +1,24 @@
 """The decoder-only language model: embedding, layers, final norm, head and loss."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.placement import make_placement
-from stablelm.methods.stream import make_stream
+from stablelm.methods.scales import embedding_scale, head_scale
+from stablelm.methods.stream import Chunks, make_stream
+from stablelm.methods.widths import d_head, stream_width
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, chunked_cross_entropy
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Rotation, rotation_table
+from stablelm.model.positions import Positions, alibi_bias, rotation_table
 from stablelm.model.sublayer import Layer
+
+Tap = Callable[[int, Chunks], Chunks]
+"""Sees the stream after the embedding (0) and after each layer (1 ...), and gives what flows on."""
 
 
 class Decoder(nn.Module):
@@ -28,11 +35,16 @@ class Decoder(nn.Module):
         self.config = config
         self.dtypes = dtypes = make_dtypes(precision, config.stream_dtype)
         self.stream = make_stream(config)
+        self.tap: Tap | None = None
         self.embedding = _table(config.vocab_size, config.d_model, dtypes.parameter)
         learned = config.attention.position == "learned"
         self.position = _table(config.max_seq_len, config.d_model, dtypes.parameter) if learned else None
-        self.layers = nn.ModuleList(Layer(config, dtypes) for _ in range(config.n_layers))
-        self.norm_final = Norm(config, dtypes) if make_placement(config).final else None
+        self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
+        end = stream_width(config, config.n_layers)
+        self.norm_final = Norm(config, dtypes, end) if make_placement(config).final else None
+        concat = config.stream == "concat"
+        self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if concat else None
         untied = not config.tie_embeddings
         self.head = Linear(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
 
@@ -52,32 +64,54 @@ class Decoder(nn.Module):
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
-        rotation = self._rotation(tokens)
-        chunks = self.stream.start(self._embed(tokens))
-        for layer in self.layers:
-            chunks = self.stream.join(chunks, layer(chunks, rotation))
-        x = self.stream.finish(chunks)
-        if self.norm_final is not None:
-            x = self.norm_final(x)
-        return x.to(self.dtypes.compute)
+        positions = self.positions(tokens)
+        chunks = self._tapped(0, self.stream.start(self.embed(tokens)))
+        values: Chunks = ()
+        for index, layer in enumerate(self.layers):
+            new = layer(chunks, positions, values)
+            if self.config.attention.value_residual and not values:
+                *new, first = new
+                values, new = (first,), tuple(new)
+            chunks = self._tapped(index + 1, self.stream.join(chunks, new))
+        return self.finish(chunks)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _tapped(self, index: int, chunks: Chunks) -> Chunks:
+        return chunks if self.tap is None else self.tap(index, chunks)
+
+    def embed(self, tokens: Tensor) -> Tensor:
         """(batch, seq) -> (batch, seq, d_model) in the stream's dtype."""
         x = self.embedding(tokens)
+        scale = embedding_scale(self.config)
+        if scale != 1:
+            x = x * scale
         if self.position is not None:
             seq_len = tokens.shape[1]
             assert seq_len <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
             x = x + self.position(torch.arange(seq_len, device=tokens.device))
+        if self.norm_embedding is not None:
+            x = self.norm_embedding(x)
         return F.dropout(x, self.config.dropout, self.training).to(self.dtypes.stream)
 
-    def _rotation(self, tokens: Tensor) -> Rotation:
-        """The rotary table shared by all layers; empty without rope."""
-        config = self.config
-        if config.attention.position != "rope":
-            return ()
-        d_head = config.d_model // config.n_heads
-        base, dtype = config.attention.rope_base, self.dtypes.parameter
-        return rotation_table(tokens.shape[1], d_head, base, dtype=dtype, device=tokens.device)
+    def finish(self, chunks: Chunks) -> Tensor:
+        """The stream after all layers -> what the head multiplies, (batch, seq, d_model) in the compute dtype."""
+        x = self.stream.finish(chunks)
+        if self.norm_final is not None:
+            x = self.norm_final(x)
+        x = x.to(self.dtypes.compute)
+        if self.projection is not None:
+            x = self.projection(x)
+        scale = head_scale(self.config)
+        return x if scale == 1 else x * scale
+
+    def positions(self, tokens: Tensor) -> Positions:
+        """The table of rope or the biases of alibi, shared by all layers; empty without."""
+        config, seq_len, device = self.config, tokens.shape[1], tokens.device
+        dtype = self.dtypes.parameter
+        if config.attention.position == "rope":
+            return rotation_table(seq_len, d_head(config), config.attention.rope_base, dtype=dtype, device=device)
+        if config.attention.position == "alibi":
+            return (alibi_bias(seq_len, config.n_heads, dtype=dtype, device=device),)
+        return ()
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

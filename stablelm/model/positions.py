@@ -1,13 +1,19 @@
-"""Rotary positions (Su et al. 2021), in the half-rotation layout: feature i pairs with i + d_head/2."""
+"""Positions: rotary (Su et al. 2021), in the half-rotation layout, and ALiBi's biases (Press et al. 2022)."""
 
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, ...]
+from stablelm.methods.alibi import alibi_slopes
+
+Positions = tuple[Tensor, ...]
+"""What every attention body needs of the positions: (cos, sin) for rope, (bias,) for alibi, else empty."""
 
 
-def rotation_table(seq_len: int, d_head: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Rotation:
-    """(cos, sin), each (seq_len, 1, d_head / 2), of position * base^(-2i / d_head); angles are taken in fp64."""
+def rotation_table(seq_len: int, d_head: int, base: float, *, dtype: torch.dtype, device: torch.device) -> Positions:
+    """(cos, sin), each (seq_len, 1, d_head / 2), of position * base^(-2i / d_head); angles are taken in fp64.
+
+    Feature i of a head pairs with i + d_head / 2.
+    """
     assert d_head % 2 == 0, "rotary positions pair features, so the width of a head is even"
     exponents = torch.arange(0, d_head, 2, dtype=torch.float64, device=device) / d_head
     positions = torch.arange(seq_len, dtype=torch.float64, device=device)
@@ -15,8 +21,17 @@ def rotation_table(seq_len: int, d_head: int, base: float, *, dtype: torch.dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+def rotate(x: Tensor, rotation: Positions) -> Tensor:
     """Turns each pair of features of x: (batch, seq, heads, d_head) by its position's angle, in the table's dtype."""
     cos, sin = rotation
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def alibi_bias(seq_len: int, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n_heads, seq_len, seq_len): -slope (i - j) for keys j up to query i, -inf after it."""
+    slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float64, device=device)
+    place = torch.arange(seq_len, dtype=torch.float64, device=device)
+    distance = place[:, None] - place
+    bias = -slopes[:, None, None] * distance
+    return bias.masked_fill(distance < 0, -torch.inf).to(dtype)

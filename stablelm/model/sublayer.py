@@ -1,38 +1,80 @@
-"""The only block code: norm by placement, body, dropout, write onto the stream."""
+"""The only block code: read, norm by placement, body, dropout, write onto the stream."""
 
+import math
+
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.placement import make_placement
-from stablelm.methods.stream import Chunks, make_stream
+from stablelm.methods.stream import Chunks, Dense, make_stream
+from stablelm.methods.widths import widths
 from stablelm.model.attention import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Dtypes
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Rotation
+from stablelm.model.positions import Positions
+
+Products = tuple[Tensor, ...]
 
 
 class Sublayer(nn.Module):
-    """One body (attention or feed-forward) with its norms and its way onto the stream."""
+    """One body (attention or feed-forward) with its norms and its way onto the stream; `index` counts both kinds.
 
-    def __init__(self, body: nn.Module, config: ModelConfig, dtypes: Dtypes):
+    `enter` reads the stream and gives the products of the body's first maps, `leave` makes the branch of them and
+    writes it.
+    """
+
+    def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
-        placement = make_placement(config)
+        placement, width, layer = make_placement(config), widths(config, index), index // 2
         self.stream = make_stream(config)
-        self.dropout = config.dropout
         self.compute_dtype = dtypes.compute
-        self.body = body
-        self.norm_in = Norm(config, dtypes) if placement.before_body else None
-        self.norm_out = Norm(config, dtypes) if placement.after_write else None
+        # A concatenation at every depth would keep memory that grows with the square of the depth.
+        self.frees_input = config.stream == "concat"
+        by_depth = 1 / math.sqrt(layer + 1) if placement.by_depth else 1.0
+        self.norm_in = Norm(config, dtypes, width.read, scale=by_depth) if placement.before_body else None
+        self.body: Attention | FeedForward
+        self.body = FeedForward(config, dtypes, width) if index % 2 else Attention(config, dtypes, width, layer)
+        self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.gain = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if config.stream == "rezero" else None
+        self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
-    def forward(self, chunks: Chunks, rotation: Rotation) -> Chunks:
-        """chunks: the stream, each (batch, seq, d) -> the tensors that this sub-layer adds, in the stream's dtype."""
+    def enter(self, chunks: Chunks) -> Products:
+        """chunks: the stream -> products of `body.first_maps`, (batch, seq, d_out) each in the compute dtype."""
+        maps = self.body.first_maps
+        if not self.frees_input:
+            x = self._read(*chunks)
+            return tuple(linear(x) for linear in maps)
+        stacked = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
+        parts = stacked.split([linear.weight.shape[0] for linear in maps], dim=-1)
+        return tuple(linear.complete(part) for linear, part in zip(maps, parts, strict=True))
+
+    def _read(self, *chunks: Tensor) -> Tensor:
         x = self.stream.read(chunks)
         if self.norm_in is not None:
             x = self.norm_in(x)
-        branch = self.body(x.to(self.compute_dtype), rotation)
-        branch = F.dropout(branch, self.dropout, self.training)
+        return x.to(self.compute_dtype)
+
+    def _product(self, *chunks: Tensor) -> Tensor:
+        """The products of all first maps side by side, without scale and bias.
+
+        One product comes last: recompute stops once it has the input, and does not multiply again.
+        """
+        x = self._read(*chunks)
+        return F.linear(x, torch.cat([linear.weight for linear in self.body.first_maps]).to(self.compute_dtype))
+
+    def leave(self, chunks: Chunks, products: Products, positions: Positions) -> Chunks:
+        """The tensors that this sub-layer adds to the stream, in the stream's dtype."""
+        branch = self.body(products, positions)
+        if self.norm_branch is not None:
+            branch = self.norm_branch(branch)
+        branch = self.dropout(branch)
+        if self.gain is not None:
+            branch = branch * self.gain.to(branch.dtype)
         new = self.stream.write(chunks, branch)
         if self.norm_out is not None:
             new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
@@ -40,15 +82,32 @@ class Sublayer(nn.Module):
 
 
 class Layer(nn.Module):
-    """An attention and a feed-forward sub-layer: the unit of recompute, compilation and sharding."""
+    """An attention and a feed-forward sub-layer: the unit of recompute, compilation and sharding; counted from 0."""
 
-    def __init__(self, config: ModelConfig, dtypes: Dtypes):
+    def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
         self.stream = make_stream(config)
-        self.attention = Sublayer(Attention(config, dtypes), config, dtypes)
-        self.feedforward = Sublayer(FeedForward(config, dtypes), config, dtypes)
+        self.gives_values = bool(config.attention.value_residual) and index == 0
+        self.attention = Sublayer(config, dtypes, 2 * index)
+        self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
+        dense = isinstance(self.stream, Dense)
+        self.mix = nn.Parameter(torch.empty(index + 2, dtype=dtypes.parameter)) if dense else None
 
-    def forward(self, chunks: Chunks, rotation: Rotation) -> Chunks:
-        """As Sublayer.forward: returns what both sub-layers add, for `Stream.join`."""
-        attended = self.attention(chunks, rotation)
-        return self.stream.join(attended, self.feedforward(self.stream.join(chunks, attended), rotation))
+    def forward(self, chunks: Chunks, positions: Positions, values: Chunks = ()) -> Chunks:
+        """What both sub-layers add to the stream, for `Stream.join`; chunks: (batch, seq, width) each.
+
+        With value residuals (Zhou et al. 2025, fixed weights 1/2) the first layer also returns its values, last,
+        and the others get them as `values`.
+        """
+        products = self.attention.enter(chunks)
+        own = products[2]
+        if values:
+            products = (products[0], products[1], 0.5 * (own + values[0]))
+        attended = self.attention.leave(chunks, products, positions)
+        between = self.stream.join(chunks, attended)
+        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
+        new = self.stream.join(attended, fed)
+        if self.mix is not None:
+            assert isinstance(self.stream, Dense)
+            new = self.stream.average(chunks, new[0], self.mix)
+        return (*new, own) if self.gives_values else new

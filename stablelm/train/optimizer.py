@@ -1,22 +1,39 @@
-"""AdamW with decay by role, its state present from the start so that every checkpoint has the same tensors."""
+"""AdamW with rates and decay by role; its state is there from the start, so every checkpoint has the same tensors."""
 
 import torch
 from torch import nn
 
-from stablelm.config.schema import TrainConfig
+from stablelm.config.schema import ModelConfig, TrainConfig
 from stablelm.methods.initialise import Role, decays
+from stablelm.methods.rates import Rates, rates
 
 
-def adamw(parameters: dict[str, nn.Parameter], roles: dict[str, Role], train: TrainConfig) -> torch.optim.AdamW:
+def adamw(
+    parameters: dict[str, nn.Parameter], roles: dict[str, Role], train: TrainConfig, model: ModelConfig
+) -> torch.optim.AdamW:
     """Decoupled weight decay (Loshchilov and Hutter, 2019, alg. 2) on matrices, none on the rest.
 
-    Moments have the parameters' dtype; `step` is a 0-dim float32 tensor for each parameter.
+    A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`). Moments have the parameters'
+    dtype; `step` is a 0-dim float32 tensor for each parameter.
     """
-    decayed = [p for name, p in parameters.items() if decays(roles[name])]
-    others = [p for name, p in parameters.items() if not decays(roles[name])]
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: dict[tuple[Rates, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        role = roles[name]
+        factors = rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
+        groups.setdefault((factors, decays(role)), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=train.lr, betas=train.betas, eps=train.eps, fused=True
+        [
+            {
+                "params": members,
+                "lr_scale": factors.lr,
+                "weight_decay": train.weight_decay * factors.weight_decay * decayed,
+                "eps": train.eps * factors.eps,
+            }
+            for (factors, decayed), members in groups.items()
+        ],
+        lr=train.lr,
+        betas=train.betas,
+        fused=True,
     )
     for parameter in parameters.values():
         optimizer.state[parameter] = {
@@ -26,3 +43,9 @@ def adamw(parameters: dict[str, nn.Parameter], roles: dict[str, Role], train: Tr
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
         }
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step: `lr` times each group's scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

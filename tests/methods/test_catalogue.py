@@ -8,7 +8,7 @@ from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import METHODS, apply_method, default_d_ff
 from stablelm.methods.placement import PLACEMENTS, make_placement
-from stablelm.methods.stream import Residual, make_stream
+from stablelm.methods.stream import Sum, make_stream
 
 AXES = {"stream", "placement", "norm", "init", "activation", "bias", "tie_embeddings", "attention.position"}
 
@@ -73,7 +73,7 @@ def test_default_feedforward_width(d_model, activation, d_ff):
 def test_streams_are_functional_and_join_is_associative():
     import torch
 
-    stream = Residual()
+    stream = Sum()
     a, f = torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)
     start = stream.start(a)
     new = stream.write(start, f)

@@ -1,0 +1,53 @@
+"""Spectrally normalised matrices of a model as this rank holds them, and the collective of their refresh."""
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from stablelm.checkpoint.portable import clean_name
+from stablelm.methods import spectral
+from stablelm.model.linear import Linear
+
+
+class SigmaMatrices:
+    """The sigma-reparametrised matrices of a model; empty, and free of cost, where there are none."""
+
+    def __init__(self, module: nn.Module):
+        self._maps = {
+            clean_name(name): part
+            for name, part in module.named_modules()
+            if isinstance(part, Linear) and part.gamma is not None
+        }
+        sharded = any(isinstance(part.weight, DTensor) for part in self._maps.values())
+        self._reduce = _sum_over_ranks if sharded else None
+
+    def refresh(self) -> None:
+        """One power iteration for all matrices, at most one all-reduce; call after each optimizer step."""
+        spectral.refresh(self._matrices(), self._reduce)
+
+    def norms(self) -> dict[str, float]:
+        """Tracked sigma of every matrix by name; a collective on sharded weights."""
+        return self._by_name(spectral.estimates) if self._maps else {}
+
+    def tracking_errors(self) -> dict[str, float]:
+        """Relative shortfall of every tracked sigma (`spectral.tracking_errors`); a collective on sharded weights."""
+        return self._by_name(spectral.tracking_errors) if self._maps else {}
+
+    def _by_name(self, measure) -> dict[str, float]:
+        return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
+
+    def _matrices(self) -> list[spectral.Matrix]:
+        return [spectral.Matrix(*_rows(part.weight), part.u, part.v) for part in self._maps.values()]
+
+
+def _sum_over_ranks(flat: Tensor) -> None:
+    dist.all_reduce(flat)
+
+
+def _rows(weight: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a matrix and the index of the first."""
+    if not isinstance(weight, DTensor):
+        return weight.detach(), 0
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return weight.to_local().detach(), offset[0]

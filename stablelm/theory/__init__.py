@@ -1,0 +1,1 @@
+"""What signal-propagation theory predicts of a model at initialisation (pure float64 functions)."""

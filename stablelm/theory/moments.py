@@ -1,0 +1,289 @@
+"""First and second moments of a transformer's parts at initialisation, forward and backward.
+
+Every function is elementwise in float64 and broadcasts. Kernels are UNCENTRED second moments, which is what
+the next linear map sees. Correlations r are between tokens, of one channel. Table of parts: Kedia et al.,
+Transformers Get Stable (ICML 2024, arXiv 2403.09635), appendix; what is ours is marked "derived here".
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stablelm.errors import ConfigError
+from stablelm.theory import hermite
+
+Array = NDArray[np.float64]
+EULER_GAMMA = 0.5772156649015329
+
+
+def _sigmoid(x: Array) -> Array:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+def _silu(x: Array) -> Array:
+    return x * _sigmoid(x)
+
+
+def _silu_slope(x: Array) -> Array:
+    gate = _sigmoid(x)
+    return gate * (1.0 + x * (1.0 - gate))
+
+
+def _tanh_slope(x: Array) -> Array:
+    return 1.0 - np.tanh(x) ** 2
+
+
+_BY_EXPANSION = {"silu": (_silu, _silu_slope), "tanh": (np.tanh, _tanh_slope)}
+
+
+def _float(x: ArrayLike) -> Array:
+    return np.asarray(x, dtype=np.float64)
+
+
+def _unknown(activation: str) -> ConfigError:
+    return ConfigError(f"activation: {activation!r} has no Gaussian moments; use relu, gelu, silu or tanh.")
+
+
+# Activations -----------------------------------------------------------------------------------------------
+
+
+def relu_second_moment(variance: ArrayLike) -> Array:
+    """E[relu(x)^2] = variance / 2 for x ~ N(0, variance) (He et al. 2015)."""
+    return (_float(variance) / 2)[()]
+
+
+def relu_correlation(r: ArrayLike) -> Array:
+    """f(r): uncentred correlation of relu(x), relu(y) at input correlation r (Cho & Saul 2009, kernel of order 1)."""
+    r = np.clip(_float(r), -1.0, 1.0)
+    return r + (np.sqrt(1 - r**2) - r * np.arccos(r)) / np.pi
+
+
+def relu_slope_correlation(r: ArrayLike) -> Array:
+    """1/2 + asin(r)/pi: correlation of relu'(x), relu'(y) (Cho & Saul 2009, kernel of order 0)."""
+    return 0.5 + np.arcsin(np.clip(_float(r), -1.0, 1.0)) / np.pi
+
+
+def _scale_and_correlation(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array]:
+    scale = np.sqrt(_float(k11) * _float(k22))
+    k12 = _float(k12)
+    zero = np.zeros(np.broadcast(scale, k12).shape)
+    return scale, np.clip(np.divide(k12, scale, out=zero, where=scale > 0), -1.0, 1.0)
+
+
+def leaky_dual(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+    """E[phi(x) phi(y)] of the unscaled leaky ReLU: (1 - slope)^2 relu kernel + slope k12 (derived here)."""
+    scale, r = _scale_and_correlation(k11, k12, k22)
+    return ((1 - slope) ** 2 * scale * relu_correlation(r) / 2 + slope * _float(k12))[()]
+
+
+def leaky_dual_slope(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+    """E[phi'(x) phi'(y)] of the unscaled leaky ReLU (derived here); slope 0 is the ReLU."""
+    _, r = _scale_and_correlation(k11, k12, k22)
+    return ((1 - slope) ** 2 * relu_slope_correlation(r) / 2 + slope)[()]
+
+
+def _gelu_parts(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array, Array]:
+    """P = E[Phi(x) Phi(y)], Q = E[phi(x) phi(y)] with the normal distribution and density, and det(I + K)."""
+    a, c, b = 1 + _float(k11), _float(k12), 1 + _float(k22)
+    determinant = a * b - c**2
+    return 0.25 + np.arcsin(c / np.sqrt(a * b)) / (2 * np.pi), 1 / (2 * np.pi * np.sqrt(determinant)), determinant
+
+
+def dual(activation: str, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+    """E[phi(x) phi(y)] for zero-mean Gaussians of covariance [[k11, k12], [k12, k22]], uncentred.
+
+    `activation`: relu (Cho & Saul 2009, closed form), gelu with erf (closed form by Stein's lemma; at
+    k11 = k22 it is the one in Kedia et al. 2024; unequal variances derived here), silu, tanh
+    (`hermite.kernel`). Arguments broadcast. Unknown names: ConfigError.
+    """
+    if activation == "relu":
+        return leaky_dual(0.0, k11, k12, k22)
+    if activation == "gelu":
+        p, q, _ = _gelu_parts(k11, k12, k22)
+        a, c, b = _float(k11), _float(k12), _float(k22)
+        return (c * p + q * (a * b + c**2 * (1 / (1 + a) + 1 / (1 + b) - 1)))[()]
+    if activation in _BY_EXPANSION:
+        return hermite.kernel(_BY_EXPANSION[activation][0], k11, k12, k22)
+    raise _unknown(activation)
+
+
+def dual_slope(activation: str, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+    """E[phi'(x) phi'(y)], the factor a gradient's covariance takes; sources and arguments as in `dual`."""
+    if activation == "relu":
+        return leaky_dual_slope(0.0, k11, k12, k22)
+    if activation == "gelu":
+        p, q, determinant = _gelu_parts(k11, k12, k22)
+        a, c, b = _float(k11), _float(k12), _float(k22)
+        return (p + q * c * (1 / (1 + a) + 1 / (1 + b) + 1 / determinant))[()]
+    if activation in _BY_EXPANSION:
+        return hermite.kernel(_BY_EXPANSION[activation][1], k11, k12, k22)
+    raise _unknown(activation)
+
+
+def dual_mean(activation: str, variance: ArrayLike) -> Array:
+    """E[phi(x)] for x ~ N(0, variance); relu and gelu in closed form (Kedia et al. 2024), else by quadrature."""
+    v = _float(variance)
+    if activation == "relu":
+        return np.sqrt(v / (2 * np.pi))
+    if activation == "gelu":
+        return v / np.sqrt(2 * np.pi * (1 + v))
+    if activation in _BY_EXPANSION:
+        return hermite.expectation(_BY_EXPANSION[activation][0], v)
+    raise _unknown(activation)
+
+
+def second_moment(activation: str, variance: ArrayLike) -> Array:
+    """E[phi(x)^2] for x ~ N(0, variance); "swiglu": E[(silu(u) v)^2], u and v independent of that variance."""
+    v = _float(variance)
+    if activation == "swiglu":
+        return second_moment("silu", v) * v
+    if activation in _BY_EXPANSION:
+        function = _BY_EXPANSION[activation][0]
+        return hermite.expectation(lambda x: function(x) ** 2, v)
+    return dual(activation, v, v, v)
+
+
+def swiglu_dual(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+    """E[silu(u) v silu(u') v'], gate u and up-projection v independent with the same kernel (derived here)."""
+    return dual("silu", k11, k12, k22) * _float(k12)
+
+
+def swiglu_dual_slope(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array]:
+    """Slope kernels of silu(u) v with respect to u and to v: (E[silu' silu'] k12, E[silu silu]) (derived here)."""
+    return dual_slope("silu", k11, k12, k22) * _float(k12), dual("silu", k11, k12, k22)
+
+
+# Linear maps, dropout, normalisation, softmax ---------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    """Of one activation: mean, variance, covariance between tokens; then of the loss gradient to it."""
+
+    mean: float | Array
+    variance: float | Array
+    covariance: float | Array
+    gradient_variance: float | Array
+    gradient_covariance: float | Array
+
+
+def linear(x: Moments, d_in: int, d_out: int, weight_std: float) -> Moments:
+    """Forward moments of x W, W of d_in x d_out i.i.d. N(0, weight_std^2); backward those of the gradient to x.
+
+    As in each function here, `x` holds the forward moments of the input and the gradient moments of the
+    output, and the result the forward moments of the output and the gradient moments of the input.
+    Source: Kedia et al. 2024, appendix (Linear).
+    """
+    into, back = d_in * weight_std**2, d_out * weight_std**2
+    square = _float(x.mean) ** 2
+    return Moments(
+        np.zeros_like(square)[()],
+        into * (x.variance + square),
+        into * (x.covariance + square),
+        back * _float(x.gradient_variance),
+        back * _float(x.gradient_covariance),
+    )
+
+
+def dropout(x: Moments, p: float) -> Moments:
+    """Inverted dropout of probability p: variances grow, covariances stay (Kedia et al. 2024, appendix)."""
+    variance = (x.variance + p * _float(x.mean) ** 2) / (1 - p)
+    gradient = _float(x.gradient_variance) / (1 - p)
+    return Moments(_float(x.mean)[()], variance, _float(x.covariance)[()], gradient, _float(x.gradient_covariance)[()])
+
+
+def layernorm(x: Moments, d_model: int) -> Moments:
+    """LayerNorm over d_model features with unit gain, epsilon neglected (Kedia et al. 2024, appendix)."""
+    variance = _float(x.variance)
+    one = np.ones_like(variance)[()]
+    covariance = x.covariance / variance * (1 - 1 / d_model)
+    return Moments(0 * one, one, covariance, x.gradient_variance / variance, x.gradient_covariance / variance)
+
+
+def softmax(x: Moments, seq_len: int) -> Moments:
+    """Softmax over seq_len Gaussian logits whose covariance is within the row.
+
+    Variances: Kedia et al. 2024, appendix, large-length form. At logit variance 1 they read high, by 5 % (gradient
+    7 %) at length 256 and half of that at 512. The covariances within the row, and that a gradient common to the
+    row cancels, follow from rows that sum to one (derived here).
+    """
+    growth = np.exp(_float(x.variance) - x.covariance)
+    variance = (growth - 1) / seq_len**2
+    gradient = growth * (x.gradient_variance - x.gradient_covariance) / seq_len**2
+    others = max(seq_len - 1, 1)
+    mean = np.full_like(growth, 1 / seq_len)[()]
+    return Moments(mean, variance, -variance / others, gradient, -gradient / others)
+
+
+class NormMoments(NamedTuple):
+    """Second moment after a normaliser, and E of its squared slope, which scales the gradient variance."""
+
+    variance: float | Array
+    slope: float | Array
+
+
+def norm_moments(kind: str, variance: ArrayLike, alpha: float | None = None) -> NormMoments:
+    """Output variance and squared slope of layernorm, rmsnorm (1, 1/variance) or of dyt at its `alpha`.
+
+    Sources: Xiong et al. 2020 (LayerNorm's 1/std gradient); Zhu et al. 2025, arXiv 2503.10622 (dyt).
+    """
+    v = _float(variance)
+    if kind in ("layernorm", "rmsnorm"):
+        return NormMoments(np.ones_like(v)[()], 1 / v)
+    if kind == "dyt" and alpha is not None:
+        return NormMoments(dyt_second_moment(alpha, v), dyt_slope(alpha, v))
+    raise ConfigError(f"norm: {kind!r} with alpha={alpha} has no moments; use layernorm, rmsnorm or dyt with an alpha.")
+
+
+def dyt_second_moment(alpha: ArrayLike, variance: ArrayLike) -> Array:
+    """E[tanh(alpha x)^2] for x ~ N(0, variance): dynamic tanh (arXiv 2503.10622) with unit gain, by quadrature."""
+    return second_moment("tanh", _float(alpha) ** 2 * _float(variance))
+
+
+def dyt_slope(alpha: ArrayLike, variance: ArrayLike) -> Array:
+    """E[(d tanh(alpha x)/dx)^2] for x ~ N(0, variance), by quadrature."""
+    square = _float(alpha) ** 2
+    return square * hermite.expectation(lambda x: _tanh_slope(x) ** 2, square * _float(variance))
+
+
+# Causal attention and embeddings ----------------------------------------------------------------------------
+
+
+def attention_spread(position: ArrayLike, q: ArrayLike) -> Array:
+    """E[sum_j P_ij^2] of the causal row at 1-based `position`: e^q / (e^q + position - 1) (derived here).
+
+    `q` is the variance of the logits about their row mean. A row's variance is then r + (1 - r) spread.
+    """
+    growth = np.exp(_float(q))
+    return growth / (growth + _float(position) - 1)
+
+
+def causal_means(seq_len: int, q: ArrayLike, dropout: float = 0.0) -> tuple[Array, Array]:
+    """(m1, m2) of causal attention over seq_len positions, dropout on the probabilities (derived here).
+
+    m1: mean spread of a row; m2: mean over pairs of rows of sum_k P_ik P_jk, uniform attention taken, so that
+    output variance is r + (1 - r) m1 and covariance between tokens r + (1 - r) m2, relative to the input's.
+    """
+    positions = np.arange(1, seq_len + 1, dtype=np.float64)
+    m1 = attention_spread(positions, _float(q)[..., None]).mean(axis=-1) / (1 - dropout)
+    pairs = seq_len * (seq_len - 1) / 2
+    m2 = ((positions - 1) / positions).sum() / pairs if pairs else 0.0
+    return m1, np.full_like(m1, m2)[()]
+
+
+def effective_correlation(r: ArrayLike, seq_len: int, q: ArrayLike | None = None, dropout: float = 0.0) -> Array:
+    """r_eff = r + (1 - r) m1: variance a causal attention row keeps, at token correlation r (derived here).
+
+    `q` defaults to 1 - r: logits of unit variance, whose common part the softmax ignores.
+    """
+    r = _float(r)
+    m1, _ = causal_means(seq_len, 1 - r if q is None else q, dropout)
+    return r + (1 - r) * m1
+
+
+def token_collision(vocab_size: ArrayLike) -> Array:
+    """Probability that two positions of Zipf text (p ~ 1/rank) hold the same token.
+
+    sum_v p_v^2 = (pi^2/6) / H_V^2 with the harmonic number H_V ~ ln V + Euler's constant.
+    """
+    return (np.pi**2 / 6) / (np.log(_float(vocab_size)) + EULER_GAMMA) ** 2
