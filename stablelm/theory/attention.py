@@ -20,6 +20,9 @@ from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
 
+_UNIT = Norm("rmsnorm")
+_LARGEST = 50.0  # keeps exp within range; no row moves by then
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
@@ -83,56 +86,60 @@ class _Tables(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """What the backward pass needs: input kernel, its queries' and keys' (T, T); the values' and the heads' output;
-    e_ab and h_ab (groups, T, T); and (groups, T) slopes of the softmax about the mean-field ones, with the cap's."""
+    """What the backward pass needs: kernels, (T, T), of the body's input, of its keys (and queries) but for their
+    gain, of the values and of the heads' output; the first body's share in the values; the rows' fluctuations."""
 
+    kernel: Array
     keys: Array
     values: Array
     mixed: Array
+    mix: float
+    rows: "_Fluctuations"
+
+
+class _Fluctuations(NamedTuple):
+    """Of random softmax rows: e_ab and h_ab, (groups, T, T); (groups, T): RMS slope of a row over that of the
+    mean-field rows, and its entropy in nats."""
+
     excess: Array
     share: Array
     slope: Array
+    entropy: Array
 
 
 @lru_cache(maxsize=8)
 def _tables(pattern: Pattern) -> _Tables:
     weights = np.exp(pattern.log_weights - pattern.log_weights.max(axis=-1, keepdims=True))
     p = weights / weights.sum(axis=-1, keepdims=True)
-    overlap = p @ np.swapaxes(p, 1, 2)
+    overlap = p @ _transposed(p)
     if pattern.rotary is None:
         return _Tables(p, overlap, 1.0, 1.0)
     place = np.arange(p.shape[-1], dtype=np.float64)
     phase = np.exp(1j * place[:, None] * pattern.rotary)  # (T, d_head / 2)
-    turn = (phase @ phase.conj().T).real / pattern.rotary.size
+    turn = np.real(phase @ phase.conj().T) / pattern.rotary.size
     mean = (p @ phase) * phase.conj()
-    both = (mean @ np.swapaxes(mean, 1, 2).conj()).real / pattern.rotary.size
-    return _Tables(p, overlap, turn, _off_diagonal(both, overlap * turn, overlap, default=1.0))
+    turn_keys = np.real(mean @ _transposed(mean).conj()) / pattern.rotary.size
+    return _Tables(p, overlap, turn, _off_diagonal(turn_keys, overlap * turn, overlap))
 
 
-def _off_diagonal(whole: Array, diagonal: Array, overlap: Array, default: float = 0.0) -> Array:
-    """Mean over j != k under p_aj p_bk, from the mean over all j, k and the share of j = k; rows with one key: default."""
+def _transposed(matrices: Array) -> Array:
+    return np.swapaxes(matrices, -1, -2)
+
+
+def _off_diagonal(whole: Array, diagonal: Array, overlap: Array) -> Array:
+    """Mean over j != k under p_aj p_bk of what sums to `whole`, and to `diagonal` over j = k; 0 for rows of one key."""
     rest = 1 - overlap
-    return np.where(rest > 1e-9, (whole - diagonal) / np.maximum(rest, 1e-9), default)
+    return np.divide(whole - diagonal, rest, out=np.zeros_like(rest), where=rest > 1e-9)
 
 
 def _sandwich(p: Array, kernel: Array) -> Array:
     """sum_jk p_aj K_jk p_bk."""
-    return p @ kernel @ np.swapaxes(p, 1, 2)
+    return p @ kernel @ _transposed(p)
 
 
 def _shared(p: Array, kernel: Array) -> Array:
     """sum_j p_aj K_jj p_bj."""
-    return (p * np.diagonal(kernel)) @ np.swapaxes(p, 1, 2)
-
-
-def _logit_gain(body: AttentionBody) -> float:
-    """Variance of a logit over the product of query's and key's kernel (unit ones under qk_norm)."""
-    gains = 1.0 if body.qk_norm else body.query_gain * body.key_gain
-    return body.scale**2 * body.d_head * gains
-
-
-def _unit(kernel: Array) -> Array:
-    return norm_forward(Norm("rmsnorm"), kernel)
+    return (p * np.diagonal(kernel)) @ _transposed(p)
 
 
 def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -> tuple[Array, float, AttentionState]:
@@ -140,34 +147,106 @@ def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -
 
     `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself.
     """
-    p, overlap, turn, turn_keys = _tables(body.pattern)
-    keys = _unit(kernel) if body.qk_norm else kernel
-    own = body.value_gain * kernel
-    mix = body.value_mix if first is not None and body.value_mix else 0.0
-    values = own if not mix else (1 - mix) ** 2 * own + mix**2 * first
-
-    same = _shared(p, keys)
-    apart = _off_diagonal(_sandwich(p, keys), same, overlap)
-    alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
-    covariance = _logit_gain(body) * keys * (turn * alike - turn_keys * apart)
-    kept, cap_slope = _cap(body, keys, p)
-    covariance = covariance * np.sqrt(kept[:, :, None] * kept[:, None, :])
-    spread = np.maximum(np.diagonal(covariance, axis1=1, axis2=2), 0.0)  # (groups, T)
-    keys_seen = 1 / np.diagonal(overlap, axis1=1, axis2=2)
-    rows = row_fluctuations(spread, keys_seen)
-    damping = np.sqrt(np.divide(rows.growth, spread, out=np.zeros_like(spread), where=spread > 0))
-    excess = np.expm1(np.clip(covariance * damping[:, :, None] * damping[:, None, :], -50.0, 50.0))
-    share = 1 / (1 + excess * overlap)
-
+    p = _tables(body.pattern).p
+    keys = norm_forward(_UNIT, kernel) if body.qk_norm else kernel
+    mix = 0.0 if first is None or body.value_mix is None else body.value_mix
+    values = (1 - mix) ** 2 * body.value_gain * kernel
+    if first is not None and mix:
+        values = values + mix**2 * first
+    rows = _fluctuations(body, keys)
     shared = _shared(p, values)
-    mixed = share * (_sandwich(p, values) + excess * shared)
+    mixed = rows.share * (_sandwich(p, values) + rows.excess * shared)
     if body.dropout:
-        own_row = np.einsum("gaa->ga", share * (1 + excess) * shared)
-        np.einsum("gaa->ga", mixed)[...] += body.dropout / (1 - body.dropout) * own_row
+        noise = body.dropout / (1 - body.dropout) * rows.share * (1 + rows.excess) * shared
+        mixed = mixed + noise * np.eye(len(kernel))
     mixed = mixed.mean(axis=0)
     if body.pattern.row_scale is not None:
         mixed = mixed * np.outer(body.pattern.row_scale, body.pattern.row_scale)
-    fixed = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-    entropy = float(np.maximum(fixed - np.where(keys_seen > 1 + 1e-9, rows.entropy_loss, 0.0), 0.0).mean())
-    state = AttentionState(keys, values, mixed, excess, share, np.sqrt(rows.slope_share * cap_slope))
-    return body.output_gain * norm_forward(body.inner_norm, mixed), entropy, state
+    output = body.output_gain * norm_forward(body.inner_norm, mixed)
+    return output, float(rows.entropy.mean()), AttentionState(kernel, keys, values, mixed, mix, rows)
+
+
+def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
+    """How far random logits draw the rows from their mean, for queries and keys of kernel `keys`."""
+    p, overlap, turn, turn_keys = _tables(body.pattern)
+    same = _shared(p, keys)
+    apart = _off_diagonal(_sandwich(p, keys), same, overlap)
+    alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
+    gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
+    covariance = gain * keys * (turn * alike - turn_keys * apart)
+    kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(keys) * (p @ np.diagonal(keys)))
+    spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
+    one_key = np.einsum("gaa->ga", overlap) > 1 - 1e-9
+    rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
+    damping = np.sqrt(kept * np.divide(rows.growth, spread, out=np.ones_like(spread), where=spread > 0))
+    excess = np.expm1(np.clip(_both(damping, covariance), -_LARGEST, _LARGEST))
+    share = 1 / (1 + excess * overlap)
+    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) - np.where(one_key, 0.0, rows.entropy_loss)
+    return _Fluctuations(excess, share, np.sqrt(rows.slope_share * cap_slope), np.maximum(entropy, 0.0))
+
+
+def _both(rows: Array, matrix: Array) -> Array:
+    """rows_a M_ab rows_b."""
+    return rows[..., :, None] * matrix * rows[..., None, :]
+
+
+def _cap(cap: float | None, variance: Array) -> tuple[Array, Array]:
+    """Variance that cap tanh(x / cap) keeps of Gaussian logits, as a share, and its mean squared slope."""
+    if cap is None:
+        return np.ones_like(variance), np.ones_like(variance)
+    squashed = cap**2 * np.asarray(dyt_second_moment(1 / cap, variance))
+    kept = np.divide(squashed, variance, out=np.ones_like(variance), where=variance > 0)
+    return kept, cap**2 * np.asarray(dyt_slope(1 / cap, variance))
+
+
+def attention_backward(
+    body: AttentionBody, state: AttentionState, gradient: Array, later: Array | None
+) -> tuple[Array, Array | None]:
+    """Gradient kernels at the body's input and at the first body's values (None unless these are mixed in).
+
+    `gradient` is that at the body's output; `later`, for the first body alone, the one at its values from all the
+    bodies above. Noise that dropout of the weights adds to the gradients of queries and keys is left out.
+    """
+    p, share, excess = _tables(body.pattern).p, state.rows.share, state.rows.excess
+    outer = norm_backward(body.inner_norm, state.mixed, body.output_back * gradient)
+    if body.pattern.row_scale is not None:
+        outer = outer * np.outer(body.pattern.row_scale, body.pattern.row_scale)
+    noise = share * excess * outer
+    if body.dropout:
+        noise = noise + body.dropout / (1 - body.dropout) * share * (1 + excess) * outer * np.eye(len(outer))
+    to_values = (_transposed(p) @ (share * outer) @ p).mean(axis=0)
+    to_values = to_values + np.diag((p * (noise @ p)).sum(axis=1).mean(axis=0))
+    to_first = state.mix**2 * to_values if state.mix else None
+    if later is not None:
+        to_values = to_values + later
+    result = (1 - state.mix) ** 2 * body.value_back * to_values
+    if body.query_back or body.key_back:
+        result = result + _through_logits(body, state, outer)
+    return result, to_first
+
+
+def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) -> Array:
+    """Gradient kernel at the body's input by way of the queries and of the keys; `outer`: that at the heads' output.
+
+    The gradient of logit aj is P_aj g_a . (v_j - o_a): its kernel is that of g times the values' kernel centred in
+    both rows, times E[P_aj P_bk]. It meets the keys on its way to the queries, the queries on its way to the keys.
+    """
+    p, _, turn, _ = _tables(body.pattern)
+    keys, values, rows = state.keys * turn, state.values, state.rows
+    weight = outer * turn * _both(rows.slope, (1 + rows.excess) * rows.share**2)
+    seen_values, seen_keys = values @ _transposed(p), keys @ _transposed(p)  # (groups, key, row)
+    mixed_values = p @ seen_values
+    cross = p @ (seen_values * seen_keys)
+    centred = _sandwich(p, values * keys) - cross - _transposed(cross) + mixed_values * (p @ seen_keys)
+    to_queries = (weight * centred).mean(axis=0)
+    weight = weight * state.keys
+    pulled = weight @ p
+    cross = (_transposed(pulled) * seen_values) @ p
+    to_keys = (_transposed(p) @ pulled) * values - cross - _transposed(cross)
+    to_keys = (to_keys + _transposed(p) @ (weight * mixed_values) @ p).mean(axis=0)
+    scale = body.scale**2 * body.d_head
+    if not body.qk_norm:
+        return scale * (body.key_gain * body.query_back * to_queries + body.query_gain * body.key_back * to_keys)
+    to_queries = norm_backward(_UNIT, body.query_gain * state.kernel, to_queries)
+    to_keys = norm_backward(_UNIT, body.key_gain * state.kernel, to_keys)
+    return scale * (body.query_back * to_queries + body.key_back * to_keys)

@@ -7,24 +7,62 @@ import pytest
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import METHODS, apply_method, default_d_ff
+from stablelm.methods.compose import problems
 from stablelm.methods.placement import PLACEMENTS, make_placement
 from stablelm.methods.stream import Sum, make_stream
 
-AXES = {"stream", "placement", "norm", "init", "activation", "bias", "tie_embeddings", "attention.position"}
+AXES = {f.name for f in fields(ModelConfig) if getattr(apply_method(ModelConfig()), f.name) is not None}
+AXES -= {f.name for f in fields(ModelConfig) if getattr(ModelConfig(), f.name) is not None}
+ATTENTION = {f.name for f in fields(AttentionConfig)} - {"rope_base"}
+
+
+def _value(model: ModelConfig, key: str) -> object:
+    return getattr(model.attention, key.removeprefix("attention.")) if "." in key else getattr(model, key)
+
+
+def test_the_axes_are_those_of_the_design():
+    norms = {"placement", "norm", "embedding_norm"}
+    assert AXES == norms | {"stream", "init", "reparam", "activation", "bias", "tie_embeddings"}
+    assert ATTENTION == {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "shaping"}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_names_its_paper_and_all_axes(name):
-    method = METHODS[name]
+def test_every_method_is_pre_ln_but_for_what_it_states(name):
+    method, base = METHODS[name], apply_method(ModelConfig(method="pre_ln"))
     assert method.name == name
     assert method.paper
-    assert method.defaults.keys() == AXES
+    assert method.defaults.keys() <= AXES | {f"attention.{key}" for key in ATTENTION}
     model = apply_method(ModelConfig(method=name))
-    for key in AXES - {"attention.position"}:
-        assert getattr(model, key) == method.defaults[key]
-    assert model.attention.position == method.defaults["attention.position"]
+    for key in (*AXES, *(f"attention.{key}" for key in ATTENTION)):
+        value = _value(model, key)
+        assert value is not None, key
+        assert value == method.defaults.get(key, _value(base, key))
+        # A default that says what pre_ln has too would hide what the method is.
+        assert (value != _value(base, key)) == (key in method.defaults), key
     make_stream(model)
     assert make_placement(model) is PLACEMENTS[str(model.placement)]
+    assert problems(model) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("position", ["learned", "alibi", "rope", "none"])
+def test_every_method_runs_with_every_position_or_is_refused_with_a_reason(name, position):
+    model = apply_method(ModelConfig(method=name, attention=AttentionConfig(position=position)))
+    assert bool(problems(model)) == (name == "e_spa" and position == "alibi")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("deepscalelm_sigma", ("deepscalelm_pre", "sigma_reparam")),
+        ("magneto_sigma", ("magneto", "sigma_reparam")),
+        ("catformer_sigma", ("catformer", "sigma_reparam")),
+    ],
+)
+def test_combinations_are_the_union_of_their_parts(name, parts):
+    first, second = (METHODS[part] for part in parts)
+    assert METHODS[name].defaults == first.defaults | second.defaults == second.defaults | first.defaults
+    assert first.paper in METHODS[name].paper and second.paper in METHODS[name].paper
 
 
 def test_the_three_points():
@@ -36,7 +74,9 @@ def test_the_three_points():
 
 def test_keys_that_are_set_override_the_method():
     own = {"placement": "post", "norm": "rmsnorm", "init": "gpt2", "activation": "swiglu", "bias": True}
-    attention = AttentionConfig(position="none", rope_base=500.0)
+    attention = AttentionConfig(
+        "none", 500.0, qk_norm=True, logit_cap=9.0, value_residual=True, low_rank=0.25, shaping="none"
+    )
     model = apply_method(ModelConfig(method="pre_ln", tie_embeddings=True, attention=attention, **own))
     assert {key: getattr(model, key) for key in own} == own
     assert model.tie_embeddings is True
@@ -85,9 +125,10 @@ def test_streams_are_functional_and_join_is_associative():
     assert torch.equal(stream.finish(left), stream.finish(right))
 
 
-def test_the_catalogue_needs_no_torch():
+def test_what_checks_a_configuration_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, stablelm.methods.catalogue; sys.exit('torch' in sys.modules)"
+    modules = ("catalogue", "compose", "catformer", "solve", "scales", "widths", "rates", "espa", "alibi", "placement")
+    code = f"import sys, {', '.join(f'stablelm.methods.{m}' for m in modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method, default_d_ff
+from stablelm.methods.catformer import solve_shape
 from stablelm.methods.initialise import initialise
 from stablelm.model.decoder import Decoder
 
@@ -22,6 +23,8 @@ def small_config(method: str = "pre_ln", *, position: str | None = None, **keys:
     model = apply_method(ModelConfig(method=method, **sizes))
     if position is not None:
         model = replace(model, attention=replace(model.attention, position=position))
+    if model.stream == "concat":
+        return solve_shape(model)
     if model.d_ff is None:
         model = replace(model, d_ff=default_d_ff(model.d_model, str(model.activation)))
     return model

@@ -9,6 +9,7 @@ from plain_decoder import build, plain_logits, plain_sums, sample, small_config
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stablelm.methods.catalogue import METHODS
 from stablelm.methods.initialise import initialise
 from stablelm.model.decoder import Decoder
 from stablelm.model.norms import Norm
@@ -69,9 +70,9 @@ def test_hidden_states_give_the_plain_logits():
     torch.testing.assert_close(hidden @ decoder.head_weight().T, plain_logits(weights, config, tokens))
 
 
-@pytest.mark.parametrize("name", ["pre_ln", "post_ln", "gpt2", "grouped"])
+@pytest.mark.parametrize("name", ["grouped", *METHODS])
 def test_later_tokens_do_not_reach_earlier_positions(name):
-    config = CONFIGS[name]
+    config = CONFIGS[name] if name in CONFIGS else small_config(name)
     decoder = build(config, "fp64")
     tokens, _ = sample(config)
     changed = tokens.clone()
@@ -112,8 +113,11 @@ def _dtypes_seen(decoder: Decoder, tokens: torch.Tensor) -> dict[str, set[torch.
     for module in decoder.modules():
         if isinstance(module, Layer):
             module.register_forward_hook(lambda _, args, out: seen["stream"].update({args[0][0].dtype, out[0].dtype}))
-            module.attention.body.register_forward_pre_hook(lambda _, args: seen["body"].add(args[0].dtype))
-            module.feedforward.body.register_forward_pre_hook(lambda _, args: seen["body"].add(args[0].dtype))
+            for body in (module.attention.body, module.feedforward.body):
+                body.first_maps[0].register_forward_hook(
+                    lambda _, args, out: seen["body"].update({args[0].dtype, out.dtype})
+                )
+                body.register_forward_pre_hook(lambda _, args: seen["body"].update(part.dtype for part in args[0]))
         if isinstance(module, Norm):
             module.register_forward_hook(lambda _, args, out: seen["norm"].add(out.dtype))
     decoder(tokens)
@@ -153,13 +157,14 @@ def test_fp64_is_fp64_throughout():
     assert decoder(tokens, targets).total.dtype == torch.float64
 
 
-def test_built_on_meta_and_on_cpu_alike():
-    config = CONFIGS["gpt2"]
+@pytest.mark.parametrize("method", METHODS)
+def test_built_on_meta_and_on_cpu_alike(method):
+    config = small_config(method)
     tokens, targets = sample(config)
     with torch.device("meta"):
         decoder = Decoder(config, "fp32")
-    assert all(parameter.is_meta for parameter in decoder.parameters())
-    assert not list(decoder.buffers())
+    assert all(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
+    assert len(list(decoder.buffers())) == (2 * 3 * 6 if config.reparam == "sigma" else 0)
     decoder.to_empty(device="cpu")
     initialise(decoder, config, 3)
     direct = Decoder(config, "fp32")
@@ -173,7 +178,7 @@ def _gradients(decoder: Decoder, tokens, targets, rng_seed: int) -> dict[str, Te
     return _gradients_of(decoder.named_parameters())
 
 
-@pytest.mark.parametrize("method", ["pre_ln", "post_ln"])
+@pytest.mark.parametrize("method", METHODS)
 def test_recompute_changes_nothing_with_dropout_on(method):
     config = small_config(method, dropout=0.1)
     tokens, targets = sample(config)
@@ -201,8 +206,11 @@ def test_compiled_layers_equal_eager_ones(name):
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
 
 
-@pytest.mark.parametrize("method", ["pre_ln", "post_ln", "gpt2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [(method, precision) for method in ("pre_ln", "post_ln", "gpt2") for precision in ("fp32", "bf16")]
+    + [(method, "fp32") for method in ("magneto", "sigma_reparam", "deepscalelm_pre", "deepnorm", "rezero", "mlra")],
+)
 def test_all_layers_share_one_graph(method, precision):
     torch.compiler.reset()
     config = small_config(method, n_layers=10)

@@ -6,6 +6,8 @@ from plain_decoder import build, sample, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from stablelm.config.schema import SigmaConfig
+from stablelm.methods.catalogue import METHODS
 from stablelm.methods.initialise import roles
 from stablelm.model.decoder import Decoder
 from stablelm.model.flops import flops_per_token, parameter_counts
@@ -16,7 +18,10 @@ SHAPES = {
     "gpt2": small_config("gpt2"),
     "grouped_swiglu": small_config("pre_ln", kv_heads=2, activation="swiglu", norm="rmsnorm", bias=True),
     "tied": small_config("pre_ln", tie_embeddings=True, d_ff=56),
+    "catformer_grouped_swiglu": small_config("catformer", kv_heads=2, activation="swiglu", bias=True),
+    "sigma_attention_dyt": small_config("sigma_reparam", norm="dyt", bias=True, sigma=SigmaConfig(targets="attention")),
 }
+SHAPES = {method: small_config(method) for method in METHODS} | SHAPES
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -30,7 +35,8 @@ def test_counts_are_those_of_the_real_model(name):
     assert counts["embedding"] == sum(n for name, n in sizes.items() if kinds[name] in ("embedding", "position"))
     assert counts["head"] == sizes.get("head.weight", 0)
     assert counts["layers"] == sum(n for name, n in sizes.items() if name.startswith("layers."))
-    matrices = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith("layers.") and p.ndim == 2)
+    multiplied = ("layers.", "projection.")
+    matrices = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith(multiplied) and p.ndim == 2)
     assert counts["matmul"] == matrices + decoder.head_weight().numel()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from plain_decoder import build, sample, small_config
 
+from stablelm.methods.widths import widths
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.norms import Norm
@@ -56,7 +57,7 @@ def test_rotation_of_bf16_is_computed_in_fp32():
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 def test_norm_of_a_bf16_stream_has_fp32_statistics(norm):
     config = small_config(norm=norm, bias=True)
-    module = Norm(config, make_dtypes("bf16", "bf16"))
+    module = Norm(config, make_dtypes("bf16", "bf16"), 32)
     torch.nn.init.ones_(module.weight)
     if module.bias is not None:
         torch.nn.init.zeros_(module.bias)
@@ -73,7 +74,7 @@ def test_norm_of_a_bf16_stream_has_fp32_statistics(norm):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 def test_feedforward_forms(activation):
     config = small_config(activation=activation, d_model=32, d_ff=4)
-    body = FeedForward(config, FP64)
+    body = FeedForward(config, FP64, widths(config, 1))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in body.parameters():
@@ -87,7 +88,8 @@ def test_feedforward_forms(activation):
         h = h * torch.special.ndtr(h)
     else:
         h = h * (h > 0)
-    torch.testing.assert_close(body(x), h @ body.fc2.weight.T)
+    products = tuple(linear(x) for linear in body.first_maps)
+    torch.testing.assert_close(body(products), h @ body.fc2.weight.T)
     assert len(list(body.parameters())) == (3 if activation == "swiglu" else 2)
 
 
