@@ -1,11 +1,13 @@
 """Spectrally normalised matrices of a model as this rank holds them, and the collective of their refresh."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from stablelm.checkpoint.portable import clean_name
+from stablelm.engine.mesh import Ranks
 from stablelm.methods import spectral
 from stablelm.model.linear import Linear
 
@@ -39,6 +41,15 @@ class SigmaMatrices:
 
     def _matrices(self) -> list[spectral.Matrix]:
         return [spectral.Matrix(*_rows(part.weight), part.u, part.v) for part in self._maps.values()]
+
+
+def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The sums over ranks of 1-dim CPU tensors by name, in one collective."""
+    if not parts or ranks.world_size == 1:
+        return parts
+    flat = torch.cat(list(parts.values())).to(ranks.device)
+    dist.all_reduce(flat)
+    return dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
 
 
 def _sum_over_ranks(flat: Tensor) -> None:

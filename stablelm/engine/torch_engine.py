@@ -13,7 +13,8 @@ from stablelm.checkpoint.portable import clean_name
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.recompute import recompute_layers
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.methods import spectral
 from stablelm.methods.initialise import initial_values, roles
 from stablelm.methods.stream import Concat
 from stablelm.model.decoder import Decoder
@@ -37,7 +38,7 @@ class TorchEngine:
             compile_layers(self.module.layers, config.model)
         if kind == "fsdp2":
             shard(self.module, self.module.layers, ranks)
-        self._materialise(config)
+        self._materialise(config, ranks)
         self.sigma = SigmaMatrices(self.module)
         self._call: nn.Module = self.module
         if kind == "ddp":
@@ -47,20 +48,21 @@ class TorchEngine:
         self.module.train(train)
         self.optimizer = adamw(self.parameters(), self._roles, config.train, config.model) if train else None
 
-    def _materialise(self, config: Config) -> None:
+    def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
         self.module.to_empty(device=self.device)
         named = self.parameters()
         tensors = named | self.buffers()
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        for name, whole in initial_values(shapes, config.model, config.run.seed):
-            tensor = tensors[name]
-            value = whole.to(self.device, tensor.dtype)
-            if isinstance(tensor, DTensor):
-                # Every rank draws the whole tensor and keeps its rows: no traffic, any world size.
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            with torch.no_grad():
-                tensor.copy_(value)
+        starts = spectral.SharedStarts(ranks.rank, ranks.world_size)
+        shared: dict[str, Tensor] = {}
+        for name, whole in initial_values(shapes, config.model, config.run.seed, starts):
+            if whole.dtype == torch.float64:
+                shared[name] = whole  # of the spectral start: this rank's share of it
+            else:
+                _fill(tensors[name], whole)
+        for name, whole in sum_over_ranks(shared, ranks).items():
+            _fill(tensors[name], whole)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters (shards under fsdp2) by portable name; a tied head appears once."""
@@ -106,6 +108,15 @@ class TorchEngine:
                 for moment, value in self.optimizer.state[parameter].items():
                     found[f"optim.{name}.{moment}"] = value
         return found
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copies a value that every rank has whole into a tensor or this rank's part of it: no traffic, any world size."""
+    value = whole.to(tensor.device, tensor.dtype)
+    if isinstance(tensor, DTensor):
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
 
 
 def compile_layers(layers: nn.ModuleList, config: ModelConfig) -> None:

@@ -125,7 +125,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "mlra",
-            "Jung et al., Stable Language Model Pre-training by Reducing Embedding Variability, EMNLP 2024",
+            "Chung et al., Stable Language Model Pre-training by Reducing Embedding Variability, EMNLP 2024",
             {"attention.low_rank": 0.5, "init": "gpt2"},
         ),
         Method("deepscalelm_sigma", f"{_KEDIA}; {_ZHAI}", {**_DEEPSCALE, **_SIGMA}),

@@ -5,7 +5,7 @@ the world size or any other parameter.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +53,16 @@ def decays(role: Role) -> bool:
     return (role.kind in MATRICES or role.kind == "head") and not role.sigma
 
 
-def initial_values(shapes: dict[str, tuple[int, ...]], config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_values(
+    shapes: dict[str, tuple[int, ...]],
+    config: ModelConfig,
+    seed: int,
+    start: Callable[[Tensor], spectral.Start] = spectral.start,
+) -> Iterator[tuple[str, Tensor]]:
     """(name, whole initial value) of parameters given by clean name and shape, a whole model's or one layer's.
 
-    fp32 on the CPU. With sigma reparametrisation, a matrix comes with its gamma and the buffers u and v (float64).
+    fp32 on the CPU. With sigma reparametrisation, a matrix comes with its gamma and the buffers u and v (float64),
+    for which `start` finds the spectral norm; they are all zeros where it gives zeros.
     """
     for name, shape in shapes.items():
         gamma = _gamma_of(name)
@@ -67,11 +73,11 @@ def initial_values(shapes: dict[str, tuple[int, ...]], config: ModelConfig, seed
         value = initial_value(name, role, shape, config, seed)
         yield name, value
         if sigma:
-            start = spectral.start(value)
-            stem = name.removesuffix(".weight")
-            yield gamma, torch.full((1,), start.sigma if config.sigma.gamma == "spectral" else 1.0)
-            yield f"{stem}.u", start.u
-            yield f"{stem}.v", start.v
+            top, stem = start(value), name.removesuffix(".weight")
+            gain = top.sigma if config.sigma.gamma == "spectral" else float(top.sigma > 0)
+            yield gamma, torch.full((1,), gain, dtype=torch.float64)
+            yield f"{stem}.u", top.u
+            yield f"{stem}.v", top.v
 
 
 def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:

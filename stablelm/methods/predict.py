@@ -16,7 +16,7 @@ from stablelm.methods.widths import Widths, d_head, d_key_value, rank, stream_wi
 from stablelm.theory.attention import AttentionBody, Pattern, causal_pattern
 from stablelm.theory.kernels import FeedForwardBody, Norm, norm_forward, times_diagonal
 from stablelm.theory.moments import token_collision
-from stablelm.theory.propagation import End, Sublayer, propagate
+from stablelm.theory.propagation import End, SublayerTheory, propagate
 
 Array = NDArray[np.float64]
 
@@ -25,7 +25,8 @@ Array = NDArray[np.float64]
 class Prediction:
     """By layer boundary 0 ... n_layers (0: the embedding), each (n_layers + 1,) float64, nan where there is none.
 
-    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens.
+    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan on
+    a stream without skips, where the theory falls short of what is measured by factors.
     """
 
     stream_variance: Array
@@ -51,14 +52,21 @@ def predict(
     sublayers = [_sublayer(config, index, seq_len) for index in range(2 * config.n_layers)]
     trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
+    gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
+    if config.stream == "skipless":
+        gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(
         stream_variance=trace.stream_variance,
         token_correlation=trace.token_correlation,
         attention_branch_variance=trace.attention_branch_variance,
         feedforward_branch_variance=trace.feedforward_branch_variance,
         attention_entropy=trace.attention_entropy,
-        gradient_norm=np.sqrt(trace.gradient_variance * features * tokens),
+        gradient_norm=gradient_norm,
     )
+
+
+def _head_std(config: ModelConfig) -> float:
+    return initial_std(Role("embedding" if config.tie_embeddings else "head", None), (1, 1), config)
 
 
 def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Array:
@@ -71,11 +79,11 @@ def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Ar
     return times_diagonal(kernel, 1 / (1 - config.dropout))
 
 
-def _sublayer(config: ModelConfig, index: int, seq_len: int) -> Sublayer:
+def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     placement, width = make_placement(config), widths(config, index)
     keep, write = scales.skip_and_branch(config)
     by_depth = 1 / math.sqrt(index // 2 + 1) if placement.by_depth else 1.0
-    return Sublayer(
+    return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=keep,
         write=0.0 if config.stream == "rezero" else write,
@@ -170,7 +178,7 @@ def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardB
 
 
 def _variance(config: ModelConfig, kind: str, index: int, d_in: int, d_out: int) -> float:
-    """Variance of a map's entries as it acts at the start: of low-rank factors the product, of sigma gamma / sigma W."""
+    """Variance of the entries of a map as it acts at the start: of low-rank factors, of gamma / sigma W."""
     if kind == "query" and config.init == "orthogonal":
         return 0.0
     layer, inner = index // 2, rank(config) if kind in ("query", "key", "value") else None
@@ -190,8 +198,7 @@ def _entry(config: ModelConfig, role: Role, shape: tuple[int, int], unit: bool) 
 
 
 def _end(config: ModelConfig, tokens: int, collision: float) -> End:
-    head = initial_std(Role("embedding" if config.tie_embeddings else "head", None), (1, 1), config)
-    gradient = (head * scales.head_scale(config)) ** 2
+    gradient = (_head_std(config) * scales.head_scale(config)) ** 2
     if config.stream == "concat":
         # The projection's entries have variance 1 / fan_in, and d_model of them meet each feature of the stream.
         gradient *= config.d_model / stream_width(config, config.n_layers)

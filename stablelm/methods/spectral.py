@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LARGEST_SVD = 256
-RESIDUAL = 1e-6
+LARGEST_SVD = 128
+RESIDUAL = 1e-5
+LONGEST, CHECK_EVERY = 300, 10
 TINY = 1e-30
 
 
@@ -37,34 +38,52 @@ def start(weight: Tensor) -> Start:
     return _lanczos(matrix)
 
 
-def _lanczos(matrix: Tensor, rounds: int = 300) -> Start:
-    """Golub-Kahan bidiagonalisation with full reorthogonalisation, until |W^T v - sigma u| <= RESIDUAL sigma."""
+class SharedStarts:
+    """Starts shared out over ranks in turn: another rank's are zeros here, and the sum over ranks is `start` of all."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        self._seen = 0
+
+    def __call__(self, weight: Tensor) -> Start:
+        self._seen += 1
+        if self._seen % self.world_size == self.rank:
+            return start(weight)
+        d_out, d_in = weight.shape
+        return Start(0.0, torch.zeros(d_in, dtype=torch.float64), torch.zeros(d_out, dtype=torch.float64))
+
+
+def _lanczos(matrix: Tensor) -> Start:
+    """Golub-Kahan bidiagonalisation with full reorthogonalisation, until |W^T v - sigma u| <= RESIDUAL sigma.
+
+    Such a residual leaves an error of its square in sigma (Parlett 1998, section 11.7).
+    """
+    rounds = min(LONGEST, *matrix.shape)
+    rights, lefts = matrix.new_zeros(rounds + 1, matrix.shape[1]), matrix.new_zeros(rounds, matrix.shape[0])
+    small = matrix.new_zeros(rounds + 1, rounds + 1)  # upper bidiagonal: V^T W U
     generator = torch.Generator().manual_seed(0)
-    u = torch.randn(matrix.shape[1], dtype=matrix.dtype, generator=generator)
-    rights, lefts, alphas, betas = [u / u.norm()], [], [], []
-    for step in range(min(rounds, *matrix.shape)):
-        left = matrix @ rights[-1] - (betas[-1] * lefts[-1] if lefts else 0)
-        left = _orthogonal_to(left, lefts)
-        alphas.append(float(left.norm()))
-        lefts.append(left / alphas[-1])
-        right = _orthogonal_to(matrix.t() @ lefts[-1] - alphas[-1] * rights[-1], rights)
-        betas.append(float(right.norm()))
-        if step % 10 == 9 or betas[-1] < TINY or step == min(rounds, *matrix.shape) - 1:
-            small = torch.diag(torch.tensor(alphas, dtype=matrix.dtype))
-            small += torch.diag(torch.tensor(betas[:-1], dtype=matrix.dtype), 1)
-            p, values, q = torch.linalg.svd(small)
-            if betas[-1] * abs(float(p[-1, 0])) <= RESIDUAL * float(values[0]):
+    first = torch.randn(matrix.shape[1], dtype=matrix.dtype, generator=generator)
+    rights[0] = first / first.norm()
+    size, p, values, q = 0, small, small, small
+    while size < rounds:
+        left = _orthogonal_to(matrix @ rights[size], lefts[:size])
+        small[size, size] = left.norm()
+        lefts[size] = left / small[size, size]
+        right = _orthogonal_to(matrix.t() @ lefts[size], rights[: size + 1])
+        small[size, size + 1] = right.norm()
+        rights[size + 1] = right / small[size, size + 1].clamp(min=TINY)
+        size += 1
+        if size % CHECK_EVERY == 0 or size == rounds or small[size - 1, size] < TINY:
+            p, values, q = torch.linalg.svd(small[:size, :size])
+            if small[size - 1, size] * p[-1, 0].abs() <= RESIDUAL * values[0]:
                 break
-        rights.append(right / betas[-1])
-    u, v = torch.stack(rights[: len(alphas)], 1) @ q[0], torch.stack(lefts, 1) @ p[:, 0]
+    u, v = q[0] @ rights[:size], p[:, 0] @ lefts[:size]
     return Start(float(values[0]), u / u.norm(), v / v.norm())
 
 
-def _orthogonal_to(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    if basis:
-        stacked = torch.stack(tuple(basis))
-        for _ in range(2):
-            vector = vector - stacked.t() @ (stacked @ vector)
+def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
+    for _ in range(2):
+        vector = vector - (basis @ vector) @ basis
     return vector
 
 

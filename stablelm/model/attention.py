@@ -1,5 +1,7 @@
 """Causal self-attention with grouped queries."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         self.d_head, self.scale = d_head(config), logit_scale(config)
         self.dropout = config.dropout
+        self._shaping: tuple[Any, tuple[Tensor, Tensor]] | None = None
         bias, sigma, d_kv = bool(config.bias), config.reparam == "sigma", d_key_value(config)
         inner = rank(config)
 
@@ -87,10 +90,17 @@ class Attention(nn.Module):
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
         if self.config.attention.position == "alibi":
             return positions[0]
-        if self.config.attention.shaping == "espa":
-            bias, _ = espa.bias_and_scale(self.layer, self.config.n_layers, query.shape[-2])
-            return torch.from_numpy(bias).to(query.device, torch.promote_types(query.dtype, torch.float32))
-        return None
+        return self._shaped(query)[0] if self.config.attention.shaping == "espa" else None
+
+    @torch.compiler.disable()
+    def _shaped(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """E-SPA's bias and row scale for these queries' length, kept for the next call."""
+        key = (query.shape[-2], query.device, torch.promote_types(query.dtype, torch.float32))
+        if self._shaping is None or self._shaping[0] != key:
+            both = espa.bias_and_scale(self.layer, self.config.n_layers, key[0])
+            bias, rows = (torch.from_numpy(each).to(query.device, key[2]) for each in both)
+            self._shaping = key, (bias, rows)
+        return self._shaping[1]
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, seq, d_head): values averaged by softmax attention."""
@@ -112,5 +122,4 @@ class Attention(nn.Module):
         )
         if self.config.attention.shaping != "espa":
             return mixed
-        _, rows = espa.bias_and_scale(self.layer, self.config.n_layers, query.shape[-2])
-        return mixed * torch.from_numpy(rows).to(mixed.device, mixed.dtype)[:, None]
+        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None]

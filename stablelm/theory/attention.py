@@ -1,10 +1,9 @@
 """Causal softmax attention on token kernels, forward and backward (derived here; checked against simulation).
 
 With p the attention weights that fixed biases alone give, and P those with random logits, everything rests on
-E[P_aj P_bk] = p_aj p_bk h_ab (1 + delta_jk e_ab): all keys are alike, and two rows a and b favour the same ones as far
-as their queries are alike. 1 + e_ab = exp(g_ab), where g_ab is the covariance of the two rows' logits about their row
-means, damped as the exact fluctuations of one row demand (`theory.rows`); rows sum to one, so
-h_ab = 1 / (1 + e_ab sum_j p_aj p_bj).
+E[P_aj P_bk] = p_aj p_bk (1 + c_ab (delta_jk - p_bj - p_ak + sum_m p_am p_bm)): what random logits do to first order
+where all keys are alike, with rows that sum to one. The size c_ab comes from the covariance of the two rows' logits
+about their row means, such that a single row has its exact E[sum P^2] (`theory.rows`).
 """
 
 from dataclasses import dataclass
@@ -85,6 +84,15 @@ class _Tables(NamedTuple):
     turn_keys: Array | float
 
 
+class _Fluctuations(NamedTuple):
+    """Of random softmax rows: c_ab, (groups, T, T); (groups, T): RMS slope of a row over that of p, and its entropy
+    in nats."""
+
+    size: Array
+    slope: Array
+    entropy: Array
+
+
 class AttentionState(NamedTuple):
     """What the backward pass needs: kernels, (T, T), of the body's input, of its keys (and queries) but for their
     gain, of the values and of the heads' output; the first body's share in the values; the rows' fluctuations."""
@@ -94,17 +102,7 @@ class AttentionState(NamedTuple):
     values: Array
     mixed: Array
     mix: float
-    rows: "_Fluctuations"
-
-
-class _Fluctuations(NamedTuple):
-    """Of random softmax rows: e_ab and h_ab, (groups, T, T); (groups, T): RMS slope of a row over that of the
-    mean-field rows, and its entropy in nats."""
-
-    excess: Array
-    share: Array
-    slope: Array
-    entropy: Array
+    rows: _Fluctuations
 
 
 @lru_cache(maxsize=8)
@@ -147,17 +145,18 @@ def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -
 
     `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself.
     """
-    p = _tables(body.pattern).p
+    p, overlap, _, _ = _tables(body.pattern)
     keys = norm_forward(_UNIT, kernel) if body.qk_norm else kernel
     mix = 0.0 if first is None or body.value_mix is None else body.value_mix
     values = (1 - mix) ** 2 * body.value_gain * kernel
     if first is not None and mix:
         values = values + mix**2 * first
     rows = _fluctuations(body, keys)
-    shared = _shared(p, values)
-    mixed = rows.share * (_sandwich(p, values) + rows.excess * shared)
+    seen = values @ _transposed(p)  # (groups, key, row)
+    mean, shared, one_sided = p @ seen, _shared(p, values), p @ (_transposed(p) * seen)
+    mixed = mean + rows.size * (shared - one_sided - _transposed(one_sided) + overlap * mean)
     if body.dropout:
-        noise = body.dropout / (1 - body.dropout) * rows.share * (1 + rows.excess) * shared
+        noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
         mixed = mixed + noise * np.eye(len(kernel))
     mixed = mixed.mean(axis=0)
     if body.pattern.row_scale is not None:
@@ -180,9 +179,9 @@ def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
     rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
     damping = np.sqrt(kept * np.divide(rows.growth, spread, out=np.ones_like(spread), where=spread > 0))
     excess = np.expm1(np.clip(_both(damping, covariance), -_LARGEST, _LARGEST))
-    share = 1 / (1 + excess * overlap)
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) - np.where(one_key, 0.0, rows.entropy_loss)
-    return _Fluctuations(excess, share, np.sqrt(rows.slope_share * cap_slope), np.maximum(entropy, 0.0))
+    size = excess / (1 + excess * overlap)
+    return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), np.maximum(entropy, 0.0))
 
 
 def _both(rows: Array, matrix: Array) -> Array:
@@ -191,7 +190,10 @@ def _both(rows: Array, matrix: Array) -> Array:
 
 
 def _cap(cap: float | None, variance: Array) -> tuple[Array, Array]:
-    """Variance that cap tanh(x / cap) keeps of Gaussian logits, as a share, and its mean squared slope."""
+    """Variance that cap tanh(x / cap) keeps of Gaussian logits, as a share, and its mean squared slope.
+
+    What is capped is taken for Gaussian: E[sum P^2] comes out a tenth too high at a cap of two standard deviations.
+    """
     if cap is None:
         return np.ones_like(variance), np.ones_like(variance)
     squashed = cap**2 * np.asarray(dyt_second_moment(1 / cap, variance))
@@ -207,22 +209,27 @@ def attention_backward(
     `gradient` is that at the body's output; `later`, for the first body alone, the one at its values from all the
     bodies above. Noise that dropout of the weights adds to the gradients of queries and keys is left out.
     """
-    p, share, excess = _tables(body.pattern).p, state.rows.share, state.rows.excess
+    (p, overlap, _, _), size = _tables(body.pattern), state.rows.size
     outer = norm_backward(body.inner_norm, state.mixed, body.output_back * gradient)
     if body.pattern.row_scale is not None:
         outer = outer * np.outer(body.pattern.row_scale, body.pattern.row_scale)
-    noise = share * excess * outer
+    drawn = size * outer
+    pulled = drawn @ p
+    one_sided = _transposed(pulled * p) @ p
+    to_values = _transposed(p) @ (outer + drawn * overlap) @ p - one_sided - _transposed(one_sided)
+    noise = (p * pulled).sum(axis=1)
     if body.dropout:
-        noise = noise + body.dropout / (1 - body.dropout) * share * (1 + excess) * outer * np.eye(len(outer))
-    to_values = (_transposed(p) @ (share * outer) @ p).mean(axis=0)
-    to_values = to_values + np.diag((p * (noise @ p)).sum(axis=1).mean(axis=0))
+        own_row = np.einsum("gaa->ga", outer * (1 + size * (1 - overlap)))
+        noise = noise + body.dropout / (1 - body.dropout) * (p**2 * own_row[:, :, None]).sum(axis=1)
+    to_values = to_values.mean(axis=0) + np.diag(noise.mean(axis=0))
     to_first = state.mix**2 * to_values if state.mix else None
     if later is not None:
         to_values = to_values + later
     result = (1 - state.mix) ** 2 * body.value_back * to_values
     if body.query_back or body.key_back:
         result = result + _through_logits(body, state, outer)
-    return result, to_first
+    # Asymmetry from rounding would grow on the way down.
+    return (result + result.T) / 2, to_first
 
 
 def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) -> Array:
@@ -231,9 +238,9 @@ def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) ->
     The gradient of logit aj is P_aj g_a . (v_j - o_a): its kernel is that of g times the values' kernel centred in
     both rows, times E[P_aj P_bk]. It meets the keys on its way to the queries, the queries on its way to the keys.
     """
-    p, _, turn, _ = _tables(body.pattern)
-    keys, values, rows = state.keys * turn, state.values, state.rows
-    weight = outer * turn * _both(rows.slope, (1 + rows.excess) * rows.share**2)
+    p, overlap, turn, _ = _tables(body.pattern)
+    keys, values, size = state.keys * turn, state.values, state.rows.size
+    weight = outer * turn * _both(state.rows.slope, (1 + size * (1 - overlap)) * (1 - size * overlap))
     seen_values, seen_keys = values @ _transposed(p), keys @ _transposed(p)  # (groups, key, row)
     mixed_values = p @ seen_values
     cross = p @ (seen_values * seen_keys)

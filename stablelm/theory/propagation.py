@@ -30,7 +30,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Sublayer:
+class SublayerTheory:
     """A body, its norms and its way onto the stream: norm_after(keep x + write dropout(norm_branch(body(norm_in(x))))).
 
     `dropout`: probability on the branch, 0 for evaluation. `concat`: (width, growth), instead of the sum the branch's
@@ -103,7 +103,7 @@ def token_correlation(kernel: Array) -> float:
     return float(((kernel / np.outer(std, std)).sum() - size) / (size * (size - 1)))
 
 
-def propagate(kernel: Array, sublayers: Sequence[Sublayer], end: End) -> Trace:
+def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> Trace:
     """Carries a kernel up through `sublayers`, attention and feed-forward in turn, and the loss gradient down again.
 
     `kernel`: (T, T), of the stream after the embedding, at every position at least one other one. Memory grows with
@@ -155,7 +155,7 @@ def _start(kernel: Array, end: End) -> Array:
 
 
 def _gradients(
-    kept: list[Array], run: int, sublayers: Sequence[Sublayer], first: Array | None, gradient: Array
+    kept: list[Array], run: int, sublayers: Sequence[SublayerTheory], first: Array | None, gradient: Array
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
     variances, to_first = [float(np.diagonal(gradient).mean())], None
@@ -174,7 +174,7 @@ def _gradients(
     return np.array(variances[::-1]), gradient
 
 
-def _forward(sublayer: Sublayer, before: Array, first: Array | None) -> _Step:
+def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _Step:
     body, entropy = sublayer.body, math.nan
     inside = norm_forward(sublayer.norm_in, before)
     if isinstance(body, AttentionBody):
@@ -190,7 +190,7 @@ def _forward(sublayer: Sublayer, before: Array, first: Array | None) -> _Step:
     return _Step(before, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
 
 
-def _backward(sublayer: Sublayer, step: _Step, gradient: Array, later: Array | None) -> tuple[Array, Array | None]:
+def _backward(sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None) -> tuple[Array, Array | None]:
     """Gradient kernels at the stream before the sub-layer, and at the first attention body's values.
 
     Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel.

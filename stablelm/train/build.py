@@ -1,6 +1,9 @@
 """Parts of a run from its prepared configuration, and the save that ties them together."""
 
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from stablelm.checkpoint import commit, keep
 from stablelm.config.load import dump
@@ -8,6 +11,7 @@ from stablelm.data import validation
 from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
+from stablelm.observe.layers import rows_for
 from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
 
@@ -24,6 +28,24 @@ def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+
+
+def first_rows(prepared: Prepared, rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """The first windows of the training text, (rows, seq_len) tokens and targets, whatever the batch and the ranks."""
+    config = prepared.config
+    assert prepared.corpora is not None
+    data = replace(config.data, seq_len=seq_len, workers=0)
+    files = prepared.corpora.train
+    loader = Loader(files, prepared.tokenizer, data, seed=config.run.seed, global_batch_size=rows)
+    batch = loader.next()
+    loader.close()
+    return batch.tokens, batch.targets
+
+
+def layers_batch(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The fixed batch on which layers are measured: the run's first rows."""
+    seq_len = prepared.config.data.seq_len
+    return first_rows(prepared, rows_for(seq_len), seq_len)
 
 
 def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:

@@ -11,6 +11,7 @@ from stablelm.data.validation import ValidationSet
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.evaluate.perplexity import Scores, evaluate
+from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
 from stablelm.train.meter import Meter
 from stablelm.train.progress import Progress
@@ -31,6 +32,7 @@ class Job:
     progress: Progress
     stop: Stop
     profiler: Profiler
+    layers: LayerObserver
     record: Callable[[dict[str, Any]], None]
     """Writes one record of metrics; does nothing except on rank 0."""
     save: Callable[[], float]
@@ -66,6 +68,7 @@ def train(job: Job) -> str:
             interval.write()
         if due(step, config.evaluate.every, steps):
             validate(job)
+        job.layers.step(step, progress.tokens)
         reason = job.stop.agreed() or ("run.stop_after" if step == config.run.stop_after else "")
         if due(step, config.checkpoint.every, steps) or reason:
             interval.write()

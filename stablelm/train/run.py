@@ -14,9 +14,10 @@ from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import EXIT_FINISHED, EXIT_RANK_LOST, EXIT_STOPPED_EARLY, UserError
+from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
-from stablelm.train.build import build_loader, read_validation, save
+from stablelm.train.build import build_loader, layers_batch, read_validation, save
 from stablelm.train.loop import Job, train
 from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
@@ -135,6 +136,15 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
         progress=progress,
         stop=stop,
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
+        layers=LayerObserver(
+            engine,
+            engine.sigma,
+            ranks,
+            every=config.observe.layers_every,
+            batch=lambda: layers_batch(prepared),
+            pieces=prepared.tokenizer.pieces,
+            record=records.write,
+        ),
         record=records.write,
         save=lambda: save(prepared, engine, loader, ranks, progress),
     )

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from stablelm.config.schema import ModelConfig
+from stablelm.config.schema import CatformerConfig, ModelConfig, SigmaConfig
 from stablelm.methods.catalogue import apply_method
-from stablelm.methods.initialise import Role, decays, initial_std, initial_value, initialise, role_of, roles
+from stablelm.methods.initialise import decays, initial_value, initialise, role_of, roles
+from stablelm.methods.stds import Role, initial_std
 from stablelm.model.decoder import Decoder
+from stablelm.model.linear import Linear
 from stablelm.model.sublayer import Layer
 
 SIZES: dict[str, Any] = {
@@ -22,6 +24,8 @@ SIZES: dict[str, Any] = {
     "max_seq_len": 64,
     "vocab_size": 512,
 }
+_HEADS = ("query", "key", "value")
+CATFORMER = CatformerConfig(growth=16, d_attention=64)
 
 
 def _config(method: str, **keys) -> ModelConfig:
@@ -29,18 +33,34 @@ def _config(method: str, **keys) -> ModelConfig:
 
 
 def _stds(init: str, n_layers: int) -> dict[str, float]:
-    """The stds of the sheets for SIZES (d 128, d_head 32, d_ff 384), written out."""
+    """The stds of the papers for SIZES (d 128, d_head 32, d_kv 64, d_ff 384), written out."""
+    small = 0.02 / math.sqrt(2 * n_layers)
     if init == "gpt2":
-        small = 0.02 / math.sqrt(2 * n_layers)
-        stds = dict.fromkeys(("embedding", "position", "head", "query", "key", "value", "fc1", "gate"), 0.02)
-        return stds | {"output": small, "fc2": small}
-    heads = dict.fromkeys(("query", "key", "value"), math.sqrt(2 / (128 + 32)))
-    tables = dict.fromkeys(("embedding", "position", "head"), 1 / math.sqrt(128))
-    wide = dict.fromkeys(("fc1", "gate", "fc2"), math.sqrt(2 / (128 + 384)))
-    return heads | tables | wide | {"output": 1 / math.sqrt(128)}
+        return _table(0.02, (0.02,) * 3, 0.02, 0.02) | {"output": small, "fc2": small}
+    if init == "completep":  # base width 256
+        hidden = 0.02 / math.sqrt(128 / 256)
+        return _table(0.02, (hidden,) * 3, hidden, hidden) | {"head": 0.02}
+    if init == "fan_in":  # two tables of half the variance
+        head = 1 / math.sqrt(128)
+        return _table(math.sqrt(1 / 2), (head,) * 3, head, head) | {"head": head, "fc2": 1 / math.sqrt(384)}
+    glorot = (1 / math.sqrt(128), math.sqrt(2 / 192), math.sqrt(2 / 192))
+    sized = {"magneto": math.log(2 * n_layers) ** 0.5, "deepnet": (8 * n_layers) ** -0.25}
+    sized |= {"tfixup": 0.67 * n_layers**-0.25, "xavier": 1.0}
+    stds = _table(1 / math.sqrt(128), glorot, 1 / math.sqrt(128), math.sqrt(2 / (128 + 384)))
+    if init == "xavier":
+        return stds | dict.fromkeys(("query", "key", "value"), math.sqrt(2 / (128 + 32)))
+    if init == "tfixup":
+        stds |= dict.fromkeys(("embedding", "position"), (9 * n_layers) ** -0.25 / math.sqrt(128))
+    return stds | {kind: stds[kind] * sized[init] for kind in ("value", "output", "fc1", "gate", "fc2")}
 
 
-@pytest.mark.parametrize("init", ["gpt2", "xavier"])
+def _table(tables: float, heads: tuple[float, ...], output: float, wide: float) -> dict[str, float]:
+    stds = dict.fromkeys(("embedding", "position", "head"), tables)
+    stds |= dict(zip(("query", "key", "value"), heads, strict=True))
+    return stds | {"output": output} | dict.fromkeys(("fc1", "gate", "fc2"), wide)
+
+
+@pytest.mark.parametrize("init", ["gpt2", "xavier", "magneto", "deepnet", "tfixup", "completep", "fan_in"])
 @pytest.mark.parametrize("n_layers", [2, 8])
 def test_every_parameter_has_the_std_of_its_role(init, n_layers):
     config = _config("gpt2", init=init, n_layers=n_layers, activation="swiglu", tie_embeddings=False)
@@ -65,6 +85,20 @@ def test_roles_name_kind_and_layer():
     assert role_of("layers.0._checkpoint_wrapped_module._orig_mod.feedforward.body.fc2.bias") == Role("bias", 0)
     assert role_of("layers.3.feedforward.norm_out.weight") == Role("norm_gain", 3)
     assert role_of("norm_final.bias") == Role("bias", None)
+    assert role_of("layers.2.attention.norm_in.alpha") == Role("norm_alpha", 2)
+    assert role_of("layers.2.attention.body.norm_query.weight") == Role("norm_gain", 2)
+    assert role_of("layers.2.feedforward.gain") == Role("residual_gain", 2)
+    assert role_of("layers.2.mix") == Role("mix", 2)
+    assert role_of("projection.weight") == Role("projection", None)
+    assert role_of("layers.1.attention.body.key.up.bias") == Role("bias", 1)
+    assert role_of("layers.1.attention.body.key.up.weight", sigma=True) == Role("key", 1, "up", sigma=True)
+
+
+def test_roles_tell_which_matrices_are_spectrally_normalised():
+    found = roles(Decoder(_config("sigma_reparam", sigma=SigmaConfig(targets="attention")), "fp32"))
+    assert {role.kind for role in found.values() if role.sigma} == {"query", "key", "value", "output"}
+    assert {role.kind for role in found.values() if not role.sigma} >= {"fc1", "fc2", "gamma", "embedding", "head"}
+    assert len(roles(Decoder(_config("sigma_reparam"), "fp32"))) == len(found) + 2 * 2
 
 
 def test_a_tied_head_has_no_role_of_its_own():
@@ -72,10 +106,67 @@ def test_a_tied_head_has_no_role_of_its_own():
     assert roles(untied).keys() - roles(tied).keys() == {"head.weight"}
 
 
-def test_decay_is_for_matrices():
-    decoder = Decoder(_config("gpt2", tie_embeddings=False, activation="swiglu"), "fp32")
-    decaying = {role.kind for role in roles(decoder).values() if decays(role)}
-    assert decaying == {"query", "key", "value", "output", "fc1", "gate", "fc2", "head"}
+@pytest.mark.parametrize(
+    ("method", "decaying"),
+    [
+        ("gpt2", {"query", "key", "value", "output", "fc1", "gate", "fc2", "head"}),
+        ("mlra", {"query", "key", "value", "output", "fc1", "gate", "fc2", "head"}),
+        ("catformer", {"query", "key", "value", "output", "fc1", "gate", "fc2", "head", "projection"}),
+        ("sigma_reparam", {"head"}),
+        ("denseformer", {"query", "key", "value", "output", "fc1", "gate", "fc2", "head"}),
+        ("rezero", {"query", "key", "value", "output", "fc1", "gate", "fc2", "head"}),
+    ],
+)
+def test_decay_is_for_matrices_whose_size_means_something(method, decaying):
+    config = _config(method, tie_embeddings=False, activation="swiglu", norm="dyt", catformer=CATFORMER)
+    found = roles(Decoder(config, "fp32"))
+    assert {role.kind for role in found.values() if decays(role)} == decaying
+    assert {role.kind for role in found.values()} > decaying
+
+
+def test_constant_starts():
+    dense, rezero = _built("denseformer"), _built("rezero", norm="dyt", placement="pre")
+    assert dense.get_parameter("layers.1.mix").tolist() == [0, 0, 1]
+    assert rezero.get_parameter("layers.1.attention.gain").tolist() == [0]
+    assert rezero.get_parameter("layers.1.attention.norm_in.alpha").tolist() == [0.5]
+    other = _built("pre_ln", norm="dyt", norm_alpha=0.8, bias=True)
+    assert other.get_parameter("norm_final.alpha").tolist() == pytest.approx([0.8])
+    assert not other.get_parameter("norm_final.bias").any()
+
+
+@pytest.mark.parametrize("gamma", ["spectral", "one"])
+def test_a_spectrally_normalised_matrix_comes_with_its_gain_and_vectors(gamma):
+    config = _config("sigma_reparam", sigma=SigmaConfig(gamma=gamma))
+    decoder, plain = Decoder(config, "fp32"), Decoder(_config("pre_ln"), "fp32")
+    initialise(decoder, config, 0)
+    initialise(plain, plain.config, 0)
+    for name, weight in plain.named_parameters():
+        assert torch.equal(decoder.get_parameter(name), weight), name  # W itself starts as without
+    for linear in (part for part in decoder.layers.modules() if isinstance(part, Linear)):
+        assert linear.gamma is not None
+        sigma = torch.linalg.matrix_norm(linear.weight.double(), ord=2).item()
+        assert linear.gamma.item() == pytest.approx(sigma if gamma == "spectral" else 1.0, rel=1e-6)
+        assert linear.u.norm().item() == pytest.approx(1, abs=1e-6)
+        product = linear.weight.double() @ linear.u.double()
+        torch.testing.assert_close(product, sigma * linear.v.double(), rtol=0, atol=1e-5 * sigma)
+
+
+def test_orthogonal_matrices_keep_the_size_of_their_input():
+    decoder = _built("e_spa", kv_heads=4, d_ff=512)
+    query, key, value = (decoder.get_parameter(f"layers.1.attention.body.{kind}.weight") for kind in _HEADS)
+    wide, narrow = (decoder.get_parameter(f"layers.1.feedforward.body.{kind}.weight") for kind in ("fc1", "fc2"))
+    torch.testing.assert_close(value @ value.T, torch.eye(128), rtol=0, atol=1e-5)
+    torch.testing.assert_close(wide.T @ wide, 4 * torch.eye(128), rtol=0, atol=1e-5)
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(128), rtol=0, atol=1e-5)
+    assert not query.any()
+    assert key.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.05)
+
+
+def _built(method: str, **keys) -> Decoder:
+    config = _config(method, **keys)
+    decoder = Decoder(config, "fp32")
+    initialise(decoder, config, 0)
+    return decoder
 
 
 def test_values_depend_on_seed_and_name_alone():

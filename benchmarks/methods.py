@@ -1,0 +1,331 @@
+"""What each method costs: time of a training step against pre_ln at equal parameters, and Catformer's memory.
+
+    python benchmarks/methods.py [--shape 24x512x2x512] [--precision bf16] [--compile] [--rounds 20] [--out FILE.json]
+    python benchmarks/methods.py --memory [--shape 24x512x2x512] [--precision bf16] [--out FILE.json]
+
+A step is forward, backward, clip, AdamW and the refresh of spectral norms; all models take turns on the same batch,
+and ratios are of one round. Much of what a method adds lies below the noise of a step, so the added code alone is
+timed too, as eager code even with --compile: forward and backward, less what pre_ln does in its place, as a share of
+that round's step of pre_ln. Medians come with their quartiles.
+
+--memory gives the activations of all layers, at the depth asked for and at twice that: what the forward pass saves,
+each storage once, parameters left out; and the peak of both passes above weights and gradients.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from chunked_loss import peak_memory, seconds
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stablelm.config.load import load
+from stablelm.config.rules import resolve
+from stablelm.config.schema import Config
+from stablelm.engine.mesh import Ranks
+from stablelm.engine.torch_engine import TorchEngine
+from stablelm.methods.stream import Chunks
+from stablelm.model.attention import Attention
+from stablelm.model.feedforward import FeedForward
+from stablelm.model.linear import Linear
+from stablelm.model.sublayer import Sublayer
+
+BASE = "pre_ln"
+METHODS = (BASE, "deepscalelm_pre", "magneto", "sigma_reparam", "catformer")
+
+Work = Callable[[], None]
+Records = list[dict[str, Any]]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Shape(NamedTuple):
+    n_layers: int
+    d_model: int
+    batch: int
+    seq_len: int
+
+    def __str__(self) -> str:
+        return "x".join(str(size) for size in self)
+
+
+class Added(NamedTuple):
+    """Code that a method adds, and what pre_ln does in its place (None: nothing)."""
+
+    name: str
+    work: Work
+    instead_of: Work | None = None
+
+
+def build(method: str, shape: Shape, options: argparse.Namespace, *, train: bool = True) -> TorchEngine:
+    """A method's model and optimizer; activation, heads and vocabulary are the same for all."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TorchEngine(config_of(method, shape, options), "single", Ranks(0, 1, device, None, None), train=train)
+
+
+def config_of(method: str, shape: Shape, options: argparse.Namespace) -> Config:
+    settings = {
+        "model.method": method,
+        "model.n_layers": shape.n_layers,
+        "model.d_model": shape.d_model,
+        "model.n_heads": max(1, shape.d_model // 64),
+        "model.activation": "gelu",
+        "data.seq_len": shape.seq_len,
+        "train.steps": 1,
+        "train.global_batch_size": shape.batch,
+        "train.precision": options.precision,
+        "train.compile": str(options.compile).lower(),
+    }
+    loaded = load([], [f"{key}={value}" for key, value in settings.items()])
+    return resolve(loaded.config, pieces=options.vocab, world_size=1, accelerate_precision=None)
+
+
+def text_of(shape: Shape, vocab_size: int) -> Tensor:
+    return torch.randint(vocab_size, (shape.batch, shape.seq_len + 1), generator=torch.Generator().manual_seed(0))
+
+
+def step_of(engine: TorchEngine, text: Tensor) -> Work:
+    def step() -> None:
+        sums = engine.loss(text[:, :-1], text[:, 1:])
+        engine.backward(sums.total / sums.valid, last=True)
+        engine.step(1e-4)
+
+    return step
+
+
+def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
+    """What the methods add to a step of pre_ln, in pieces that run alone."""
+    sigma, base = engines["sigma_reparam"], engines[BASE]
+    return [
+        Added("deepscalelm_pre: scales", writes(engines["deepscalelm_pre"], shape), writes(base, shape)),
+        Added("magneto: inner norms", inner_norms(engines["magneto"], shape)),
+        Added("sigma_reparam: scales", sigma_scales(sigma, shape)),
+        Added("sigma_reparam: refresh", sigma.sigma.refresh),
+        Added("catformer: cat, norm, recompute", reads(engines["catformer"], shape), reads(base, shape)),
+    ]
+
+
+def writes(engine: TorchEngine, shape: Shape) -> Work:
+    """Every sub-layer's sum onto the stream, forward and backward."""
+    parts = _parts(engine, Sublayer)
+    start = _features(engine, shape, shape.d_model, torch.float32)
+    branches = [_features(engine, shape, shape.d_model, part.compute_dtype) for part in parts]
+    gradient = torch.randn_like(start)
+
+    def work() -> None:
+        chunks: Chunks = (start,)
+        for part, branch in zip(parts, branches, strict=True):
+            chunks = part.stream.join(chunks, part.stream.write(chunks, branch))
+        chunks[0].backward(gradient)
+        _forget(start, *branches)
+
+    return work
+
+
+def inner_norms(engine: TorchEngine, shape: Shape) -> Work:
+    """The norms before the last matrices, with the casts around them, forward and backward."""
+    bodies = [*_parts(engine, Attention), *_parts(engine, FeedForward)]
+    norms = [(body.norm_inner, body.output if isinstance(body, Attention) else body.fc2) for body in bodies]
+    inputs = {out.weight.shape[1]: _features(engine, shape, out.weight.shape[1], out.compute_dtype) for _, out in norms}
+    gradients = {width: torch.randn_like(x) for width, x in inputs.items()}
+
+    def work() -> None:
+        for norm, output in norms:
+            assert norm is not None
+            width = output.weight.shape[1]
+            norm(inputs[width]).to(output.compute_dtype).backward(gradients[width])
+        _forget(*engine.parameters().values(), *inputs.values())
+
+    return work
+
+
+def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
+    """gamma / sigma of every matrix and its product with what the matrix gave, forward and backward.
+
+    The rank-one gradient of sigma is added to a gradient that is there, as the step's own is.
+    """
+    maps = [part for part in _parts(engine, Linear) if part.gamma is not None]
+    products = {len(part.weight): _features(engine, shape, len(part.weight), part.compute_dtype) for part in maps}
+    gradients = {width: torch.randn_like(product) for width, product in products.items()}
+    held = [torch.zeros_like(part.weight) for part in maps]
+
+    def work() -> None:
+        for part, gradient in zip(maps, held, strict=True):
+            part.weight.grad = gradient
+            width = len(part.weight)
+            part.complete(products[width]).backward(gradients[width])
+        _forget(*engine.parameters().values(), *products.values())
+
+    return work
+
+
+def reads(engine: TorchEngine, shape: Shape) -> Work:
+    """What every sub-layer does before its first product, forward and backward, recompute included."""
+    chunks: Chunks = (_features(engine, shape, shape.d_model, torch.float32),)
+    jobs: list[tuple[Sublayer, Chunks]] = []
+    for part in _parts(engine, Sublayer):
+        jobs.append((part, chunks))
+        if part.frees_input:
+            last = part.body.output if isinstance(part.body, Attention) else part.body.fc2
+            chunks = (*chunks, _features(engine, shape, len(last.weight), torch.float32))
+    largest = max(factor.numel() for part, read in jobs for factor in _factors(part, *read))
+    noise = torch.randn(largest, device=engine.device).to(jobs[0][0].compute_dtype)
+
+    def work() -> None:
+        for part, read in jobs:
+            if part.frees_input:
+                factors = checkpoint(_factors, part, *read, use_reentrant=False, preserve_rng_state=False)
+            else:
+                factors = _factors(part, *read)
+            torch.autograd.backward(factors, [noise[: factor.numel()].view_as(factor) for factor in factors])
+        _forget(*engine.parameters().values(), *chunks)
+
+    return work
+
+
+def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
+    """The input of a sub-layer's first product and, where they are made for it, its matrices."""
+    x = part.stream.read(chunks)
+    x = x if part.norm_in is None else part.norm_in(x)
+    weights = [linear.weight for linear in part.body.first_maps]
+    if part.frees_input:
+        return x.to(part.compute_dtype), torch.cat(weights).to(part.compute_dtype)
+    made = [weight.to(part.compute_dtype) for weight in weights if weight.dtype != part.compute_dtype]
+    return x.to(part.compute_dtype), *made
+
+
+def _parts(engine: TorchEngine, kind: type[M]) -> list[M]:
+    return [part for part in engine.module.modules() if isinstance(part, kind)]
+
+
+def _features(engine: TorchEngine, shape: Shape, width: int, dtype: torch.dtype) -> Tensor:
+    """A random (batch, seq, width) that gets a gradient."""
+    x = torch.randn(shape.batch, shape.seq_len, width, device=engine.device).to(dtype)
+    return x.requires_grad_()
+
+
+def _forget(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        tensor.grad = None
+
+
+def time_methods(shape: Shape, options: argparse.Namespace) -> Records:
+    """Step times and their ratios to pre_ln, parameters, and the added code alone."""
+    engines = {method: build(method, shape, options) for method in METHODS}
+    device = engines[BASE].device
+    text = text_of(shape, options.vocab).to(device)
+    steps = {method: step_of(engine, text) for method, engine in engines.items()}
+    added = added_code(engines, shape)
+    for work in (*steps.values(), *(piece.work for piece in added), *(p.instead_of for p in added if p.instead_of)):
+        work()  # warms up
+    took: dict[str, list[float]] = {method: [] for method in METHODS}
+    alone: dict[str, list[float]] = {piece.name: [] for piece in added}
+    for _ in range(options.rounds):
+        for method, step in steps.items():
+            took[method].append(seconds(step, device))
+        for name, work, instead_of in added:
+            alone[name].append(seconds(work, device) - (seconds(instead_of, device) if instead_of else 0.0))
+    records = []
+    for method, engine in engines.items():
+        count = sum(parameter.numel() for parameter in engine.parameters().values())
+        records.append(record(method, shape, "parameters", [count], "parameters"))
+    for method, values in took.items():
+        records.append(record(method, shape, "step_seconds", values, "s"))
+        records.append(record(method, shape, "step_time_ratio", _ratios(values, took[BASE]), f"of {BASE}"))
+    for name, values in alone.items():
+        records.append(record(name, shape, "added_seconds", values, "s"))
+        records.append(record(name, shape, "added_share", _ratios(values, took[BASE]), f"of {BASE}'s step"))
+    return records
+
+
+def _ratios(values: list[float], base: list[float]) -> list[float]:
+    return [a / b for a, b in zip(values, base, strict=True)]
+
+
+def measure_memory(shape: Shape, options: argparse.Namespace) -> Records:
+    """Bytes of activations of Catformer and pre_ln at n_layers and 2 n_layers, and their ratios."""
+    records = []
+    for method in (BASE, "catformer"):
+        found: dict[str, list[int]] = {"saved_activation_bytes": [], "peak_activation_bytes": []}
+        for deep in (shape, shape._replace(n_layers=2 * shape.n_layers)):
+            engine = build(method, deep, options, train=False)
+            text = text_of(deep, options.vocab).to(engine.device)
+            for (metric, values), measure in zip(found.items(), (saved_bytes, peak_bytes), strict=True):
+                values.append(measure(engine, text))
+                records.append(record(method, deep, metric, values[-1:], "bytes"))
+        for metric, (once, twice) in found.items():
+            records.append(record(f"{method}: depth x 2", shape, f"{metric}_ratio", [twice / once], "ratio"))
+    return records
+
+
+def saved_bytes(engine: TorchEngine, text: Tensor) -> int:
+    """What the forward pass keeps for the backward pass, each storage once, parameters and buffers left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in engine.tensors().values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = engine.module(text[:, :-1])
+    assert hidden.requires_grad  # keeps the graph, so that no address serves twice
+    return sum(kept.values())
+
+
+def peak_bytes(engine: TorchEngine, text: Tensor) -> int:
+    """The most that forward and backward hold at once, temporaries too, above parameters and their gradients."""
+    for parameter in engine.parameters().values():
+        parameter.grad = torch.zeros_like(parameter)
+    gradient = torch.randn(text.shape[0], text.shape[1] - 1, engine.module.config.d_model, device=engine.device)
+
+    def both() -> None:
+        hidden = engine.module(text[:, :-1])
+        hidden.backward(gradient.to(hidden.dtype))
+
+    both()  # tables that are made once
+    return peak_memory(both, engine.device)
+
+
+def record(name: str, shape: Shape, metric: str, values: list[float] | list[int], unit: str) -> dict[str, Any]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {
+        "name": name,
+        "shape": str(shape),
+        "metric": metric,
+        "median": median,
+        "low": low,
+        "high": high,
+        "unit": unit,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="24x512x2x512", help="layers x width x batch x sequence length")
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each model")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile each layer")
+    parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
+    parser.add_argument("--out", help="write the records to this JSON file")
+    options = parser.parse_args(arguments)
+    shape = Shape(*(int(size) for size in options.shape.split("x")))
+    records = (measure_memory if options.memory else time_methods)(shape, options)
+    for entry in records:
+        numbers = "".join(f"{entry[key]:>18,.5g}" for key in ("median", "low", "high"))
+        print(f"{entry['name']:34}{entry['shape']:14}{entry['metric']:30}{numbers}  {entry['unit']}")
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump(records, file, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

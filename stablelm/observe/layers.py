@@ -1,0 +1,200 @@
+"""Every layer measured in a pass of its own: for a whole Decoder, and every so many steps of a run."""
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stablelm.checkpoint.portable import clean_name
+from stablelm.engine.base import Engine
+from stablelm.engine.mesh import Ranks
+from stablelm.engine.sigma import SigmaMatrices
+from stablelm.methods.stream import Chunks
+from stablelm.model.decoder import Decoder
+from stablelm.model.sublayer import Layer
+from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
+
+TOKENS = 1024
+
+
+def rows_for(seq_len: int) -> int:
+    """Rows of the fixed batch: `TOKENS` tokens, or one sequence; it depends on no engine or batch size."""
+    return max(1, TOKENS // seq_len)
+
+
+class Recorder:
+    """Measures the next forward and backward pass of a Decoder (wrapped or not) that run inside the context."""
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+        self._gauges: list[LayerGauge] = []
+        self._streams: list[dict[str, Tensor]] = []
+        self.gradients: list[Tensor] = []
+        """Norms of the gradient to the stream, by index, once the backward pass is done."""
+
+    def __enter__(self) -> "Recorder":
+        self._gauges = [LayerGauge(part) for part in self._decoder.modules() if isinstance(part, Layer)]
+        self.gradients = [torch.zeros(())] * (len(self._gauges) + 1)
+        self._decoder.tap = self._tap
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoder.tap = None
+        for gauge in self._gauges:
+            gauge.remove()
+
+    def rows(self) -> list[dict[str, Tensor]]:
+        """Forward figures by index, for `internals`."""
+        return [{**stream, **own} for stream, own in zip(self._streams, self._own(), strict=True)]
+
+    def _own(self) -> list[dict[str, Tensor]]:
+        return [{}, *(gauge.figures for gauge in self._gauges)]
+
+    def _tap(self, index: int, chunks: Chunks) -> Chunks:
+        measured = state(self._decoder.stream, chunks)
+        with torch.no_grad():
+            self._streams.append(stream_figures(measured))
+        watched: Chunks = _Watch.apply(partial(self._keep, index), *measured)  # pyright: ignore[reportAssignmentType]
+        return watched + chunks[len(measured) :]
+
+    def _keep(self, index: int, gradients: tuple[Tensor, ...]) -> None:
+        self.gradients[index] = norm(gradients)
+
+
+class _Watch(torch.autograd.Function):
+    """The same tensors again: what comes back to them came through later layers alone."""
+
+    @staticmethod
+    def forward(ctx: Any, keep: Callable[[tuple[Tensor, ...]], None], *chunks: Tensor) -> tuple[Tensor, ...]:
+        ctx.keep = keep
+        return tuple(chunk.view_as(chunk) for chunk in chunks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.keep(gradients)
+        return None, *gradients
+
+
+def measure(engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor) -> Internals:
+    """Figures of a pass over (rows, seq) tokens without dropout, the same ones on every rank; changes nothing.
+
+    Call on all ranks with the same tokens. Gradients are cleared, generators restored, compiled layers run
+    eagerly, because hooks are not called in compiled ones.
+    """
+    decoder = engine.module
+    assert isinstance(decoder, Decoder)
+    was_training = decoder.training
+    decoder.eval()
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), Recorder(decoder) as recorder:
+        sums = engine.loss(tokens.to(engine.device), targets.to(engine.device))
+        # The engine adds up over ranks, and all run the same rows.
+        engine.backward(sums.total / (sums.valid * ranks.world_size), last=True)
+        found = internals(recorder.rows(), recorder.gradients, weight_gradient_norms(decoder, ranks))
+    engine.clear_gradients()
+    decoder.train(was_training)
+    return found
+
+
+def weight_gradient_norms(decoder: nn.Module, ranks: Ranks) -> list[Tensor]:
+    """Norm of each layer's matrix gradients by index, 0: the embedding table; a collective where they are shards."""
+    by_index: dict[int, list[Tensor]] = {}
+    sharded = False
+    for name, parameter in decoder.named_parameters():
+        layer = re.match(r"layers\.(\d+)\.", clean_name(name))
+        if parameter.ndim == 2 and parameter.grad is not None and (layer or clean_name(name) == "embedding.weight"):
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient, sharded = gradient.to_local(), True
+            by_index.setdefault(int(layer[1]) + 1 if layer else 0, []).append(gradient)
+    squares = torch.stack([norm(by_index[index]).square() for index in range(len(by_index))]).cpu()
+    if sharded:
+        dist.all_reduce(squares, group=ranks.cpu_group)
+    return list(squares.sqrt().unbind())
+
+
+def embedding_variability(table: Tensor, pieces: int, ranks: Ranks) -> tuple[float, float]:
+    """`theory.embedding.tev` of the first `pieces` rows, which may be spread over ranks; call on all of them."""
+    rows = table.to_local() if isinstance(table, DTensor) else table
+    spread = rows.detach().std(dim=1, correction=0).cpu()
+    if isinstance(table, DTensor):
+        spread = torch.cat(ranks.gather(spread))
+    spread = spread[:pieces].double()
+    return float(spread.mean()), float(spread.std(correction=0))
+
+
+class LayerObserver:
+    """Measures every layer each `every` steps (0: never) on a fixed batch and records it under names by depth.
+
+    `tokens`, `targets`: the batch, the same on all ranks and in all attempts; `pieces`: rows of the embedding
+    that are tokens; `record` takes metrics by name.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sigma: SigmaMatrices,
+        ranks: Ranks,
+        *,
+        every: int,
+        batch: Callable[[], tuple[Tensor, Tensor]],
+        pieces: int,
+        record: Callable[[dict[str, Any]], None],
+    ):
+        self._engine, self._sigma, self._ranks = engine, sigma, ranks
+        self._every, self._pieces, self._record = every, pieces, record
+        # Read once, by one rank, before the clock starts.
+        self._batch = ranks.together().first(batch) if every else None
+
+    def step(self, step: int, tokens: int) -> None:
+        """Call after every step on all ranks; `tokens`: trained on so far."""
+        if self._batch is None or step % self._every:
+            return
+        started = time.perf_counter()
+        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._sigma)
+        table = self._engine.module.get_parameter("embedding.weight")
+        mean, std = embedding_variability(table, self._pieces, self._ranks)
+        found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
+        found["layers_seconds"] = time.perf_counter() - started
+        self._record({"step": step, "tokens": tokens, **found})
+
+
+def depth_metrics(found: Internals) -> dict[str, float]:
+    """`layer/<index>/...` from the embedding (0000) on and `attention/<index>/...` from layer 0001 on."""
+    columns = {
+        "stream_rms": np.sqrt(found.stream_variance),
+        "branch_rms": np.sqrt(found.branch_variance),
+        "grad_norm": found.gradient_norm,
+        "weight_grad_norm": found.weight_gradient_norm,
+        "token_correlation": found.token_correlation,
+    }
+    heads = {"entropy": found.attention_entropy, "logit_max": found.logit_max}
+    metrics: dict[str, float] = {}
+    for index in range(len(found.stream_variance)):
+        metrics |= {f"layer/{index:04d}/{name}": float(column[index]) for name, column in columns.items()}
+    for index in range(1, len(found.stream_variance)):
+        metrics |= {f"attention/{index:04d}/{name}": float(column[index]) for name, column in heads.items()}
+    return metrics
+
+
+def sigma_metrics(sigma: SigmaMatrices) -> dict[str, float]:
+    """`sigma/<index>/<role>`, the tracked norms, and `sigma/tracking_error`, the largest; none without sigma."""
+    norms = sigma.norms()
+    if not norms:
+        return {}
+    metrics = {sigma_name(name): value for name, value in norms.items()}
+    metrics["sigma/tracking_error"] = max(sigma.tracking_errors().values())
+    return metrics
+
+
+def sigma_name(name: str) -> str:
+    """`layers.3.attention.body.query` -> `sigma/0004/query`: the index counts as in `layer/`."""
+    _, layer, _, _, role = name.split(".", 4)
+    return f"sigma/{int(layer) + 1:04d}/{role}"

@@ -1,0 +1,222 @@
+"""A model at its initialisation, measured with the memory of a few layers.
+
+Layers are built one at a time, forward and then backward, by the model's own code and with its own initial
+values; in between the stream waits in a temporary file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.initialise import initial_values
+from stablelm.methods.stream import Chunks
+from stablelm.model.decoder import Decoder
+from stablelm.model.linear import Linear
+from stablelm.model.loss import chunked_cross_entropy
+from stablelm.model.sublayer import Layer
+from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
+from stablelm.probe.shelf import Shelf
+from stablelm.seeds import seed_from
+from stablelm.theory.embedding import tev
+
+_SPECTRAL = (".gamma", ".u", ".v")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures by depth and of the whole: mean loss (nats), `tev` of the embedding's tokens, spectral norms by name."""
+
+    internals: Internals
+    loss: float
+    tev: tuple[float, float]
+    sigma: dict[str, float]
+
+
+def measure(
+    config: ModelConfig,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    precision: str,
+    seed: int,
+    pieces: int,
+    folder: Path,
+    z_loss: float = 0.0,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Forward and backward at initialisation in training mode, so with dropout; tokens, targets: (rows, seq) int64.
+
+    `precision` is fp32 or fp64; `seed`: as `run.seed`; the first `pieces` rows of the embedding are tokens; `folder`
+    holds the temporary file; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator
+    starts anew at each boundary from `boundary_seed`. Raises StorageError if the folder is full.
+    """
+    # Concatenated and averaged streams have a gradient for each of their chunks, which stay in memory.
+    with torch.random.fork_rng([]), Shelf(folder) as shelf:
+        walk = _Walk(config, precision, seed, tokens, shelf, on_layer)
+        walk.forward()
+        loss = walk.finish(targets, z_loss)
+        for index in reversed(range(config.n_layers)):
+            walk.backward(index)
+        walk.start()
+        return Measured(walk.internals(), loss, tev(walk.decoder.embedding.weight[:pieces].detach()), walk.sigma)
+
+
+def boundary_seed(seed: int, index: int) -> int:
+    """Seed of the dropout after boundary `index` of the stream; -1: of the embedding."""
+    return seed_from("probe", seed, index)
+
+
+class _Walk:
+    """The state on the way up and down the stack."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: str,
+        seed: int,
+        tokens: Tensor,
+        shelf: Shelf,
+        on_layer: Callable[[], None],
+    ):
+        self._config, self._seed, self._tokens, self._shelf, self._on_layer = config, seed, tokens, shelf, on_layer
+        self._spectral: dict[str, Tensor] = {}
+        with torch.device("meta"):
+            self.decoder = Decoder(config, precision)
+        self.decoder.train()
+        for name, part in self.decoder.named_children():
+            if name != "layers":
+                self._materialise(name, part)
+        self._positions = self.decoder.positions(tokens)
+        self._boundaries: list[Chunks] = []
+        self._values: Chunks = ()
+        self._rows: list[dict[str, Tensor]] = []
+        self._gradient: tuple[Tensor, ...] = ()
+        self._values_gradient: tuple[Tensor, ...] = ()
+        self._table_gradient: Tensor | None = None
+        self._gradients: list[Tensor] = []  # these two from the top down
+        self._weight_gradients: list[Tensor] = []
+        self.sigma: dict[str, float] = {}
+
+    def _materialise(self, prefix: str, part: nn.Module) -> None:
+        """Gives a part its seeded initial values; spectral norms are found once and kept, for they cost most."""
+        part.to_empty(device="cpu")
+        parameters = {f"{prefix}.{name}": parameter for name, parameter in part.named_parameters()}
+        tensors = parameters | {f"{prefix}.{name}": buffer for name, buffer in part.named_buffers()}
+        known = {name: self._spectral[name] for name in tensors if name in self._spectral}
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in known}
+        with torch.no_grad():
+            for name, value in initial_values(shapes, self._config, self._seed):
+                tensors[name].copy_(value)
+                if name.endswith(_SPECTRAL):
+                    self._spectral[name] = value
+            for name, value in known.items():
+                tensors[name].copy_(value)
+
+    @contextmanager
+    def _layer(self, index: int) -> Iterator[Layer]:
+        """Layer `index` with its values, which are given up at the end."""
+        layer = self.decoder.layers[index]
+        assert isinstance(layer, Layer)
+        self._materialise(f"layers.{index}", layer)
+        torch.manual_seed(boundary_seed(self._seed, index))
+        yield layer
+        layer.to_empty(device="meta")
+        self._on_layer()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Up through the layers; keeps the stream of each boundary."""
+        self._keep(self._shelf.put(self.decoder.stream.start(self._embed())), {})
+        for index in range(self._config.n_layers):
+            chunks = self._boundaries[-1]
+            with self._layer(index) as layer:
+                gauge = LayerGauge(layer)
+                new = layer(chunks, self._positions, self._values)
+                gauge.remove()
+                self.sigma |= _spectral_norms(layer, f"layers.{index}")
+            if layer.gives_values:
+                *new, values = new
+                self._values = (values,)
+            self._keep(self.decoder.stream.join(chunks, self._shelf.put(new)), gauge.figures)
+
+    def _embed(self) -> Tensor:
+        torch.manual_seed(boundary_seed(self._seed, -1))
+        return self.decoder.embed(self._tokens)
+
+    def _keep(self, chunks: Chunks, figures: dict[str, Tensor]) -> None:
+        self._boundaries.append(chunks)
+        self._rows.append(stream_figures(state(self.decoder.stream, chunks)) | figures)
+
+    def finish(self, targets: Tensor, z_loss: float) -> float:
+        """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
+        decoder, chunks = self.decoder, _leaves(self._boundaries[-1])
+        hidden = decoder.finish(chunks)
+        sums = chunked_cross_entropy(hidden.flatten(0, 1), decoder.head_weight(), targets.flatten(), z_loss=z_loss)
+        tied = [decoder.embedding.weight] if decoder.head is None else []
+        # An averaged stream carries outputs that only averages read: no gradient from here.
+        found = torch.autograd.grad(
+            sums.total / sums.valid, [*chunks, *tied], allow_unused=True, materialize_grads=True
+        )
+        self._turn(found[: len(chunks)])
+        self._table_gradient = found[-1] if tied else None
+        return float(sums.cross_entropy / sums.valid)
+
+    def _turn(self, gradient: tuple[Tensor, ...]) -> None:
+        """Arrives at a boundary from above."""
+        self._gradient = gradient
+        self._gradients.append(norm(state(self.decoder.stream, gradient)))
+
+    def backward(self, index: int) -> None:
+        """Down through layer `index`, which runs again from its stored input with the same dropout."""
+        chunks, values = _leaves(self._boundaries[index]), ()
+        self._boundaries.pop()
+        with self._layer(index) as layer:
+            if not layer.gives_values:
+                values = _leaves(self._values)
+            new, gradient = layer(chunks, self._positions, values), self._gradient
+            own: Chunks = ()
+            if layer.gives_values:
+                new, own = new[:-1], new[-1:] if self._values_gradient else ()
+                gradient = gradient + self._values_gradient
+            matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+            outputs = (*self.decoder.stream.join(chunks, new), *own)
+            found = torch.autograd.grad(outputs, [*chunks, *values, *matrices], gradient)
+        width = len(chunks)
+        self._weight_gradients.append(norm(found[width + len(values) :]))
+        self._add_to_values(found[width : width + len(values)])
+        self._turn(found[:width])
+
+    def _add_to_values(self, gradient: tuple[Tensor, ...]) -> None:
+        if gradient and self._values_gradient:
+            gradient = (self._values_gradient[0] + gradient[0],)
+        self._values_gradient = gradient or self._values_gradient
+
+    def start(self) -> None:
+        """Down through the embedding."""
+        table = self.decoder.embedding.weight
+        gradient = torch.autograd.grad(self.decoder.stream.start(self._embed()), table, self._gradient)[0]
+        if self._table_gradient is not None:
+            gradient = gradient + self._table_gradient
+        self._weight_gradients.append(norm((gradient,)))
+
+    def internals(self) -> Internals:
+        """What was found, once the embedding is reached."""
+        return internals(self._rows, self._gradients[::-1], self._weight_gradients[::-1])
+
+
+def _leaves(chunks: Chunks) -> Chunks:
+    return tuple(chunk.detach().requires_grad_() for chunk in chunks)
+
+
+def _spectral_norms(layer: Layer, prefix: str) -> dict[str, float]:
+    """v^T W u of every spectrally normalised matrix of a layer, by name."""
+    return {
+        f"{prefix}.{name}": float(torch.dot(part.v, torch.mv(part.weight, part.u)))
+        for name, part in layer.named_modules()
+        if isinstance(part, Linear) and part.gamma is not None
+    }

@@ -1,0 +1,224 @@
+"""Every pair of values of the model's axes trains or is refused with a way on; so do random combinations."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.pairwise import Case, all_pairs, cover, pairs_of
+
+from stablelm.config.load import load
+from stablelm.config.rules import resolve
+from stablelm.config.schema import Config
+from stablelm.engine.mesh import Ranks
+from stablelm.engine.torch_engine import TorchEngine
+from stablelm.errors import ConfigError
+from stablelm.methods import compose
+from stablelm.methods.catalogue import METHODS
+from stablelm.methods.initialise import initialise
+from stablelm.model.decoder import Decoder
+from stablelm.model.flops import parameter_counts
+
+# Axes that exclude one another come first: the cover's search is short then.
+AXES: dict[str, tuple] = {
+    "stream": ("residual", "scaled", "deepnorm", "rezero", "concat", "completep", "dense", "skipless"),
+    "attention.shaping": ("none", "espa"),
+    "init": (
+        "gpt2",
+        "xavier",
+        "deepscale",
+        "magneto",
+        "deepnet",
+        "fan_in",
+        "unit",
+        "tfixup",
+        "completep",
+        "orthogonal",
+    ),
+    "placement": ("pre", "post", "sub", "peri", "none", "pre_scaled"),
+    # reparam, sigma.targets and sigma.gamma
+    "sigma": ("none", "all spectral", "all one", "attention spectral", "attention one"),
+    "activation": ("relu", "gelu", "swiglu", "tailored"),
+    "attention.position": ("rope", "learned", "alibi", "none"),
+    "attention.qk_norm": (False, True),
+    "attention.value_residual": (False, True),
+    "norm": ("layernorm", "rmsnorm", "dyt"),
+    "attention.logit_cap": (0, 30),
+    "attention.low_rank": (0, 0.5),
+    "bias": (False, True),
+    "tie_embeddings": (False, True),
+    "kv_heads": (1, 2),
+    "dropout": (0, 0.1),
+    "embedding_norm": (False, True),
+}
+SEQ_LEN, VOCABULARY = 16, 64
+TINY = {
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 2,
+    # The defaults fit deeper and wider models: lambda would be 0, and completep's ratios 1.
+    "deepscale.k": 0.5,
+    "completep.base_depth": 1,
+    "completep.base_width": 16,
+}
+
+
+def _keys(case: Case) -> dict[str, Any]:
+    """Keys of the model section: the axis `sigma` is three of them."""
+    keys: dict[str, Any] = dict(case)
+    sigma = str(keys.pop("sigma", "")).split()
+    if sigma:
+        keys["reparam"] = "none" if sigma == ["none"] else "sigma"
+        keys["sigma.targets"], keys["sigma.gamma"] = sigma if len(sigma) == 2 else ("all", "spectral")
+    return keys
+
+
+def _resolved(keys: dict[str, Any]) -> Config:
+    settings = [f"model.{key}={str(value).lower()}" for key, value in (TINY | keys).items()]
+    loaded = load([], [*settings, f"data.seq_len={SEQ_LEN}", "train.steps=3", "train.lr=1e-3", "train.warmup_steps=0"])
+    return resolve(loaded.config, pieces=VOCABULARY, world_size=1, accelerate_precision=None, origins=loaded.origins)
+
+
+def _forbidden(case: Case) -> bool:
+    """Whether a rule is broken by what a partial case sets; a rule that reads more is not known to be."""
+    model: Any = SimpleNamespace(attention=SimpleNamespace(), sigma=SimpleNamespace())
+    for key, value in _keys(case).items():
+        section, _, name = key.rpartition(".")
+        setattr(getattr(model, section) if section else model, name, value)
+    return any(_broken(rule, model) for rule in compose.RULES)
+
+
+def _broken(rule: compose.Rule, model: Any) -> bool:
+    try:
+        return rule.broken(model)
+    except AttributeError:
+        return False
+
+
+COVER = cover(AXES, _forbidden, seed=0)
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    text = torch.randint(VOCABULARY, (2, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    return text[:, :-1], text[:, 1:]
+
+
+def test_the_cover_holds_every_pair_but_the_refused():
+    covered = set().union(*(pairs_of(case) for case in COVER.cases))
+    assert covered == COVER.possible
+    assert covered | COVER.impossible == set(all_pairs(AXES))
+    assert not covered & COVER.impossible
+    assert len(COVER.possible) > 10 * len(COVER.impossible) > 0
+    assert len(COVER.cases) < 120
+
+
+def test_a_pair_is_impossible_only_by_what_the_rules_say():
+    """Samples of the pairs that the search calls impossible: each breaks a rule, or leaves none of a third axis."""
+    impossible = {frozenset(pair) for pair in COVER.impossible}
+    refused = [
+        (("stream", "concat"), ("placement", "post")),
+        (("stream", "deepnorm"), ("placement", "pre")),
+        (("stream", "skipless"), ("init", "gpt2")),
+        (("init", "orthogonal"), ("attention.position", "alibi")),
+        (("init", "magneto"), ("sigma", "all one")),
+    ]
+    assert impossible.issuperset(frozenset(pair) for pair in refused)
+    for pair in (("stream", "concat"), ("init", "unit")), (("stream", "skipless"), ("placement", "pre")):
+        assert frozenset(pair) not in impossible
+
+
+@pytest.mark.parametrize("case", COVER.cases, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_every_possible_pair_trains(case):
+    config = _resolved(_keys(case))
+    assert compose.problems(config.model) == []
+    engine = TorchEngine(config, "single", Ranks(0, 1, torch.device("cpu"), None, None))
+    parameters = engine.parameters()
+    assert parameter_counts(config.model)["total"] == sum(parameter.numel() for parameter in parameters.values())
+    torch.manual_seed(0)  # dropout
+    for _ in range(3):
+        sums = engine.loss(*_batch())
+        engine.backward(sums.total / sums.valid, last=True)
+        assert math.isfinite(sums.total.item())
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        engine.step(1e-3)
+    assert all(tensor.isfinite().all() for tensor in engine.tensors().values())
+
+
+E_SPA = {"method": "e_spa"}
+# What breaks a rule, and what mends it.
+EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"stream": "deepnorm"}, {"placement": "post"}),
+    ({"stream": "concat", "placement": "post"}, {"placement": "sub"}),
+    ({"stream": "rezero", "placement": "peri"}, {"placement": "none"}),
+    ({"stream": "skipless"}, {"stream": "residual"}),
+    ({"attention.shaping": "espa"}, {"stream": "skipless", "init": "orthogonal"}),
+    ({"init": "orthogonal"}, {"init": "fan_in"}),
+    (E_SPA | {"placement": "sub"}, {"placement": "pre"}),
+    (E_SPA | {"attention.position": "alibi"}, {"attention.position": "rope"}),
+    (E_SPA | {"attention.qk_norm": True}, {"attention.qk_norm": False}),
+    ({"method": "magneto_sigma", "sigma.gamma": "one"}, {"sigma.gamma": "spectral"}),
+    (E_SPA | {"reparam": "sigma"}, {"reparam": "none"}),
+    ({"activation": "tailored"}, {"init": "unit"}),
+    ({"init": "completep", "stream": "concat"}, {"init": "unit"}),
+    (E_SPA | {"attention.value_residual": True}, {"attention.value_residual": False}),
+]
+
+
+def _rules_broken(keys: dict[str, Any]) -> list[compose.Rule]:
+    """The rules whose reasons the user is told."""
+    try:
+        _resolved(keys)
+    except ConfigError as error:
+        return [rule for rule in compose.RULES if rule.reason in str(error)]
+    return []
+
+
+@pytest.mark.parametrize(("keys", "mend"), EXAMPLES, ids=lambda keys: "-".join(f"{k}={v}" for k, v in keys.items()))
+def test_a_refusal_reaches_the_user_with_keys_values_origin_and_a_mend(keys, mend):
+    with pytest.raises(ConfigError) as caught:
+        _resolved(keys)
+    told = str(caught.value)
+    (rule,) = _rules_broken(keys)
+    assert told.count("\n") == 0
+    assert all(f"{key}=" in told for key in rule.keys)
+    assert all(f"argument model.{key}={str(value).lower()}" in told for key, value in keys.items())
+    assert "; use " in told
+    _resolved(keys | mend)
+
+
+def test_every_rule_has_an_example():
+    shown = [rule for keys, _ in EXAMPLES for rule in _rules_broken(keys)]
+    assert {rule.reason for rule in shown} == {rule.reason for rule in compose.RULES}
+
+
+def test_no_catalogued_method_breaks_a_rule():
+    for name in METHODS:
+        assert compose.problems(_resolved({"method": name}).model) == [], name
+
+
+# Few points of the whole space are legal; most of those near a legal one are.
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(COVER.cases),
+    st.fixed_dictionaries({}, optional={axis: st.sampled_from(values) for axis, values in AXES.items()}),
+    st.integers(1, 3),
+    st.integers(1, SEQ_LEN),
+)
+def test_any_combination_is_refused_or_gives_a_finite_loss(case, changes, n_layers, seq_len):
+    case = case | changes
+    keys = _keys(case) | {"n_layers": n_layers}
+    if _forbidden(case):
+        assert _rules_broken(keys)
+        return
+    model = _resolved(keys).model
+    decoder = Decoder(model, "fp32")
+    initialise(decoder, model, 0)
+    tokens, targets = (part[:, :seq_len] for part in _batch())
+    sums = decoder(tokens, targets)
+    assert math.isfinite(sums.total.item())
+    assert int(sums.valid) == tokens.numel()

@@ -1,0 +1,145 @@
+"""The walk layer by layer against a whole Decoder: the same figures, with the memory of one layer."""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stablelm.config.load import load
+from stablelm.config.rules import resolve
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.catalogue import METHODS
+from stablelm.methods.initialise import initialise
+from stablelm.model.decoder import Decoder
+from stablelm.observe.gauges import Internals, internals, norm
+from stablelm.observe.layers import Recorder
+from stablelm.probe import measure as module
+from stablelm.probe.measure import Measured, boundary_seed, measure
+
+SEED = 3
+
+
+@lru_cache
+def model(*overrides: str) -> ModelConfig:
+    tiny = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=12"]
+    return resolve(load([], [*tiny, *overrides]).config, pieces=90, world_size=1, accelerate_precision=None).model
+
+
+def text() -> tuple[Tensor, Tensor]:
+    rows = torch.randint(0, 90, (2, 13), generator=torch.Generator().manual_seed(1))
+    return rows[:, :-1], rows[:, 1:].contiguous()
+
+
+def walked(config: ModelConfig, folder: Path, **options) -> Measured:
+    return measure(config, *text(), precision="fp64", seed=SEED, pieces=90, folder=folder, **options)
+
+
+def whole(config: ModelConfig, z_loss: float = 0.0) -> tuple[Internals, float]:
+    """All layers at once, the generator started anew at each boundary."""
+    decoder = Decoder(config, "fp64")
+    initialise(decoder, config, SEED)
+    tokens, targets = text()
+    with Recorder(decoder) as recorder:
+        tap = decoder.tap
+        assert tap is not None
+
+        def seeded(index, chunks):
+            torch.manual_seed(boundary_seed(SEED, index))
+            return tap(index, chunks)
+
+        decoder.tap = seeded
+        torch.manual_seed(boundary_seed(SEED, -1))
+        sums = decoder(tokens, targets, z_loss)
+        (sums.total / sums.valid).backward()
+    matrices = [[p for p in layer.parameters() if p.ndim == 2] for layer in decoder.layers]
+    weights = [norm(p.grad for p in group if p.grad is not None) for group in ([decoder.embedding.weight], *matrices)]
+    return internals(recorder.rows(), recorder.gradients, weights), float(sums.cross_entropy / sums.valid)
+
+
+def assert_equal(found: Internals, expected: Internals) -> None:
+    for name, column in dataclasses.asdict(expected).items():
+        assert np.isfinite(column).all(), name
+        np.testing.assert_allclose(getattr(found, name), column, rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_equals_the_whole_decoder(method: str, tmp_path: Path):
+    config = model(f"model.method={method}")
+    found, (expected, loss) = walked(config, tmp_path), whole(config)
+    assert_equal(found.internals, expected)
+    assert found.loss == pytest.approx(loss, rel=1e-12)
+    assert len(found.internals.gradient_norm) == config.n_layers + 1
+    assert found.internals.gradient_norm.min() > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.method=deepscalelm_post", "model.dropout=0.2", "model.attention.position=learned"),
+        ("model.method=catformer", "model.dropout=0.1", "model.tie_embeddings=true", "model.embedding_norm=true"),
+        ("model.method=denseformer", "model.dropout=0.1", "model.attention.position=alibi", "model.kv_heads=2"),
+        ("model.method=value_residual", "model.dropout=0.1", "model.n_layers=1"),
+        ("model.method=value_residual", "model.stream=concat", "model.init=unit", "model.activation=swiglu"),
+        ("model.method=magneto", "model.tie_embeddings=true", "model.norm=dyt", "model.attention.logit_cap=2.0"),
+    ],
+    ids=lambda overrides: overrides[0].split("=")[1] + "-" + overrides[1].rpartition(".")[2],
+)
+def test_combinations_and_dropout_equal_the_whole_decoder(overrides: tuple[str, ...], tmp_path: Path):
+    config = model(*overrides)
+    found, (expected, loss) = walked(config, tmp_path, z_loss=1e-3), whole(config, z_loss=1e-3)
+    assert_equal(found.internals, expected)
+    assert found.loss == pytest.approx(loss, rel=1e-12)
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = model("model.n_layers=6")
+    live: list[int] = []
+    walks = []
+    start = module._Walk.__init__
+
+    def remember(self, *arguments):
+        start(self, *arguments)
+        walks.append(self)
+
+    monkeypatch.setattr(module._Walk, "__init__", remember)
+    of_layers = lambda: [p for p in walks[0].decoder.layers.parameters() if not p.is_meta]  # noqa: E731
+    original = module.LayerGauge
+
+    def gauge(layer):
+        live.append(sum(p.numel() for p in of_layers()))
+        return original(layer)
+
+    monkeypatch.setattr(module, "LayerGauge", gauge)
+    walked(config, tmp_path, on_layer=lambda: live.append(sum(p.numel() for p in of_layers())))
+    one = sum(p.numel() for p in Decoder(config, "fp64").layers[0].parameters())
+    assert live == [one, 0] * 6 + [0] * 6
+
+
+def test_the_spectral_norms_are_those_of_the_weights(tmp_path: Path):
+    config = model("model.method=magneto_sigma")
+    decoder = Decoder(config, "fp64")
+    initialise(decoder, config, SEED)
+    found = walked(config, tmp_path).sigma
+    assert len(found) == 3 * 6
+    for name, value in found.items():
+        weight = decoder.get_parameter(f"{name}.weight").detach()
+        assert value == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-6)
+
+
+def test_the_generator_is_left_alone_and_the_file_goes_on_errors(tmp_path: Path):
+    config = model("model.dropout=0.1")
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        assert list(tmp_path.iterdir()) == []  # the file has no name even while it is used
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        walked(config, tmp_path, on_layer=fail)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(tmp_path.iterdir()) == []
