@@ -9,56 +9,33 @@ timed too, as eager code even with --compile: forward and backward, less what pr
 that round's step of pre_ln. Medians come with their quartiles.
 
 --memory gives the activations of all layers, at the depth asked for and at twice that: what the forward pass saves,
-each storage once, parameters left out; and the peak of both passes above weights and gradients.
+each storage once, parameters left out (but bf16 copies of them counted); and the most that both passes hold at once
+above parameters and gradients, which adds the largest temporaries.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
+from added_code import Shape, Work, added_code
 from chunked_loss import peak_memory, seconds
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.methods.stream import Chunks
-from stablelm.model.attention import Attention
-from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Linear
-from stablelm.model.sublayer import Sublayer
 
 BASE = "pre_ln"
 METHODS = (BASE, "deepscalelm_pre", "magneto", "sigma_reparam", "catformer")
+# Activations are those of the layers: the gradient of a large embedding would hide them.
+MEMORY_VOCABULARY = 64
 
-Work = Callable[[], None]
 Records = list[dict[str, Any]]
-M = TypeVar("M", bound=nn.Module)
-
-
-class Shape(NamedTuple):
-    n_layers: int
-    d_model: int
-    batch: int
-    seq_len: int
-
-    def __str__(self) -> str:
-        return "x".join(str(size) for size in self)
-
-
-class Added(NamedTuple):
-    """Code that a method adds, and what pre_ln does in its place (None: nothing)."""
-
-    name: str
-    work: Work
-    instead_of: Work | None = None
 
 
 def build(method: str, shape: Shape, options: argparse.Namespace, *, train: bool = True) -> TorchEngine:
@@ -95,122 +72,6 @@ def step_of(engine: TorchEngine, text: Tensor) -> Work:
         engine.step(1e-4)
 
     return step
-
-
-def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
-    """What the methods add to a step of pre_ln, in pieces that run alone."""
-    sigma, base = engines["sigma_reparam"], engines[BASE]
-    return [
-        Added("deepscalelm_pre: scales", writes(engines["deepscalelm_pre"], shape), writes(base, shape)),
-        Added("magneto: inner norms", inner_norms(engines["magneto"], shape)),
-        Added("sigma_reparam: scales", sigma_scales(sigma, shape)),
-        Added("sigma_reparam: refresh", sigma.sigma.refresh),
-        Added("catformer: cat, norm, recompute", reads(engines["catformer"], shape), reads(base, shape)),
-    ]
-
-
-def writes(engine: TorchEngine, shape: Shape) -> Work:
-    """Every sub-layer's sum onto the stream, forward and backward."""
-    parts = _parts(engine, Sublayer)
-    start = _features(engine, shape, shape.d_model, torch.float32)
-    branches = [_features(engine, shape, shape.d_model, part.compute_dtype) for part in parts]
-    gradient = torch.randn_like(start)
-
-    def work() -> None:
-        chunks: Chunks = (start,)
-        for part, branch in zip(parts, branches, strict=True):
-            chunks = part.stream.join(chunks, part.stream.write(chunks, branch))
-        chunks[0].backward(gradient)
-        _forget(start, *branches)
-
-    return work
-
-
-def inner_norms(engine: TorchEngine, shape: Shape) -> Work:
-    """The norms before the last matrices, with the casts around them, forward and backward."""
-    bodies = [*_parts(engine, Attention), *_parts(engine, FeedForward)]
-    norms = [(body.norm_inner, body.output if isinstance(body, Attention) else body.fc2) for body in bodies]
-    inputs = {out.weight.shape[1]: _features(engine, shape, out.weight.shape[1], out.compute_dtype) for _, out in norms}
-    gradients = {width: torch.randn_like(x) for width, x in inputs.items()}
-
-    def work() -> None:
-        for norm, output in norms:
-            assert norm is not None
-            width = output.weight.shape[1]
-            norm(inputs[width]).to(output.compute_dtype).backward(gradients[width])
-        _forget(*engine.parameters().values(), *inputs.values())
-
-    return work
-
-
-def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
-    """gamma / sigma of every matrix and its product with what the matrix gave, forward and backward.
-
-    The rank-one gradient of sigma is added to a gradient that is there, as the step's own is.
-    """
-    maps = [part for part in _parts(engine, Linear) if part.gamma is not None]
-    products = {len(part.weight): _features(engine, shape, len(part.weight), part.compute_dtype) for part in maps}
-    gradients = {width: torch.randn_like(product) for width, product in products.items()}
-    held = [torch.zeros_like(part.weight) for part in maps]
-
-    def work() -> None:
-        for part, gradient in zip(maps, held, strict=True):
-            part.weight.grad = gradient
-            width = len(part.weight)
-            part.complete(products[width]).backward(gradients[width])
-        _forget(*engine.parameters().values(), *products.values())
-
-    return work
-
-
-def reads(engine: TorchEngine, shape: Shape) -> Work:
-    """What every sub-layer does before its first product, forward and backward, recompute included."""
-    chunks: Chunks = (_features(engine, shape, shape.d_model, torch.float32),)
-    jobs: list[tuple[Sublayer, Chunks]] = []
-    for part in _parts(engine, Sublayer):
-        jobs.append((part, chunks))
-        if part.frees_input:
-            last = part.body.output if isinstance(part.body, Attention) else part.body.fc2
-            chunks = (*chunks, _features(engine, shape, len(last.weight), torch.float32))
-    largest = max(factor.numel() for part, read in jobs for factor in _factors(part, *read))
-    noise = torch.randn(largest, device=engine.device).to(jobs[0][0].compute_dtype)
-
-    def work() -> None:
-        for part, read in jobs:
-            if part.frees_input:
-                factors = checkpoint(_factors, part, *read, use_reentrant=False, preserve_rng_state=False)
-            else:
-                factors = _factors(part, *read)
-            torch.autograd.backward(factors, [noise[: factor.numel()].view_as(factor) for factor in factors])
-        _forget(*engine.parameters().values(), *chunks)
-
-    return work
-
-
-def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
-    """The input of a sub-layer's first product and, where they are made for it, its matrices."""
-    x = part.stream.read(chunks)
-    x = x if part.norm_in is None else part.norm_in(x)
-    weights = [linear.weight for linear in part.body.first_maps]
-    if part.frees_input:
-        return x.to(part.compute_dtype), torch.cat(weights).to(part.compute_dtype)
-    made = [weight.to(part.compute_dtype) for weight in weights if weight.dtype != part.compute_dtype]
-    return x.to(part.compute_dtype), *made
-
-
-def _parts(engine: TorchEngine, kind: type[M]) -> list[M]:
-    return [part for part in engine.module.modules() if isinstance(part, kind)]
-
-
-def _features(engine: TorchEngine, shape: Shape, width: int, dtype: torch.dtype) -> Tensor:
-    """A random (batch, seq, width) that gets a gradient."""
-    x = torch.randn(shape.batch, shape.seq_len, width, device=engine.device).to(dtype)
-    return x.requires_grad_()
-
-
-def _forget(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        tensor.grad = None
 
 
 def time_methods(shape: Shape, options: argparse.Namespace) -> Records:
@@ -307,6 +168,10 @@ def record(name: str, shape: Shape, metric: str, values: list[float] | list[int]
     }
 
 
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="24x512x2x512", help="layers x width x batch x sequence length")
@@ -318,9 +183,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     shape = Shape(*(int(size) for size in options.shape.split("x")))
+    if options.memory:
+        options.vocab, options.compile = MEMORY_VOCABULARY, False
     records = (measure_memory if options.memory else time_methods)(shape, options)
     for entry in records:
-        numbers = "".join(f"{entry[key]:>18,.5g}" for key in ("median", "low", "high"))
+        numbers = "".join(f"{_shown(entry[key]):>16}" for key in ("median", "low", "high"))
         print(f"{entry['name']:34}{entry['shape']:14}{entry['metric']:30}{numbers}  {entry['unit']}")
     if options.out:
         with open(options.out, "w") as file:

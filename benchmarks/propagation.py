@@ -1,0 +1,169 @@
+"""Theory against measurement at initialisation, over methods, depths and seeds: a table of predicted / measured.
+
+    python benchmarks/propagation.py [--shapes 12x256,48x256,192x256,1000x64] [--methods pre_ln,...] [--seeds 4]
+        [--out docs/propagation.json --table docs/propagation.md]
+
+Text is the embedded corpus, each seed its own windows and weights. A method, shape and seed that `--out` holds
+already is not measured again, so the whole may be stopped and started at will.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stablelm.config.load import load
+from stablelm.config.rules import resolve
+from stablelm.config.schema import Config
+from stablelm.data.embedded import embedded
+from stablelm.data.loader import Loader
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.methods.predict import predict
+from stablelm.probe.measure import measure
+
+METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"
+SHAPES = "12x256,48x256,192x256,1000x64"
+FIGURES = ("stream_variance", "attention_branch_variance", "feedforward_branch_variance", "token_correlation")
+
+
+def configured(method: str, shape: str, options: argparse.Namespace) -> Config:
+    """The resolved config of a method at n_layers x d_model, heads of 32 features."""
+    n_layers, d_model = map(int, shape.split("x"))
+    keys = {
+        "model.method": method,
+        "model.n_layers": n_layers,
+        "model.d_model": d_model,
+        "model.n_heads": max(1, d_model // 32),
+        "data.seq_len": options.seq_len,
+        "data.lanes": 8,
+        "train.global_batch_size": options.sequences,
+        "train.steps": 1,
+    }
+    pieces = Tokenizer(embedded("data/cache").tokenizer).pieces
+    loaded = load([], [f"{name}={value}" for name, value in keys.items()]).config
+    return resolve(loaded, pieces=pieces, world_size=1, accelerate_precision=None)
+
+
+def windows(config: Config, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets, (sequences, seq_len) each, of the embedded text in that seed's order."""
+    corpus = embedded("data/cache")
+    size = config.train.global_batch_size
+    loader = Loader(
+        corpus.train, Tokenizer(corpus.tokenizer), config.data, seed=seed, global_batch_size=size, rank=0, world_size=1
+    )
+    batch = loader.next()
+    loader.close()
+    return batch.tokens, batch.targets
+
+
+def collision(tokens: torch.Tensor) -> float:
+    """Share of pairs of positions of one sequence that hold the same token."""
+    seq_len = tokens.shape[1]
+    same = (tokens[:, :, None] == tokens[:, None, :]).double().sum(dim=(1, 2)) - seq_len
+    return float(same.mean()) / (seq_len * (seq_len - 1))
+
+
+def one(method: str, shape: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measured and predicted figures at every boundary for one seed."""
+    config = configured(method, shape, options)
+    tokens, targets = windows(config, seed)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(
+            config.model,
+            tokens,
+            targets,
+            precision="fp32",
+            seed=seed,
+            pieces=Tokenizer(embedded("data/cache").tokenizer).pieces,
+            folder=Path(folder),
+        ).internals
+    middle = time.perf_counter()
+    theory = predict(config.model, seq_len=tokens.shape[1], tokens=tokens.numel(), collision=collision(tokens))
+    row = {"method": method, "shape": shape, "seed": seed}
+    row |= {"measure_seconds": middle - started, "predict_seconds": time.perf_counter() - middle}
+    names = (*FIGURES, "gradient_norm")
+    return row | {name: [_list(getattr(theory, name)), _list(getattr(found, name))] for name in names}
+
+
+def _list(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds of one method and shape, and the worst predicted / measured of a layer.
+
+    Ratios are of the means over seeds: of arithmetic ones, of geometric ones for gradients, whose logs are normal.
+    """
+
+    def mean(name: str, which: int) -> np.ndarray:
+        values = np.array([row[name][which] for row in rows])
+        return np.exp(np.log(values).mean(axis=0)) if name == "gradient_norm" else values.mean(axis=0)
+
+    found: dict[str, Any] = {}
+    for name in FIGURES[:3]:
+        ratio = (mean(name, 0) / mean(name, 1))[1:]
+        found[name] = (mean(name, 0)[-1], mean(name, 1)[-1], ratio.min(), ratio.max())
+    predicted, measured = mean("token_correlation", 0), mean("token_correlation", 1)
+    difference = predicted - measured
+    found["token_correlation"] = (predicted[-1], measured[-1], difference.min(), difference.max())
+    ratios = [gradient[1] / gradient[-1] for gradient in (mean("gradient_norm", 0), mean("gradient_norm", 1))]
+    spread = mean("gradient_norm", 0) / mean("gradient_norm", 1)
+    found["gradient_norm"] = (*ratios, spread.min(), spread.max())
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each method and shape."""
+    head = (
+        "| method | shape | seeds | stream variance at the end | attention branch, layers | feed-forward branch, layers "
+        "| token correlation at the end | gradient norm, layer 1 / last |\n|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = []
+    for method, shape in dict.fromkeys((row["method"], row["shape"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["shape"]) == (method, shape)]
+        s = summary(own)
+        branches = " | ".join(f"{s[name][2]:.2f} to {s[name][3]:.2f}" for name in FIGURES[1:3])
+        ends = [
+            f"{s[name][0]:.3g} / {s[name][1]:.3g} ({s[name][2]:.2f} to {s[name][3]:.2f})"
+            for name in ("stream_variance", "token_correlation", "gradient_norm")
+        ]
+        lines.append(f"| `{method}` | {shape} | {len(own)} | {ends[0]} | {branches} | {ends[1]} | {ends[2]} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--out", default="propagation.json", help="one JSON object a line")
+    parser.add_argument("--table", help="a Markdown file for the table")
+    options = parser.parse_args()
+    out = Path(options.out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(row["method"], row["shape"], row["seed"]) for row in rows}
+    for shape in options.shapes.split(","):
+        for seed in range(options.seeds):
+            for method in options.methods.split(","):
+                if (method, shape, seed) in done:
+                    continue
+                rows.append(one(method, shape, seed, options))
+                with out.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                print(f"{method} {shape} seed {seed}: {rows[-1]['measure_seconds']:.1f} s", flush=True)
+    text = table(rows)
+    print(text)
+    if options.table:
+        Path(options.table).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
