@@ -4,6 +4,7 @@ Layers are built one at a time, forward and then backward, by the model's own co
 values; in between the stream waits in a temporary file.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from stablelm.probe.shelf import Shelf
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev
 
+TRIM_EVERY = 8
 _SPECTRAL = (".gamma", ".u", ".v")
 
 
@@ -126,6 +128,8 @@ class _Walk:
         torch.manual_seed(boundary_seed(self._seed, index))
         yield layer
         layer.to_empty(device="meta")
+        if index % TRIM_EVERY == 0:
+            _trim()
         self._on_layer()
 
     @torch.no_grad()
@@ -207,6 +211,13 @@ class _Walk:
     def internals(self) -> Internals:
         """What was found, once the embedding is reached."""
         return internals(self._rows, self._gradients[::-1], self._weight_gradients[::-1])
+
+
+def _trim() -> None:
+    """Gives freed memory back: glibc keeps what lies between small blocks in use, some MB a layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _leaves(chunks: Chunks) -> Chunks:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stablelm.theory.hermite import expectation
 from stablelm.theory.kernels import Norm, norm_backward, norm_forward
-from stablelm.theory.moments import dyt_second_moment, dyt_slope
+from stablelm.theory.moments import dyt_second_moment
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
@@ -190,15 +191,21 @@ def _both(rows: Array, matrix: Array) -> Array:
 
 
 def _cap(cap: float | None, variance: Array) -> tuple[Array, Array]:
-    """Variance that cap tanh(x / cap) keeps of Gaussian logits, as a share, and its mean squared slope.
+    """Variance that cap tanh(x / cap) keeps of Gaussian logits x, as a share, and its mean squared slope.
 
-    What is capped is taken for Gaussian: E[sum P^2] comes out a tenth too high at a cap of two standard deviations.
+    The slope is averaged as attention weighs the keys. What is capped is taken for Gaussian: E[sum P^2] comes out a
+    tenth too high at a cap of two standard deviations.
     """
     if cap is None:
         return np.ones_like(variance), np.ones_like(variance)
+
+    def weight(x: Array) -> Array:
+        return np.exp(cap * np.tanh(x / cap))
+
     squashed = cap**2 * np.asarray(dyt_second_moment(1 / cap, variance))
     kept = np.divide(squashed, variance, out=np.ones_like(variance), where=variance > 0)
-    return kept, cap**2 * np.asarray(dyt_slope(1 / cap, variance))
+    slope = expectation(lambda x: weight(x) * (1 - np.tanh(x / cap) ** 2) ** 2, variance)
+    return kept, slope / expectation(weight, variance)
 
 
 def attention_backward(

@@ -59,3 +59,88 @@ def assert_same(found: list[float], method: str, precision: str) -> None:
     assert len(found) == len(wanted) == STEPS
     assert wanted[0] - wanted[-1] > 1e-3  # it learned
     assert found == pytest.approx(wanted, rel=TOLERANCE[precision])
+
+
+CASES = [("sigma_reparam", "fp32"), ("sigma_reparam", "fp64"), *((method, "fp64") for method in OTHERS)]
+
+
+@pytest.mark.parametrize(("method", "precision"), CASES)
+def test_recompute_changes_nothing(method: str, precision: str):
+    config = make_config(method, f"train.precision={precision}", "engine.recompute=full")
+    assert_same(train(TorchEngine(config, "single", SINGLE), config, SINGLE), method, precision)
+
+
+@pytest.mark.parametrize(("method", "precision"), CASES)
+def test_four_micro_batches_equal_one_batch(method: str, precision: str):
+    config = make_config(method, f"train.precision={precision}")
+    assert_same(train(TorchEngine(config, "single", SINGLE), config, SINGLE, micro=3), method, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("method", ["sigma_reparam", *OTHERS])
+def test_compiling_changes_nothing(method: str):
+    torch.compiler.reset()
+    config = make_config(method, "train.precision=fp64", "train.compile=true")
+    assert_same(train(TorchEngine(config, "single", SINGLE), config, SINGLE), method, "fp64")
+
+
+def test_vectors_move_once_a_step_whatever_runs_twice(monkeypatch: pytest.MonkeyPatch):
+    calls, refresh = [], spectral.refresh
+    monkeypatch.setattr(spectral, "refresh", lambda *arguments: (calls.append(1), refresh(*arguments)))
+    config = make_config("sigma_reparam", "engine.recompute=full")
+    engine = TorchEngine(config, "single", SINGLE)
+    before = vectors(engine)
+    train(engine, config, SINGLE, micro=3, steps=range(3))
+    assert len(calls) == 3
+    assert all(not torch.equal(value, before[name]) for name, value in vectors(engine).items())
+
+
+def vectors(engine: TorchEngine) -> dict[str, torch.Tensor]:
+    """Copies of u and v by name."""
+    return {name: value.clone() for name, value in engine.buffers().items()}
+
+
+# Sharded.
+
+
+def on_rank(rank: int, world_size: int, kind: str, cases: list[tuple[str, str]], directory: Path) -> dict[str, Any]:
+    """Losses of every case, then what sigma's state looks like and a checkpoint of it."""
+    group = torch.distributed.group.WORLD
+    ranks = Ranks(rank, world_size, torch.device("cpu"), group, group)
+    result: dict[str, Any] = {"losses": {}}
+    for method, precision in cases:
+        config = make_config(method, f"train.precision={precision}")
+        engine = TorchEngine(config, kind, ranks)
+        result["losses"][method, precision] = train(engine, config, ranks, micro=2)
+        if (method, precision) == ("sigma_reparam", "fp32"):
+            save_tensors(directory, engine.tensors(), group)
+            result |= {"vectors": vectors(engine), "norms": engine.sigma.norms()}
+            result |= {"errors": engine.sigma.tracking_errors(), "weights": {}, "shards": {}}
+            for name, parameter in engine.parameters().items():
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                result["weights"][name] = whole.detach().clone()
+                if isinstance(parameter, DTensor):
+                    result["shards"][name] = parameter.to_local().detach().clone()
+    return result
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory):
+    """What every rank found, by world size; and where they saved."""
+
+    @cache
+    def run(world_size: int) -> tuple[list[dict[str, Any]], Path]:
+        directory = tmp_path_factory.mktemp("sharded") / "tensors"
+        return run_ranks(on_rank, world_size, "fsdp2", CASES, directory, timeout=280), directory
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_train_as_one_process(world_size: int, sharded):
+    ranks, _ = sharded(world_size)
+    for method, precision in CASES:
+        total = [sum(shares) for shares in zip(*(rank["losses"][method, precision] for rank in ranks), strict=True)]
+        assert_same(total, method, precision)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 Case = dict[str, Hashable]
 Pair = tuple[tuple[str, Hashable], tuple[str, Hashable]]
 Forbidden = Callable[[Case], bool]
-"""Of a partial case: whether what is set already rules out every way to fill the rest; exact for a full case."""
+"""Whether a case is not allowed; of a partial one, only what no way to fill the rest would mend."""
 
 
 class Cover(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 128, 2
+Gradients = Literal["none", "stream", "all"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Measured:
 
 
 def resolved(method: str, n_layers: int, d_model: int, *overrides: str, n_heads: int = 4) -> ModelConfig:
-    """The model section of a resolved config for sequences of SEQ_LEN tokens out of VOCABULARY."""
+    """The model section of a resolved config for sequences of SEQ_LEN tokens out of VOCABULARY; overrides come last."""
     sizes = {"method": method, "n_layers": n_layers, "d_model": d_model, "n_heads": n_heads}
     keys = [f"model.{key}={value}" for key, value in sizes.items()]
     config = load([], [*keys, "train.steps=5", f"data.seq_len={SEQ_LEN}", *overrides]).config
@@ -73,30 +75,30 @@ def token_correlation(x: Tensor) -> float:
     return ((unit.sum(dim=1).square().sum(dim=-1) - seq_len) / (seq_len * (seq_len - 1))).mean().item()
 
 
-def make_decoder(
-    config: ModelConfig, seed: int, weights: ModelConfig | None = None, precision: str = "fp32"
-) -> Decoder:
+def make_decoder(config: ModelConfig, seed: int, weights: ModelConfig | None = None) -> Decoder:
     """A Decoder of `config` in evaluation mode, with the initial values that `weights` (None: it, too) asks for."""
-    decoder = Decoder(config, precision)
+    decoder = Decoder(config, "fp32")
     initialise(decoder, weights or config, seed)
     return decoder.eval()
 
 
+@lru_cache(maxsize=64)
 def measure(
     config: ModelConfig,
     seed: int,
     *,
     weights: ModelConfig | None = None,
     training: bool = False,
-    gradients: Literal["none", "stream", "all"] = "stream",
+    gradients: Gradients = "stream",
 ) -> Measured:
-    """One batch of Zipf-distributed tokens through one model, and the gradient of its mean loss back.
+    """BATCH sequences of Zipf-distributed tokens through one model, and the gradient of their mean loss back.
 
     `weights`: the config whose initial values are taken, None for `config`; `training`: with dropout; `gradients`:
-    what they are computed of, of the rest they are nan.
+    what they are computed of, of the rest they are nan. Tests of one process share the results.
     """
+    assert config.max_seq_len is not None
     decoder = make_decoder(config, seed, weights).train(training).requires_grad_(gradients == "all")
-    tokens = zipf_tokens(BATCH, SEQ_LEN + 1, seed)
+    tokens = zipf_tokens(BATCH, config.max_seq_len + 1, seed)
     watch = _Watch(decoder, gradients != "none")
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients != "none"):
         torch.manual_seed(seed)

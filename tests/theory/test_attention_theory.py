@@ -149,6 +149,15 @@ def test_rows_sum_to_one(name):
     assert abs(to_queries[0]).max() < 1e-12
 
 
+def test_random_logits_move_only_what_keys_do_not_share_by_sums():
+    """Values that are one part of each key beside a common one average alike, however a row is drawn."""
+    part = np.linspace(-0.2, 0.2, SEQ_LEN)
+    kernel = 1 + part[:, None] + part
+    fixed, _, _ = attention_forward(make_body(gain=0.0), kernel, None)
+    mixed, _, _ = attention_forward(make_body(gain=3.0, value_mix=1.0), equal(0.2), kernel)
+    assert mixed == pytest.approx(fixed, rel=1e-9)
+
+
 def test_values_keep_the_total_gradient_of_what_tokens_share():
     body = only(make_body(gain=1.6), "value")
     _, _, state = attention_forward(body, equal(0.3), None)

@@ -177,6 +177,28 @@ def test_silent_branches_pass_all_through():
     assert trace.gradient_kernel == pytest.approx(token * start(), rel=1e-12)
 
 
+def test_first_values_collect_the_gradients_of_all_layers():
+    """With values of the first layer alone and no logits, x_0 gets g + N p^T g p after N layers."""
+    sublayers = stack(3, attention(query=0.0, value_mix=1.0), feedforward())
+    sublayers = [replace(s, write=0.0) if i % 2 else s for i, s in enumerate(sublayers)]
+    trace = propagate(start(), sublayers, end(None))
+    gradient = start() / D_MODEL / (BATCH * SEQ_LEN) ** 2
+    p = np.tri(SEQ_LEN) / np.arange(1, SEQ_LEN + 1)[:, None]
+    assert trace.gradient_kernel == pytest.approx(gradient + 3 * p.T @ gradient @ p, rel=1e-9)
+    assert trace.kernel == pytest.approx(start() + 3 * p @ start() @ p.T, rel=1e-9)
+    assert trace.gradient_variance[1:] == pytest.approx(np.full(3, gradient[0, 0]), rel=1e-9)
+
+
+def test_dropout_on_the_branch_adds_noise_to_single_tokens_both_ways():
+    first, second = SublayerTheory(attention(), write=0.0), SublayerTheory(feedforward())
+    uncorrelated = replace(end(None), target_collision=0.0)
+    plain, dropped = (propagate(start(), [first, replace(second, dropout=p)], uncorrelated) for p in (0.0, 0.2))
+    gradient = plain.gradient_variance[-1]
+    assert dropped.gradient_variance[0] - gradient == pytest.approx(1.25 * (plain.gradient_variance[0] - gradient))
+    assert dropped.stream_variance[1] - 1 == pytest.approx(1.25 * (plain.stream_variance[1] - 1))
+    assert dropped.kernel[0, 1] == pytest.approx(plain.kernel[0, 1], rel=1e-12)
+
+
 def test_autoregressive_decay_attention_makes_its_kernel():
     """E-SPA (He et al. 2023): Cholesky factors L_l L_(l-1)^-1 as attention take the identity to exp(-gamma |i - j|)."""
     size = 24

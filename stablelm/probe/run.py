@@ -1,0 +1,217 @@
+"""From a configuration to a report of what the model does at its initialisation, on one CPU process."""
+
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stablelm.config import rules
+from stablelm.config.load import Loaded, load
+from stablelm.config.schema import Config, ModelConfig
+from stablelm.data import corpus, inspection
+from stablelm.data.embedded import embedded
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.engine.environment import Launch
+from stablelm.errors import ConfigError, UserError
+from stablelm.train.prepare import Corpora, Prepared
+from stablelm.train.start import report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stablelm.methods.predict import Prediction
+    from stablelm.probe.report import Probe
+
+LONGEST = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to probe, all of it checked."""
+
+    prepared: Prepared
+    sequences: int
+    seq_len: int
+    out: Path
+
+    @property
+    def config(self) -> Config:
+        return self.prepared.config
+
+
+def probe(files: list[str], overrides: list[str], *, out: str | None, sequences: int, seq_len: int | None) -> int:
+    """Prints the table and the verdict, writes probe.json and probe.png to `out`; returns the exit code."""
+    try:
+        request = prepare(load(files, overrides), out, sequences, seq_len)
+    except UserError as error:
+        report(error, Launch())
+        return ConfigError.exit_code
+    try:
+        _run(request)
+    except UserError as error:
+        report(error, Launch())
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None) -> Request:
+    """Resolves the configuration and checks its text and the arguments; `out` None: <run.dir>/probe.
+
+    Raises ConfigError, in one sentence, before anything is created.
+    """
+    config = loaded.config
+    rules.check(config, 1, None, loaded.origins)
+    data = config.data
+    tokenizer = Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer)
+    config = rules.resolve(
+        config, pieces=tokenizer.pieces, world_size=1, accelerate_precision=None, origins=loaded.origins
+    )
+    seq_len = _lengths(config, sequences, seq_len)
+    folder = Path(out if out is not None else f"{config.run.dir.rstrip('/')}/probe")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a directory")
+    files = corpus.resolve(data.path, key="data.path", cache=data.cache)
+    inspection.check(files, key="data.path")
+    inspection.check_enough(files, tokenizer, sequences * seq_len + 1, key="data.path")
+    return Request(Prepared(config, "single", Launch(), tokenizer, Corpora(files, {}, {})), sequences, seq_len, folder)
+
+
+def _lengths(config: Config, sequences: int, seq_len: int | None) -> int:
+    """The length of the sequences, checked."""
+    longest = config.model.max_seq_len or config.data.seq_len
+    if sequences < 1:
+        raise ConfigError(f"--sequences {sequences} must be at least 1")
+    if seq_len is None:
+        seq_len = min(config.data.seq_len, LONGEST)
+    if seq_len < 2:
+        raise ConfigError(f"--seq-len {seq_len} leaves no two tokens to compare; ask for at least 2")
+    if seq_len > longest:
+        raise ConfigError(f"--seq-len {seq_len} is longer than model.max_seq_len={longest}; ask for at most {longest}")
+    return seq_len
+
+
+def _run(request: Request) -> None:
+    from rich.console import Console
+
+    from stablelm.probe.report import as_json, draw, table
+
+    _create(request.out)
+    model = request.config.model
+    print(
+        f"{model.method}, {model.n_layers} layers x {model.d_model}, {request.sequences} x {request.seq_len} tokens of "
+        f"{request.config.data.path}, {_precision(request.config)}{_instead(request.config)}",
+        flush=True,
+    )
+    made = _probe(request)
+    # A log has no width of its own: the table is not cut there.
+    Console(width=None if sys.stdout.isatty() else 130).print(table(made))
+    print(textwrap.fill(made.verdict, 110))
+    try:
+        (request.out / "probe.json").write_text(json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
+        draw(made, request.out / "probe.png")
+    except OSError as error:
+        raise _unwritable(request.out, error) from error
+    print(f"written: {request.out}/probe.json, {request.out}/probe.png ({made.seconds:.1f} s)")
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    from stablelm.observe.sinks import storage_error
+
+    return storage_error(folder, error)
+
+
+def _precision(config: Config) -> str:
+    return "fp64" if config.train.precision == "fp64" else "fp32"
+
+
+def _instead(config: Config) -> str:
+    return " in place of bf16" if config.train.precision == "bf16" else ""
+
+
+def _probe(request: Request) -> "Probe":
+    from stablelm.methods.predict import predict
+    from stablelm.probe.measure import measure
+    from stablelm.probe.report import Probe
+    from stablelm.probe.verdict import read_runs, verdict
+    from stablelm.train.build import first_rows
+
+    started = time.perf_counter()
+    config, model = request.config, request.config.model
+    tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
+    collision = token_collision(tokens)
+    with _progress(2 * model.n_layers) as on_layer:
+        measured = measure(
+            model,
+            tokens,
+            targets,
+            precision=_precision(config),
+            seed=config.run.seed,
+            pieces=request.prepared.tokenizer.pieces,
+            folder=request.out,
+            z_loss=config.train.z_loss,
+            on_layer=on_layer,
+        )
+
+    def theory(of: ModelConfig) -> "Prediction":
+        return predict(of, seq_len=request.seq_len, tokens=tokens.numel(), collision=collision)
+
+    reference = reference_model(config, request.prepared.tokenizer.pieces)
+    beside = None if reference == model else theory(reference)
+    return Probe(
+        method=model.method,
+        n_layers=model.n_layers,
+        d_model=model.d_model,
+        seq_len=request.seq_len,
+        tokens=tokens.numel(),
+        collision=collision,
+        measured=measured,
+        prediction=theory(model),
+        verdict=verdict(measured.internals, beside, read_runs(), _precision(config)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def reference_model(config: Config, pieces: int) -> ModelConfig:
+    """deepscalelm_pre at the shape of a resolved config, its axes the method's own."""
+    from stablelm.probe.verdict import REFERENCE
+
+    model = config.model
+    shape = {name: getattr(model, name) for name in ("n_layers", "d_model", "n_heads", "kv_heads", "dropout")}
+    text = {name: getattr(model, name) for name in ("max_seq_len", "vocab_size")}
+    asked = replace(config, model=ModelConfig(method=REFERENCE, **shape, **text))
+    return rules.resolve(asked, pieces=pieces, world_size=1, accelerate_precision=None).model
+
+
+def token_collision(tokens: "Tensor") -> float:
+    """Share of pairs of different positions of a sequence that hold the same token; tokens: (rows, seq)."""
+    import torch
+
+    seq_len = tokens.shape[1]
+    same = sum(float(torch.bincount(row).double().square().sum()) - seq_len for row in tokens)
+    return same / (len(tokens) * seq_len * (seq_len - 1))
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, nothing in a log; gives what advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("layers, up and down", total=total)
+        yield lambda: bar.advance(task)
