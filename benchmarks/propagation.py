@@ -121,20 +121,26 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each method and shape."""
     head = (
-        "| method | shape | seeds | stream variance at the end | attention branch, layers | feed-forward branch, layers "
-        "| token correlation at the end | gradient norm, layer 1 / last |\n|---|---|---|---|---|---|---|---|\n"
+        "| method | shape | seeds | stream variance at the end | attention branch, layers "
+        "| feed-forward branch, layers | token correlation at the end | gradient norm, layer 1 / last |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for method, shape in dict.fromkeys((row["method"], row["shape"]) for row in rows):
         own = [row for row in rows if (row["method"], row["shape"]) == (method, shape)]
         s = summary(own)
         branches = " | ".join(f"{s[name][2]:.2f} to {s[name][3]:.2f}" for name in FIGURES[1:3])
-        ends = [
-            f"{s[name][0]:.3g} / {s[name][1]:.3g} ({s[name][2]:.2f} to {s[name][3]:.2f})"
-            for name in ("stream_variance", "token_correlation", "gradient_norm")
-        ]
+        ends = [_cell(s[name]) for name in ("stream_variance", "token_correlation", "gradient_norm")]
         lines.append(f"| `{method}` | {shape} | {len(own)} | {ends[0]} | {branches} | {ends[1]} | {ends[2]} |")
     return head + "\n".join(lines) + "\n"
+
+
+def _cell(figures: tuple[float, float, float, float]) -> str:
+    """Predicted / measured and the range over layers; `-` where there is no prediction."""
+    predicted, measured, low, high = figures
+    if np.isnan(predicted):
+        return f"- / {measured:.3g}"
+    return f"{predicted:.3g} / {measured:.3g} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:

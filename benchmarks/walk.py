@@ -197,7 +197,7 @@ def _named(outcome: Outcome) -> str:
 
 
 def summarise(outcomes: list[Outcome], seconds: float) -> dict[str, Any]:
-    """Counts, refusals by their reason, and what failed."""
+    """Counts, refusals by the first of their reasons, and what failed."""
     kinds = Counter(outcome.kind for outcome in outcomes)
     # A sentence begins with the values of its keys; the reason comes after them.
     reasons = Counter(outcome.told.partition(": ")[2] for outcome in outcomes if outcome.kind == "refused")

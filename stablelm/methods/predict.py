@@ -19,6 +19,8 @@ from stablelm.theory.moments import token_collision
 from stablelm.theory.propagation import End, SublayerTheory, propagate
 
 Array = NDArray[np.float64]
+# Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
+COLLAPSED = 0.99
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Prediction:
     """By layer boundary 0 ... n_layers (0: the embedding), each (n_layers + 1,) float64, nan where there is none.
 
     As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan on
-    a stream without skips, where the theory falls short of what is measured by factors.
+    a stream without skips and where tokens have collapsed, where the theory falls short of measurement by factors.
     """
 
     stream_variance: Array
@@ -53,7 +55,7 @@ def predict(
     trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
-    if config.stream == "skipless":
+    if config.stream == "skipless" or trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(
         stream_variance=trace.stream_variance,

@@ -21,7 +21,7 @@ from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Layer
 from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
-from stablelm.probe.shelf import Shelf
+from stablelm.probe.shelf import Shelf, boundaries, shares
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev
 
@@ -57,7 +57,6 @@ def measure(
     holds the temporary file; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator
     starts anew at each boundary from `boundary_seed`. Raises StorageError if the folder is full.
     """
-    # Concatenated and averaged streams have a gradient for each of their chunks, which stay in memory.
     with torch.random.fork_rng([]), Shelf(folder) as shelf:
         walk = _Walk(config, precision, seed, tokens, shelf, on_layer)
         walk.forward()
@@ -85,7 +84,7 @@ class _Walk:
         shelf: Shelf,
         on_layer: Callable[[], None],
     ):
-        self._config, self._seed, self._tokens, self._shelf, self._on_layer = config, seed, tokens, shelf, on_layer
+        self._config, self._seed, self._tokens, self._on_layer = config, seed, tokens, on_layer
         self._spectral: dict[str, Tensor] = {}
         with torch.device("meta"):
             self.decoder = Decoder(config, precision)
@@ -94,7 +93,7 @@ class _Walk:
             if name != "layers":
                 self._materialise(name, part)
         self._positions = self.decoder.positions(tokens)
-        self._boundaries: list[Chunks] = []
+        self._stream = boundaries(config, self.decoder.stream, shelf)
         self._values: Chunks = ()
         self._rows: list[dict[str, Tensor]] = []
         self._gradient: tuple[Tensor, ...] = ()
@@ -135,30 +134,30 @@ class _Walk:
     @torch.no_grad()
     def forward(self) -> None:
         """Up through the layers; keeps the stream of each boundary."""
-        self._keep(self._shelf.put(self.decoder.stream.start(self._embed())), {})
+        self._keep(self.decoder.stream.start(self._embed()), {})
         for index in range(self._config.n_layers):
-            chunks = self._boundaries[-1]
+            chunks = self._stream.at(index)
             with self._layer(index) as layer:
                 gauge = LayerGauge(layer)
                 new = layer(chunks, self._positions, self._values)
                 gauge.remove()
                 self.sigma |= _spectral_norms(layer, f"layers.{index}")
             if layer.gives_values:
-                *new, values = new
-                self._values = (values,)
-            self._keep(self.decoder.stream.join(chunks, self._shelf.put(new)), gauge.figures)
+                new, self._values = new[:-1], new[-1:]
+            self._keep(new, gauge.figures)
 
     def _embed(self) -> Tensor:
         torch.manual_seed(boundary_seed(self._seed, -1))
         return self.decoder.embed(self._tokens)
 
-    def _keep(self, chunks: Chunks, figures: dict[str, Tensor]) -> None:
-        self._boundaries.append(chunks)
+    def _keep(self, new: Chunks, figures: dict[str, Tensor]) -> None:
+        self._stream.add(new)
+        chunks = self._stream.at(len(self._rows))
         self._rows.append(stream_figures(state(self.decoder.stream, chunks)) | figures)
 
     def finish(self, targets: Tensor, z_loss: float) -> float:
         """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
-        decoder, chunks = self.decoder, _leaves(self._boundaries[-1])
+        decoder, chunks = self.decoder, _leaves(self._stream.at(self._config.n_layers))
         hidden = decoder.finish(chunks)
         sums = chunked_cross_entropy(hidden.flatten(0, 1), decoder.head_weight(), targets.flatten(), z_loss=z_loss)
         tied = [decoder.embedding.weight] if decoder.head is None else []
@@ -177,19 +176,17 @@ class _Walk:
 
     def backward(self, index: int) -> None:
         """Down through layer `index`, which runs again from its stored input with the same dropout."""
-        chunks, values = _leaves(self._boundaries[index]), ()
-        self._boundaries.pop()
+        chunks, values = _leaves(self._stream.at(index)), ()
         with self._layer(index) as layer:
             if not layer.gives_values:
                 values = _leaves(self._values)
-            new, gradient = layer(chunks, self._positions, values), self._gradient
-            own: Chunks = ()
+            new, own = layer(chunks, self._positions, values), ()
             if layer.gives_values:
                 new, own = new[:-1], new[-1:] if self._values_gradient else ()
-                gradient = gradient + self._values_gradient
             matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
-            outputs = (*self.decoder.stream.join(chunks, new), *own)
-            found = torch.autograd.grad(outputs, [*chunks, *values, *matrices], gradient)
+            joined = self.decoder.stream.join(chunks, new)
+            gradient = (*shares(self._gradient, joined), *(self._values_gradient if own else ()))
+            found = torch.autograd.grad((*joined, *own), [*chunks, *values, *matrices], gradient)
         width = len(chunks)
         self._weight_gradients.append(norm(found[width + len(values) :]))
         self._add_to_values(found[width : width + len(values)])

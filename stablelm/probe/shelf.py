@@ -1,13 +1,17 @@
-"""Tensors put aside in a temporary file, so that memory holds those in use."""
+"""The stream of every layer put aside, so that memory holds what is in use."""
 
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.stream import Chunks, Concat, Stream
+from stablelm.methods.widths import stream_width
 from stablelm.observe.sinks import storage_error
 
 
@@ -43,3 +47,65 @@ class Shelf:
             raise storage_error(self._folder, error) from error
         # Copy on write, for torch wants memory that it may write to.
         return torch.from_numpy(np.memmap(self._file, values.dtype, "c", start, values.shape))
+
+
+class Boundaries(Protocol):
+    """The stream after the embedding (0) and after each layer."""
+
+    def add(self, new: Chunks) -> None:
+        """Keeps what the embedding, then each layer, gives to the stream."""
+        ...
+
+    def at(self, index: int) -> Chunks:
+        """The stream at a boundary as a layer takes it."""
+        ...
+
+
+class Kept:
+    """On a shelf, chunk by chunk."""
+
+    def __init__(self, stream: Stream, shelf: Shelf):
+        self._stream, self._shelf = stream, shelf
+        self._boundaries: list[Chunks] = []
+
+    def add(self, new: Chunks) -> None:
+        new = self._shelf.put(new)
+        self._boundaries.append(self._stream.join(self._boundaries[-1], new) if self._boundaries else new)
+
+    def at(self, index: int) -> Chunks:
+        return self._boundaries[index]
+
+
+class Grown:
+    """A concatenated stream, in memory once: each boundary is the beginning of it, as one chunk.
+
+    To read its 2 n_layers + 1 chunks one by one in every layer would cost the square of the depth.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        self._whole = torch.empty(0)
+        self._filled = 0
+
+    def add(self, new: Chunks) -> None:
+        if not self._filled:
+            self._whole = new[0].new_empty(*new[0].shape[:-1], stream_width(self._config, self._config.n_layers))
+        for chunk in new:
+            self._whole[..., self._filled : self._filled + chunk.shape[-1]] = chunk
+            self._filled += chunk.shape[-1]
+
+    def at(self, index: int) -> Chunks:
+        return (self._whole[..., : stream_width(self._config, index)],)
+
+
+def boundaries(config: ModelConfig, stream: Stream, shelf: Shelf) -> Boundaries:
+    """The way to keep a stream of that kind."""
+    return Grown(config) if isinstance(stream, Concat) else Kept(stream, shelf)
+
+
+def shares(gradient: tuple[Tensor, ...], chunks: Chunks) -> tuple[Tensor, ...]:
+    """A gradient to the stream as kept, for the chunks of `Stream.join`: one tensor may stand for them side by side."""
+    if len(gradient) == len(chunks):
+        return gradient
+    (whole,) = gradient
+    return whole.split([chunk.shape[-1] for chunk in chunks], dim=-1)

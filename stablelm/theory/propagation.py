@@ -190,7 +190,9 @@ def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _S
     return _Step(before, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
 
 
-def _backward(sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None) -> tuple[Array, Array | None]:
+def _backward(
+    sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None
+) -> tuple[Array, Array | None]:
     """Gradient kernels at the stream before the sub-layer, and at the first attention body's values.
 
     Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel.

@@ -100,7 +100,7 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
     entropies, largest = [], 0.0
     for row in range(12):
         seen = logits[:, :, row, : row + 1]
-        weights = seen.softmax(-1)
+        weights = seen.detach().softmax(-1)
         entropies.append(-(weights * weights.log()).sum(-1))
         largest = max(largest, float(seen.detach().abs().max()))
     assert float(found["attention_entropy"]) == pytest.approx(float(torch.stack(entropies).mean()), rel=1e-9)
