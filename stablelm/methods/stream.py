@@ -14,6 +14,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.scales import skip_and_branch
 
 Chunks = tuple[Tensor, ...]
+MERGED = 16
 
 
 class Stream(Protocol):
@@ -37,6 +38,10 @@ class Stream(Protocol):
 
     def join(self, chunks: Chunks, new: Chunks) -> Chunks:
         """The stream after `new` was written onto `chunks`."""
+        ...
+
+    def settle(self, chunks: Chunks) -> Chunks:
+        """The same stream in fewer tensors, between layers: reading hundreds of narrow ones takes longer."""
         ...
 
     def finish(self, chunks: Chunks) -> Tensor:
@@ -66,6 +71,9 @@ class Sum:
     def join(self, chunks: Chunks, new: Chunks) -> Chunks:
         return new
 
+    def settle(self, chunks: Chunks) -> Chunks:
+        return chunks
+
     def finish(self, chunks: Chunks) -> Tensor:
         return chunks[0]
 
@@ -85,6 +93,11 @@ class Concat:
 
     def join(self, chunks: Chunks, new: Chunks) -> Chunks:
         return chunks + new
+
+    def settle(self, chunks: Chunks) -> Chunks:
+        while len(chunks) >= MERGED and len({chunk.shape[-1] for chunk in chunks[-MERGED:]}) == 1:
+            chunks = (*chunks[:-MERGED], torch.cat(chunks[-MERGED:], dim=-1))
+        return chunks
 
     def finish(self, chunks: Chunks) -> Tensor:
         return torch.cat(chunks, dim=-1)

@@ -72,7 +72,7 @@ class Decoder(nn.Module):
             if self.config.attention.value_residual and not values:
                 *new, first = new
                 values, new = (first,), tuple(new)
-            chunks = self._tapped(index + 1, self.stream.join(chunks, new))
+            chunks = self._tapped(index + 1, self.stream.settle(self.stream.join(chunks, new)))
         return self.finish(chunks)
 
     def _tapped(self, index: int, chunks: Chunks) -> Chunks:

@@ -99,19 +99,20 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
     alibi = attention.config.attention.position == "alibi"
     some = max(1, min(heads, LOGITS // seq_len**2))
     rows = max(1, LOGITS // (some * seq_len**2))
-    entropy, largest = query.new_zeros((), dtype=torch.float64), []
+    entropy = query.new_zeros((), dtype=torch.float64)
+    largest: list[Tensor] = []
     for queries, keys in zip(query.split(rows), key.split(rows), strict=True):
         for first in range(0, heads, some):
             part = slice(first, first + some)
             places = (positions[0][part],) if alibi else positions
             logits = attention.logits(queries[:, part], keys[:, part], places)
-            largest.append(logits.masked_fill(logits == -torch.inf, 0).abs().amax())
             # A hidden key's logarithm is made finite, for its weight is 0.
             logs = logits.log_softmax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
-            entropy -= (logs.exp() * logs).sum(dim=-1).sum(dtype=torch.float64)
+            entropy -= logs.mul_(logits.softmax(dim=-1)).sum(dim=-1).sum(dtype=torch.float64)
+            largest += logits.masked_fill_(logits == -torch.inf, 0).aminmax()
     return {
         "attention_entropy": entropy / (batch * heads * seq_len),
-        "logit_max": torch.stack(largest).amax().double(),
+        "logit_max": torch.stack(largest).abs().amax().double(),
     }
 
 

@@ -55,7 +55,8 @@ def measure(
 
     `precision` is fp32 or fp64; `seed`: as `run.seed`; the first `pieces` rows of the embedding are tokens; `folder`
     holds the temporary file; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator
-    starts anew at each boundary from `boundary_seed`. Raises StorageError if the folder is full.
+    starts anew at each boundary from `boundary_seed`. In memory at once: a layer with its gradients, embedding and
+    head, a concatenated stream, and the gradients of an averaged one. Raises StorageError if the folder is full.
     """
     with torch.random.fork_rng([]), Shelf(folder) as shelf:
         walk = _Walk(config, precision, seed, tokens, shelf, on_layer)

@@ -101,6 +101,7 @@ def _run(request: Request) -> None:
     from rich.console import Console
 
     from stablelm.probe.report import as_json, draw, table
+    from stablelm.probe.shelf import unwritable
 
     _create(request.out)
     model = request.config.model
@@ -117,21 +118,17 @@ def _run(request: Request) -> None:
         (request.out / "probe.json").write_text(json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
         draw(made, request.out / "probe.png")
     except OSError as error:
-        raise _unwritable(request.out, error) from error
+        raise unwritable(request.out, error) from error
     print(f"written: {request.out}/probe.json, {request.out}/probe.png ({made.seconds:.1f} s)")
 
 
 def _create(folder: Path) -> None:
+    from stablelm.probe.shelf import unwritable
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    from stablelm.observe.sinks import storage_error
-
-    return storage_error(folder, error)
+        raise unwritable(folder, error) from error
 
 
 def _precision(config: Config) -> str:

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
+from stablelm.errors import StorageError
 from stablelm.methods.stream import Chunks, Concat, Stream
 from stablelm.methods.widths import stream_width
-from stablelm.observe.sinks import storage_error
+
+
+def unwritable(folder: Path, error: OSError) -> StorageError:
+    """One sentence for a folder that does not take what we write."""
+    reason = error.strerror or error
+    return StorageError(f"{folder} cannot be written ({reason}); make room in it or name another folder by --out")
 
 
 class Shelf:
@@ -24,7 +30,7 @@ class Shelf:
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
-            raise storage_error(folder, error) from error
+            raise unwritable(folder, error) from error
 
     def __enter__(self) -> "Shelf":
         return self
@@ -44,7 +50,7 @@ class Shelf:
             self._file.write(values.data)
             self._file.flush()
         except OSError as error:
-            raise storage_error(self._folder, error) from error
+            raise unwritable(self._folder, error) from error
         # Copy on write, for torch wants memory that it may write to.
         return torch.from_numpy(np.memmap(self._file, values.dtype, "c", start, values.shape))
 

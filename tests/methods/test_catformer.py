@@ -12,6 +12,7 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catformer import parameter_error
 from stablelm.methods.initialise import initialise, roles
+from stablelm.methods.stream import Concat
 from stablelm.methods.widths import stream_width, widths
 from stablelm.model.decoder import Decoder
 from stablelm.model.flops import parameter_counts
@@ -246,6 +247,15 @@ def _kept_bytes(n_layers: int, *, naive: bool) -> int:
     return found
 
 
+def test_a_settled_stream_is_the_same_in_few_tensors():
+    chunks = tuple(torch.randn(2, 3, width) for width in (8, *[3] * 300))
+    settled = chunks[:1]
+    for chunk in chunks[1:]:
+        settled = Concat().settle((*settled, chunk))
+    assert len(settled) < 3 * 16
+    assert torch.equal(Concat().read(settled), Concat().read(chunks))
+
+
 def test_kept_memory_grows_linearly_with_depth():
     freed = [_kept_bytes(n, naive=False) for n in (12, 24)]
     naive = [_kept_bytes(n, naive=True) for n in (12, 24)]
@@ -265,7 +275,8 @@ def _branch_moments(config: ModelConfig, seeds: int = 3) -> Tensor:
         decoder.tap = lambda _, chunks, last=last: (last.append(chunks), chunks)[1]
         with torch.no_grad():
             decoder(_tokens(4, 64, seed))
-        found.append(torch.stack([chunk.square().mean() for chunk in last[-1][1:]]))
+        branches = torch.cat(last[-1], dim=-1)[..., config.d_model :].unflatten(-1, (2 * config.n_layers, -1))
+        found.append(branches.square().mean(dim=(0, 1, 3)))
     assert found[0].shape == (2 * config.n_layers,)
     return torch.stack(found).mean(dim=0)
 

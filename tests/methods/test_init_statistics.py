@@ -174,7 +174,10 @@ def test_peri_ln_adds_one_with_each_sublayer():
 
 @pytest.mark.parametrize(("alpha", "growth", "band"), [(1.0, 2 / 24, 0.03), (0.5, 2.0, 0.7)])
 def test_depth_scaled_branches_add_a_bounded_variance(alpha, growth, band):
-    """Unit branches times n_layers^-alpha, 2 n_layers of them: 2 n_layers^(1 - 2 alpha) together."""
+    """Unit branches times n_layers^-alpha, 2 n_layers of them: 2 n_layers^(1 - 2 alpha) together.
+
+    Attention's have 1.14 rather than 1 at these correlations, for what sizes them takes one for all positions.
+    """
     options = ("model.init=unit", "model.completep.base_depth=1", f"model.completep.alpha={alpha}")
     variance = _mean("completep", 24, *options).stream_variance
     assert variance[-1] - variance[0] == pytest.approx(growth, abs=band)

@@ -16,7 +16,8 @@ map of d outputs draws its common part with relative variance 2 / d. That gives,
 A band is three SD of the mean over seeds, four and a half for branches, whose layers draw anew, and an allowance for
 what the theory leaves out: a repeated token is one more pair of correlation 1, which gets e^q-fold weight from
 attention, and not the small correlation of all pairs that its kernel has. That is 0.1 of early attention branches
-(0.03 where tokens are distinct) and up to 0.2 of r / (1 - r) in the first layers.
+(0.03 where tokens are distinct) and up to 0.2 of r / (1 - r) in the first layers. Where tokens have collapsed there
+is no prediction of gradients.
 """
 
 import math
@@ -84,31 +85,43 @@ def _gradient_spread(config: ModelConfig, prediction: Prediction) -> Array:
 
 
 def _odds(correlation: Array) -> Array:
+    correlation = np.minimum(correlation, 1 - 1e-9)  # collapsed tokens round to 1
     return np.log(correlation / (1 - correlation))
 
 
-def _misses(config: ModelConfig, prediction: Prediction, measured: Measured, seeds: int) -> set[str]:
-    """The names of what lies outside its band anywhere; `measured` is a mean over that many seeds."""
-    d, mean = config.d_model, 1 / math.sqrt(seeds)
-    branch_spread = _branch_spread(config)
-    off: dict[str, bool] = {}
+def _signal_misses(config: ModelConfig, prediction: Prediction, measured: Measured, mean: float) -> dict[str, bool]:
+    d, off = config.d_model, {}
     deviation = np.log(measured.stream_variance / prediction.stream_variance)
     off["stream"] = np.abs(deviation).max() > 3 * math.sqrt(2 / d) * mean + 0.05
     for kind, spread, allowed, common in zip(
-        ("attention", "feedforward"), branch_spread, (0.12, 0.02), (1 / d, 0.1 / d), strict=True
+        ("attention", "feedforward"), _branch_spread(config), (0.12, 0.02), (1 / d, 0.1 / d), strict=True
     ):
         name = f"{kind}_branch_variance"
         ratio = getattr(measured, name)[1:] / getattr(prediction, name)[1:]
-        off[kind] = bool((np.abs(np.log(ratio)) > 4.5 * spread * mean + allowed).any())
+        off[kind] = (np.abs(np.log(ratio)) > 4.5 * spread * mean + allowed).any()
         spread_of_mean = math.sqrt(common + (spread**2).mean() / len(spread))
         off[f"{kind} mean"] = abs(ratio.mean() - 1) > 3 * spread_of_mean * mean + allowed
     deviation = np.abs(_odds(measured.token_correlation) - _odds(prediction.token_correlation))
     close = np.abs(measured.token_correlation - prediction.token_correlation) < 0.02
-    off["correlation"] = bool((~close & (deviation > 3 * math.sqrt(8 / d) * mean + 0.2)).any())
-    gradient = np.log(measured.gradient_norm / prediction.gradient_norm)
-    off["gradient"] = abs(gradient[-1]) > 1.5 * math.sqrt(2 / d) * mean + 0.05
-    walk = np.abs(gradient - gradient[-1])
-    off["gradient ratio"] = bool((walk > 3 * _gradient_spread(config, prediction) * mean + 0.03).any())
+    off["correlation"] = (~close & (deviation > 3 * math.sqrt(8 / d) * mean + 0.2)).any()
+    return off
+
+
+def _gradient_misses(config: ModelConfig, prediction: Prediction, measured: Measured, mean: float) -> dict[str, bool]:
+    if np.isnan(prediction.gradient_norm).all():
+        return {"no gradient": prediction.token_correlation.max() < 0.99}
+    deviation = np.log(measured.gradient_norm / prediction.gradient_norm)
+    walk = np.abs(deviation - deviation[-1])
+    return {
+        "gradient": abs(deviation[-1]) > 1.5 * math.sqrt(2 / config.d_model) * mean + 0.05,
+        "gradient ratio": (walk > 3 * _gradient_spread(config, prediction) * mean + 0.03).any(),
+    }
+
+
+def _misses(config: ModelConfig, prediction: Prediction, measured: Measured, seeds: int) -> set[str]:
+    """The names of what lies outside its band anywhere; `measured` is a mean over that many seeds."""
+    mean = 1 / math.sqrt(seeds)
+    off = _signal_misses(config, prediction, measured, mean) | _gradient_misses(config, prediction, measured, mean)
     return {name for name, miss in off.items() if miss}
 
 
