@@ -115,7 +115,7 @@ class _Walk:
             for name, value in initial_values(shapes, self._config, self._seed):
                 tensors[name].copy_(value)
                 if name.endswith(_SPECTRAL):
-                    self._spectral[name] = value
+                    self._spectral[name] = value.clone()  # it may be a row of a whole factor
             for name, value in known.items():
                 tensors[name].copy_(value)
 

@@ -127,7 +127,7 @@ def table(probe: Probe) -> "Table":
         cells = []
         for name in HEADINGS:
             if name in PREDICTED:
-                cells.append(_cell(probe.predicted(name)[index]))
+                cells.append(_cell(probe.predicted(name)[index]).replace("nan", "-"))
             cells.append(_cell(probe.found(name)[index]))
         shown.add_row(str(index), *cells)
     return shown
@@ -140,8 +140,6 @@ def chosen(n_layers: int, most: int) -> list[int]:
 
 
 def _cell(value: float) -> str:
-    if math.isnan(value):
-        return "-"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
@@ -150,6 +148,7 @@ def draw(probe: Probe, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -158,6 +157,7 @@ def draw(probe: Probe, path: Path) -> None:
     for place, (panel, (words, names)) in enumerate(zip(figure.subplots(2, 3, sharex=True).flat, PANELS, strict=True)):
         _panel(panel, probe, names)
         panel.set_title(words, loc="left", fontsize=10)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         if place >= 3:
             panel.set_xlabel("layer (0: embedding)", fontsize=9)
     line = Line2D([], [], color="0.35", linewidth=1.6, label="predicted")

@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +140,6 @@ def _instead(config: Config) -> str:
 
 
 def _probe(request: Request) -> "Probe":
-    from stablelm.methods.predict import predict
     from stablelm.probe.measure import measure
     from stablelm.probe.report import Probe
     from stablelm.probe.verdict import read_runs, verdict
@@ -164,10 +163,10 @@ def _probe(request: Request) -> "Probe":
         )
 
     def theory(of: ModelConfig) -> "Prediction":
-        return predict(of, seq_len=request.seq_len, tokens=tokens.numel(), collision=collision)
+        return predicted(of, request.seq_len, tokens.numel(), collision)
 
     reference = reference_model(config, request.prepared.tokenizer.pieces)
-    beside = None if reference == model else theory(reference)
+    beside = None if reference in (None, model) else theory(reference)
     return Probe(
         method=model.method,
         n_layers=model.n_layers,
@@ -182,15 +181,31 @@ def _probe(request: Request) -> "Probe":
     )
 
 
-def reference_model(config: Config, pieces: int) -> ModelConfig:
-    """deepscalelm_pre at the shape of a resolved config, its axes the method's own."""
+def predicted(model: ModelConfig, seq_len: int, tokens: int, collision: float) -> "Prediction":
+    """The theory's figures; nan throughout for a model that explodes beyond float64."""
+    import numpy as np
+
+    from stablelm.methods.predict import Prediction, predict
+
+    try:
+        with np.errstate(over="raise", divide="ignore", invalid="ignore"):
+            return predict(model, seq_len=seq_len, tokens=tokens, collision=collision)
+    except ArithmeticError:
+        return Prediction(*(np.full(model.n_layers + 1, np.nan) for _ in fields(Prediction)))
+
+
+def reference_model(config: Config, pieces: int) -> ModelConfig | None:
+    """deepscalelm_pre at the shape of a resolved config, its axes the method's own; None where it has no such shape."""
     from stablelm.probe.verdict import REFERENCE
 
     model = config.model
     shape = {name: getattr(model, name) for name in ("n_layers", "d_model", "n_heads", "kv_heads", "dropout")}
     text = {name: getattr(model, name) for name in ("max_seq_len", "vocab_size")}
     asked = replace(config, model=ModelConfig(method=REFERENCE, **shape, **text))
-    return rules.resolve(asked, pieces=pieces, world_size=1, accelerate_precision=None).model
+    try:
+        return rules.resolve(asked, pieces=pieces, world_size=1, accelerate_precision=None).model
+    except ConfigError:
+        return None  # one or two layers leave nothing of its skip
 
 
 def token_collision(tokens: "Tensor") -> float:

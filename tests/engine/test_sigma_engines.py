@@ -84,22 +84,22 @@ def test_four_micro_batches_equal_one_batch(method: str, precision: str):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("precision", TOLERANCE)
-def test_compiling_sigma_changes_nothing(precision: str):
-    compiled(("sigma_reparam", precision))
+def test_compiling_sigma_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # a pool of workers costs more than it saves
+    compiled("sigma_reparam", "fp32")
 
 
 @pytest.mark.parametrize("method", ["sigma_reparam", "catformer_sigma", *OTHERS])
 def test_tracing_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch):
     """As above with the traced graphs and their backward passes run by torch: what depends on the method."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    compiled((method, "fp64"))
+    compiled(method, "fp64")
 
 
-def compiled(case: tuple[str, str]) -> None:
+def compiled(method: str, precision: str) -> None:
     torch.compiler.reset()
-    config = make_config(case[0], f"train.precision={case[1]}", "train.compile=true")
-    assert_same(train(TorchEngine(config, "single", SINGLE), config, SINGLE), *case)
+    config = make_config(method, f"train.precision={precision}", "train.compile=true")
+    assert_same(train(TorchEngine(config, "single", SINGLE), config, SINGLE), method, precision)
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
@@ -134,9 +134,9 @@ def test_a_checkpoint_brings_back_vectors_and_gains_and_the_run_goes_on_unchange
 
 KINDS = [
     ("fsdp2", "sigma_reparam", "fp32", 20, 6),
-    ("fsdp2", "sigma_reparam", "fp64", 20, 2),
-    ("ddp", "sigma_reparam", "fp64", 6, 2),
-    *(("fsdp2", method, "fp64", 8, 6) for method in (*OTHERS, "catformer_sigma")),
+    ("fsdp2", "sigma_reparam", "fp64", 20, 3),
+    ("ddp", "sigma_reparam", "fp64", 5, 2),
+    *(("fsdp2", method, "fp64", 5, 6) for method in (*OTHERS, "catformer_sigma")),
 ]
 
 

@@ -127,7 +127,7 @@ def _attention_alone(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
 
 
 def test_a_stack_without_skips_keeps_the_size_of_tokens_and_their_planned_correlation():
-    sizes = (f"model.n_layers={N_LAYERS}", f"model.d_model={D_MODEL}", f"data.seq_len={SEQ_LEN}")
+    sizes = (f"model.n_layers={N_LAYERS}", f"model.d_model={D_MODEL}", f"data.seq_len={SEQ_LEN}", "model.d_ff=8")
     config = replace(_config(*sizes), vocab_size=SEQ_LEN)
     decoder = _decoder(config, "fp32")
     with torch.no_grad():

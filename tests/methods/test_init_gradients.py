@@ -13,6 +13,7 @@ import torch
 from support.statistics import average, measure, resolved, zipf_tokens
 
 from stablelm.methods.initialise import initialise, roles
+from stablelm.methods.predict import predict
 from stablelm.methods.scales import skip_and_branch
 from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
@@ -95,27 +96,34 @@ def test_skip_and_branch_factors_are_no_state(method):
     ("n_layers", "seed"), [(12, 0), (12, 1), (48, 0), (48, 1), pytest.param(192, 0, marks=pytest.mark.slow)]
 )
 def test_deepscale_gradients_have_one_size_at_all_depths(n_layers, seed):
-    """Of the stream: variance over that at the end, smallest 0.2 to 0.6 and 0.5 to 3.2 at the bottom.
+    """Of the stream, variance over that at the end: smallest 0.42 and 1.5 at the bottom, as predicted, and three SD.
 
     The norms of the gradients to each layer's matrices together lie within a factor of two.
     """
     m = measure(resolved("deepscalelm_pre", n_layers, WIDTH), seed, gradients="all")
-    assert 0.2 < m.gradient_ratio.min() < 0.6
-    assert 0.5 < m.gradient_ratio[0] < 3.2
+    assert 0.25 < m.gradient_ratio.min() < 0.66
+    assert 0.5 < m.gradient_ratio[0] < 4.4
     assert m.weight_gradient_norm[1:].max() / m.weight_gradient_norm[1:].min() < 2
 
 
+def test_predicted_deepscale_gradients_depend_on_relative_depth_alone():
+    shallow, deep = (predict(resolved("deepscalelm_pre", n, WIDTH), seq_len=64).gradient_norm for n in (48, 192))
+    at = [12, 24, 36]
+    np.testing.assert_allclose(deep[[4 * i for i in at]] / deep[-1], shallow[at] / shallow[-1], rtol=0.05)
+    assert deep[0] / deep[-1] == pytest.approx(shallow[0] / shallow[-1], rel=0.1)
+
+
 @pytest.mark.slow
-def test_deepscale_gradients_do_not_depend_on_depth():
+def test_smallest_deepscale_gradient_does_not_depend_on_depth():
+    """Within a factor of two, three SD of the ratio of two seeds."""
     shallow, deep = (
-        measure(resolved("deepscalelm_pre", n, WIDTH), 0, gradients="all").gradient_ratio for n in (48, 192)
+        measure(resolved("deepscalelm_pre", n, WIDTH), 0, gradients="all").gradient_ratio.min() for n in (48, 192)
     )
-    for s in (0, 0.25, 0.5, 0.75):
-        assert 0.5 < deep[round(192 * s)] / shallow[round(48 * s)] < 2
+    assert 0.5 < deep / shallow < 2
 
 
 def test_post_ln_deepscale_has_the_gradients_of_pre_ln():
-    """Norms within 0.3, of models with the same draws; predicted are up to 0.26 near the bottom.
+    """Norms within 0.4, of models with the same draws: 0.26 near the bottom are predicted, and the SD is 0.05.
 
     There the first positions, whose few keys give them a larger variance, are normed to that of the others.
     """
@@ -123,7 +131,7 @@ def test_post_ln_deepscale_has_the_gradients_of_pre_ln():
         average([measure(resolved(f"deepscalelm_{kind}", 12, WIDTH), seed) for seed in (0, 1)])
         for kind in ("post", "pre")
     )
-    np.testing.assert_allclose(np.sqrt(post.gradient_ratio / pre.gradient_ratio), 1, atol=0.3)
+    np.testing.assert_allclose(np.sqrt(post.gradient_ratio / pre.gradient_ratio), 1, atol=0.4)
 
 
 @pytest.mark.parametrize(("n_layers", "factor"), [(48, 5), pytest.param(192, 12, marks=pytest.mark.slow)])

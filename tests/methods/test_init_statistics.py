@@ -54,14 +54,14 @@ def _in_stream_bands(variance: np.ndarray) -> bool:
 def test_deepscale_keeps_variances_at_every_depth(n_layers, seed):
     """One model: stream 1, feed-forward branches 1 +- 0.3, attention branches 0.5 to 2, no rank collapse.
 
-    Means over layers: +- 0.06 for feed-forward, +- 0.15 for attention, which has a correlation in common at all
-    layers.
+    Means over layers: +- 0.06 for feed-forward, +- 0.2 for attention, three SD of 1 / sqrt(d), for its layers have
+    the fluctuation of one correlation in common.
     """
     m = measure(resolved("deepscalelm_pre", n_layers, WIDTH), seed, gradients="all")
     assert _in_stream_bands(m.stream_variance)
     feedforward, attention = m.feedforward_branch_variance[1:], m.attention_branch_variance[1:]
     assert np.abs(feedforward - 1).max() < 0.3 and abs(feedforward.mean() - 1) < 0.06
-    assert attention.min() > 0.5 and attention.max() < 2 and abs(attention.mean() - 1) < 0.15
+    assert attention.min() > 0.5 and attention.max() < 2 and abs(attention.mean() - 1) < 0.2
     assert m.token_correlation[-1] < 0.93
     assert m.loss == pytest.approx(math.log(VOCABULARY) + 0.5, abs=0.45)
 

@@ -130,6 +130,11 @@ def _check(config: ModelConfig, seeds: tuple[int, ...], gradients: Gradients = "
     assert _misses(config, _predict(config, measured), measured, len(seeds)) == set()
 
 
+def _gradients(method: str) -> Gradients:
+    """Those of all weights where other tests of the same models need them, who then share the measurement."""
+    return "all" if method == "deepscalelm_pre" else "stream"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_twelve_layers(method):
     _check(resolved(method, 12, 256), (0,) if method == "sigma_reparam" else (0, 1))
@@ -137,14 +142,13 @@ def test_twelve_layers(method):
 
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_48_layers(method):
-    # DeepScaleLM's models are also measured by tests that need all gradients.
-    _check(resolved(method, 48, 256), (0, 1), "all" if method == "deepscalelm_pre" else "stream")
+    _check(resolved(method, 48, 256), (0, 1), _gradients(method))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_192_layers(method):
-    _check(resolved(method, 192, 256), (0,))
+    _check(resolved(method, 192, 256), (0,), _gradients(method))
 
 
 @pytest.mark.slow

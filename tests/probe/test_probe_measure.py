@@ -97,7 +97,7 @@ def test_combinations_and_dropout_equal_the_whole_decoder(overrides: tuple[str, 
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = model("model.n_layers=6")
+    config = model("model.n_layers=6", "model.method=magneto_sigma")
     live: list[int] = []
     walks = []
     start = module._Walk.__init__
@@ -118,6 +118,9 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     walked(config, tmp_path, on_layer=lambda: live.append(sum(p.numel() for p in of_layers())))
     one = sum(p.numel() for p in Decoder(config, "fp64").layers[0].parameters())
     assert live == [one, 0] * 6 + [0] * 6
+    spectral = walks[0]._spectral.values()
+    assert len(spectral) == 6 * 6 * 3
+    assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in spectral)  # no view of a whole factor
 
 
 def test_the_spectral_norms_are_those_of_the_weights(tmp_path: Path):
