@@ -143,6 +143,6 @@ def test_xavier_pre_ln_gradients_fall_with_depth(n_layers, factor):
 
 
 def test_deepnorm_gradients_are_equal_at_all_depths():
-    m = measure(resolved("deepnorm", 48, WIDTH), 0, gradients="all")
+    m = measure(resolved("deepnorm", 24, WIDTH), 0, gradients="all")
     assert m.weight_gradient_norm[1:].max() / m.weight_gradient_norm[1:].min() < 1.1
     np.testing.assert_allclose(m.gradient_ratio, 1, atol=0.05)

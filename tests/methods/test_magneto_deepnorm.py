@@ -257,7 +257,8 @@ def test_deepnorm_constants(n_layers, alpha, beta):
     assert skip_and_branch(config) == pytest.approx((alpha, 1.0), rel=1e-4)
     assert skip_and_branch(config)[0] == pytest.approx((2 * n_layers) ** 0.25, rel=1e-12)
     for kind in ("value", "output", "fc1", "fc2"):
-        assert _gain(config, kind) == pytest.approx((8 * n_layers) ** -0.25, rel=1e-6) == pytest.approx(beta, rel=1e-3)
+        assert _gain(config, kind) == pytest.approx((8 * n_layers) ** -0.25, rel=1e-6)
+        assert _gain(config, kind) == pytest.approx(beta, rel=1e-3)
     assert _gain(config, "query") == _gain(config, "key") == pytest.approx(1, rel=1e-6)
 
 

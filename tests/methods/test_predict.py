@@ -158,16 +158,16 @@ def test_a_thousand_layers(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "overrides", "seeds"),
+    ("method", "n_layers", "overrides"),
     [
-        ("deepscalelm_pre", ("model.dropout=0.1",), (0, 1)),
-        ("deepscalelm_pre", ("model.activation=gelu", "model.attention.position=learned"), (0, 1)),
-        ("deepscalelm_pre", ("deepscale.form=literal",), (0, 1)),
-        ("sigma_reparam", ("model.sigma.gamma=one",), (0,)),
+        ("deepscalelm_pre", 12, ("model.dropout=0.1",)),
+        ("deepscalelm_pre", 12, ("model.activation=gelu", "model.attention.position=learned")),
+        ("deepscalelm_pre", 12, ("deepscale.form=literal",)),
+        ("sigma_reparam", 4, ("model.sigma.gamma=one",)),
     ],
 )
-def test_variants(method, overrides, seeds):
-    _check(resolved(method, 12, 256, *overrides), seeds)
+def test_variants(method, n_layers, overrides):
+    _check(resolved(method, n_layers, 256, *overrides), (0,))
 
 
 @pytest.mark.parametrize("n_layers", [12, 48, 192])
@@ -204,4 +204,4 @@ def test_a_wrong_branch_scale_is_caught():
     config, wrong = (resolved("deepscalelm_pre", 12, 256, f"deepscale.k={k}") for k in (2, 6))
     measured = average([measure(wrong, seed) for seed in (0, 1)])
     misses = _misses(config, _predict(config, measured), measured, 2)
-    assert "correlation" in misses and "stream" not in misses
+    assert {"correlation", "gradient ratio"} <= misses and "stream" not in misses

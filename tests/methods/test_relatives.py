@@ -1,0 +1,299 @@
+"""Methods next to the main ones: logits, z-loss, low rank, value residuals, and streams that start as plain ones."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from stablelm.config.load import load
+from stablelm.config.rules import resolve
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.alibi import alibi_slopes
+from stablelm.methods.initialise import initialise
+from stablelm.methods.scales import embedding_std
+from stablelm.model.attention import Attention
+from stablelm.model.decoder import Decoder
+from stablelm.model.flops import parameter_counts
+from stablelm.model.linear import LowRankLinear
+from stablelm.model.loss import chunked_cross_entropy
+from stablelm.model.positions import alibi_bias, rotation_table
+
+SIZES = ("model.n_layers=3", "model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
+CPU = torch.device("cpu")
+
+
+def _config(method: str, *overrides: str) -> ModelConfig:
+    config = load([], [f"model.method={method}", *SIZES, *overrides]).config
+    return resolve(config, pieces=200, world_size=1, accelerate_precision=None).model
+
+
+def _decoder(config: ModelConfig, precision: str = "fp64", seed: int = 0) -> Decoder:
+    decoder = Decoder(config, precision)
+    initialise(decoder, config, seed)
+    return decoder
+
+
+def _attention(decoder: Decoder, layer: int = 0) -> Attention:
+    attention = decoder.get_submodule(f"layers.{layer}.attention.body")
+    assert isinstance(attention, Attention)
+    return attention
+
+
+def _draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _tokens() -> Tensor:
+    return torch.randint(200, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def _visible_logits(attention: Attention, x: Tensor, gain: float = 1.0) -> Tensor:
+    """All logits of keys up to the query, of queries whose map is `gain` times as large."""
+    seq_len = x.shape[1]
+    positions = rotation_table(seq_len, attention.d_head, 10000.0, dtype=x.dtype, device=CPU)
+    products = tuple(linear(x) * (gain if i == 0 else 1) for i, linear in enumerate(attention.first_maps))
+    logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
+    return logits[..., torch.ones(seq_len, seq_len).tril() > 0]
+
+
+# Logits.
+
+
+def test_normalised_queries_and_keys_bound_the_logits_and_forget_their_size():
+    attention = _attention(_decoder(_config("qk_norm"), "fp32"))
+    x = (3 * _draw(2, 24, 32)).float()
+    logits = _visible_logits(attention, x)
+    assert logits.abs().max() <= math.sqrt(8) + 1e-3
+    assert logits.abs().max() > 0.8 * math.sqrt(8)
+    torch.testing.assert_close(_visible_logits(attention, x, gain=100), logits, rtol=1e-3, atol=1e-3)
+    plain = _attention(_decoder(_config("pre_ln"), "fp32"))
+    assert _visible_logits(plain, x, gain=100).abs().max() > 10 * math.sqrt(8)
+
+
+def test_normalised_queries_equal_the_equation():
+    """RMSNorm over each head before the rotation, with gains that the heads share."""
+    decoder = _decoder(_config("qk_norm", "model.attention.position=none"))
+    attention = _attention(decoder)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * _draw(*parameter.shape))
+    w = dict(attention.named_parameters())
+    x = _draw(2, 24, 32)
+    q, k, _ = (linear(x) for linear in attention.first_maps)
+    found = attention.logits(*attention.queries_and_keys((q, k, k), ()), ())
+    for head in range(4):
+        part = slice(8 * head, 8 * head + 8)
+        q_head, k_head = (
+            y[..., part] / (y[..., part].square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"norm_{name}.weight"]
+            for y, name in ((q, "query"), (k, "key"))
+        )
+        wanted = (q_head @ k_head.transpose(1, 2) / math.sqrt(8)).masked_fill(torch.ones(24, 24).triu(1) > 0, -math.inf)
+        torch.testing.assert_close(found[:, head], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("logit", "capped"), [(50.0, 38.0797), (200.0, 49.9665), (30.0, 26.8525), (-200.0, -49.9665)])
+def test_soft_cap_at_known_logits(logit, capped):
+    attention = _attention(_decoder(_config("pre_ln", "model.attention.logit_cap=50", "model.attention.position=none")))
+    query = torch.zeros(1, 4, 1, 8, dtype=torch.float64)
+    key = query.clone()
+    query[..., 0], key[..., 0] = logit, math.sqrt(8)
+    assert attention.logits(query, key, ()).flatten().tolist() == pytest.approx([capped] * 4, abs=1e-3)
+
+
+def test_soft_cap_bounds_and_a_high_one_changes_nothing():
+    x = 3 * _draw(2, 24, 32)
+    capped, high, plain = (
+        _attention(_decoder(_config("pre_ln", f"model.attention.logit_cap={cap}"))) for cap in (5, 1e6, 0)
+    )
+    assert _visible_logits(plain, x).abs().max() > 5 > _visible_logits(capped, x).abs().max()
+    tokens = _tokens()
+    high_out, plain_out = (
+        _decoder(_config("pre_ln", f"model.attention.logit_cap={cap}", "model.kv_heads=2"))(tokens) for cap in (1e6, 0)
+    )
+    torch.testing.assert_close(high_out, plain_out, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(_visible_logits(high, x), _visible_logits(plain, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+@pytest.mark.parametrize("options", [(), ("model.attention.qk_norm=true",), ("model.kv_heads=2",)])
+def test_the_logits_that_are_told_are_those_that_weigh_the_values(position, options):
+    decoder = _decoder(_config("pre_ln", f"model.attention.position={position}", *options))
+    attention, x = _attention(decoder), _draw(2, 24, 32)
+    positions = decoder.positions(_tokens())
+    products = tuple(linear(x) for linear in attention.first_maps)
+    weights = attention.logits(*attention.queries_and_keys(products, positions), positions).softmax(dim=-1)
+    value = products[2].unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(4 * 8 // products[2].shape[-1], dim=1)
+    wanted = (weights @ value).transpose(1, 2).flatten(-2) @ attention.output.weight.T
+    torch.testing.assert_close(attention(products, positions), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_alibi_slopes_and_biases():
+    assert alibi_slopes(8) == pytest.approx([2.0**-i for i in range(1, 9)], rel=1e-12)
+    twelve = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
+    assert alibi_slopes(12) == pytest.approx(twelve, rel=1e-12)
+    bias = alibi_bias(4, 8, dtype=torch.float64, device=CPU)
+    assert bias[1, 3].tolist() == pytest.approx([-0.75, -0.5, -0.25, 0])
+    assert torch.isneginf(bias[:, torch.ones(4, 4).triu(1) > 0]).all()
+
+
+def test_z_loss_of_uniform_logits():
+    hidden, weight = torch.zeros(6, 4, requires_grad=True), _draw(8192, 4).float()
+    targets = torch.tensor([1, 5, -100, 7, -100, 0])
+    sums = chunked_cross_entropy(hidden, weight, targets, z_loss=1e-4)
+    extra = (sums.total - sums.cross_entropy).item() / 4  # ignored tokens add nothing
+    assert math.log(8192) == pytest.approx(9.010913, abs=1e-6)
+    assert extra == pytest.approx(0.0081197, abs=1e-6)
+
+
+def test_z_loss_gradient_is_twice_log_z_times_the_probabilities():
+    logits = 3 * _draw(5, 40)
+    targets = torch.tensor([3, 9, -100, 0, 39])
+    gradients = []
+    for z_loss in (0.0, 1e-2):  # a unit weight matrix: hidden states are logits
+        hidden = logits.clone().requires_grad_()
+        chunked_cross_entropy(hidden, torch.eye(40, dtype=torch.float64), targets, z_loss=z_loss).total.backward()
+        assert hidden.grad is not None
+        gradients.append(hidden.grad)
+    wanted = 2e-2 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets >= 0)[:, None]
+    torch.testing.assert_close(gradients[1] - gradients[0], wanted, rtol=1e-9, atol=1e-12)
+
+
+# Low rank.
+
+
+def test_low_rank_maps_have_that_rank_and_at_a_half_the_parameters_of_whole_ones():
+    config, whole = (_config("mlra", "model.d_model=64", f"model.attention.low_rank={share}") for share in (0.5, 0))
+    decoder = _decoder(config)
+    for linear in _attention(decoder).first_maps:
+        assert isinstance(linear, LowRankLinear)
+        assert (linear.down.weight.shape, linear.up.weight.shape) == ((32, 64), (64, 32))
+        product = linear.up.weight @ linear.down.weight
+        assert torch.linalg.matrix_rank(product).item() == 32
+        x = _draw(3, 64)
+        torch.testing.assert_close(linear(x), x @ product.T, rtol=1e-12, atol=1e-12)
+    assert parameter_counts(config) == parameter_counts(whole)
+    assert (
+        parameter_counts(_config("mlra", "model.d_model=64", "model.attention.low_rank=0.25"))["layers"]
+        < (parameter_counts(whole)["layers"])
+    )
+
+
+def test_factors_give_their_product_the_std_of_a_whole_map():
+    """Two factors of 0.02 would make 0.00784 at rank 384: each has (0.02^2 / 384)^(1/4)."""
+    config = replace(_config("mlra", "model.n_layers=1", "model.n_heads=8"), d_model=768, d_ff=8)
+    decoder = _decoder(config, "fp32")
+    for linear in _attention(decoder).first_maps:
+        assert isinstance(linear, LowRankLinear)
+        each = [factor.weight.std().item() for factor in (linear.down, linear.up)]
+        assert each == pytest.approx([(0.02**2 / 384) ** 0.25] * 2, rel=0.01)
+        assert (linear.up.weight @ linear.down.weight).std().item() == pytest.approx(0.02, rel=0.02)
+    assert 0.02**2 * math.sqrt(384) == pytest.approx(0.00784, rel=1e-3)
+
+
+# Value residuals.
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
+    config = _config("value_residual", f"model.kv_heads={kv_heads}")
+    decoder, plain = _decoder(config), _decoder(_config("pre_ln", f"model.kv_heads={kv_heads}"))
+    tokens = _tokens()
+    positions, x = plain.positions(tokens), plain.embed(tokens)
+    first = None
+    for layer in plain.layers:
+        attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
+        query, key, value = attention.enter((x,))  # type: ignore[operator]
+        first = value if first is None else first
+        mixed = value if value is first else (value + first) / 2
+        (x,) = attention.leave((x,), (query, key, mixed), positions)  # type: ignore[operator]
+        (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
+    torch.testing.assert_close(decoder(tokens), plain.finish((x,)), rtol=1e-12, atol=1e-12)
+    assert (decoder(tokens) - plain(tokens)).abs().max() > 1e-3
+    assert len(list(decoder.parameters())) == len(list(plain.parameters()))
+
+
+# Streams that start as simpler ones.
+
+
+def test_rezero_starts_as_the_identity_and_its_gains_open_it():
+    decoder = _decoder(_config("rezero"))
+    tokens = _tokens()
+    torch.testing.assert_close(decoder(tokens), decoder.embed(tokens), rtol=0, atol=1e-6)
+    decoder(tokens).square().sum().backward()
+    gains = {name: p for name, p in decoder.named_parameters() if name.endswith(".gain")}
+    assert len(gains) == 2 * 3
+    for name, parameter in decoder.named_parameters():
+        if name.startswith("layers."):
+            assert parameter.grad is not None
+            assert bool(parameter.grad.any()) == (name in gains), name
+    with torch.no_grad():
+        gains["layers.0.attention.gain"].fill_(0.5)
+    layer = decoder.layers[0].get_submodule("attention")
+    x = decoder.embed(tokens)
+    products = layer.enter((x,))  # type: ignore[operator]
+    wanted = x + 0.5 * layer.get_submodule("body")(products, decoder.positions(tokens))
+    torch.testing.assert_close(decoder(tokens), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_denseformer_starts_as_pre_ln():
+    config, plain_config = _config("denseformer"), _config("pre_ln", "model.init=gpt2")
+    decoder, plain = _decoder(config), _decoder(plain_config)
+    torch.testing.assert_close(decoder(_tokens()), plain(_tokens()), rtol=0, atol=1e-6)
+    extra = parameter_counts(config)["total"] - parameter_counts(plain_config)["total"]
+    assert extra == 3 * (3 + 3) / 2
+
+
+def test_denseformer_averages_all_outputs_so_far():
+    """x_i = sum_j a_ij y_j over the embedding y_0 and the outputs y_j of layer j (Pagliardini et al. 2024)."""
+    decoder = _decoder(_config("denseformer"))
+    weights = [0.2 * _draw(count, seed=count) + torch.eye(count)[-1] for count in (2, 3, 4)]
+    with torch.no_grad():
+        for index, weight in enumerate(weights):
+            decoder.get_parameter(f"layers.{index}.mix").copy_(weight)
+    plain = _decoder(_config("pre_ln", "model.init=gpt2"))
+    tokens = _tokens()
+    positions, x = plain.positions(tokens), plain.embed(tokens)
+    outputs = [x]
+    for layer, weight in zip(plain.layers, weights, strict=True):
+        outputs.append(layer((x,), positions)[0])
+        x = (torch.stack(outputs) * weight[:, None, None, None]).sum(dim=0)
+    torch.testing.assert_close(decoder(tokens), plain.finish((x,)), rtol=1e-12, atol=1e-12)
+
+
+def test_layernorm_scaling_divides_each_norm_by_the_root_of_its_layer():
+    decoder = _decoder(_config("layernorm_scaling"))
+    x = _draw(2, 5, 32)
+    for layer in range(3):
+        for sublayer in ("attention", "feedforward"):
+            y = decoder.get_submodule(f"layers.{layer}.{sublayer}.norm_in")(x)
+            rms = y.square().mean(-1).sqrt()
+            torch.testing.assert_close(rms, torch.full_like(rms, (layer + 1) ** -0.5), rtol=1e-4, atol=0)
+    final = decoder.get_submodule("norm_final")(x).square().mean(-1)
+    torch.testing.assert_close(final, torch.ones_like(final), rtol=1e-4, atol=0)
+
+
+def test_peri_ln_writes_normalised_branches():
+    decoder, branches = _decoder(_config("peri_ln")), []
+    for name, part in decoder.named_modules():
+        if name.endswith(".dropout"):
+            part.register_forward_hook(lambda _, args, out: branches.append(out))
+    decoder(_tokens())
+    assert len(branches) == 6
+    for branch in branches:
+        torch.testing.assert_close(branch.square().mean(-1), torch.ones_like(branch[..., 0]), rtol=1e-2, atol=0)
+    embedded = decoder.embed(_tokens())
+    torch.testing.assert_close(embedded.square().mean(-1), torch.ones_like(embedded[..., 0]), rtol=1e-3, atol=0)
+
+
+def test_t_fixup_constants():
+    config = _config("tfixup", "model.n_layers=48")
+    decoder = _decoder(config, "fp32")
+    assert embedding_std(config) * math.sqrt(32) == pytest.approx(0.2193, abs=1e-4)
+    for kind, glorot in (("attention.body.value", 1 / 32), ("feedforward.body.fc2", 2 / (32 + 128))):
+        values = torch.stack([decoder.get_parameter(f"layers.{layer}.{kind}.weight") for layer in range(48)])
+        assert values.std().item() / math.sqrt(glorot) == pytest.approx(0.2545, rel=0.02)
+    query = torch.stack([decoder.get_parameter(f"layers.{layer}.attention.body.query.weight") for layer in range(48)])
+    assert query.std().item() * math.sqrt(32) == pytest.approx(1, rel=0.02)
