@@ -80,6 +80,8 @@ def token_correlation(x: Tensor) -> Tensor:
 
     From the sum of unit vectors: |sum_a u_a|^2 = sum_a |u_a|^2 + sum_(a != b) u_a u_b. One token has no pairs: nan.
     """
+    if x.shape[1] < 2:
+        return torch.full((), torch.nan, dtype=torch.float64, device=x.device)
     lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)  # (batch, seq)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse = lengths.reciprocal().masked_fill(lengths == 0, 0).to(x.dtype)

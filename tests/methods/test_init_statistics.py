@@ -16,6 +16,7 @@ from support.statistics import (
     Measured,
     average,
     measure,
+    measure_anew,
     resolved,
 )
 
@@ -109,7 +110,7 @@ def test_the_true_correlation_without_the_causal_correction_is_caught(monkeypatc
     solve.cache_clear()
     try:
         config = resolved("deepscalelm_pre", 12, WIDTH, "deepscale.form=literal")
-        attention = measure.__wrapped__(config, 0, gradients="none").attention_branch_variance
+        attention = measure_anew(config, 0, gradients="none").attention_branch_variance
     finally:
         solve.cache_clear()
     assert attention[1] > 5

@@ -82,7 +82,6 @@ def make_decoder(config: ModelConfig, seed: int, weights: ModelConfig | None = N
     return decoder.eval()
 
 
-@lru_cache(maxsize=64)
 def measure(
     config: ModelConfig,
     seed: int,
@@ -96,6 +95,24 @@ def measure(
     `weights`: the config whose initial values are taken, None for `config`; `training`: with dropout; `gradients`:
     what they are computed of, of the rest they are nan. Tests of one process share the results.
     """
+    return _kept(config, seed, weights, training, gradients)
+
+
+@lru_cache(maxsize=128)
+def _kept(
+    config: ModelConfig, seed: int, weights: ModelConfig | None, training: bool, gradients: Gradients
+) -> Measured:
+    return measure_anew(config, seed, weights, training, gradients)
+
+
+def measure_anew(
+    config: ModelConfig,
+    seed: int,
+    weights: ModelConfig | None = None,
+    training: bool = False,
+    gradients: Gradients = "stream",
+) -> Measured:
+    """As `measure`, but never what was measured before."""
     assert config.max_seq_len is not None
     decoder = make_decoder(config, seed, weights).train(training).requires_grad_(gradients == "all")
     tokens = zipf_tokens(BATCH, config.max_seq_len + 1, seed)
