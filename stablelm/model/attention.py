@@ -104,13 +104,19 @@ class Attention(nn.Module):
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, seq, d_head): values averaged by softmax attention."""
+        mixed = self._average(query, key, value, positions)
+        if self.config.attention.shaping != "espa":
+            return mixed
+        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None]
+
+    def _average(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if self.config.attention.logit_cap:
             # No fused kernel caps logits.
             weights = F.dropout(self.logits(query, key, positions).softmax(dim=-1).to(value.dtype), dropout)
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         bias = self._bias(positions, query)
-        mixed = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -120,6 +126,3 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        if self.config.attention.shaping != "espa":
-            return mixed
-        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None]

@@ -14,6 +14,8 @@ from stablelm.errors import StorageError
 from stablelm.methods.stream import Chunks, Concat, Stream
 from stablelm.methods.widths import stream_width
 
+SEGMENT, PIECE, ALIGNMENT = 64 * 2**20, 2**20, 64
+
 
 def unwritable(folder: Path, error: OSError) -> StorageError:
     """One sentence for a folder that does not take what we write."""
@@ -27,6 +29,8 @@ class Shelf:
     def __init__(self, folder: Path):
         """Raises StorageError if `folder` cannot hold a file."""
         self._folder = folder
+        self._segment = np.empty(0, np.uint8)
+        self._used = 0
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         except OSError as error:
@@ -39,20 +43,29 @@ class Shelf:
         self._file.close()
 
     def put(self, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """The same CPU tensors, read from the file when they are used. Raises StorageError if it is full."""
+        """The same CPU tensors in the file, from which they are read when they are used; StorageError if it is full."""
         return tuple(self._put(tensor) for tensor in tensors)
 
     def _put(self, tensor: Tensor) -> Tensor:
         values = tensor.detach().contiguous().numpy()
-        start = self._file.seek(0, 2)
+        if self._used + values.nbytes > len(self._segment):
+            self._extend(max(values.nbytes, SEGMENT))
+        place = self._segment[self._used : self._used + values.nbytes].view(values.dtype).reshape(values.shape)
+        self._used += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+        place[...] = values
+        return torch.from_numpy(place)
+
+    def _extend(self, size: int) -> None:
+        """Maps a new part of the file; a map for each tensor would need a descriptor for each."""
         try:
-            # Written, not mapped: a full disk is then an error and not a signal.
-            self._file.write(values.data)
+            start = self._file.seek(0, 2)
+            for written in range(0, size, PIECE):
+                # Written before it is mapped: a full disk is then an error and not a signal.
+                self._file.write(bytes(min(PIECE, size - written)))
             self._file.flush()
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        # Copy on write, for torch wants memory that it may write to.
-        return torch.from_numpy(np.memmap(self._file, values.dtype, "c", start, values.shape))
+        self._segment, self._used = np.memmap(self._file, np.uint8, "r+", start, (size,)), 0
 
 
 class Boundaries(Protocol):
