@@ -74,7 +74,7 @@ def test_recompute_changes_nothing(method: str, precision: str):
     assert train(TorchEngine(config, "single", SINGLE), config, SINGLE) == alone(method, precision)
 
 
-@pytest.mark.parametrize(("method", "precision"), CASES)
+@pytest.mark.parametrize(("method", "precision"), CASES[:3])
 def test_four_micro_batches_equal_one_batch(method: str, precision: str):
     config = make_config(method, f"train.precision={precision}")
     found = train(TorchEngine(config, "single", SINGLE), config, SINGLE, micro=3)
@@ -89,7 +89,7 @@ def test_compiling_sigma_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     compiled("sigma_reparam", "fp32")
 
 
-@pytest.mark.parametrize("method", ["sigma_reparam", "catformer_sigma", *OTHERS])
+@pytest.mark.parametrize("method", ["sigma_reparam", *OTHERS])
 def test_tracing_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch):
     """As above with the traced graphs and their backward passes run by torch: what depends on the method."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
