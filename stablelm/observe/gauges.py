@@ -87,7 +87,7 @@ def token_correlation(x: Tensor) -> Tensor:
     inverse = lengths.reciprocal().masked_fill(lengths == 0, 0).to(x.dtype)
     sums = torch.einsum("bt,btw->bw", inverse, x)
     pairs = sums.double().square().sum(dim=-1) - (lengths > 0).sum(dim=-1)
-    return (pairs / (x.shape[1] * (x.shape[1] - 1))).mean()
+    return (pairs / (x.shape[1] * (x.shape[1] - 1))).mean().clamp(max=1)  # rounding of the sums
 
 
 def attention_figures(attention: Attention, products: tuple[Tensor, ...], positions: Positions) -> dict[str, Tensor]:
