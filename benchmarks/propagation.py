@@ -15,26 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stablelm.config.load import load
-from stablelm.config.rules import resolve
-from stablelm.config.schema import Config
-from stablelm.data.embedded import embedded
-from stablelm.data.loader import Loader
-from stablelm.data.tokenizer import Tokenizer
 from stablelm.methods.predict import predict
 from stablelm.probe.measure import measure
+from stablelm.probe.run import Request, collision_of, prepare
+from stablelm.train.build import first_rows
 
 METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"
 SHAPES = "12x256,48x256,192x256,1000x64"
 FIGURES = ("stream_variance", "attention_branch_variance", "feedforward_branch_variance", "token_correlation")
 
 
-def configured(method: str, shape: str, options: argparse.Namespace) -> Config:
-    """The resolved config of a method at n_layers x d_model, heads of 32 features."""
+def request(method: str, shape: str, seed: int, options: argparse.Namespace) -> Request:
+    """What to probe: a method at n_layers x d_model, heads of 32 features."""
     n_layers, d_model = map(int, shape.split("x"))
     keys = {
+        "run.seed": seed,
         "model.method": method,
         "model.n_layers": n_layers,
         "model.d_model": d_model,
@@ -44,47 +41,28 @@ def configured(method: str, shape: str, options: argparse.Namespace) -> Config:
         "train.global_batch_size": options.sequences,
         "train.steps": 1,
     }
-    pieces = Tokenizer(embedded("data/cache").tokenizer).pieces
-    loaded = load([], [f"{name}={value}" for name, value in keys.items()]).config
-    return resolve(loaded, pieces=pieces, world_size=1, accelerate_precision=None)
-
-
-def windows(config: Config, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and targets, (sequences, seq_len) each, of the embedded text in that seed's order."""
-    corpus = embedded("data/cache")
-    size = config.train.global_batch_size
-    loader = Loader(
-        corpus.train, Tokenizer(corpus.tokenizer), config.data, seed=seed, global_batch_size=size, rank=0, world_size=1
-    )
-    batch = loader.next()
-    loader.close()
-    return batch.tokens, batch.targets
-
-
-def collision(tokens: torch.Tensor) -> float:
-    """Share of pairs of positions of one sequence that hold the same token."""
-    seq_len = tokens.shape[1]
-    same = (tokens[:, :, None] == tokens[:, None, :]).double().sum(dim=(1, 2)) - seq_len
-    return float(same.mean()) / (seq_len * (seq_len - 1))
+    loaded = load([], [f"{name}={value}" for name, value in keys.items()])
+    return prepare(loaded, None, options.sequences, options.seq_len)
 
 
 def one(method: str, shape: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measured and predicted figures at every boundary for one seed."""
-    config = configured(method, shape, options)
-    tokens, targets = windows(config, seed)
+    prepared = request(method, shape, seed, options).prepared
+    tokens, targets = first_rows(prepared, options.sequences, options.seq_len)
+    model = prepared.config.model
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(
-            config.model,
+            model,
             tokens,
             targets,
             precision="fp32",
             seed=seed,
-            pieces=Tokenizer(embedded("data/cache").tokenizer).pieces,
+            pieces=prepared.tokenizer.pieces,
             folder=Path(folder),
         ).internals
     middle = time.perf_counter()
-    theory = predict(config.model, seq_len=tokens.shape[1], tokens=tokens.numel(), collision=collision(tokens))
+    theory = predict(model, seq_len=options.seq_len, tokens=tokens.numel(), collision=collision_of(tokens))
     row = {"method": method, "shape": shape, "seed": seed}
     row |= {"measure_seconds": middle - started, "predict_seconds": time.perf_counter() - middle}
     names = (*FIGURES, "gradient_norm")

@@ -163,7 +163,9 @@ def table(rows: Sequence[dict[str, Any]], settings: dict[str, Any], unigram_loss
     for row in rows:
         cells = [row["method"], f"{row['best_lr']:g}", _spread(row)]
         cells += [_at(row, lr) for lr in lrs]
-        cells += ["—" if row["lr_sensitivity"] is None else f"{row['lr_sensitivity']:.3f}"]
+        # Over fewer rates than the other rows have it would be another quantity.
+        whole = row["lr_sensitivity"] is not None and len(row["val_loss_by_lr"]) == len(lrs)
+        cells += [f"{row['lr_sensitivity']:.3f}" if whole else "—"]
         cells += [f"{row['grad_norm_largest']:.2f} ({row['grad_norm_median']:.2f})", f"{row['diverged']}/{row['runs']}"]
         lines.append(cells)
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

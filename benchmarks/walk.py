@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablelm.config.keys import choices
 from stablelm.config.schema import (
     AttentionConfig,
     CompletepConfig,
@@ -44,21 +45,7 @@ from stablelm.train.optimizer import adamw
 LAYERS, WIDTH, HEADS, SEQ_LEN, VOCABULARY, BATCH = 2, 32, 2, 16, 64, 2
 LR = 1e-3
 AXES: dict[str, tuple[str, ...]] = {
-    "stream": ("residual", "scaled", "deepnorm", "rezero", "concat", "completep", "dense", "skipless"),
-    "placement": ("pre", "post", "sub", "peri", "none", "pre_scaled"),
-    "norm": ("layernorm", "rmsnorm", "dyt"),
-    "init": (
-        "gpt2",
-        "xavier",
-        "deepscale",
-        "magneto",
-        "deepnet",
-        "fan_in",
-        "unit",
-        "tfixup",
-        "completep",
-        "orthogonal",
-    ),
+    **{axis: choices(f"model.{axis}") for axis in ("stream", "placement", "norm", "init")},
     "reparam": ("none", "sigma:all:spectral", "sigma:all:one", "sigma:attention:spectral", "sigma:attention:one"),
 }
 

@@ -67,6 +67,13 @@ def values(config: Config) -> dict[str, Any]:
     return found
 
 
+def choices(name: str) -> tuple[str, ...]:
+    """The values of a key that takes one of a few words, null left out; () for a key of another type."""
+    kind = keys()[name].type
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
+
+
 def is_mapping(kind: Any) -> bool:
     """Whether a key of this type takes named entries of the user's choice."""
     return get_origin(kind) is dict

@@ -140,7 +140,11 @@ class ModelConfig:
     bias: bool | None = key(None, "biases in linear maps and layernorms; None: the method's own", identity=True)
     attention: AttentionConfig = key(AttentionConfig, "attention options", identity=True)
     sigma: SigmaConfig = key(SigmaConfig, "options of reparam: sigma", identity=True)
-    deepscale: DeepscaleConfig = key(DeepscaleConfig, "options of stream: scaled and init: deepscale", identity=True)
+    deepscale: DeepscaleConfig = key(
+        DeepscaleConfig,
+        "options of stream: scaled and init: deepscale; deepscale.* is their short form",
+        identity=True,
+    )
     catformer: CatformerConfig = key(CatformerConfig, "options of stream: concat", identity=True)
     completep: CompletepConfig = key(CompletepConfig, "options of stream and init: completep", identity=True)
 

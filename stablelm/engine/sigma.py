@@ -22,6 +22,7 @@ class SigmaMatrices:
             if isinstance(part, Linear) and part.gamma is not None
         }
         sharded = any(isinstance(part.weight, DTensor) for part in self._maps.values())
+        self._first_rows = [_first_row(part.weight) for part in self._maps.values()]
         self._reduce = _sum_over_ranks if sharded else None
 
     def refresh(self) -> None:
@@ -40,7 +41,10 @@ class SigmaMatrices:
         return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
 
     def _matrices(self) -> list[spectral.Matrix]:
-        return [spectral.Matrix(*_rows(part.weight), part.u, part.v) for part in self._maps.values()]
+        return [
+            spectral.Matrix(_local(part.weight), first_row, part.u, part.v)
+            for part, first_row in zip(self._maps.values(), self._first_rows, strict=True)
+        ]
 
 
 def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -56,9 +60,14 @@ def _sum_over_ranks(flat: Tensor) -> None:
     dist.all_reduce(flat)
 
 
-def _rows(weight: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a matrix and the index of the first."""
+def _local(weight: Tensor) -> Tensor:
+    """This rank's rows of a matrix."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+
+
+def _first_row(weight: Tensor) -> int:
+    """The index of this rank's first row; it does not change."""
     if not isinstance(weight, DTensor):
-        return weight.detach(), 0
+        return 0
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return weight.to_local().detach(), offset[0]
+    return offset[0]

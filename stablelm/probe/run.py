@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,7 +148,7 @@ def _probe(request: Request) -> "Probe":
     started = time.perf_counter()
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
-    collision = token_collision(tokens)
+    collision = collision_of(tokens)
     with _progress(2 * model.n_layers) as on_layer:
         measured = measure(
             model,
@@ -182,16 +182,13 @@ def _probe(request: Request) -> "Probe":
 
 
 def predicted(model: ModelConfig, seq_len: int, tokens: int, collision: float) -> "Prediction":
-    """The theory's figures; nan throughout for a model that explodes beyond float64."""
+    """The theory's figures; not finite from the depth on at which a model explodes beyond float64."""
     import numpy as np
 
-    from stablelm.methods.predict import Prediction, predict
+    from stablelm.methods.predict import predict
 
-    try:
-        with np.errstate(over="raise", divide="ignore", invalid="ignore"):
-            return predict(model, seq_len=seq_len, tokens=tokens, collision=collision)
-    except ArithmeticError:
-        return Prediction(*(np.full(model.n_layers + 1, np.nan) for _ in fields(Prediction)))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        return predict(model, seq_len=seq_len, tokens=tokens, collision=collision)
 
 
 def reference_model(config: Config, pieces: int) -> ModelConfig | None:
@@ -208,7 +205,7 @@ def reference_model(config: Config, pieces: int) -> ModelConfig | None:
         return None  # one or two layers leave nothing of its skip
 
 
-def token_collision(tokens: "Tensor") -> float:
+def collision_of(tokens: "Tensor") -> float:
     """Share of pairs of different positions of a sequence that hold the same token; tokens: (rows, seq)."""
     import torch
 

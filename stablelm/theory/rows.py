@@ -37,7 +37,7 @@ def row_fluctuations(q: Array, keys: Array) -> RowFluctuations:
     x = (np.sqrt(np.clip(q, 0.0, _ROOTS[-1] ** 2)) - _ROOTS[0]) / (_ROOTS[1] - _ROOTS[0])
     y = (np.log2(np.maximum(keys, 1.0)) - _LOG_KEYS[0]) / (_LOG_KEYS[1] - _LOG_KEYS[0])
     x, y = np.clip(x, 0.0, _ROOTS.size - 1.001), np.clip(y, 0.0, _LOG_KEYS.size - 1.001)
-    i, j = x.astype(np.intp), y.astype(np.intp)
+    i, j = np.nan_to_num(x).astype(np.intp), np.nan_to_num(y).astype(np.intp)  # nan in, nan out
     x, y = (x - i)[..., None], (y - j)[..., None]
     table = _table()
     growth, share, loss = np.moveaxis(

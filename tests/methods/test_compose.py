@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.pairwise import Case, all_pairs, cover, pairs_of
 
+from stablelm.config.keys import choices
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
@@ -25,28 +26,14 @@ from stablelm.model.flops import parameter_counts
 
 # Axes that exclude one another come first: the cover's search is short then.
 AXES: dict[str, tuple] = {
-    "stream": ("residual", "scaled", "deepnorm", "rezero", "concat", "completep", "dense", "skipless"),
-    "attention.shaping": ("none", "espa"),
-    "init": (
-        "gpt2",
-        "xavier",
-        "deepscale",
-        "magneto",
-        "deepnet",
-        "fan_in",
-        "unit",
-        "tfixup",
-        "completep",
-        "orthogonal",
-    ),
-    "placement": ("pre", "post", "sub", "peri", "none", "pre_scaled"),
+    **{axis: choices(f"model.{axis}") for axis in ("stream", "attention.shaping", "init", "placement")},
     # reparam, sigma.targets and sigma.gamma
     "sigma": ("none", "all spectral", "all one", "attention spectral", "attention one"),
-    "activation": ("relu", "gelu", "swiglu", "tailored"),
-    "attention.position": ("rope", "learned", "alibi", "none"),
+    "activation": choices("model.activation"),
+    "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
     "attention.value_residual": (False, True),
-    "norm": ("layernorm", "rmsnorm", "dyt"),
+    "norm": choices("model.norm"),
     "attention.logit_cap": (0, 30),
     "attention.low_rank": (0, 0.5),
     "bias": (False, True),

@@ -98,13 +98,6 @@ def measure(
     return _kept(config, seed, weights, training, gradients)
 
 
-@lru_cache(maxsize=128)
-def _kept(
-    config: ModelConfig, seed: int, weights: ModelConfig | None, training: bool, gradients: Gradients
-) -> Measured:
-    return measure_anew(config, seed, weights, training, gradients)
-
-
 def measure_anew(
     config: ModelConfig,
     seed: int,
@@ -134,6 +127,9 @@ def measure_anew(
         loss=(sums.cross_entropy / sums.valid).item(),
         collision=collision(tokens[:, :-1]),
     )
+
+
+_kept = lru_cache(maxsize=128)(measure_anew)
 
 
 def _weight_gradient_norms(decoder: Decoder) -> list[float]:
