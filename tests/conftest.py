@@ -1,10 +1,11 @@
-"""Shared set-up: helpers of tests/support on the path, one torch thread a worker process."""
+"""Shared set-up: helpers of tests/support on the path, one torch and one compiler thread a worker process."""
 
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers costs more than it saves
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest

@@ -85,7 +85,6 @@ def test_four_micro_batches_equal_one_batch(method: str, precision: str):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiling_sigma_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # a pool of workers costs more than it saves
     compiled("sigma_reparam", "fp32")
 
 
