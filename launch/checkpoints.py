@@ -1,4 +1,4 @@
-"""Lists, verifies or prunes the checkpoints of a run."""
+"""Lists, verifies, prunes or consolidates the checkpoints of a run."""
 
 import argparse
 import sys
@@ -12,63 +12,78 @@ from stablelm.errors import CheckpointError, ConfigError, UserError
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="checkpoints.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    where = "a run, its checkpoints, or one step-...; a path or URL"
     for name, text in {
         "list": "one line a checkpoint, newest first; compares names and sizes",
         "verify": "reads and hashes every file",
         "prune": "deletes superseded checkpoints after hashing all; damaged ones are never deleted",
     }.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run, its checkpoints, or one step-...")
+        command.add_argument("run_dir", metavar="RUN_DIR", help=where)
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
             command.add_argument("--unfinished", action="store_true", help="also what dead attempts left half written")
             command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    text = "writes the weights of a checkpoint, verified, to one safetensors file"
+    command = commands.add_parser("consolidate", help=text, description=text)
+    command.add_argument("run_dir", metavar="RUN_DIR", help=where)
+    command.add_argument("--out", metavar="FILE.safetensors", type=Path, required=True, help="must not exist yet")
     return parser.parse_args(arguments)
 
 
-def _steps(run_dir: Path) -> list[Path]:
-    from stablelm.checkpoint import keep, manifest
+def _steps(run_dir: str) -> list:
+    from stablelm.checkpoint import keep
+    from stablelm.checkpoint.places import place
 
-    if manifest.step_of(run_dir) is not None and run_dir.is_dir():
-        return [run_dir]
-    root = keep.checkpoints_root(run_dir)
+    one = keep.step_directory(place(run_dir))
+    if one is not None:
+        return [one]
+    root = keep.checkpoints_root(place(run_dir))
     steps = keep.step_directories(root)
     if not steps:
         raise CheckpointError(f"{root} holds no checkpoint: name the directory of a run that has saved one")
     return steps
 
 
-def show(run_dir: Path) -> None:
+def show(run_dir: str) -> None:
     from stablelm.checkpoint import manifest
 
-    print(f"{'checkpoint':<16} {'MiB':>10}  {'committed (UTC)':<19}  attempt")
+    print(f"{'checkpoint':<16} {'MiB':>10}  {'committed (UTC)':<19}  {'token':>5}  attempt")
     for path in _steps(run_dir):
         problems = manifest.verify(path, hashes=False)
         if problems:
-            print(f"{path.name:<16} damaged: {'; '.join(problems)}")
+            print(f"{_name(path):<16} damaged: {'; '.join(problems)}")
             continue
         commit = manifest.read_commit(path)
         size = sum(record.size for record in manifest.read_manifest(path, commit).values())
-        print(f"{path.name:<16} {size / 2**20:>10.1f}  {commit.time[:19]:<19}  {commit.attempt}")
+        time, size = commit.time[:19], size / 2**20
+        print(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}")
 
 
-def check(run_dir: Path) -> None:
+def _name(path) -> str:
+    from stablelm.checkpoint import manifest
+
+    return manifest.step_name(manifest.step_of(path) or 0)
+
+
+def check(run_dir: str) -> None:
     from stablelm.checkpoint import manifest
 
     damaged = []
     for path in _steps(run_dir):
         problems = manifest.verify(path)
-        damaged += [path.name] if problems else []
-        print(f"{path.name:<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
+        damaged += [_name(path)] if problems else []
+        print(f"{_name(path):<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
     if damaged:
         raise CheckpointError(f"damaged checkpoints in {run_dir}: {', '.join(damaged)}; resume skips them")
 
 
 def prune(options: argparse.Namespace) -> None:
-    from stablelm.checkpoint import keep
+    from stablelm.checkpoint import fence, keep
+    from stablelm.checkpoint.places import place
 
-    root = keep.checkpoints_root(options.run_dir)
+    root = keep.checkpoints_root(place(options.run_dir))
     kept, permanent = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
@@ -77,7 +92,7 @@ def prune(options: argparse.Namespace) -> None:
             print(f"would delete {path}")
         return
     gone = keep.retain(root, kept, permanent, hashes=True)
-    gone += keep.clean_staging(root) if options.unfinished else []
+    gone += fence.sweep(root, sys.maxsize) if options.unfinished else []
     for path in gone:
         print(f"deleted {path}")
 
@@ -86,8 +101,10 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
     """Retention from the arguments, else from the run's configuration."""
     import yaml
 
-    path = options.run_dir / "config.yaml"
-    section = (yaml.safe_load(path.read_text()) or {}).get("checkpoint", {}) if path.is_file() else {}
+    from stablelm.checkpoint.places import place
+
+    path = place(options.run_dir) / "config.yaml"
+    section = (yaml.safe_load(path.read_bytes()) or {}).get("checkpoint", {}) if path.is_file() else {}
     kept = options.keep if options.keep is not None else section.get("keep")
     if kept is None:
         raise ConfigError(f"{options.run_dir} has no config.yaml that says checkpoint.keep: give --keep N")
@@ -102,8 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
             show(options.run_dir)
         elif options.command == "verify":
             check(options.run_dir)
-        else:
+        elif options.command == "prune":
             prune(options)
+        else:
+            from stablelm.checkpoint.consolidate import consolidate
+
+            print(consolidate(options.run_dir, options.out))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

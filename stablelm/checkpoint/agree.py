@@ -24,6 +24,15 @@ class Together:
         self.rank = rank
         self.undo: Callable[[], None] = lambda: None
 
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        if self.group is None:
+            return 1
+        import torch.distributed as dist
+
+        return dist.get_world_size(self.group)
+
     def run(self, action: Callable[[], T]) -> list[T]:
         """Every rank acts; every rank gets the (picklable) values of all, in rank order."""
         value, error = None, None
@@ -47,7 +56,7 @@ class Together:
 
         # Foreign exceptions may not survive pickling: only their words travel.
         sent = error if error is None or isinstance(error, UserError) else _described(self.rank, error)
-        reports: list = [None] * dist.get_world_size(self.group)
+        reports: list = [None] * self.size
         dist.all_gather_object(reports, (value, sent), group=self.group)
         return [report[0] for report in reports], {r: e for r, (_, e) in enumerate(reports) if e is not None}
 

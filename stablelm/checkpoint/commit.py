@@ -1,9 +1,10 @@
 """Saving a step so that it is either there, whole and hashed, or not there at all.
 
-All ranks write their tensors into a staging directory, rank 0 adds the state, the configuration, the manifest and
-COMMITTED, and a rename onto a name that must not exist yet is the commit: COMMITTED goes in before the rename, so that
-no directory with a step's name is ever incomplete. A failure on one rank is a failure on all, and leaves nothing but
-the older commits.
+Rank 0 makes a staging place with the state and the configuration, all ranks write their tensors into it, rank 0 adds
+the manifest, and one last operation is the commit: in a folder, the rename of the staging directory, COMMITTED already
+in it, onto a step's name that must be free; in an object store, the creation of COMMITTED on the condition that it
+does not exist. A failure on one rank is a failure on all, and leaves nothing but the older commits. `fence` says why
+only one attempt can commit.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
 from stablelm.checkpoint.files import (
     FileRecord,
     free_bytes,
@@ -28,8 +30,9 @@ from stablelm.checkpoint.files import (
     rename_to_new,
     sync_directory,
     write_durably,
-    writing,
+    write_new,
 )
+from stablelm.checkpoint.keep import step_directories
 from stablelm.checkpoint.manifest import (
     COMMITTED,
     CONFIG,
@@ -42,8 +45,10 @@ from stablelm.checkpoint.manifest import (
     read_commit,
     read_manifest,
     step_name,
+    step_of,
     verify,
 )
+from stablelm.checkpoint.places import Place, RemotePath
 from stablelm.checkpoint.portable import save_tensors, tensor_bytes
 from stablelm.errors import CheckpointError, StorageError
 
@@ -54,148 +59,184 @@ logger = logging.getLogger(__name__)
 class SaveResult:
     """Where a step was saved, how long this rank took (seconds), and the bytes of all files together."""
 
-    path: Path
+    path: Place
     seconds: float
     bytes: int
 
 
 def save(
-    root: Path,
+    fence: Fence,
     step: int,
     tensors: dict[str, torch.Tensor],
     state: dict[str, Any],
     config_yaml: str,
     *,
-    attempt: str,
     group: dist.ProcessGroup | None,
-    rank: int,
-    world_size: int,
 ) -> SaveResult:
-    """Commits `root/step-<8 digits>`; collective over `group` (gloo, rank is the one inside it; None: one process).
+    """Commits a step below `fence.root`; collective over `group` (gloo; None: one process).
 
-    Tensors are plain (equal on all ranks) or DTensors; `state` (JSON values) and `config_yaml` count on rank 0. A step
-    that is committed already and verifies is left as it is; a damaged one is set aside under `damaged-...`. Raises on
-    all ranks alike, with the staging directory removed: StorageError if the storage is full or unwritable,
-    CheckpointError if another writer committed the step meanwhile.
+    Tensors are plain (equal on all ranks), DTensors or FlatShards; `state` (JSON values) and `config_yaml` count on
+    rank 0. A step that is committed already and verifies is left as it is; a damaged one is set aside under
+    `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
+    unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over.
     """
     started = time.perf_counter()
-    together = _together(group, rank, world_size)
-    root = Path(root)
-    target = root / step_name(step)
-    standing, size = together.first(lambda: _standing(target))
-    if standing == "whole":
-        return SaveResult(target, time.perf_counter() - started, size)
-    staging, records = _stage(root, step, tensors, state, config_yaml, together)
-    commit = Commit(step, attempt, datetime.now(UTC).isoformat(), record_of(manifest_content(records)).sha256)
-    together.first(lambda: _publish(staging, target, commit, replace=standing == "damaged"))
-    return SaveResult(target, time.perf_counter() - started, _total(records))
+    together = Together(group, 0 if group is None else dist.get_rank(group))
+    standing = together.first(lambda: _standing(fence, step))
+    if standing.whole is not None:
+        return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
+    staging, records = _stage(fence, step, tensors, state, config_yaml, together)
+    path = together.first(lambda: _publish(fence, staging, step, records, standing))
+    return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
 def rehearse(
-    root: Path,
+    fence: Fence,
     step: int,
     tensors: dict[str, torch.Tensor],
     state: dict[str, Any],
     config_yaml: str,
     *,
     group: dist.ProcessGroup | None,
-    rank: int,
-    world_size: int,
 ) -> SaveResult:
     """Does all of a save but the commit, then removes what it wrote: shows early that saving works, and its time.
 
-    Collective and failing like `save`; the result's path is `root`.
+    Collective and failing like `save`; the result's path is `fence.root`.
     """
     started = time.perf_counter()
-    together = _together(group, rank, world_size)
-    root = Path(root)
-    staging, records = _stage(root, step, tensors, state, config_yaml, together)
-    together.first(lambda: shutil.rmtree(staging))
-    return SaveResult(root, time.perf_counter() - started, _total(records))
+    together = Together(group, 0 if group is None else dist.get_rank(group))
+    staging, records = _stage(fence, step, tensors, state, config_yaml, together)
+    together.first(lambda: _discard(staging))
+    return SaveResult(fence.root, time.perf_counter() - started, _total(records))
 
 
-def _together(group: dist.ProcessGroup | None, rank: int, world_size: int) -> Together:
-    expected = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    assert (rank, world_size) == expected, f"rank {rank} of {world_size} saves through a group of {expected}"
-    return Together(group, rank)
+@dataclass(frozen=True)
+class _Standing:
+    """What there is of a step: a whole checkpoint and its bytes, or the inode of a damaged local one."""
+
+    whole: Place | None = None
+    bytes: int = 0
+    damaged: int | None = None
 
 
-def _standing(target: Path) -> tuple[str, int]:
-    """Whether the step is `absent`, `whole` or `damaged`, and the bytes of a whole one."""
-    if not target.exists():
-        return "absent", 0
-    problems = verify(target)
-    if problems:
-        logger.warning("%s is damaged (%s): it will be set aside and saved anew", target, problems[0])
-        return "damaged", 0
-    return "whole", _total(read_manifest(target, read_commit(target)))
+def _standing(fence: Fence, step: int) -> _Standing:
+    fence.check()
+    for path in step_directories(fence.root):
+        if step_of(path) != step:
+            continue
+        inode = path.stat().st_ino if isinstance(path, Path) else None
+        problems = verify(path)
+        if not problems:
+            return _Standing(path, _total(read_manifest(path, read_commit(path))))
+        logger.warning("%s is damaged (%s): the step will be saved anew", path, problems[0])
+        if inode is not None:
+            return _Standing(damaged=inode)
+    return _Standing()
 
 
 def _stage(
-    root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, together: Together
-) -> tuple[Path, dict[str, FileRecord]]:
-    """Writes all but COMMITTED; returns the staging directory and the records of its manifest."""
-    staging = together.first(lambda: _prepare(root, step, tensors))
-    together.undo = lambda: shutil.rmtree(staging, ignore_errors=True)
+    fence: Fence, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, together: Together
+) -> tuple[Place, dict[str, FileRecord]]:
+    """Writes all but COMMITTED; returns the staging place and the records of its manifest."""
+    made: list[Place] = []
+    together.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
+
+    def prepare() -> tuple[Place, dict[str, FileRecord]]:
+        with writing_behind(fence):
+            made.append(_make_staging(fence, step, tensors))
+            state_json = json.dumps(state, sort_keys=True, indent=1) + "\n"
+            texts = {STATE: state_json.encode(), CONFIG: config_yaml.encode()}
+            return made[0], {name: write_new(made[0] / name, content) for name, content in texts.items()}
+
+    staging, texts = together.first(prepare)
 
     def write_tensors() -> dict[str, FileRecord]:
-        with writing(root):
+        with writing_behind(fence):
             return save_tensors(staging / TENSORS, tensors, together.group)
 
     written = together.run(write_tensors)
     records = {f"{TENSORS}/{name}": record for of_rank in written for name, record in of_rank.items()}
-    return staging, together.first(lambda: _seal(staging, records, state, config_yaml))
+    return staging, together.first(lambda: _seal(fence, staging, {**records, **texts}))
 
 
-def _prepare(root: Path, step: int, tensors: dict[str, torch.Tensor]) -> Path:
-    with writing(root):
-        root.mkdir(parents=True, exist_ok=True)
-        sync_directory(root.parent)
-        # 5 % and a page a tensor cover torch's headers and alignment.
-        needed = int(tensor_bytes(tensors) * 1.05) + 4096 * len(tensors)
-        free = free_bytes(root)
-        if free < needed:
-            raise StorageError(
-                f"{root} has {gibibytes(free)} free, but a checkpoint needs {gibibytes(needed)}: free space there, "
-                "lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
-            )
-        staging = root / f".staging-{step:08d}-{uuid.uuid4().hex}"
-        staging.mkdir()
-        return staging
+def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> Place:
+    root, token = fence.root, f"{fence.token:08d}"
+    if isinstance(root, RemotePath):
+        return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
+    root.mkdir(parents=True, exist_ok=True)
+    sync_directory(root.parent)
+    # 5 % and a page a tensor cover torch's headers and alignment.
+    needed = int(tensor_bytes(tensors) * 1.05) + 4096 * len(tensors)
+    free = free_bytes(root)
+    if free < needed:
+        raise StorageError(
+            f"{root} has {gibibytes(free)} free, but a checkpoint needs {gibibytes(needed)}: free space there, "
+            "lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
+        )
+    staging = root / f"{STAGING}{token}-{step:08d}-{uuid.uuid4().hex}"
+    staging.mkdir()
+    return staging
 
 
-def _seal(staging: Path, records: dict[str, FileRecord], state: dict, config_yaml: str) -> dict[str, FileRecord]:
-    with writing(staging.parent):
+def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    with writing_behind(fence):
         for name, record in records.items():
             path = staging / name
             if not path.is_file() or path.stat().st_size != record.size:
+                fence.check()
                 raise StorageError(
-                    f"rank 0 does not see the file {name} that another rank wrote to {staging.parent}: "
+                    f"rank 0 does not see the file {name} that another rank wrote to {fence.root}: "
                     "set checkpoint.dir to a directory that all nodes share"
                 )
-        state_json = json.dumps(state, sort_keys=True, indent=1) + "\n"
-        records = {
-            **records,
-            STATE: write_durably(staging / STATE, state_json.encode()),
-            CONFIG: write_durably(staging / CONFIG, config_yaml.encode()),
-        }
-        write_durably(staging / MANIFEST, manifest_content(records))
+        write_new(staging / MANIFEST, manifest_content(records))
         return records
 
 
-def _publish(staging: Path, target: Path, commit: Commit, *, replace: bool) -> None:
-    with writing(target.parent):
-        write_durably(staging / COMMITTED, commit_content(commit))
-        sync_directory(staging)
-        if replace:
-            target.rename(target.with_name(f"damaged-{target.name}-{uuid.uuid4().hex}"))
+def _publish(fence: Fence, staging: Place, step: int, records: dict[str, FileRecord], standing: _Standing) -> Place:
+    sealed = record_of(manifest_content(records)).sha256
+    content = commit_content(Commit(step, fence.attempt, fence.token, datetime.now(UTC).isoformat(), sealed))
+    with writing_behind(fence):
         try:
+            if isinstance(staging, RemotePath):
+                fence.check()
+                (staging / COMMITTED).create(content)
+                return staging
+            target = staging.with_name(step_name(step))
+            write_durably(staging / COMMITTED, content)
+            sync_directory(staging)
+            fence.check()
+            if standing.damaged is not None:
+                _set_aside(target, standing.damaged)
             rename_to_new(staging, target)
-        except FileExistsError as error:
+            sync_directory(target.parent)
+            return target
+        except (FileExistsError, FileNotFoundError) as error:
+            fence.check()
             raise CheckpointError(
-                f"another attempt committed {target} while this one was saving it: end one of the two"
+                f"something else wrote to {fence.root} while step {step} was saved there: let one run alone save to it"
             ) from error
-        sync_directory(target.parent)
+
+
+def _set_aside(target: Path, inode: int) -> None:
+    """Renames a damaged step away, unless another attempt has replaced it since."""
+    aside = target.with_name(f"damaged-{target.name}-{uuid.uuid4().hex}")
+    target.rename(aside)
+    if aside.stat().st_ino != inode:
+        rename_to_new(aside, target)
+        raise FileExistsError(f"{target} was saved anew")
+
+
+def _discard(staging: Place) -> None:
+    """Removes what was staged; a directory under another name first, which no later attempt has to disarm."""
+    if isinstance(staging, RemotePath):
+        staging.remove()
+        return
+    doomed = staging.with_name(f"{DELETING}{staging.name[1:]}")
+    try:
+        staging.rename(doomed)
+    except OSError:
+        doomed = staging
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _total(records: dict[str, FileRecord]) -> int:

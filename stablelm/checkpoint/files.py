@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from stablelm.checkpoint.places import Place, StoreError
 from stablelm.errors import StorageError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,11 +28,23 @@ def record_of(content: bytes) -> FileRecord:
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def record_of_file(path: Path) -> FileRecord:
+def record_of_file(path: Place) -> FileRecord:
     """Reads the whole file. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(1 << 20))
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(file.tell(), digest)
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_new(path: Place, content: bytes) -> FileRecord:
+    """Writes a small new file that is there for good once this returns. Raises OSError."""
+    if isinstance(path, Path):
+        return write_durably(path, content)
+    path.create(content)
+    return record_of(content)
 
 
 def write_durably(path: Path, content: bytes) -> FileRecord:
@@ -73,10 +86,15 @@ def gibibytes(count: float) -> str:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turns the OSErrors of full or unwritable storage into a StorageError that names `place` and the mend."""
+def writing(place: Place) -> Iterator[None]:
+    """Turns the OSErrors of full, unwritable or unreachable storage into a StorageError with `place` and the mend."""
     try:
         yield
+    except StoreError as error:
+        raise StorageError(
+            f"cannot write a checkpoint to {place} ({error.strerror}): check its address, credentials and state, "
+            "then run again; committed checkpoints are kept"
+        ) from error
     except OSError as error:
         if error.errno in FULL:
             raise StorageError(

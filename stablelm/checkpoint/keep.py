@@ -1,4 +1,4 @@
-"""Which checkpoint to load, which ones to keep, and what dead attempts left behind. Knows files only, no ranks."""
+"""Which checkpoint to load and which ones to keep."""
 
 import json
 import logging
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.files import sync_directory, writing
-from stablelm.checkpoint.manifest import CONFIG, STATE, step_of, verify
+from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
+from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
 from stablelm.errors import CheckpointError
 
 __all__ = [
     "checkpoints_root",
-    "clean_staging",
     "newest_valid",
     "read_state",
     "resolve_checkpoint",
@@ -27,46 +28,69 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def step_directories(root: Path) -> list[Path]:
-    """All directories with a step's name, the newest step first, valid or not."""
+def step_directories(root: Place) -> list[Place]:
+    """All directories of committed steps, the newest step first, valid or not."""
     if not root.is_dir():
         return []
-    found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in root.iterdir() if step_of(path) is not None and path.is_dir()]
+    if isinstance(root, RemotePath):
+        found = [prefix for step in found for prefix in step.iterdir() if _is_committed(prefix)]
+    return sorted(found, key=lambda path: (step_of(path), attempt_of(path)), reverse=True)
 
 
-def newest_valid(root: Path, *, on_damaged: Callable[[Path, str], None]) -> Path | None:
-    """The newest step directory of which every byte verifies; None if there is none.
+def _is_committed(prefix: Place) -> bool:
+    try:
+        return step_of(prefix) is not None and (prefix / COMMITTED).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
-    Damaged ones that are newer go to `on_damaged` with the reason; they are never deleted.
+
+def newest_valid(
+    root: Place, *, on_damaged: Callable[[Place, str], None], together: Together | None = None
+) -> Place | None:
+    """The newest checkpoint of which every byte verifies; None if there is none.
+
+    Damaged ones that are newer go to `on_damaged` (of rank 0) with the reason; they are never deleted. With `together`
+    collective: each rank reads its share of the files.
     """
-    for path in step_directories(Path(root)):
-        problems = verify(path)
+    together = together or Together(None, 0)
+    for path in together.first(lambda: step_directories(root)):
+        problems = verify_together(path, together)
         if not problems:
             return path
-        on_damaged(path, _summary(problems))
+        if together.rank == 0:
+            on_damaged(path, _summary(problems))
     return None
 
 
-def retain(root: Path, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Path]:
+def verify_together(path: Place, together: Together) -> list[str]:
+    """`verify` with the files shared out over the ranks; the same problems on all of them."""
+    found = together.run(lambda: verify(path, share=(together.rank, together.size)))
+    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+
+
+def retain(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
     """Deletes superseded checkpoints and returns them; see `superseded`. Raises StorageError."""
-    root = Path(root)
-    gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
     with writing(root):
+        gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
         for path in gone:
             _delete(path)
     return gone
 
 
-def _delete(path: Path) -> None:
-    # The rename takes the step's name away at once: a deletion that is cut short leaves nothing that looks valid.
+def _delete(path: Place) -> None:
+    # What makes it a checkpoint goes first and at once: a deletion that is cut short leaves nothing that looks valid.
+    if isinstance(path, RemotePath):
+        (path / COMMITTED).remove()
+        path.remove()
+        return
     doomed = path.with_name(f".deleting-{path.name}-{uuid.uuid4().hex}")
     path.rename(doomed)
     sync_directory(path.parent)
     shutil.rmtree(doomed)
 
 
-def superseded(root: Path, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Path]:
+def superseded(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
     """Valid checkpoints beyond the newest `keep` (at least 1) valid ones, but for multiples of keep_permanent_every.
 
     Damaged ones neither count nor are listed. Without `hashes` valid means: committed, and all names and sizes agree.
@@ -76,28 +100,16 @@ def superseded(root: Path, keep: int, keep_permanent_every: int | None, *, hashe
     return [path for path in valid[keep:] if not is_permanent(path, keep_permanent_every)]
 
 
-def is_permanent(path: Path, keep_permanent_every: int | None) -> bool:
+def is_permanent(path: Place, keep_permanent_every: int | None) -> bool:
     step = step_of(path)
     return bool(keep_permanent_every) and step is not None and step % keep_permanent_every == 0
 
 
-def clean_staging(root: Path) -> list[Path]:
-    """Removes what dead attempts left half written or half deleted, and returns it. Call it before saving starts."""
-    root = Path(root)
-    if not root.is_dir():
-        return []
-    left = sorted(path for path in root.iterdir() if path.name.startswith((".staging-", ".deleting-")))
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
-    return left
-
-
-def checkpoints_root(path: Path) -> Path:
+def checkpoints_root(path: Place) -> Place:
     """The directory of the step directories for a run directory, or `path` itself if it holds them.
 
     Raises CheckpointError if the path does not exist.
     """
-    path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory: name a run, its checkpoints or one step-... directory in it")
     if step_directories(path):
@@ -106,40 +118,55 @@ def checkpoints_root(path: Path) -> Path:
     return next((place for place in (path / "checkpoints", configured) if place and place.is_dir()), path)
 
 
-def resolve_checkpoint(path: Path, *, on_damaged: Callable[[Path, str], None] | None = None) -> Path:
-    """The step directory meant by a run directory, its checkpoints directory or a step directory, fully verified.
+def resolve_checkpoint(
+    path: Place | str, *, on_damaged: Callable[[Place, str], None] | None = None, together: Together | None = None
+) -> Place:
+    """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
-    Raises CheckpointError if there is none, or if the step directory that was named is damaged.
+    With `together` collective: each rank reads its share of the files. Raises CheckpointError if there is none, or if
+    the step directory that was named is damaged.
     """
-    path = Path(path)
-    if step_of(path) is not None and path.is_dir():
-        problems = verify(path)
+    path, together = place(path), together or Together(None, 0)
+    step = together.first(lambda: step_directory(path))
+    if step is not None:
+        problems = verify_together(step, together)
         if problems:
             raise CheckpointError(f"{path} is damaged ({_summary(problems)}): name another checkpoint")
-        return path
-    root = checkpoints_root(path)
-    found = newest_valid(root, on_damaged=on_damaged or _warn)
+        return step
+    root = together.first(lambda: checkpoints_root(path))
+    found = newest_valid(root, on_damaged=on_damaged or _warn, together=together)
     if found is None:
         kind = "only damaged checkpoints" if step_directories(root) else "no checkpoint"
         raise CheckpointError(f"{root} holds {kind}: name the directory of a run that has saved one")
     return found
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a step directory. Raises CheckpointError."""
+def step_directory(path: Place) -> Place | None:
+    """The checkpoint that `path` itself is, or holds as a step of an object store; None for any other directory."""
+    if step_of(path) is None or not path.is_dir():
+        return None
+    if isinstance(path, Path) or attempt_of(path):
+        return path
+    return next((step for step in step_directories(path.parent) if step.parent == path), None)
+
+
+def read_state(path: Place) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((Path(path) / STATE).read_bytes())
+        return json.loads((path / STATE).read_bytes())
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {Path(path) / STATE} ({error}): load another checkpoint") from error
+        raise CheckpointError(f"cannot read {path / STATE} ({error}): load another checkpoint") from error
 
 
-def _configured_root(run_dir: Path) -> Path | None:
+def _configured_root(run_dir: Place) -> Place | None:
     """checkpoint.dir of a run's resolved configuration, if it says one."""
     import yaml
 
     try:
-        config = yaml.safe_load((run_dir / CONFIG).read_text())
-        return Path(config["checkpoint"]["dir"])
+        config = yaml.safe_load((run_dir / CONFIG).read_bytes())
+        return place(str(config["checkpoint"]["dir"]))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 
@@ -149,5 +176,5 @@ def _summary(problems: list[str], shown: int = 3) -> str:
     return "; ".join(problems[:shown]) + more
 
 
-def _warn(path: Path, reason: str) -> None:
+def _warn(path: Place, reason: str) -> None:
     logger.warning("%s is damaged (%s): skipped", path, reason)

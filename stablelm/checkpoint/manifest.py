@@ -1,11 +1,14 @@
-"""What makes a step directory a checkpoint: the manifest of its files and the COMMITTED mark over the manifest.
+"""What makes a directory a checkpoint: the manifest of its files and the COMMITTED mark over the manifest.
 
 step-00001200/
     tensors/        files of torch.distributed.checkpoint
     state.json      everything of the run that is not a tensor; knows no rank and no world size
     config.yaml     the resolved configuration
     manifest.json   every file above: size and sha256
-    COMMITTED       sha256 of manifest.json, step, attempt, time, and a sha256 over these
+    COMMITTED       sha256 of manifest.json, step, attempt and its fencing token, time, and a sha256 over these
+
+In an object store, which renames nothing, the same files lie in `step-00001200/<token>-<random>/`. A prefix without
+COMMITTED is unfinished; one whose COMMITTED is empty belongs to an attempt that was cut off and never will be finished.
 """
 
 import hashlib
@@ -17,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
+from stablelm.checkpoint.places import Place, RemotePath, StoreError
 
 TENSORS = "tensors"
 STATE = "state.json"
@@ -24,14 +28,16 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
+_ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
 
 
 @dataclass(frozen=True)
 class Commit:
-    """Content of COMMITTED; `time` is UTC in ISO 8601, `attempt` the writer's token."""
+    """Content of COMMITTED; `time` is UTC in ISO 8601, `token` the fencing token of the attempt that wrote it."""
 
     step: int
     attempt: str
+    token: int
     time: str
     manifest_sha256: str
 
@@ -40,10 +46,18 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(path: Path) -> int | None:
-    """The step that a directory's name states; None for any other name."""
+def step_of(path: Place) -> int | None:
+    """The step that the name of a checkpoint's directory states; None for any other name."""
     match = _STEP_NAME.fullmatch(path.name)
+    if match is None and isinstance(path, RemotePath) and _ATTEMPT.fullmatch(path.name):
+        match = _STEP_NAME.fullmatch(path.parent.name)
     return int(match[1]) if match else None
+
+
+def attempt_of(path: Place) -> int:
+    """The fencing token in the name of a staging directory or prefix; 0 where there is none."""
+    match = _ATTEMPT.fullmatch(path.name)
+    return int(match[1]) if match else 0
 
 
 def manifest_content(records: dict[str, FileRecord]) -> bytes:
@@ -57,8 +71,8 @@ def commit_content(commit: Commit) -> bytes:
     return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
 
 
-def read_commit(path: Path) -> Commit:
-    """COMMITTED of a step directory. Raises OSError if unreadable, ValueError if it is not as it was written."""
+def read_commit(path: Place) -> Commit:
+    """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
     content = (path / COMMITTED).read_bytes()
     try:
         fields = json.loads(content)
@@ -70,24 +84,28 @@ def read_commit(path: Path) -> Commit:
     return commit
 
 
-def read_manifest(path: Path, commit: Commit) -> dict[str, FileRecord]:
-    """manifest.json of a step directory. Raises OSError if unreadable, ValueError if it is not the committed one."""
+def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
+    """manifest.json of a checkpoint. Raises OSError if unreadable, ValueError if it is not the committed one."""
     content = (path / MANIFEST).read_bytes()
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     return {name: FileRecord(**fields) for name, fields in json.loads(content)["files"].items()}
 
 
-def verify(path: Path, *, hashes: bool = True) -> list[str]:
-    """What is wrong with a step directory, one phrase a problem; empty: it is whole.
+def verify(path: Place, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with a checkpoint, one phrase a problem; empty: it is whole.
 
-    With hashes every file is read; without, names and sizes are compared, which misses changed bytes.
+    With hashes every file is read; without, names and sizes are compared, which misses changed bytes. `share` (r, W):
+    reads only the files r, r + W, ... in order of name, so that W ranks together read each once. Raises StoreError if
+    an object store does not answer, which says nothing of the checkpoint.
     """
     try:
         commit = read_commit(path)
         records = read_manifest(path, commit)
+    except StoreError:
+        raise
     except FileNotFoundError as error:
-        return [f"{Path(error.filename).name} is missing"]
+        return [f"{str(error.filename).rsplit('/', 1)[-1]} is missing"]
     except OSError as error:
         return [f"{error.filename} cannot be read ({error.strerror})"]
     except ValueError as error:
@@ -96,19 +114,22 @@ def verify(path: Path, *, hashes: bool = True) -> list[str]:
     problems = [] if named in (None, commit.step) else [f"it holds step {commit.step}, not the step of its name"]
     present = files_below(path) - {MANIFEST, COMMITTED}
     problems += [f"{name} is not in the manifest" for name in sorted(present - set(records))]
+    mine = sorted(records.items())[share[0] :: share[1]]
     # sha256 lets other threads run while it works, so files are read side by side.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = pool.map(lambda item: _problem(path / item[0], item[1], hashes), sorted(records.items()))
-        problems += [f"{name} {problem}" for name, problem in zip(sorted(records), found, strict=True) if problem]
+        found = pool.map(lambda item: _problem(path / item[0], item[1], hashes), mine)
+        problems += [f"{name} {problem}" for (name, _), problem in zip(mine, found, strict=True) if problem]
     return problems
 
 
-def files_below(path: Path) -> set[str]:
+def files_below(path: Place) -> set[str]:
     """Names of all that is not a directory below `path`, relative to it, with forward slashes."""
+    if isinstance(path, RemotePath):
+        return path.files()
     return {(Path(folder) / name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names}
 
 
-def _problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
+def _problem(path: Place, record: FileRecord, hashes: bool) -> str | None:
     try:
         if not path.is_file():
             return "is missing"
@@ -117,6 +138,8 @@ def _problem(path: Path, record: FileRecord, hashes: bool) -> str | None:
             return f"has {size} bytes instead of {record.size}"
         if hashes and record_of_file(path) != record:
             return "was changed after it was written (its sha256 differs)"
+    except StoreError:
+        raise
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None

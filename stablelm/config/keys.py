@@ -36,7 +36,7 @@ def sections() -> dict[str, str]:
 def _walk(section: type, prefix: str):
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        kind, name = hints[field.name], prefix + field.name
+        kind, name = hints[field.name], prefix + field.name.rstrip("_")
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             yield from _walk(kind, name + ".")
@@ -62,7 +62,7 @@ def values(config: Config) -> dict[str, Any]:
     for name in keys():
         value: Any = config
         for part in name.split("."):
-            value = getattr(value, part)
+            value = getattr(value, part if hasattr(value, part) else f"{part}_")
         found[name] = value
     return found
 

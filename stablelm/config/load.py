@@ -241,7 +241,7 @@ def _build(section: type, leaves: dict[str, Any], prefix: str) -> Any:
     made = {}
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
-        name = prefix + field.name
+        name = prefix + field.name.rstrip("_")
         if name in sections():
             made[field.name] = _build(hints[field.name], leaves, name + ".")
         elif name in leaves:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from stablelm.config import engine_rules
 from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
@@ -109,6 +110,8 @@ class _Rules:
             self.length()
             self.model()
             self.batches(world_size)
+            for problem, names in engine_rules.problems(self.config, world_size):
+                self.broken(problem, *names)
         return self
 
     def ranges(self) -> bool:
@@ -216,11 +219,6 @@ class _Rules:
     def batches(self, world_size: int) -> None:
         train, lanes = self.config.train, self.config.data.lanes
         batch, micro = train.global_batch_size, train.micro_batch_size
-        if self.config.engine.kind == "single" and world_size > 1:
-            self.broken(
-                f"engine.kind=single cannot use the {world_size} processes that were started; use ddp, fsdp2 or auto",
-                "engine.kind",
-            )
         if lanes % world_size:
             worlds = _around(world_size, lambda n: lanes % n == 0, lanes)
             others = _around(lanes, lambda n: n % world_size == 0, lanes + world_size)
@@ -304,7 +302,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
         "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
-        "model.completep.base_depth model.completep.base_width",
+        "model.completep.base_depth model.completep.base_width engine.unit_bytes engine.replicas "
+        "engine.prefetch",
     ),
     (
         "at least 0",
@@ -321,7 +320,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.catformer.feedforward_expansion",
     ),
     ("0.5 to 1", lambda v: 0.5 <= v <= 1, "model.completep.alpha"),
-    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
     ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
     ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),

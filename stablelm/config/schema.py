@@ -2,7 +2,8 @@
 
 Frozen dataclasses, one a section; `stablelm.config.load` fills and validates them. A key marked
 `identity` belongs to what a run *is* and must be equal on resume; the others are free to change.
-A default of None means: derived from other keys (see the text of the key).
+A default of None means: derived from other keys (see the text of the key). A field whose key is a
+word of the language ends in an underscore: `checkpoint.async` is `async_`.
 """
 
 # ruff: noqa: RUF009 - key() makes dataclass fields
@@ -195,10 +196,23 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    kind: Literal["auto", "single", "ddp", "fsdp2"] = key(
+    kind: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = key(
         "auto", "how ranks share the work; auto: accelerate's flags, else single or fsdp2 by world size"
     )
+    replicas: int | None = key(
+        None, "whole copies of the model under hsdp, each sharded over the other ranks; None: one a node, at least 2"
+    )
+    unit_bytes: int = key(
+        2**26, "consecutive layers are gathered together until their matrices reach this size in bf16", unit="bytes"
+    )
+    prefetch: int = key(1, "units gathered ahead of the one at work under fsdp2 and hsdp")
+    offload: Literal["none", "optimizer", "parameters"] = key(
+        "none", "what lives in the host's memory: Adam's state, or parameters and gradients with it"
+    )
     recompute: Literal["none", "full"] = key("none", "recompute each layer's activations in the backward pass")
+    memory_budget: float = key(
+        1.0, "share of a compiled layer's activations that is kept; the cheapest to recompute go first"
+    )
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,7 @@ class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; 0: only when the run stops", unit="steps")
     keep: int = key(2, "newest checkpoints kept")
     keep_permanent_every: int | None = key(None, "checkpoints at multiples of this are never deleted", unit="steps")
+    async_: bool = key(True, "copy to host memory and write while training goes on; one save in flight")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from stablelm.engine.sigma import SigmaMatrices
 from stablelm.model.loss import LossSums
 
 
@@ -16,6 +17,8 @@ class Engine(Protocol):
 
     kind: str
     device: torch.device
+    sigma: SigmaMatrices
+    """Refreshed by `step`; its norms and tracking errors are collectives on sharded weights."""
 
     @property
     def module(self) -> nn.Module:
@@ -41,6 +44,24 @@ class Engine(Protocol):
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
         """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
 
-        Buffers that are state, the vectors of spectral norms, are among the first.
+        Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
+        ranks), a DTensor or a `checkpoint.flatshard.FlatShard`; filling them in place restores the state, once
+        `loaded` was called.
         """
+        ...
+
+    def loaded(self) -> None:
+        """To be called on all ranks once `tensors` were filled: brings working copies up to date."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter name, on every rank, before `step`; a collective, for small models."""
+        ...
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Norm of every gradient by parameter name, 0-dim fp64 on the CPU, before `step`; a collective."""
+        ...
+
+    def whole(self, name: str) -> Tensor:
+        """A copy of a whole parameter, on every rank; a collective."""
         ...

@@ -1,10 +1,14 @@
-"""Ranks and engine kind from what started the process: accelerate launch, torchrun, srun or plain python."""
+"""Ranks, engine kind and settings from what started the process: accelerate launch, torchrun, srun or plain python."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 
 
@@ -23,10 +27,18 @@ class Launch:
 
 @dataclass(frozen=True)
 class AccelerateFlags:
-    """What the flags or the config file of `accelerate launch` ask for; None where they say nothing."""
+    """What the flags or the config file of `accelerate launch` ask for; None where they say nothing.
+
+    `replicas` x `shards` processes make an hsdp mesh; `accumulation` counts micro-batches a step.
+    """
 
     engine: str | None = None
     precision: str | None = None
+    replicas: int | None = None
+    shards: int | None = None
+    offload: str | None = None
+    grad_clip: float | None = None
+    accumulation: int | None = None
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -79,20 +91,93 @@ def first_host(nodelist: str) -> str:
 
 
 def accelerate_flags(environ: Mapping[str, str] = os.environ) -> AccelerateFlags:
-    """The engine and precision that accelerate's flags name; ConfigError for one we do not have."""
+    """The engine and settings that accelerate's flags name; ConfigError for what we do not have."""
     if _says(environ, "ACCELERATE_USE_MEGATRON_LM"):
-        raise ConfigError("accelerate's --use_megatron_lm is not supported; use --use_fsdp or no engine flag")
-    if _says(environ, "ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            "accelerate's --use_deepspeed asks for ZeRO, which this version does not have; use --use_fsdp instead"
+            "accelerate's --use_megatron_lm is not supported; use --use_fsdp, --use_deepspeed or no engine flag"
         )
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "false", "bf16"):
         raise ConfigError(f"accelerate's --mixed_precision {precision} is not supported; use bf16 or no")
-    return AccelerateFlags(
-        engine="fsdp2" if _says(environ, "ACCELERATE_USE_FSDP") else None,
-        precision="bf16" if precision == "bf16" else None,
+    flags = AccelerateFlags(precision="bf16" if precision == "bf16" else None)
+    if _says(environ, "ACCELERATE_USE_DEEPSPEED"):
+        return _deepspeed_flags(environ, flags)
+    return _fsdp_flags(environ, flags) if _says(environ, "ACCELERATE_USE_FSDP") else flags
+
+
+def _fsdp_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> AccelerateFlags:
+    flags = replace(flags, engine="fsdp2", offload="parameters" if _says(environ, "FSDP_OFFLOAD_PARAMS") else None)
+    if _says(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {name: int(environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in _DIMENSIONS}
+        for name in ("TP", "CP", "SP"):
+            if sizes[name] > 1:
+                raise ConfigError(
+                    f"accelerate's parallelism_config_{name.lower()}_size={sizes[name]} is not supported; "
+                    "use parallelism_config_dp_replicate_size and parallelism_config_dp_shard_size alone"
+                )
+        if sizes["DP_REPLICATE"] > 1:
+            return replace(flags, engine="hsdp", replicas=sizes["DP_REPLICATE"], shards=sizes["DP_SHARD"])
+    if environ.get("FSDP_SHARDING_STRATEGY", "").upper() in ("4", "HYBRID_SHARD"):
+        return replace(flags, engine="hsdp")
+    return flags
+
+
+_DIMENSIONS = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+
+
+def _deepspeed_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> AccelerateFlags:
+    """From accelerate's own settings, and those of the DeepSpeed file that they may name, which win."""
+    said: dict[str, Any] = {
+        "stage": environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
+        "optimizer": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
+        "param": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
+        "clip": environ.get("ACCELERATE_GRADIENT_CLIPPING"),
+        "accumulation": environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+    }
+    path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path.lower() not in ("", "none"):
+        said |= {key: value for key, value in _deepspeed_file(path).items() if value is not None}
+        if said.pop("bf16", False):
+            flags = replace(flags, precision="bf16")
+    said = {key: None if str(value).lower() in ("none", "auto", "") else value for key, value in said.items()}
+    stage = _number(said["stage"] if said["stage"] is not None else 2, "zero_stage")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"accelerate's zero_stage {stage:g} is not supported; use 1, 2 or 3, or engine.kind=ddp")
+    for key in ("optimizer", "param"):
+        if said[key] not in (None, "cpu"):
+            raise ConfigError(f"accelerate's offload_{key}_device {said[key]} is not supported; use cpu or none")
+    return replace(
+        flags,
+        engine=f"zero{stage:g}",
+        offload="parameters" if said["param"] else "optimizer" if said["optimizer"] else None,
+        grad_clip=None if said["clip"] is None else _number(said["clip"], "gradient_clipping"),
+        accumulation=None if said["accumulation"] is None else int(_number(said["accumulation"], "accumulation")),
     )
+
+
+def _deepspeed_file(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+        zero = content.get("zero_optimization") or {}
+        devices = {key: (zero.get(f"offload_{key}") or {}).get("device") for key in ("optimizer", "param")}
+        halves = {key: (content.get(key) or {}).get("enabled") for key in ("fp16", "bf16")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"cannot read deepspeed_config_file={path} ({error}); give a JSON file or none") from error
+    if halves["fp16"] is True:
+        raise ConfigError(f"fp16 of deepspeed_config_file={path} is not supported; use bf16 or neither")
+    return devices | {
+        "stage": zero.get("stage"),
+        "clip": content.get("gradient_clipping"),
+        "accumulation": content.get("gradient_accumulation_steps"),
+        "bf16": True if halves["bf16"] is True else None,
+    }
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"accelerate's {name} {value} is no number") from None
 
 
 def _says(environ: Mapping[str, str], name: str) -> bool:
@@ -113,3 +198,36 @@ def engine_kind(kind: str, flags: AccelerateFlags, world_size: int) -> str:
             f"engine.kind=single cannot use the {world_size} processes that were started; use ddp, fsdp2 or auto"
         )
     return kind
+
+
+def apply_flags(config: Config, flags: AccelerateFlags, world_size: int) -> Config:
+    """`config` with a concrete `engine.kind` and with what the launcher adds; ConfigError where they contradict."""
+    engine = config.engine
+    kind = engine_kind(engine.kind, flags, world_size)
+    replicas, offload = engine.replicas, engine.offload
+    if flags.replicas is not None:
+        if flags.shards is not None and flags.replicas * flags.shards not in (world_size, -flags.replicas):
+            raise ConfigError(
+                f"accelerate's parallelism_config asks for {flags.replicas} x {flags.shards} processes, but "
+                f"{world_size} were started; set num_processes={flags.replicas * flags.shards}"
+            )
+        replicas = _agreed("engine.replicas", replicas, None, "dp_replicate_size", flags.replicas)
+    if flags.offload is not None:
+        offload = _agreed("engine.offload", offload, "none", "offload settings", flags.offload)
+    if flags.grad_clip is not None:
+        _agreed("train.grad_clip", config.train.grad_clip, None, "gradient_clipping", flags.grad_clip)
+    if flags.accumulation is not None and flags.accumulation > 1:
+        rows = config.train.micro_batch_size or config.train.global_batch_size // world_size
+        parts = -(-config.train.global_batch_size // (world_size * max(1, rows)))
+        _agreed("train.micro_batch_size", parts, None, "gradient_accumulation_steps", flags.accumulation)
+    made: Any = replace(engine, kind=kind, replicas=replicas, offload=offload)
+    return replace(config, engine=made)
+
+
+def _agreed(key: str, ours: Any, unset: Any, name: str, theirs: Any) -> Any:
+    if ours not in (unset, theirs):
+        what = f"{key} (so {ours} micro-batches a step)" if key == "train.micro_batch_size" else f"{key}={ours}"
+        raise ConfigError(
+            f"{what} contradicts accelerate's {name}, which ask for {theirs}; drop one or make them equal"
+        )
+    return theirs

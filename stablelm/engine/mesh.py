@@ -23,6 +23,9 @@ class Ranks:
     device: torch.device
     cpu_group: dist.ProcessGroup | None
     stop_group: dist.ProcessGroup | None
+    save_group: dist.ProcessGroup | None = None
+    """For saves in the background, whose collectives must not meet those of the loop."""
+    nodes: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -65,7 +68,7 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def connect(launch: Launch, kind: str, *, timeout_minutes: float = 10) -> Ranks:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and two gloo side groups; none for kind `single`."""
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and three gloo side groups; none for kind `single`."""
     device = choose_device(launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -80,8 +83,9 @@ def connect(launch: Launch, kind: str, *, timeout_minutes: float = 10) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meet)
     # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
-    agreements, stops = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(2))
-    return Ranks(launch.rank, launch.world_size, device, agreements, stops)
+    groups = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3))
+    nodes = max(1, launch.world_size // launch.local_world_size)
+    return Ranks(launch.rank, launch.world_size, device, *groups, nodes=nodes)
 
 
 def disconnect(ranks: Ranks) -> None:

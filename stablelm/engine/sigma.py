@@ -1,5 +1,9 @@
 """Spectrally normalised matrices of a model as this rank holds them, and the collective of their refresh."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,12 +25,14 @@ class SigmaMatrices:
             for name, part in module.named_modules()
             if isinstance(part, Linear) and part.gamma is not None
         }
-        sharded = any(isinstance(part.weight, DTensor) for part in self._maps.values())
-        self._first_rows = [_first_row(part.weight) for part in self._maps.values()]
-        self._reduce = _sum_over_ranks if sharded else None
+        self._starts = [_start(part.weight) for part in self._maps.values()]
+        self._reduce = _reducer([part.weight for part in self._maps.values()])
 
     def refresh(self) -> None:
-        """One power iteration for all matrices, at most one all-reduce; call after each optimizer step."""
+        """One power iteration for all matrices; call after each optimizer step.
+
+        No all-reduce if every rank holds whole matrices, one if it holds rows, two if it holds flat ranges (ZeRO-3).
+        """
         spectral.refresh(self._matrices(), self._reduce)
 
     def norms(self) -> dict[str, float]:
@@ -40,11 +46,11 @@ class SigmaMatrices:
     def _by_name(self, measure) -> dict[str, float]:
         return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
 
-    def _matrices(self) -> list[spectral.Matrix]:
-        return [
-            spectral.Matrix(_local(part.weight), first_row, part.u, part.v)
-            for part, first_row in zip(self._maps.values(), self._first_rows, strict=True)
-        ]
+    def _matrices(self) -> list[spectral.Matrix] | list[spectral.Slice]:
+        pairs = list(zip(self._maps.values(), self._starts, strict=True))
+        if any(_is_flat(part.weight) for part, _ in pairs):
+            return [spectral.Slice(_local_range(part.weight, part.u), start, part.u, part.v) for part, start in pairs]
+        return [spectral.Matrix(_local(part.weight, part.u), first_row, part.u, part.v) for part, first_row in pairs]
 
 
 def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -56,17 +62,40 @@ def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
 
 
-def _sum_over_ranks(flat: Tensor) -> None:
-    dist.all_reduce(flat)
+def _reducer(weights: list[Any]) -> Callable[[Tensor], None] | None:
+    """What sums over the ranks that hold parts of the same copy of the weights; None if each holds them whole."""
+    if any(_is_flat(weight) for weight in weights):
+        return partial(_sum, group=None)
+    meshes = [weight.device_mesh for weight in weights if isinstance(weight, DTensor)]
+    if not meshes:
+        return None
+    return partial(_sum, group=meshes[0].get_group("shard"))
 
 
-def _local(weight: Tensor) -> Tensor:
-    """This rank's rows of a matrix."""
-    return (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+def _sum(flat: Tensor, group: dist.ProcessGroup | None) -> None:
+    dist.all_reduce(flat, group=group)
 
 
-def _first_row(weight: Tensor) -> int:
-    """The index of this rank's first row; it does not change."""
+def _local(weight: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of a matrix, beside `like`."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).detach().to(like.device)
+
+
+def _is_flat(weight: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 split the parameter: what is left in it then is its `ds_tensor`."""
+    return hasattr(weight, "ds_tensor")
+
+
+def _local_range(weight: Any, like: Tensor) -> Tensor:
+    """This rank's elements, without padding, beside `like`."""
+    size = max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - _start(weight)))
+    return weight.ds_tensor.detach()[:size].to(like.device)
+
+
+def _start(weight: Any) -> int:
+    """The index of this rank's first row, or first element under ZeRO-3; it does not change."""
+    if _is_flat(weight):
+        return min(weight.ds_zero_partition_rank * weight.ds_tensor.ds_numel, weight.ds_numel)
     if not isinstance(weight, DTensor):
         return 0
     _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

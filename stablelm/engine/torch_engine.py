@@ -1,18 +1,21 @@
-"""The engine on torch alone: one process, DDP or FSDP2, chosen by `kind`."""
+"""The engine on torch alone: one process, DDP, FSDP2 or HSDP, chosen by `kind`."""
 
 from contextlib import nullcontext
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.checkpoint.portable import clean_name
+from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
+from stablelm.engine.gradients import average, clip, norms, total_norm
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.recompute import recompute_layers
+from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
 from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
 from stablelm.methods import spectral
 from stablelm.methods.initialise import initial_values, roles
@@ -35,10 +38,11 @@ class TorchEngine:
         if config.engine.recompute == "full":
             recompute_layers(self.module.layers)
         if config.train.compile:
-            compile_layers(self.module.layers, config.model)
-        if kind == "fsdp2":
-            shard(self.module, self.module.layers, ranks)
+            compile_layers(self.module.layers, config.model, config.engine.memory_budget)
+        if kind in SHARDED:
+            shard(self.module, self.module.layers, config, make_mesh(kind, ranks, config.engine.replicas))
         self._materialise(config, ranks)
+        self._replicated = replicated(self.module) if kind in SHARDED else []
         self.sigma = SigmaMatrices(self.module)
         self._call: nn.Module = self.module
         if kind == "ddp":
@@ -50,7 +54,7 @@ class TorchEngine:
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
-        self.module.to_empty(device=self.device)
+        allocate(self.module, self.device, offloaded=self.kind in SHARDED and offloads(config, self.device))
         named = self.parameters()
         tensors = named | self.buffers()
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
@@ -78,17 +82,19 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
+            # Embedding and head stay gathered from one micro-batch to the next.
+            self.module.set_reshard_after_backward(last, recurse=False)
         with self._call.no_sync() if isinstance(self._call, DistributedDataParallel) and not last else nullcontext():
             # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
             (loss * self._world_size).backward()
+        if last and self._replicated:
+            average(self._replicated, self._world_size)
 
     def step(self, lr: float) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = total_norm(self.module)
         if self._grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self._grad_clip, norm)
+            clip(self.module, self._grad_clip, norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.sigma.refresh()
@@ -109,6 +115,18 @@ class TorchEngine:
                     found[f"optim.{name}.{moment}"] = value
         return found
 
+    def loaded(self) -> None:
+        """Nothing to do: `tensors` are what the forward pass reads."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: _whole(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        return norms({name: p.grad for name, p in self.parameters().items() if p.grad is not None})
+
+    def whole(self, name: str) -> Tensor:
+        return _whole(self.parameters()[name])
+
 
 @torch.no_grad()
 def _fill(tensor: Tensor, whole: Tensor) -> None:
@@ -119,12 +137,17 @@ def _fill(tensor: Tensor, whole: Tensor) -> None:
     tensor.copy_(value)
 
 
-def compile_layers(layers: nn.ModuleList, config: ModelConfig) -> None:
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: float) -> None:
     """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary.
 
     On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    functorch_config.activation_memory_budget = memory_budget
     if config.placement == "pre_scaled" or config.stream == "dense" or config.attention.shaping == "espa":
         torch._dynamo.config.recompile_limit = max(8, 2 * config.n_layers)  # a graph for each layer
     for layer in layers.modules():
@@ -132,11 +155,3 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig) -> None:
             layer.compile()
         elif isinstance(layer, Sublayer) and isinstance(layer.stream, Concat):
             layer.body.compile()
-
-
-def shard(module: nn.Module, layers: nn.ModuleList, ranks: Ranks) -> None:
-    """FSDP2: one unit a layer, the embedding, head and final norm in the root unit."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)

@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from stablelm.checkpoint import keep
+from stablelm.checkpoint.places import Place
 from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection
@@ -26,7 +28,7 @@ WHOLE = sys.maxsize
 class Request:
     """What to evaluate, all of it checked."""
 
-    checkpoint: Path
+    checkpoint: Place
     step: int
     config: Config
     kind: str
@@ -63,9 +65,9 @@ def evaluate_checkpoint(
 
 
 def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences: int | None, launch: Launch) -> Request:
-    found = keep.resolve_checkpoint(Path(checkpoint))
+    found = keep.resolve_checkpoint(checkpoint)
     state = keep.read_state(found)
-    config = load([str(found / "config.yaml")], []).config
+    config = _config(found)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
@@ -80,10 +82,18 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
     )
 
 
-def _tokenizer(asked: str | None, checkpoint: Path, config: Config, sha256: str) -> Tokenizer:
+def _config(checkpoint: Place) -> Config:
+    """The configuration that a checkpoint was saved with."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "config.yaml"
+        local.write_bytes((checkpoint / "config.yaml").read_bytes())
+        return load([str(local)], []).config
+
+
+def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:
     """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
-    kept = checkpoint.parent.parent / "tokenizer.model"
-    path = asked or (str(kept) if kept.exists() else config.data.tokenizer)
+    kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
+    path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
     found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
     if found.sha256 != sha256:
         raise ConfigError(
@@ -114,15 +124,16 @@ def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
 def _run(request: Request, launch: Launch, out: str | None) -> int:
     from stablelm.checkpoint.portable import load_tensors
     from stablelm.data import validation
+    from stablelm.engine.build import build_engine
     from stablelm.engine.mesh import check_precision, connect, disconnect
-    from stablelm.engine.torch_engine import TorchEngine
     from stablelm.evaluate.perplexity import evaluate
 
     config = request.config
     ranks = connect(launch, request.kind)
     check_precision(str(config.train.precision), ranks.device)
-    engine = TorchEngine(config, request.kind, ranks, train=False)
+    engine = build_engine(config, request.kind, ranks, train=False)
     load_tensors(request.checkpoint / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
+    engine.loaded()
     figures = {}
     for name, files in request.sets.items():
         texts = validation.read(

@@ -91,7 +91,14 @@ RULES = (
     Rule(
         lambda m: m.attention.value_residual is True and m.attention.shaping == "espa",
         ("model.attention.value_residual", "model.attention.shaping"),
-        "mixing in the first layer's values is a skip, which espa's decay does not reckon with; use one of the two",
+        "mixing in the first layer's values is a skip, which espa's decay does not reckon with; "
+        "use model.attention.value_residual=false",
+    ),
+    Rule(
+        lambda m: m.stream == "skipless" and m.placement == "none" and m.activation != "tailored",
+        ("model.stream", "model.placement", "model.activation"),
+        "without skips and norms the signal shrinks with every activation whose variance is not 1; "
+        "use model.activation=tailored, or model.placement=pre",
     ),
 )
 

@@ -4,7 +4,7 @@ Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Co
 that a sharded refresh needs live in the engine: it passes a `reduce`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,15 +96,70 @@ class Matrix(NamedTuple):
     v: Tensor
 
 
+class Slice(NamedTuple):
+    """A spectrally normalised matrix as one rank holds it: elements `start` ... of the row-major W, whole u and v."""
+
+    values: Tensor
+    start: int
+    u: Tensor
+    v: Tensor
+
+    def times(self, u: Tensor) -> Tensor:
+        """This rank's part of the sum W u, (d_out,)."""
+        found = torch.zeros_like(self.v)
+        for row, column, block in self._blocks():
+            found[row : row + len(block)] += block @ u[column : column + block.shape[1]]
+        return found
+
+    def transposed_times(self, v: Tensor) -> Tensor:
+        """This rank's part of the sum W^T v, (d_in,)."""
+        found = torch.zeros_like(self.u)
+        for row, column, block in self._blocks():
+            found[column : column + block.shape[1]] += v[row : row + len(block)] @ block
+        return found
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(row, column, block) of a partial first row, whole rows and a partial last row, of those there are."""
+        width, begin, size = len(self.u), 0, len(self.values)
+        while begin < size:
+            row, column = divmod(self.start + begin, width)
+            rows = 0 if column else (size - begin) // width
+            end = begin + rows * width if rows else min(begin + width - column, size)
+            yield row, column, self.values[begin:end].view(max(rows, 1), -1)
+            begin = end
+
+
+Reduce = Callable[[Tensor], None]
+
+
 @torch.no_grad()
-def refresh(matrices: Sequence[Matrix], reduce: Callable[[Tensor], None] | None = None) -> None:
+def refresh(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> None:
     """One power iteration for every matrix, in place: v <- W u / |W u|, u <- W^T v / |W^T v|.
 
-    Where ranks hold different rows, `reduce` sums a flat tensor over ranks in place: one call for all matrices, as
-    W^T (W u) is a sum over rows and v only needs the others' rows.
+    Where ranks hold different parts, `reduce` sums a flat tensor over ranks in place: one call for all matrices if
+    the parts are rows, as W^T (W u) is a sum over rows and v only needs the others' rows; two calls for slices.
     """
-    if not matrices:
-        return
+    slices = [matrix for matrix in matrices if isinstance(matrix, Slice)]
+    rows = [matrix for matrix in matrices if isinstance(matrix, Matrix)]
+    if slices:
+        assert reduce is not None
+        _refresh_slices(slices, reduce)
+    if rows:
+        _refresh_rows(rows, reduce)
+
+
+def _refresh_slices(slices: list[Slice], reduce: Reduce) -> None:
+    left = torch.cat([part.times(part.u) for part in slices])
+    reduce(left)
+    for part, found in zip(slices, left.split([len(part.v) for part in slices]), strict=True):
+        part.v.copy_(found / found.norm().clamp(min=TINY))
+    right = torch.cat([part.transposed_times(part.v) for part in slices])
+    reduce(right)
+    for part, found in zip(slices, right.split([len(part.u) for part in slices]), strict=True):
+        part.u.copy_(found / found.norm().clamp(min=TINY))
+
+
+def _refresh_rows(matrices: list[Matrix], reduce: Reduce | None) -> None:
     parts = []
     for rows, first_row, u, v in matrices:
         product = rows @ u
@@ -125,22 +180,26 @@ def refresh(matrices: Sequence[Matrix], reduce: Callable[[Tensor], None] | None 
 
 
 @torch.no_grad()
-def estimates(matrices: Sequence[Matrix], reduce: Callable[[Tensor], None] | None = None) -> Tensor:
+def estimates(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> Tensor:
     """sigma = v^T W u of every matrix, (matrices,): what the forward pass divides by."""
-    found = torch.stack(
-        [torch.dot(v[first_row : first_row + len(rows)], rows @ u) for rows, first_row, u, v in matrices]
-    )
+    found = torch.stack([_own_estimate(matrix) for matrix in matrices])
     if reduce is not None:
         reduce(found)
     return found
 
 
+def _own_estimate(matrix: Matrix | Slice) -> Tensor:
+    """This rank's part of the sum v^T W u."""
+    if isinstance(matrix, Slice):
+        return torch.dot(matrix.v, matrix.times(matrix.u))
+    rows, first_row, u, v = matrix
+    return torch.dot(v[first_row : first_row + len(rows)], rows @ u)
+
+
 @torch.no_grad()
-def tracking_errors(
-    matrices: Sequence[Matrix], reduce: Callable[[Tensor], None] | None = None, iterations: int = 20
-) -> Tensor:
+def tracking_errors(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None, iterations: int = 20) -> Tensor:
     """How far the tracked sigma lies below the one after `iterations` more, relative, (matrices,); nothing changes."""
-    copies = [Matrix(rows, first_row, u.clone(), v.clone()) for rows, first_row, u, v in matrices]
+    copies = [matrix._replace(u=matrix.u.clone(), v=matrix.v.clone()) for matrix in matrices]
     for _ in range(iterations):
         refresh(copies, reduce)
     return 1 - estimates(matrices, reduce) / estimates(copies, reduce)

@@ -55,7 +55,8 @@ class Linear(nn.Module):
     def complete(self, product: Tensor) -> Tensor:
         """What follows x W^T: the scale gamma / sigma, taken in the parameter dtype, and the bias."""
         if self.gamma is not None:
-            sigma = torch.dot(self.v, torch.mv(self.weight, self.u))
+            # A sharding engine may hand the matrix out in the compute dtype already.
+            sigma = torch.dot(self.v, torch.mv(self.weight.to(self.u.dtype), self.u))
             product = product * (self.gamma / sigma).to(product.dtype)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 

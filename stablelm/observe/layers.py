@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from stablelm.checkpoint.portable import clean_name
 from stablelm.engine.base import Engine
@@ -97,36 +95,29 @@ def measure(engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor) -> In
         sums = engine.loss(tokens.to(engine.device), targets.to(engine.device))
         # The engine adds up over ranks, and all run the same rows.
         engine.backward(sums.total / (sums.valid * ranks.world_size), last=True)
-        found = internals(recorder.rows(), recorder.gradients, weight_gradient_norms(decoder, ranks))
+        found = internals(recorder.rows(), recorder.gradients, weight_gradient_norms(engine))
     engine.clear_gradients()
     decoder.train(was_training)
     return found
 
 
-def weight_gradient_norms(decoder: nn.Module, ranks: Ranks) -> list[Tensor]:
-    """Norm of each layer's matrix gradients by index, 0: the embedding table; a collective where they are shards."""
-    by_index: dict[int, list[Tensor]] = {}
-    sharded = False
-    for name, parameter in decoder.named_parameters():
-        layer = re.match(r"layers\.(\d+)\.", clean_name(name))
-        if parameter.ndim == 2 and parameter.grad is not None and (layer or clean_name(name) == "embedding.weight"):
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor):
-                gradient, sharded = gradient.to_local(), True
-            by_index.setdefault(int(layer[1]) + 1 if layer else 0, []).append(gradient)
-    squares = torch.stack([norm(by_index[index]).square() for index in range(len(by_index))]).cpu()
-    if sharded:
-        dist.all_reduce(squares, group=ranks.cpu_group)
-    return list(squares.sqrt().unbind())
+def weight_gradient_norms(engine: Engine) -> list[Tensor]:
+    """Norm of each layer's matrix gradients by index, 0: the embedding table; a collective."""
+    # ZeRO-3 leaves parameters empty and their shapes in `ds_shape`.
+    named = engine.module.named_parameters()
+    matrices = {clean_name(name) for name, p in named if len(getattr(p, "ds_shape", p.shape)) == 2}
+    squares: dict[int, Tensor] = {}
+    for name, own in engine.gradient_norms().items():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if name in matrices and (layer or name == "embedding.weight"):
+            index = int(layer[1]) + 1 if layer else 0
+            squares[index] = squares.get(index, torch.zeros(())) + own.square()
+    return [squares[index].sqrt() for index in range(len(squares))]
 
 
-def embedding_variability(table: Tensor, pieces: int, ranks: Ranks) -> tuple[float, float]:
-    """`theory.embedding.tev` of the first `pieces` rows, which may be spread over ranks; call on all of them."""
-    rows = table.to_local() if isinstance(table, DTensor) else table
-    spread = rows.detach().std(dim=1, correction=0).cpu()
-    if isinstance(table, DTensor):
-        spread = torch.cat(ranks.gather(spread))
-    spread = spread[:pieces].double()
+def embedding_variability(table: Tensor, pieces: int) -> tuple[float, float]:
+    """`theory.embedding.tev` of the first `pieces` rows."""
+    spread = table[:pieces].std(dim=1, correction=0).double()
     return float(spread.mean()), float(spread.std(correction=0))
 
 
@@ -159,8 +150,7 @@ class LayerObserver:
             return
         started = time.perf_counter()
         found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._sigma)
-        table = self._engine.module.get_parameter("embedding.weight")
-        mean, std = embedding_variability(table, self._pieces, self._ranks)
+        mean, std = embedding_variability(self._engine.whole("embedding.weight"), self._pieces)
         found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
         found["layers_seconds"] = time.perf_counter() - started
         self._record({"step": step, "tokens": tokens, **found})

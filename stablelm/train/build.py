@@ -1,11 +1,12 @@
 """Parts of a run from its prepared configuration, and the save that ties them together."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
-from stablelm.checkpoint import commit, keep
+from stablelm.checkpoint import keep
+from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
@@ -64,11 +65,29 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
     }
 
 
-def save(prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress) -> float:
-    """Commits the current step; returns the seconds it took, 0 if it is committed already."""
+def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress) -> Saver:
+    """Saves this attempt's steps and keeps as many as configured."""
+    checkpoint = prepared.config.checkpoint
+
+    def committed(step: int) -> None:
+        progress.checkpointed_step = step
+
+    return Saver(
+        fence,
+        ranks.save_group,
+        background=checkpoint.async_,
+        committed=committed,
+        retain=lambda: keep.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
+    )
+
+
+def save(
+    prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, saver: Saver, *, wait: bool
+) -> None:
+    """Saves the current step unless that is done; returns before the commit only without `wait`."""
+    saver.wait()
     if progress.checkpointed_step == progress.step:
-        return 0.0
-    config = prepared.config
+        return
     assert prepared.corpora is not None
     lanes: dict[str, list[int]] = {}
     for part in ranks.gather(loader.state()):
@@ -79,18 +98,4 @@ def save(prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progr
         "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
         "identity": prepared.corpora.identity,
     }
-    root = Path(str(config.checkpoint.dir))
-    result = commit.save(
-        root,
-        progress.step,
-        engine.tensors(),
-        state,
-        dump(config),
-        attempt=str(progress.attempt),
-        group=ranks.cpu_group,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    progress.checkpointed_step = progress.step
-    ranks.together().first(lambda: keep.retain(root, config.checkpoint.keep, config.checkpoint.keep_permanent_every))
-    return result.seconds
+    saver.save(progress.step, engine.tensors(), state, dump(prepared.config), wait=wait)

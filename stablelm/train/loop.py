@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.data.validation import ValidationSet
@@ -35,8 +36,9 @@ class Job:
     layers: LayerObserver
     record: Callable[[dict[str, Any]], None]
     """Writes one record of metrics; does nothing except on rank 0."""
-    save: Callable[[], float]
-    """Commits a checkpoint of the current state; returns the seconds it took."""
+    saver: Saver
+    save: Callable[[bool], None]
+    """Saves the current state; with True it returns once that is committed, else as soon as training can go on."""
 
 
 def train(job: Job) -> str:
@@ -69,10 +71,11 @@ def train(job: Job) -> str:
         if due(step, config.evaluate.every, steps):
             validate(job)
         job.layers.step(step, progress.tokens)
-        reason = job.stop.agreed() or ("run.stop_after" if step == config.run.stop_after else "")
+        reason = job.stop.agreed(failed=job.saver.failed) or ("run.stop_after" if step == config.run.stop_after else "")
         if due(step, config.checkpoint.every, steps) or reason:
             interval.write()
-            job.stop.margin_seconds = 2 * job.save() + 3 * interval.slowest
+            job.save(bool(reason) or step == steps)
+            job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
         if reason and step < steps:
             job.stop.finish()
             return reason

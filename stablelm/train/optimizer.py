@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
 from stablelm.methods.initialise import Role, decays
@@ -16,11 +17,12 @@ def adamw(
     A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`). Moments have the parameters'
     dtype; `step` is a 0-dim float32 tensor for each parameter.
     """
-    groups: dict[tuple[Rates, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Rates, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         role = roles[name]
         factors = rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
-        groups.setdefault((factors, decays(role)), []).append(parameter)
+        # One kernel call takes split parameters or whole ones, not both.
+        groups.setdefault((factors, decays(role), isinstance(parameter, DTensor)), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {
@@ -29,7 +31,7 @@ def adamw(
                 "weight_decay": train.weight_decay * factors.weight_decay * decayed,
                 "eps": train.eps * factors.eps,
             }
-            for (factors, decayed), members in groups.items()
+            for (factors, decayed, _), members in groups.items()
         ],
         lr=train.lr,
         betas=train.betas,

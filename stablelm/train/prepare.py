@@ -5,7 +5,7 @@ second and not an allocation.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
 from stablelm.data.reader import base_name
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import AccelerateFlags, Launch, engine_kind
+from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
 
 
@@ -43,8 +43,10 @@ class Prepared:
 def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:
     """Resolves the configuration and checks its inputs; ConfigError with one sentence a problem."""
     config = loaded.config
-    kind = engine_kind(config.engine.kind, flags, launch.world_size)
-    rules.check(config, launch.world_size, flags.precision, loaded.origins)
+    concrete = apply_flags(config, flags, launch.world_size)
+    rules.check(concrete, launch.world_size, flags.precision, loaded.origins)
+    # The kind stays as it was written, so that config.yaml fits other launchers and world sizes too.
+    config = replace(config, engine=replace(concrete.engine, kind=config.engine.kind))
     tokenizer = Tokenizer(
         embedded(config.data.cache).tokenizer if config.data.tokenizer == "embedded" else config.data.tokenizer
     )
@@ -59,7 +61,7 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume)
-    return Prepared(config, kind, launch, tokenizer, corpora)
+    return Prepared(config, concrete.engine.kind, launch, tokenizer, corpora)
 
 
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:

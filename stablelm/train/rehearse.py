@@ -1,11 +1,10 @@
 """The first step is a rehearsal: what would fail after hours of queueing fails before the clock starts."""
 
 import time
-from pathlib import Path
 
 import torch
 
-from stablelm.checkpoint import commit
+from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
@@ -13,10 +12,10 @@ from stablelm.train.meter import peak_memory
 from stablelm.train.step import seed_dropout
 
 
-def rehearse(config: Config, engine: Engine, ranks: Ranks) -> tuple[str, float]:
+def rehearse(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     """Runs one full micro-batch forward and backward and a test save; changes nothing.
 
-    Returns a line that tells time and memory, and the seconds that the save took. Raises
+    Returns a line that tells time and memory; `saver` knows how long a save takes. Raises
     StorageError if the checkpoint directory cannot take a checkpoint.
     """
     started = time.perf_counter()
@@ -27,13 +26,9 @@ def rehearse(config: Config, engine: Engine, ranks: Ranks) -> tuple[str, float]:
     engine.backward(sums.total / sums.valid, last=True)
     engine.clear_gradients()
     computed = time.perf_counter() - started
-    saved = commit.rehearse(
-        Path(str(config.checkpoint.dir)), 0, engine.tensors(), {}, "", group=ranks.cpu_group, rank=ranks.rank,
-        world_size=ranks.world_size,
-    )  # fmt: skip
-    text = (
+    saved = saver.rehearse(engine.tensors())
+    return (
         f"rehearsal: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
         f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
-        f"test save of {saved.bytes / 2**20:.0f} MiB {saved.seconds:.2f} s"
+        f"test save of {saved.bytes / 2**20:.0f} MiB {saver.seconds:.2f} s"
     )
-    return text, saved.seconds

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import keep
+from stablelm.checkpoint.places import Place
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config
+from stablelm.engine.build import build_engine
 from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
-from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import EXIT_FINISHED, EXIT_RANK_LOST, EXIT_STOPPED_EARLY, UserError
 from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
-from stablelm.train.build import build_loader, layers_batch, read_validation, save
+from stablelm.train.build import build_loader, build_saver, layers_batch, read_validation, save
 from stablelm.train.loop import Job, train
 from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
@@ -107,12 +108,13 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
     config, corpora, progress = prepared.config, prepared.corpora, ending.progress
     assert corpora is not None and config.train.steps is not None
     early: list[str] = []
-    found = ranks.together().first(lambda: restore.find(config, corpora.identity, resume, early.append))
+    fence = restore.take_over(config, ranks, progress.attempt)
+    found = restore.find(config, corpora.identity, resume, ranks, early.append)
     if found is not None and keep.read_state(found)["step"] >= config.train.steps:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)
-    engine = TorchEngine(config, prepared.kind, ranks)
-    ending.extra["params"] = sum(math.prod(p.shape) for p in engine.module.parameters())
+    engine = build_engine(config, prepared.kind, ranks)
+    ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
     if found is not None:
         restore.resume_from(found, engine, loader, ranks, progress)
     elif config.run.init_from:
@@ -124,9 +126,9 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
     limit = parse_duration(config.run.time_limit)
     stop = Stop(ranks, deadline=started + limit if limit is not None else None)
     stop.listen(lambda code: ending.write(code, "second signal"))
-    line, save_seconds = rehearse(config, engine, ranks)
-    records.message(line)
-    stop.margin_seconds = 2 * save_seconds
+    saver = build_saver(prepared, fence, ranks, progress)
+    records.message(rehearse(config, engine, ranks, saver))
+    stop.margin_seconds = saver.margin_seconds
     job = Job(
         config=config,
         engine=engine,
@@ -146,9 +148,14 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
             record=records.write,
         ),
         record=records.write,
-        save=lambda: save(prepared, engine, loader, ranks, progress),
+        saver=saver,
+        save=lambda wait: save(prepared, engine, loader, ranks, progress, saver, wait=wait),
     )
-    reason = train(job)
+    try:
+        reason = train(job)
+    except BaseException:
+        saver.settle()
+        raise
     loader.close()
     job.profiler.close()
     if reason:
@@ -169,7 +176,7 @@ def opening(config: Config, prepared: Prepared, ending: Ending) -> str:
     )
 
 
-def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Path) -> str:
+def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Place) -> str:
     state = keep.read_state(found)
     if ranks.is_first:
         earlier = read_summary(config.run.dir)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from stablelm.engine.mesh import Ranks
 
 SAME_REQUEST_SECONDS = 2.0
-REASONS = ("", "signal", "time limit")
+REASONS = ("", "signal", "time limit", "failed save")
 
 
 class Stop:
@@ -55,9 +55,14 @@ class Stop:
             self._at_once(128 + number)
             os._exit(128 + number)
 
-    def agreed(self) -> str:
-        """The reason to stop after this step, or ''. Call once a step, on every rank."""
-        if not self._wish and self._deadline is not None and time.time() + self.margin_seconds >= self._deadline:
+    def agreed(self, *, failed: bool = False) -> str:
+        """The reason to stop after this step, or ''. Call once a step, on every rank.
+
+        `failed`: a save in the background has failed, which the next save of all ranks will raise.
+        """
+        if failed:
+            self._wish = REASONS.index("failed save")
+        elif not self._wish and self._deadline is not None and time.time() + self.margin_seconds >= self._deadline:
             self._wish = 2
         if self._ranks.stop_group is None:
             return REASONS[self._wish]

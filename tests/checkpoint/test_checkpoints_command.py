@@ -4,7 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support.saved import flip_bit, save_toy
+from support.saved import assert_equal, flip_bit, save_toy, toy_tensors
+
+from stablelm.checkpoint.consolidate import consolidate
+from stablelm.errors import CheckpointError, ConfigError
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
 
@@ -56,6 +59,24 @@ def test_prune_follows_the_run_and_its_arguments(run):
     assert ".staging-00000004-x" in call("prune", run, "--keep", "1", "--unfinished").stdout
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert call("prune", run, "--keep", "0").returncode == 78
+
+
+def test_weights_are_consolidated_into_one_safetensors_file(run):
+    from safetensors import safe_open
+
+    out = run / "weights.safetensors"
+    assert consolidate(str(run), out).startswith(f"{out}: 4 tensors, 0.00 M elements of {run}")
+    wanted = {k.removeprefix("model."): v for k, v in toy_tensors(3).items() if k.startswith("model.")}
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "3"}
+        assert_equal({name: file.get_tensor(name) for name in file.keys()}, wanted)  # noqa: SIM118
+    with pytest.raises(ConfigError, match="exists already; name a new file"):
+        consolidate(str(run), out)
+    damaged = run / "checkpoints" / "step-00000001"
+    flip_bit(damaged / "tensors" / "__0_0.distcp", 5)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        consolidate(str(damaged), run / "other")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "weights.safetensors"]
 
 
 def test_a_place_without_checkpoints_is_one_sentence(tmp_path):

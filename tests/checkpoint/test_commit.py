@@ -1,13 +1,13 @@
 import errno
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from support.distributed import run_ranks
 from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
 
-from stablelm.checkpoint import commit, files, keep, manifest, portable
+from stablelm.checkpoint import commit, files, keep, manifest, portable, streams
+from stablelm.checkpoint.fence import Fence
 from stablelm.errors import CheckpointError, StorageError
 
 
@@ -60,24 +60,23 @@ def test_a_damaged_step_is_set_aside_and_saved_anew(tmp_path, caplog):
 
 
 def test_a_rehearsal_leaves_nothing_and_counts_the_same_bytes(tmp_path):
-    arguments = (tmp_path / "new", 7, toy_tensors(7), {**STATE, "step": 7}, CONFIG)
-    rehearsed = commit.rehearse(*arguments, group=None, rank=0, world_size=1)
+    arguments = (Fence(tmp_path / "new", 1, "a1"), 7, toy_tensors(7), {**STATE, "step": 7}, CONFIG)
+    rehearsed = commit.rehearse(*arguments, group=None)
     assert list((tmp_path / "new").iterdir()) == []
     assert rehearsed.bytes == save_toy(tmp_path, 7).bytes
     assert rehearsed.seconds > 0
 
 
-def test_a_step_that_another_attempt_commits_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+def test_a_step_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     seal = commit._seal
 
-    def slow_seal(staging: Path, *rest):
+    def slow_seal(*arguments):
         monkeypatch.setattr(commit, "_seal", seal)
         save_toy(tmp_path, 5)
-        (tmp_path / "step-00000005" / "state.json").touch()
-        return seal(staging, *rest)
+        return seal(*arguments)
 
     monkeypatch.setattr(commit, "_seal", slow_seal)
-    with pytest.raises(CheckpointError, match=r"another attempt committed .*step-00000005"):
+    with pytest.raises(CheckpointError, match=r"something else wrote to .* while step 5 was saved"):
         save_toy(tmp_path, 5)
     assert manifest.verify(tmp_path / "step-00000005") == []
     assert left_over(tmp_path) == []
@@ -85,7 +84,7 @@ def test_a_step_that_another_attempt_commits_meanwhile_is_not_replaced(tmp_path,
 
 def test_values_that_are_no_json_are_an_error_and_leave_nothing(tmp_path):
     with pytest.raises(TypeError):
-        commit.save(tmp_path, 1, toy_tensors(), {"x": torch.ones(1)}, "", attempt="a", group=None, rank=0, world_size=1)
+        commit.save(Fence(tmp_path, 1, "a"), 1, toy_tensors(), {"x": torch.ones(1)}, "", group=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +124,7 @@ def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatc
         return write(path, content)
 
     monkeypatch.setattr(commit, "write_durably", refusing)
+    monkeypatch.setattr(files, "write_durably", refusing)
     with pytest.raises(StorageError, match=r"refused.*committed checkpoints are kept") as caught:
         save_toy(tmp_path, 2)
     assert caught.value.exit_code == 74
@@ -143,27 +143,28 @@ def ranks_save_and_fail(rank, world_size, root):
 
     group = dist.group.WORLD
     words = []
-    path = save_toy(root, 1, group=group, rank=rank, world_size=world_size).path
+    path = save_toy(root, 1, group=group).path
     loaded = blanks(toy_tensors(1))
     portable.load_tensors(path / "tensors", loaded, group)
     assert_equal(loaded, toy_tensors(1))
 
     def attempt():
         try:
-            save_toy(root, 2, group=group, rank=rank, world_size=world_size)
+            save_toy(root, 2, group=group)
         except Exception as error:
             words.append((type(error).__name__, str(error), left_over(root)))
 
-    write, save = portable._HashingStream.write, commit.save_tensors
+    write, save = streams.HashingStream._write, commit.save_tensors
     if rank == 1:
 
         def full(self, content):
-            self.files.failure = OSError(errno.ENOSPC, "No space left on device")
-            raise self.files.failure
+            failure = OSError(errno.ENOSPC, "No space left on device")
+            self._failed(failure)
+            raise failure
 
-        portable._HashingStream.write = full
+        streams.HashingStream._write = full
     attempt()
-    portable._HashingStream.write = write
+    streams.HashingStream._write = write
     if rank == 1:
         commit.save_tensors = lambda *arguments: save(*arguments) and {}["bug"]
     attempt()
@@ -174,10 +175,11 @@ def ranks_save_and_fail(rank, world_size, root):
         }
     attempt()
     commit.save_tensors = save
-    again = save_toy(root, 2, group=group, rank=rank, world_size=world_size)
+    again = save_toy(root, 2, group=group)
     return words, again.bytes
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work_and_fail_together(tmp_path):
     (first, bytes_0), (second, bytes_1) = run_ranks(ranks_save_and_fail, 2, tmp_path)
     assert bytes_0 == bytes_1

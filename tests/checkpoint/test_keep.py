@@ -4,10 +4,14 @@ import shutil
 import pytest
 from support.saved import flip_bit, left_over, save_toy
 
-from stablelm.checkpoint import keep, manifest
+from stablelm.checkpoint import fence, keep, manifest
 from stablelm.errors import CheckpointError, StorageError
 
 KINDS = ["tensors/.metadata", "tensors/__0_0.distcp", "state.json", "config.yaml", "manifest.json", "COMMITTED"]
+
+
+def sweep_all(root):
+    return fence.sweep(root, 10**8)
 
 
 def newest(root):
@@ -74,7 +78,7 @@ def test_a_manifest_of_another_step_is_found(two):
 def test_no_checkpoint_is_no_error(tmp_path):
     assert newest(tmp_path) == (None, [])
     assert newest(tmp_path / "absent") == (None, [])
-    assert keep.clean_staging(tmp_path / "absent") == []
+    assert sweep_all(tmp_path / "absent") == []
 
 
 def test_unfinished_and_set_aside_ones_are_not_looked_at(two):
@@ -136,7 +140,7 @@ def test_a_deletion_cut_short_leaves_nothing_that_looks_valid(two, monkeypatch):
     assert steps(two) == [20]
     (left,) = left_over(two)
     assert left.startswith(".deleting-step-00000010-")
-    assert keep.clean_staging(two) == [two / left]
+    assert sweep_all(two) == [two / left]
     assert left_over(two) == []
 
 
@@ -152,7 +156,7 @@ def test_a_deletion_on_read_only_storage_says_so(two, monkeypatch):
 def test_cleaning_spares_commits_and_what_was_set_aside(two):
     for name in (".staging-00000030-x", ".deleting-step-00000005-x", "damaged-step-00000002-x"):
         (two / name / "tensors").mkdir(parents=True)
-    assert [path.name for path in keep.clean_staging(two)] == [".deleting-step-00000005-x", ".staging-00000030-x"]
+    assert [path.name for path in sweep_all(two)] == [".deleting-step-00000005-x", ".staging-00000030-x"]
     assert left_over(two) == ["damaged-step-00000002-x"]
     assert steps(two) == [10, 20]
 

@@ -100,7 +100,11 @@ def test_argument_values(argument, value):
         ("train.compile=yes", "train.compile='yes' must be true or false (argument train.compile=yes)"),
         ("train.compile=1", "train.compile=1 must be true or false (argument train.compile=1)"),
         ("train.betas=[0.9]", "train.betas=[0.9] must be a list of 2 numbers (argument train.betas=[0.9])"),
-        ("engine.kind=zero9", "engine.kind=zero9 must be auto, single, ddp or fsdp2 (argument engine.kind=zero9)"),
+        (
+            "engine.kind=zero9",
+            "engine.kind=zero9 must be auto, single, ddp, fsdp2, hsdp, zero1, zero2 or zero3 "
+            "(argument engine.kind=zero9)",
+        ),
         ("data.path=[1]", "data.path=[1] must be text or a list of texts (argument data.path=[1])"),
         (
             "model=pre_ln",

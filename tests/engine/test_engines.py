@@ -39,7 +39,7 @@ def first_gradients(kind: str, ranks: Ranks, micro: int) -> dict[str, torch.Tens
     finish = engine.clear_gradients
 
     def keep() -> None:
-        kept.update({name: whole(p.grad) for name, p in engine.parameters().items() if p.grad is not None})
+        kept.update(engine.gradients())
         finish()
 
     engine.clear_gradients = keep
@@ -57,12 +57,11 @@ def ranks_here(rank: int, world_size: int) -> Ranks:
 def gradients_on_rank(rank: int, world_size: int, kind: str) -> dict[str, torch.Tensor]:
     ranks = ranks_here(rank, world_size)
     engine = make(kind, ranks)
-    sharded = [isinstance(p, DTensor) for p in engine.module.parameters()]
-    assert all(sharded) if kind == "fsdp2" else not any(sharded)
-    if kind == "fsdp2":
-        shards = [p for p in engine.module.parameters() if isinstance(p, DTensor)]
-        largest = max(p.to_local().numel() / p.numel() for p in shards if p.numel() >= 1024)
-        assert largest <= 1 / world_size + 0.02  # really split, not only wrapped
+    split = {"ddp": 1, "fsdp2": world_size, "hsdp": world_size // 2}[kind]
+    for parameter in engine.module.parameters():
+        assert isinstance(parameter, DTensor) == (split > 1 and parameter.ndim > 1)  # vectors stay whole
+        if isinstance(parameter, DTensor) and parameter.numel() >= 1024:
+            assert parameter.to_local().numel() / parameter.numel() <= 1 / split + 0.02  # split, not only wrapped
     return first_gradients(kind, ranks, micro=3)
 
 
@@ -70,8 +69,9 @@ SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2", 4), ("hsdp", 4)]
+)
 def test_first_gradients_equal_one_process(kind: str, world_size: int):
     expected = first_gradients("single", SINGLE, micro=12)
     for found in run_ranks(gradients_on_rank, world_size, kind):

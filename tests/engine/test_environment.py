@@ -1,8 +1,13 @@
 """Ranks and engine kinds from the variables that launchers set."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from stablelm.engine.environment import AccelerateFlags, accelerate_flags, detect, engine_kind, first_host
+from stablelm.config.load import load
+from stablelm.config.schema import Config
+from stablelm.engine.environment import AccelerateFlags, accelerate_flags, apply_flags, detect, engine_kind, first_host
 from stablelm.errors import ConfigError
 
 
@@ -55,11 +60,91 @@ def test_auto_takes_accelerates_flags_else_the_world_size():
     assert engine_kind("ddp", unsaid, 2) == "ddp"
 
 
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+}
+HSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}
+
+
+def test_deepspeed_and_hybrid_settings_are_read():
+    assert accelerate_flags(ZERO3) == AccelerateFlags("zero3", "bf16", None, None, "optimizer", 1.0, 2)
+    assert accelerate_flags(HSDP) == AccelerateFlags("hsdp", None, 2, 4)
+    assert accelerate_flags({**HSDP, "FSDP_OFFLOAD_PARAMS": "true"}).offload == "parameters"
+    assert accelerate_flags({**HSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "1"}).engine == "fsdp2"
+    hybrid = {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}
+    assert accelerate_flags(hybrid) == AccelerateFlags("hsdp")
+
+
+def test_a_deepspeed_file_is_read(tmp_path: Path):
+    path = tmp_path / "zero.json"
+    content = {
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}},
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": True},
+    }
+    path.write_text(json.dumps(content))
+    environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+    assert accelerate_flags(environ) == AccelerateFlags("zero1", "bf16")
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}))
+    with pytest.raises(ConfigError, match="fp16 of deepspeed_config_file="):
+        accelerate_flags(environ)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="cannot read deepspeed_config_file="):
+        accelerate_flags(environ)
+
+
+def test_what_the_launcher_says_goes_into_the_configuration():
+    made = apply_flags(Config(), accelerate_flags({**ZERO3, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}), 2)
+    assert (made.engine.kind, made.engine.offload) == ("zero3", "optimizer")
+    made = apply_flags(Config(), accelerate_flags(HSDP), 8)
+    assert (made.engine.kind, made.engine.replicas) == ("hsdp", 2)
+    assert apply_flags(Config(), AccelerateFlags(), 1).engine.kind == "single"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "world_size", "words"),
+    [
+        (["engine.offload=parameters"], ZERO3, 2, "engine.offload=parameters contradicts .* ask for optimizer"),
+        (["train.grad_clip=0.5"], ZERO3, 2, "train.grad_clip=0.5 contradicts accelerate's gradient_clipping"),
+        (["train.micro_batch_size=1", "train.global_batch_size=8"], ZERO3, 2, "so 4 micro-batches a step"),
+        (["engine.kind=hsdp", "engine.replicas=4"], HSDP, 8, "engine.replicas=4 contradicts .* ask for 2"),
+        ([], HSDP, 4, "asks for 2 x 4 processes, but 4 were started; set num_processes=8"),
+    ],
+)
+def test_settings_of_both_sides_must_agree(overrides: list[str], environ: dict[str, str], world_size: int, words: str):
+    with pytest.raises(ConfigError, match=words):
+        apply_flags(load([], overrides).config, accelerate_flags(environ), world_size)
+
+
 @pytest.mark.parametrize(
     ("kind", "environ", "words"),
     [
         ("ddp", {"ACCELERATE_USE_FSDP": "true"}, "engine.kind=ddp contradicts accelerate's flags, which ask for fsdp2"),
-        ("auto", {"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed asks for ZeRO"),
+        ("fsdp2", {"ACCELERATE_USE_DEEPSPEED": "true"}, "engine.kind=fsdp2 contradicts accelerate's flags, .* zero2"),
+        ("auto", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage 0 is not"),
+        (
+            "auto",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
+            "offload_param_device nvme is not supported; use cpu",
+        ),
+        (
+            "auto",
+            {**HSDP, "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            "parallelism_config_tp_size=2 is not supported",
+        ),
         ("auto", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm is not supported"),
         ("auto", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16 is not supported; use bf16"),
         ("single", {}, "engine.kind=single cannot use the 2 processes"),

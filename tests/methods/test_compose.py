@@ -163,6 +163,7 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"activation": "tailored"}, {"init": "unit"}),
     ({"init": "completep", "stream": "concat"}, {"init": "unit"}),
     (E_SPA | {"attention.value_residual": True}, {"attention.value_residual": False}),
+    (E_SPA | {"activation": "swiglu"}, {"placement": "pre"}),
 ]
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from stablelm.checkpoint import commit
+from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.places import Place
 
 STATE = {"step": 0, "tokens": 12, "lanes": {"0": [0, 1, 2, 3, 4]}}
 CONFIG = "run:\n  seed: 1\n"
@@ -29,12 +31,10 @@ def blanks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()}
 
 
-def save_toy(root: Path, step: int, *, group: Any = None, rank: int = 0, world_size: int = 1) -> commit.SaveResult:
-    """Commits toy_tensors(step) as `step`."""
-    state = {**STATE, "step": step}
-    return commit.save(
-        root, step, toy_tensors(step), state, CONFIG, attempt="a1", group=group, rank=rank, world_size=world_size
-    )
+def save_toy(root: Place, step: int, *, group: Any = None, fence: Fence | None = None) -> Any:
+    """The SaveResult of committing toy_tensors(step) as `step`, with token 1 where no fence is given."""
+    fence = fence or Fence(root, 1, "a1")
+    return commit.save(fence, step, toy_tensors(step), {**STATE, "step": step}, CONFIG, group=group)
 
 
 def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -52,5 +52,5 @@ def flip_bit(path: Path, position: int) -> None:
 
 
 def left_over(root: Path) -> list[str]:
-    """Names below the checkpoints directory that are no committed steps."""
-    return sorted(path.name for path in root.iterdir() if not path.name.startswith("step-"))
+    """Names below the checkpoints directory that are neither committed steps nor fencing tokens."""
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith(("step-", "fence")))

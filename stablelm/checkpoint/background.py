@@ -1,0 +1,147 @@
+"""Saves of one attempt: copied to host memory while the loop waits, written and committed while it goes on.
+
+One save is in flight at most; the next one, a stop and the end of the run wait for it. The thread that writes talks to
+the other ranks through a group of its own, so that its collectives never meet those of the loop. All its phases fail on
+all ranks together, so every rank finds the same failure when it next waits, which all ranks do at the same step.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from stablelm.checkpoint import commit
+from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.flatshard import FlatShard
+
+
+class Saver:
+    """Commits steps below `fence.root`; collective over `group` (gloo, used by nothing else; None: one process).
+
+    `committed` is called with the step after each commit, `retain` once on rank 0 after that; both in the background.
+    """
+
+    def __init__(
+        self,
+        fence: Fence,
+        group: dist.ProcessGroup | None,
+        *,
+        background: bool,
+        committed: Callable[[int], None] = lambda step: None,
+        retain: Callable[[], Any] = lambda: None,
+    ):
+        self.fence, self.background = fence, background
+        self.seconds = 0.0
+        """How long the last save or rehearsal took, from the copy to the commit."""
+        self._group, self._committed, self._retain = group, committed, retain
+        self._host = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed, which `wait` will raise."""
+        return self._failure is not None
+
+    @property
+    def margin_seconds(self) -> float:
+        """What a stop should leave for saving: the save in flight and its own, and as much as one in reserve."""
+        return (3 if self.background else 2) * self.seconds
+
+    def rehearse(self, tensors: dict[str, torch.Tensor]) -> commit.SaveResult:
+        """All of a save but the commit, here and now; also takes the host memory that saves will need."""
+        started = time.perf_counter()
+        held = self._host.copy(tensors) if self.background else tensors
+        result = commit.rehearse(self.fence, 0, held, {}, "", group=self._group)
+        self.seconds = time.perf_counter() - started
+        return result
+
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], config_yaml: str, *, wait: bool
+    ) -> None:
+        """Waits for the save in flight, then saves as `commit.save` does; returns before the commit unless `wait`.
+
+        Raises what either failed with.
+        """
+        self.wait()
+        started = time.perf_counter()
+        if wait or not self.background:
+            self._commit(step, tensors, state, config_yaml, started)
+            return
+        held = self._host.copy(tensors)
+
+        def work() -> None:
+            try:
+                self._commit(step, held, state, config_yaml, started)
+            except BaseException as error:  # raised by wait
+                self._failure = error
+
+        self._thread = threading.Thread(target=work, name=f"save of step {step}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is in flight. Raises what the save in flight failed with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def settle(self) -> None:
+        """After a failure elsewhere: lets a save in flight come to its end if that needs no other rank."""
+        if self._thread is not None and self._group is None:
+            self._thread.join()
+
+    def _commit(self, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, started: float):
+        commit.save(self.fence, step, tensors, state, config_yaml, group=self._group)
+        self._committed(step)
+        rank = 0 if self._group is None else dist.get_rank(self._group)
+        Together(self._group, rank).first(self._retain)
+        self.seconds = time.perf_counter() - started
+
+
+class HostCopy:
+    """A copy of tensors in host memory, page-locked where they come from a GPU, made once and filled again."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Equal tensors of the same kinds that share nothing with the given ones; the last copy is overwritten."""
+        held, on_gpu = {}, False
+        for name, tensor in tensors.items():
+            local = _local(tensor)
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(local, non_blocking=True)
+            on_gpu |= local.is_cuda
+            held[name] = _like(tensor, buffer)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return held
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part."""
+    if isinstance(tensor, FlatShard):
+        return tensor.local
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same kind and place in the whole, made of another local part."""
+    if isinstance(tensor, FlatShard):
+        return FlatShard(local, tensor.shape, tensor.start)
+    if isinstance(tensor, DTensor):
+        # Its mesh may be of GPUs: from_local would move it back there.
+        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+    return local

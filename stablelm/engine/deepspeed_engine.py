@@ -1,0 +1,243 @@
+"""The engine on DeepSpeed: ZeRO-1, 2 and 3, by `kind`."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stablelm.checkpoint.portable import clean_name
+from stablelm.config.schema import Config
+from stablelm.engine import zero_shards
+from stablelm.engine.deepspeed_config import check, settings
+from stablelm.engine.mesh import Ranks
+from stablelm.engine.recompute import recompute_layers
+from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.engine.torch_engine import compile_layers
+from stablelm.errors import ConfigError
+from stablelm.methods import spectral
+from stablelm.methods.initialise import initial_values, roles
+from stablelm.model.decoder import Decoder
+from stablelm.model.loss import LossSums
+from stablelm.train.optimizer import adamw, set_learning_rate
+
+
+class DeepSpeedEngine:
+    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer.
+
+    The process group exists already. Under zero3 no rank ever holds more than its part of the model and one whole
+    parameter; under zero1 and zero2 every rank holds the working weights whole.
+    """
+
+    def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
+        self.kind, self.device = kind, ranks.device
+        self._stage, self._world_size = int(kind.removeprefix("zero")), ranks.world_size
+        self._z_loss = config.train.z_loss
+        with torch.device("meta"):
+            self.module = Decoder(config.model, str(config.train.precision))
+        self.optimizer = _optimizer(self.module, config) if train else None
+        self._groups = _names(self.optimizer, self.module) if self.optimizer else []
+        if config.engine.recompute == "full":
+            recompute_layers(self.module.layers)
+        if config.train.compile:
+            compile_layers(self.module.layers, config.model, config.engine.memory_budget)
+        self._engine: Any = None
+        if train or self._stage == 3:
+            deepspeed = import_deepspeed(ranks)
+            wanted = settings(config, self._stage, ranks.world_size, cuda=ranks.device.type == "cuda")
+            self._materialise(config, ranks, deepspeed, wanted)
+            self._engine = self._initialize(deepspeed, wanted)
+            check(self._engine, wanted)
+        else:
+            self._materialise(config, ranks, None, {})
+        self.sigma = SigmaMatrices(self.module)
+        self.module.train(train)
+        if self.optimizer is not None:
+            names = {parameter: name for name, parameter in self.parameters().items()}
+            self._places = zero_shards.places(self._engine.optimizer, self._stage, names)
+            zero_shards.make_moments(self.optimizer, self._masters())
+
+    def _materialise(self, config: Config, ranks: Ranks, deepspeed: Any, wanted: dict[str, Any]) -> None:
+        """Gives every parameter and buffer its seeded initial value, under zero3 one after the other in parts."""
+        split = _splitter(deepspeed, wanted) if self._stage == 3 else None
+        slots, buffers = _slots(self.module), self._allocate_buffers()
+        kinds = self.parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in kinds.items()}
+        shared: dict[str, Tensor] = {}
+
+        def fill(name: str, whole: Tensor) -> None:
+            if name in buffers:
+                buffers[name].copy_(whole)
+                return
+            owner, leaf = slots[name]
+            parameter = nn.Parameter(whole.to(self.device, kinds[name].dtype))
+            owner._parameters[leaf] = parameter
+            if split is not None:
+                split(parameter)
+
+        starts = spectral.SharedStarts(ranks.rank, ranks.world_size)
+        for name, whole in initial_values(shapes, config.model, config.run.seed, starts):
+            if whole.dtype == torch.float64:
+                shared[name] = whole  # of the spectral start: this rank's share of it
+            else:
+                fill(name, whole)
+        for name, whole in sum_over_ranks(shared, ranks).items():
+            fill(name, whole)
+
+    def _allocate_buffers(self) -> dict[str, Tensor]:
+        """Buffers on the device, unset, by portable name."""
+        for part in self.module.modules():
+            for leaf, buffer in part.named_buffers(recurse=False):
+                setattr(part, leaf, torch.empty_like(buffer, device=self.device))
+        return self.buffers()
+
+    def _initialize(self, deepspeed: Any, wanted: dict[str, Any]) -> Any:
+        given: dict[str, Any] = {}
+        if self.optimizer is not None:
+            named = self.parameters()
+            for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
+                group["params"] = [named[name] for name in names]
+            given["optimizer"] = self.optimizer
+        return deepspeed.initialize(model=self.module, config=wanted, dist_init_required=False, **given)[0]
+
+    def _masters(self) -> Any:
+        return zero_shards.masters(self._engine.optimizer, self._stage)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by portable name; under zero3 empty outside the passes, with what is left in `ds_tensor`."""
+        return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
+        return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
+        call = self.module if self._engine is None else self._engine
+        return call(tokens, targets, z_loss=self._z_loss)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Stage 1 adds gradients up on each rank until the last micro-batch; stages 2 and 3 keep only their part."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the loss is already divided by the tokens of all ranks.
+        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor:
+        """As in the protocol; DeepSpeed skips an update whose norm is not finite and gives infinity."""
+        assert self.optimizer is not None, "an engine built with train=False cannot step"
+        set_learning_rate(self.optimizer, lr)
+        self._engine.step()
+        self.sigma.refresh()
+        self.clear_gradients()
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device).detach()
+
+    def clear_gradients(self) -> None:
+        zero_shards.forget_gradients(self._engine.optimizer, self._stage)
+
+    def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {f"model.{name}": buffer for name, buffer in self.buffers().items()}
+        if self.optimizer is None:
+            split = zero_shards.whole_shard if self._stage == 3 else Tensor.detach
+            return found | {f"model.{name}": split(parameter) for name, parameter in self.parameters().items()}
+        flats = self._masters()
+        for name, place in self._places.items():
+            found[f"model.{name}"] = place.shard(flats[place.group])
+            if optimizer:
+                state = self.optimizer.state[flats[place.group]]
+                found[f"optim.{name}.step"] = state["step"]
+                for moment in zero_shards.MOMENTS:
+                    found[f"optim.{name}.{moment}"] = place.shard(state[moment])
+        return found
+
+    def loaded(self) -> None:
+        if self.optimizer is not None:
+            zero_shards.publish(self._engine.optimizer, self._stage)
+        elif self._stage == 3:
+            self._engine.optimizer.partition_all_parameters()
+
+    def gradient_shards(self) -> dict[str, zero_shards.FlatShard]:
+        """This rank's part of every gradient by name, before `step`; parts may be empty."""
+        return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._places)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return gather(self.gradient_shards(), self.device)
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        shards = self.gradient_shards()
+        squares = torch.stack([shard.local.double().square().sum() for shard in shards.values()]).to(self.device)
+        dist.all_reduce(squares)
+        return dict(zip(shards, squares.sqrt().cpu().unbind(), strict=True))
+
+    def whole(self, name: str) -> Tensor:
+        held = self.tensors(optimizer=False)[f"model.{name}"]
+        return gather({name: held}, self.device)[name] if isinstance(held, zero_shards.FlatShard) else held.clone()
+
+
+def gather(shards: dict[str, zero_shards.FlatShard], device: torch.device) -> dict[str, Tensor]:
+    """Whole tensors of shards, on every rank; one collective."""
+    sizes = [math.prod(shard.shape) for shard in shards.values()]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+    parts = flat.split(sizes)
+    for part, shard in zip(parts, shards.values(), strict=True):
+        part[shard.start : shard.start + len(shard.local)] = shard.local
+    dist.all_reduce(flat)
+    return {name: part.view(shard.shape) for part, (name, shard) in zip(parts, shards.items(), strict=True)}
+
+
+def import_deepspeed(ranks: Ranks) -> Any:
+    """The package, quiet, for the rank's device and on the process group that exists; ConfigError without it."""
+    if ranks.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # srun sets no LOCAL_RANK; DeepSpeed takes the device from it.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.device.index or 0))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.kind=zero* needs DeepSpeed ({error}); pip install deepspeed, or use fsdp2"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Names of collectives that DeepSpeed calls in their older form.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+    # No kernels of its own are needed; some it would compile on the spot, others it would probe for.
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - pyright does not know the attribute
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+def _splitter(deepspeed: Any, wanted: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """What leaves each rank its part of a parameter that all have whole."""
+    init = deepspeed.zero.Init(config_dict_or_path=wanted, dtype=torch.float32)
+
+    def split(parameter: Any) -> None:
+        # As zero.Init does it, without its broadcast: the values are equal on all ranks by construction.
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    return split
+
+
+def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module and attribute that hold each parameter, by portable name."""
+    return {
+        clean_name(f"{prefix}.{leaf}".lstrip(".")): (owner, leaf)
+        for prefix, owner in module.named_modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None
+    }
+
+
+def _optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
+    """Our AdamW over a model on the meta device, whose shapes are whole still; its moments take no memory."""
+    return adamw(dict(module.named_parameters()), roles(module), config.train, config.model)
+
+
+def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
+    """The names in each group; the optimizer's state is dropped."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    optimizer.state.clear()
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]

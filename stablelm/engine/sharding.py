@@ -1,0 +1,94 @@
+"""FSDP2 and HSDP for hundreds of layers: which parameters are split, in which units, over which ranks.
+
+Matrices are split by rows over the shard group. Vectors (gains of norms, biases, the gammas of sigma-reparametrised
+maps) are a thousandth of the parameters; they stay whole on every rank, in the master precision: a gather in bf16
+would round them, and one of a single element would leave ranks empty.
+"""
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from stablelm.config.engine_rules import hsdp_sizes
+from stablelm.config.schema import Config
+from stablelm.engine.mesh import Ranks
+
+GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
+
+
+def make_mesh(kind: str, ranks: Ranks, replicas: int | None) -> DeviceMesh:
+    """All ranks in a row for fsdp2; (`replicate`, `shard`) for hsdp. Collective."""
+    if kind == "fsdp2":
+        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+    copies = replicas or default_replicas(ranks.world_size, ranks.nodes)
+    shape = (copies, ranks.world_size // copies)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def default_replicas(world_size: int, nodes: int) -> int:
+    """One copy a node, so that gathers stay inside it; the fewest copies there are on a single node."""
+    sizes = hsdp_sizes(world_size)
+    return nodes if nodes in sizes else sizes[0]
+
+
+def replicated(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank holds whole."""
+    return [parameter for parameter in module.parameters() if parameter.ndim < 2]
+
+
+def units(layers: nn.ModuleList, unit_bytes: int) -> list[list[nn.Module]]:
+    """Consecutive layers together until their matrices reach `unit_bytes` in bf16; the last unit may be smaller."""
+    found: list[list[nn.Module]] = [[]]
+    size = 0
+    for layer in layers:
+        found[-1].append(layer)
+        size += sum(GATHERED_BYTES * p.numel() for p in layer.parameters() if p.ndim > 1)
+        if size >= unit_bytes:
+            found.append([])
+            size = 0
+    return found if found[-1] else found[:-1]
+
+
+def shard(module: nn.Module, layers: nn.ModuleList, config: Config, mesh: DeviceMesh) -> None:
+    """Splits a model on the meta device: grouped layers as units, the rest of the model in the root unit.
+
+    Under precision bf16 the matrices of the layers are gathered in bf16 and their gradients summed in fp32; the root
+    unit (embedding, head) is gathered in fp32, once a step, because the embedding feeds the fp32 stream.
+    """
+    whole = set(replicated(module))
+    offload = CPUOffloadPolicy() if offloads(config, torch.device(mesh.device_type)) else OffloadPolicy()
+    bf16 = torch.bfloat16 if config.train.precision == "bf16" else None
+    inner = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16 and torch.float32, cast_forward_inputs=False)
+    outer = MixedPrecisionPolicy(cast_forward_inputs=False)
+    groups = units(layers, config.engine.unit_bytes)
+    for group in groups:
+        fully_shard(group, mesh=mesh, mp_policy=inner, offload_policy=offload, ignored_params=whole)
+    fully_shard(module, mesh=mesh, mp_policy=outer, offload_policy=offload, ignored_params=whole)
+    _prefetch([group[0] for group in groups], config.engine.prefetch)
+
+
+def offloads(config: Config, device: torch.device) -> bool:
+    """Whether shards, gradients and moments go to host memory; on a CPU they are there already."""
+    return config.engine.offload == "parameters" and device.type != "cpu"
+
+
+def allocate(module: nn.Module, device: torch.device, *, offloaded: bool) -> None:
+    """Gives a model on the meta device memory, unset: on `device`, split parameters in host memory if offloaded."""
+    module.to_empty(device=torch.device("cpu") if offloaded else device)
+    if offloaded:
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(device))
+        for parameter in replicated(module):
+            parameter.data = parameter.data.to(device)
+
+
+def _prefetch(firsts: list[nn.Module], depth: int) -> None:
+    """Gathers `depth` units ahead, in both directions."""
+    for index, first in enumerate(firsts):
+        assert isinstance(first, FSDPModule)
+        first.set_modules_to_forward_prefetch(cast(list[FSDPModule], firsts[index + 1 : index + 1 + depth]))
+        first.set_modules_to_backward_prefetch(cast(list[FSDPModule], firsts[max(0, index - depth) : index][::-1]))

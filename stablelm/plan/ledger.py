@@ -1,0 +1,178 @@
+"""Live bytes by kind, and collectives, of everything that runs inside a context: fake tensors or real ones.
+
+torch's own FSDPMemTracker hooks every module of an FSDP unit as if it were a unit, which gathers grouped layers once a
+layer; so storages are followed here in the same way (weak references, `resize_`), and kinds come from the operations.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+KINDS = (
+    "weights",
+    "gradients",
+    "moments",
+    "buffers",
+    "inputs",
+    "gathered",
+    "reduced",
+    "weight_copies",
+    "activations",
+    "temporary",
+)
+# (operation, which arguments hold what a rank sends or, for a gather, receives)
+_COLLECTIVES = {
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "allreduce_": ("all_reduce", 0),
+    "all_reduce": ("all_reduce", 0),
+    "all_gather_into_tensor": ("all_gather", None),
+    "reduce_scatter_tensor": ("reduce_scatter", 0),
+    "broadcast_": ("broadcast", 0),
+}
+
+_WORK = ("aten", "fsdp", "c10d", "_c10d_functional")
+# Nothing for the device to do.
+_FREE = ("empty", "empty_like", "new_empty", "detach", "wait_tensor", "_unsafe_view")
+
+
+class Ledger(TorchDispatchMode):
+    """Follows storages while it is entered. `current` and `peak` are bytes by kind, `collectives` counts and bytes.
+
+    A tensor that an operation makes is an activation until `backward` is set, and temporary from then on, unless the
+    operation is one of FSDP's or the tensor was given a kind by `book`. Without `follows`, only collectives count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self.collective_bytes: Counter[str] = Counter()
+        self.operations = 0
+        self.backward = False
+        self.follows = True
+        self._booked: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._total = self._highest = 0
+        self._mode: Any = None
+
+    def __enter__(self):
+        self._mode = active_fake_mode()
+        self._resize = torch.UntypedStorage.resize_
+        ledger, original = self, self._resize
+
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            original(storage, size)
+            ledger._sized(storage)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *failure):
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        return super().__exit__(*failure)
+
+    def book(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Gives the storages of `tensors` a kind, whether they were seen before or not."""
+        for tensor in tensors:
+            self._enter(_local(tensor).untyped_storage(), kind, rename=True)
+
+    def start_peak(self) -> None:
+        """Forgets the peak; the next one is at least the current state."""
+        self.peak, self._highest = +self.current, self._total
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it will come again with this rank's part
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[-1]
+        if name == "wait_tensor":
+            result = args[0]  # its fake version makes a tensor, which the real one does not
+        else:
+            result = func(*args, **kwargs)
+        if active_fake_mode() is not self._mode:
+            return result  # DTensor works out shapes
+        self.operations += self.follows and func.namespace in _WORK and not (func.is_view or name in _FREE)
+        if name in _COLLECTIVES:
+            self._collective(name, args, result)
+        if self.follows:
+            self._follow(func, name, args, kwargs, result)
+        return result
+
+    def _collective(self, name: str, args: tuple, result: Any) -> None:
+        kind, place = _COLLECTIVES[name]
+        moved = result if place is None else args[place]
+        self.collectives[kind] += 1
+        self.collective_bytes[kind] += sum(leaf.nbytes for leaf in tree_leaves(moved) if isinstance(leaf, Tensor))
+
+    def _follow(self, func, name: str, args: tuple, kwargs: dict, result: Any) -> None:
+        kind = "temporary" if self.backward else "activations"
+        fsdp = func.namespace == "fsdp"
+        if fsdp:
+            kind = "reduced" if name == "chunk_cat" else "gathered"
+        elif name == "_to_copy" and self._kind_of(args[0]) in ("weights", "gathered") and args[0].ndim == 2:
+            kind = "weight_copies"
+        made = [*tree_leaves(result), *(tree_leaves(kwargs["out"]) if "out" in kwargs else ())]
+        for tensor in made:
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage(), kind, rename=fsdp)
+        if name == "_reduce_scatter_base_":
+            self.book(tree_leaves(args[0]), "gradients")
+            self.book(tree_leaves(args[1]), "reduced")
+        if self._total > self._highest:
+            self.start_peak()
+
+    def _kind_of(self, tensor: Tensor) -> str | None:
+        booked = self._booked.get(_key(tensor.untyped_storage()))
+        return booked[0] if booked else None
+
+    def _enter(self, storage: torch.UntypedStorage, kind: str, *, rename: bool) -> None:
+        key = _key(storage)
+        if key in self._booked:
+            before, size, reference = self._booked[key]
+            if rename and before != kind:
+                self._booked[key] = (kind, size, reference)
+                self.current[before] -= size
+                self.current[kind] += size
+            self._sized(storage)
+            return
+        reference = weakref.ref(storage, partial(_gone, weakref.ref(self), key))
+        self._booked[key] = (kind, 0, reference)
+        self._sized(storage)
+
+    def _sized(self, storage: torch.UntypedStorage) -> None:
+        key = _key(storage)
+        if key in self._booked:
+            kind, before, reference = self._booked[key]
+            size = storage.size()
+            self._booked[key] = (kind, size, reference)
+            self.current[kind] += size - before
+            self._total += size - before
+
+    def _drop(self, key: int) -> None:
+        kind, size, _ = self._booked.pop(key)
+        self.current[kind] -= size
+        self._total -= size
+
+
+def _gone(ledger: "weakref.ref[Ledger]", key: int, _: weakref.ref) -> None:
+    found = ledger()
+    if found is not None and key in found._booked:
+        found._drop(key)
+
+
+def _key(storage: torch.UntypedStorage) -> int:
+    return storage._cdata
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,202 @@
+"""What each rank holds of a model, in closed form: weights, gradients and Adam's moments of every engine.
+
+FSDP2 and HSDP (`engine.sharding`): a matrix of R rows over S shards leaves rank r rows r * ceil(R / S) up to
+(r + 1) * ceil(R / S), and each unit is gathered with its matrices padded to S * ceil(R / S) rows; vectors are whole on
+every rank. ZeRO: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020,
+section 5, with fp32 working weights beside the fp32 weights that Adam updates (`engine.deepspeed_config`).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from stablelm.config.engine_rules import SHARDED, ZERO
+from stablelm.config.schema import Config
+from stablelm.engine.deepspeed_config import PERSISTENT
+from stablelm.engine.sharding import GATHERED_BYTES, default_replicas
+from stablelm.methods.initialise import decays, roles
+from stablelm.methods.rates import rates
+from stablelm.model.decoder import Decoder
+
+DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
+ALIGNMENT = 2  # elements, of each rank's part of a flat ZeRO group
+
+
+class Parameter(NamedTuple):
+    """A parameter of the whole model; `group` are parameters that AdamW treats alike."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    layer: int | None
+    group: tuple
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) > 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of engine spreads `world_size` ranks: `replicas` copies of the model, each over `shards` ranks."""
+
+    kind: str
+    world_size: int
+    replicas: int
+
+    @property
+    def shards(self) -> int:
+        return self.world_size // self.replicas
+
+
+def make_layout(config: Config, kind: str, world_size: int, nodes: int) -> Layout:
+    """The layout of a resolved config; `nodes` choose the copies of hsdp as the engine does."""
+    replicas = 1
+    if kind == "hsdp":
+        replicas = config.engine.replicas or default_replicas(world_size, nodes)
+    elif kind in ("single", "ddp", "zero1", "zero2"):
+        replicas = world_size
+    return Layout(kind, world_size, replicas)
+
+
+def parameters(config: Config) -> list[Parameter]:
+    """Every parameter of the real model, built on the meta device."""
+    with torch.device("meta"):
+        decoder = Decoder(config.model, str(config.train.precision))
+    found = roles(decoder)
+    listed = []
+    for name, parameter in decoder.named_parameters():
+        role = found[name]
+        factors = rates(config.model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
+        listed.append(Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role))))
+    return listed
+
+
+def width(config: Config) -> int:
+    """Bytes of a stored weight."""
+    return 8 if config.train.precision == "fp64" else 4
+
+
+def gathered_width(config: Config) -> int:
+    """Bytes of a gathered element of a layer."""
+    return GATHERED_BYTES if config.train.precision == "bf16" else width(config)
+
+
+def rows_of(parameter: Parameter, shards: int, rank: int) -> int:
+    """Rows of a matrix that FSDP leaves to a rank of the shard group."""
+    rows = parameter.shape[0]
+    chunk = -(-rows // shards)
+    return max(0, min(chunk, rows - rank * chunk))
+
+
+def padded(parameter: Parameter, shards: int) -> int:
+    """Elements of a gathered matrix, its padding with it."""
+    rows = parameter.shape[0]
+    return -(-rows // shards) * shards * (parameter.elements // rows)
+
+
+def resting(config: Config, listed: list[Parameter], layout: Layout, rank: int = 0) -> Counter[str]:
+    """Bytes of `weights`, `gradients` and `moments`, under ZeRO also `masters`, that a rank holds.
+
+    Those in host memory are included; rank 0 has the most. `gradients` are those of the moment before the update.
+    """
+    if layout.kind in ZERO:
+        return _zero(config, listed, layout)
+    elements = 0
+    for parameter in listed:
+        if layout.kind in SHARDED and parameter.is_matrix:
+            elements += rows_of(parameter, layout.shards, rank % layout.shards) * (
+                parameter.elements // parameter.shape[0]
+            )
+        else:
+            elements += parameter.elements
+    size = elements * width(config)
+    return Counter(weights=size, gradients=size, moments=2 * size)
+
+
+def _zero(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str]:
+    stage, world, size = int(layout.kind[-1]), layout.world_size, width(config)
+    whole = sum(parameter.elements for parameter in listed)
+    if stage == 3:
+        part = sum(-(-parameter.elements // world) for parameter in listed)
+        persistent = sum(parameter.elements for parameter in listed if parameter.elements <= PERSISTENT)
+        working = part + persistent
+    else:
+        groups: Counter[tuple] = Counter()
+        for parameter in listed:
+            groups[parameter.group] += parameter.elements
+        part = sum(-(-elements // (ALIGNMENT * world)) * ALIGNMENT for elements in groups.values())
+        working = whole
+    gradients = whole if stage == 1 else part
+    return Counter(weights=working * size, masters=part * size, gradients=gradients * size, moments=2 * part * size)
+
+
+def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
+    """The part of `held` that `engine.offload` puts into the host's memory."""
+    offload = config.engine.offload
+    if offload == "none":
+        return Counter()
+    if layout.kind in SHARDED:
+        vectors = sum(parameter.elements for parameter in listed if not parameter.is_matrix) * width(config)
+        factors = {"weights": 1, "gradients": 1, "moments": 2}
+        return Counter({kind: held[kind] - factor * vectors for kind, factor in factors.items()})
+    kinds = ["masters", "moments", "gradients"] + (["weights"] if offload == "parameters" else [])
+    return Counter({kind: held[kind] for kind in kinds})
+
+
+def accumulated(config: Config, listed: list[Parameter], layout: Layout) -> int:
+    """Bytes of gradients that wait, whole, for the last of several micro-batches; 0 without accumulation.
+
+    FSDP2 and HSDP reduce nothing before it, so every rank adds up whole matrices in fp32.
+    """
+    if micro_batches(config, layout.world_size) == 1 or layout.kind in ("zero2", "zero3"):
+        return 0
+    return sum(parameter.elements for parameter in listed) * width(config)
+
+
+def micro_batches(config: Config, world_size: int) -> int:
+    """Micro-batches that a rank takes in a step."""
+    micro = config.train.micro_batch_size
+    assert micro is not None
+    return config.train.global_batch_size // world_size // micro
+
+
+def weight_copies(config: Config, listed: list[Parameter], layout: Layout) -> int:
+    """Bytes of bf16 matrices that the backward pass keeps where the weights themselves are fp32.
+
+    FSDP gathers in bf16, and what is recomputed (a layer, the first maps on a concatenated stream) makes its copies
+    again: nothing is kept then.
+    """
+    if config.train.precision != "bf16":
+        return 0
+    kept = [p for p in listed if p.is_matrix and p.role not in ("embedding", "position", "head")]
+    if layout.kind in SHARDED or config.engine.recompute == "full":
+        kept = [parameter for parameter in kept if parameter.layer is None]
+    if config.model.stream == "concat":
+        kept = [parameter for parameter in kept if parameter.role in ("output", "fc2", "projection")]
+    return sum(parameter.elements for parameter in kept) * GATHERED_BYTES
+
+
+def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]]:
+    """Matrices of each unit of FSDP, by the rule of `engine.sharding.units`; the root unit comes last."""
+    layers: list[list[Parameter]] = [[] for _ in range(config.model.n_layers)]
+    root = []
+    for parameter in listed:
+        if parameter.is_matrix:
+            (root if parameter.layer is None else layers[parameter.layer]).append(parameter)
+    found: list[list[Parameter]] = [[]]
+    size = 0
+    for matrices in layers:
+        found[-1] += matrices
+        size += sum(GATHERED_BYTES * parameter.elements for parameter in matrices)
+        if size >= config.engine.unit_bytes:
+            found.append([])
+            size = 0
+    units = found if found[-1] else found[:-1]
+    return [*units, root]

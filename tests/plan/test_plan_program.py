@@ -1,0 +1,187 @@
+"""The program: its figures, its words, its errors; and the configurations that it is meant for."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planned import SHAPE, planned
+from support.programs import run as run_program
+from support.samples import REPOSITORY
+
+from stablelm.config.load import load
+from stablelm.model.flops import flops_per_token, parameter_counts
+from stablelm.plan import estimate, memory, remedies
+from stablelm.plan.accelerators import ACCELERATORS
+from stablelm.plan.collectives import collectives
+from stablelm.plan.report import RESERVE
+from stablelm.plan.run import make, plan, prepare
+from stablelm.plan.step import step_time
+
+RUNS = sorted((REPOSITORY / "configs" / "runs").glob("c4-*b-*.yaml"))
+SMALL = [*SHAPE, "model.vocab_size=320", "train.global_batch_size=8", "train.precision=bf16", "data.seq_len=32"]
+
+
+def planned_text(capsys: pytest.CaptureFixture[str], *overrides: str, world_size: int = 4, **options) -> str:
+    given = {"gpu": "h100-80", "gpus_per_node": 8, "simulated": False} | options
+    assert plan([], [*SMALL, *overrides], world_size=world_size, **given) == 0
+    return capsys.readouterr().out
+
+
+def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    told = planned_text(capsys, "engine.kind=fsdp2", simulated=True, out=str(out))
+    found = json.loads(out.read_text())
+    config = prepare(load([], [*SMALL, "engine.kind=fsdp2"]), 4, "h100-80", 8).config
+    assert found["parameters"]["total"] == parameter_counts(config.model)["total"]
+    assert sum(found["parameters"].values()) == 2 * found["parameters"]["total"]
+    assert sum(found["peak_bytes"].values()) == 2 * found["peak_bytes"]["total"]
+    assert found["resting_bytes"]["moments"] == 2 * found["resting_bytes"]["weights"]
+    assert found["collectives"]["reduce_scatter"]["count"] == 2
+    assert found["simulated_layers"] == 4 and found["exact"] and found["fits"]
+    assert found["estimated"]["flops"] == flops_per_token(config.model, 32) * 8 * 32
+    for words in ("4 x h100-80 on 1 node, fsdp2", "embedding", "all-gather", "MFU", "fits:", "simulated"):
+        assert words in told
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
+def test_every_kind_of_engine(kind: str, capsys: pytest.CaptureFixture[str]):
+    assert f"{kind}" in planned_text(capsys, f"engine.kind={kind}")
+
+
+def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]):
+    large = ["model.method=deepscalelm_pre", "model.n_layers=96", "model.d_model=4096", "model.n_heads=32"]
+    large += ["data.seq_len=2048", "train.global_batch_size=1024", "train.micro_batch_size=2", "train.precision=bf16"]
+    arguments = ["train.steps=5", "model.vocab_size=32000", "data.lanes=1024", *large]
+    assert plan([], arguments, world_size=8, gpu="h100-80", gpus_per_node=8, simulated=False) == 0
+    told = capsys.readouterr().out
+    assert "does not fit" in told
+    assert "would fit: " in told
+    changes = told.split("would fit: ")[1].split(" (")[0].split()
+    world_size = 8
+    if changes[0] == "--world-size":
+        world_size, changes = int(changes[1]), changes[2:]
+    assert plan([], [*arguments, *changes], world_size=world_size, gpu="h100-80", gpus_per_node=8, simulated=False) == 0
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_remedies_come_in_order_and_may_be_none():
+    config = planned("train.precision=bf16", "model.n_layers=40", world_size=8, micro_batches=4, kind="fsdp2")
+    listed = memory.parameters(config)
+
+    def layout_of(of, ranks):
+        return memory.make_layout(of, of.engine.kind, ranks, 1)
+
+    def first(limit: float):
+        return remedies.first_that_fits(config, listed, 8, limit, 1.0, layout_of)
+
+    now = estimate.peak(config, listed, layout_of(config, 8)).total()
+    unchanged = first(now)
+    assert unchanged is not None and unchanged.arguments == ()
+    recompute = first(0.9 * now)
+    assert recompute is not None
+    assert recompute.arguments == ("engine.recompute=full",)
+    assert recompute.peak <= 0.9 * now
+    assert first(1000) is None
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp", "zero3"])
+def test_estimated_time_adds_up(kind: str):
+    config = planned("train.precision=bf16", "model.d_model=256", world_size=16, kind=kind)
+    listed, layout = memory.parameters(config), memory.make_layout(config, kind, 16, 2)
+    moved = collectives(config, listed, layout)
+    accelerator = ACCELERATORS["h100-80"]
+
+    def timed(**options):
+        arguments = {"gpus_per_node": 8, "operations": None} | options
+        return step_time(config, listed, layout, moved, accelerator, **arguments)
+
+    found = timed()
+    assert found.total == pytest.approx(found.products + found.traffic + found.exposed + found.update + found.offload)
+    assert 0 < found.mfu < 0.7
+    assert found.exposed <= found.gather + found.reduce
+    assert timed(operations=10**6).total > found.total
+    assert timed(gpus_per_node=1).gather + timed(gpus_per_node=1).reduce > found.gather + found.reduce
+    slower = step_time(config, listed, layout, moved, replace(accelerator, peak=1e12), gpus_per_node=8, operations=None)
+    assert slower.total > found.total
+
+
+def test_the_table_is_of_plausible_devices():
+    for name, accelerator in ACCELERATORS.items():
+        assert accelerator.name == name
+        assert 1e14 < accelerator.peak < 1e16
+        assert 80e9 <= accelerator.memory < 1e12
+        assert accelerator.network < accelerator.link < accelerator.memory_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--world-size", "8", "--gpu", "h1000"], "--gpu h1000 is not in the table; choose one of a100-80"),
+        (["--world-size", "0"], "--world-size 0 must be at least 1"),
+        (["--world-size", "8", "--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1"),
+        (["--world-size", "12"], "--world-size 12 does not fill nodes of --gpus-per-node 8; use 8 or 16"),
+        (["--world-size", "3"], "train.global_batch_size=8 cannot be shared out evenly over 3 processes"),
+        (["--world-size", "2", "engine.kind=single"], "engine.kind=single cannot use the 2 processes"),
+        (["--world-size", "4", "engine.unit_bytes=0"], "engine.unit_bytes=0 must be at least 1"),
+        (["--world-size", "4", "--out", "/nowhere/at/all.json"], "lies in a directory that does not exist"),
+        (["--world-size", "4", "data.tokenizer=/no/such.model", "model.vocab_size=null"], "/no/such.model"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    main = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"))["main"]
+    assert main([*SMALL, *arguments]) == 78
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1
+
+
+def test_help_is_quick_and_the_program_runs(tmp_path: Path):
+    started = time.perf_counter()
+    help_text = run_program("plan", "--help")
+    seconds = time.perf_counter() - started
+    assert help_text.returncode == 0 and "--world-size" in help_text.stdout
+    assert seconds < 5  # half a second on an idle machine
+    bad = run_program("plan", *SMALL, "--world-size", "8", "--gpu", "abacus", cwd=tmp_path)
+    assert bad.returncode == 78
+    assert list(tmp_path.iterdir()) == []
+    assert run_program("plan", *SMALL, "--world-size", "1", "--closed-form", cwd=tmp_path).returncode == 0
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['plan', '--help']; sys.path.insert(0, 'launch')\n"
+    code += "import plan\ntry: plan.main()\nexcept SystemExit: pass\nassert not {'torch', 'yaml'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
+def test_shipped_configs_have_their_size_and_fit(path: Path):
+    """The name says parameters and layers; the closed form, a little above the simulation, fits what it says."""
+    _, size, layers = path.stem.split("-")
+    ranks = 64 if "64 x 80 GB" in path.read_text() else 8
+    made = make(prepare(load([str(path)], []), ranks, "h100-80", 8, simulated=False))
+    config = made.request.config
+    assert config.model.n_layers == int(layers)
+    total = parameter_counts(config.model)["total"]
+    assert total == pytest.approx(1e9 * float(size.removesuffix("b")), rel=0.02)
+    assert made.fits
+    assert made.peak.total() <= 80e9 - RESERVE
+    assert config.model.d_model % 64 == 0
+    assert config.model.d_model // config.model.n_heads in (64, 128)
+    assert config.train.precision == "bf16" and config.data.seq_len == 2048
+
+
+def test_twins_have_equal_parameters():
+    totals: dict[str, list[int]] = {}
+    for path in RUNS:
+        config = prepare(load([str(path)], []), 64, "h100-80", 8).config
+        totals.setdefault(path.stem.split("-")[1], []).append(parameter_counts(config.model)["total"])
+    assert len(totals) == 3
+    for pair in totals.values():
+        assert len(pair) == 2
+        assert max(pair) / min(pair) < 1.01
