@@ -21,8 +21,10 @@ __all__ = [
     "resolve_checkpoint",
     "retain",
     "step_directories",
+    "step_directory",
     "superseded",
     "verify",
+    "verify_together",
 ]
 
 logger = logging.getLogger(__name__)

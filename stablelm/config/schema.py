@@ -217,7 +217,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    dir: str | None = key(None, "where checkpoints go; None: <run.dir>/checkpoints")
+    dir: str | None = key(None, "folder or URL (s3://, gs://, az://) where checkpoints go; None: <run.dir>/checkpoints")
     every: int = key(500, "steps between checkpoints; 0: only when the run stops", unit="steps")
     keep: int = key(2, "newest checkpoints kept")
     keep_permanent_every: int | None = key(None, "checkpoints at multiples of this are never deleted", unit="steps")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stablelm.checkpoint import keep
+from stablelm.checkpoint.places import place
 from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
@@ -104,11 +106,11 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     run_dir = Path(config.run.dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir} is a file; name a directory")
-    if config.run.init_from is not None and not Path(config.run.init_from).exists():
+    if config.run.init_from is not None and not place(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
-    if resume not in ("auto", "none") and not Path(resume).exists():
+    if resume not in ("auto", "none") and not place(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
-    steps = any(Path(str(config.checkpoint.dir)).glob("step-*"))
+    steps = bool(keep.step_directories(place(str(config.checkpoint.dir))))
     started = steps or _has_text(run_dir / "metrics.jsonl")
     if not started:
         return

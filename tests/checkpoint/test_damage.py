@@ -55,6 +55,19 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+def seal_anew(path):
+    """Makes manifest and COMMITTED fit whatever the files are now, as a forger would."""
+    commit = manifest.read_commit(path)
+    records = {
+        name: record_of_file(path / name) for name in manifest.files_below(path) - {"manifest.json", "COMMITTED"}
+    }
+    (path / "manifest.json").write_bytes(manifest.manifest_content(records))
+    fitting = record_of_file(path / "manifest.json").sha256
+    forged = manifest.Commit(commit.step, commit.attempt, commit.token, commit.time, fitting)
+    (path / "COMMITTED").write_bytes(manifest.commit_content(forged))
+    assert manifest.verify(path) == []
+
+
 NAMES = ["tensors/.metadata", "tensors/__0_0.distcp", "state.json", "config.yaml", "manifest.json", "COMMITTED"]
 
 
@@ -76,13 +89,7 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
             place.offset, place.length = 0, (path / name).stat().st_size
         (path / "tensors/.metadata").write_bytes(pickle.dumps(description))
     if sealed and name not in ("manifest.json", "COMMITTED"):
-        commit = manifest.read_commit(path)
-        records = {n: record_of_file(path / n) for n in manifest.files_below(path) - {"manifest.json", "COMMITTED"}}
-        (path / "manifest.json").write_bytes(manifest.manifest_content(records))
-        sealed_hash = record_of_file(path / "manifest.json").sha256
-        forged = manifest.Commit(commit.step, commit.attempt, commit.token, commit.time, sealed_hash)
-        (path / "COMMITTED").write_bytes(manifest.commit_content(forged))
-        assert manifest.verify(path) == []
+        seal_anew(path)
 
     def whole_way():
         found = keep.resolve_checkpoint(path)

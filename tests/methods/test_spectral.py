@@ -1,0 +1,139 @@
+"""Spectral norms: their start, how one refresh a step follows them, and the same from shards."""
+
+import math
+import threading
+
+import pytest
+import torch
+from support.sigma import gaussian, make_linear, make_matrix, spectral_norm
+from torch import Tensor
+
+from stablelm.methods import spectral
+
+# The start.
+
+SHAPES = [(256, 256), (768, 768), (3072, 768), (96, 300), (1, 7), (7, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_start_is_the_top_of_the_svd(shape):
+    weight = gaussian(*shape)
+    torch.manual_seed(5)  # the global generator plays no part
+    start, again = spectral.start(weight.float()), spectral.start(weight.float())
+    weight = weight.float().double()
+    assert start.sigma == again.sigma and torch.equal(start.u, again.u) and torch.equal(start.v, again.v)
+    assert start.sigma == pytest.approx(spectral_norm(weight), rel=1e-7)
+    assert (start.u.norm().item(), start.v.norm().item()) == pytest.approx((1, 1), abs=1e-12)
+    assert (weight.T @ start.v - start.sigma * start.u).norm() <= 1e-4 * start.sigma
+    assert (start.v @ weight @ start.u).item() == pytest.approx(start.sigma, rel=1e-7)
+    if min(shape) >= 256:
+        expected = 0.02 * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+        assert start.sigma == pytest.approx(expected, rel=0.02)
+
+
+def test_starts_shared_out_over_ranks_sum_to_all_of_them():
+    matrices = [gaussian(rows, 20, seed=rows) for rows in (12, 30, 20, 8, 16)]
+    ranks = [spectral.SharedStarts(rank, 3) for rank in range(3)]
+    for matrix in matrices:
+        parts, whole = [rank(matrix) for rank in ranks], spectral.start(matrix)
+        assert sum(part.sigma > 0 for part in parts) == 1
+        assert sum(part.sigma for part in parts) == whole.sigma
+        assert torch.equal(sum(part.u for part in parts), whole.u)  # type: ignore[arg-type]
+        assert torch.equal(sum(part.v for part in parts), whole.v)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [100, 400])
+def test_the_start_of_special_matrices(size):
+    rank_one = torch.outer(gaussian(size, std=1), gaussian(size, seed=1, std=1))
+    assert spectral.start(rank_one).sigma == pytest.approx(spectral_norm(rank_one), rel=1e-9)
+    assert spectral.start(3.0 * torch.eye(size)).sigma == pytest.approx(3, rel=1e-9)
+    with pytest.raises(ValueError, match="no direction of largest gain"):
+        spectral.start(torch.zeros(size, size))
+
+
+# Tracking.
+
+
+@pytest.mark.parametrize(("lr", "shortfall"), [(3e-4, 1e-3), (1e-3, 2.5e-2)])
+def test_one_refresh_a_step_follows_the_norm_from_below(lr, shortfall):
+    """Sign steps with gradients of noise: the hardest case for one power iteration a step."""
+    weight = gaussian(256, 256).float()
+    start = spectral.start(weight)
+    matrix = spectral.Matrix(weight, 0, start.u.float(), start.v.float())
+    generator, ratios = torch.Generator().manual_seed(1), [spectral_norm(weight) / spectral.estimates([matrix]).item()]
+    for step in range(1, 301):
+        weight -= lr * torch.randn(256, 256, generator=generator).sign()
+        spectral.refresh([matrix])
+        if step % 30 == 0:
+            ratios.append(spectral_norm(weight) / spectral.estimates([matrix]).item())
+    assert ratios[0] <= 1 + 1e-4
+    assert min(ratios) >= 1 - 1e-5
+    assert max(ratios) <= 1 + shortfall
+
+
+def test_tracking_errors_tell_how_far_the_estimate_lies_below_and_change_nothing():
+    matrices = [make_matrix(make_linear(24, 16)), make_matrix(make_linear(16, 40))]
+    kept = [(matrix.u.clone(), matrix.v.clone()) for matrix in matrices]
+    errors = spectral.tracking_errors(matrices, iterations=500)
+    wanted = [1 - (m.v @ m.rows @ m.u).item() / spectral_norm(m.rows) for m in matrices]
+    assert min(wanted) > 1e-4
+    assert errors.tolist() == pytest.approx(wanted, rel=1e-6)
+    assert all(torch.equal(m.u, u) and torch.equal(m.v, v) for m, (u, v) in zip(matrices, kept, strict=True))
+
+
+class _Ranks:
+    """Threads that stand for ranks: a sum of flat tensors over all of them, counted."""
+
+    def __init__(self, size: int):
+        self.barrier, self.parts, self.calls = threading.Barrier(size), [torch.empty(0)] * size, 0
+
+    def reduce(self, rank: int):
+        def in_place(flat: Tensor) -> None:
+            self.parts[rank] = flat.clone()
+            self.calls += rank == 0
+            self.barrier.wait(10)
+            flat.copy_(torch.stack(self.parts).sum(dim=0))
+            self.barrier.wait(10)
+
+        return in_place
+
+    def run(self, function, *each: list) -> list:
+        results: list = [None] * len(self.parts)
+
+        def one(rank: int) -> None:
+            results[rank] = function(*(arguments[rank] for arguments in each), self.reduce(rank))
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(self.parts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@pytest.mark.parametrize("splits", [(13, 11), (8, 8, 8), (20, 4, 0)], ids=str)
+def test_a_refresh_of_shards_equals_that_of_the_whole_in_one_sum(splits):
+    whole = [make_matrix(make_linear(24, 16)), make_matrix(make_linear(24, 40))]
+    shards = []
+    for rank in range(len(splits)):
+        first = sum(splits[:rank])
+        rows = slice(first, first + splits[rank])
+        shards.append([spectral.Matrix(m.rows[rows], first, m.u.clone(), m.v.clone()) for m in whole])
+    ranks = _Ranks(len(splits))
+    ranks.run(spectral.refresh, shards)
+    assert ranks.calls == 1
+    spectral.refresh(whole)
+    for rank, held in enumerate(shards):
+        for one, other in zip(held, whole, strict=True):
+            torch.testing.assert_close(one.u, other.u, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(one.v, other.v, rtol=1e-12, atol=1e-14)
+            if 0 < splits[rank] < 20:
+                assert (
+                    spectral_norm(one.rows) < 0.99 * (one.v @ other.rows @ one.u).item()
+                )  # a shard's own norm would not do
+    for found in ranks.run(spectral.estimates, shards):
+        torch.testing.assert_close(found, spectral.estimates(whole), rtol=1e-12, atol=0)
+
+
+def test_nothing_to_refresh_asks_for_no_sum():
+    spectral.refresh([], lambda flat: pytest.fail("no collective is needed"))
