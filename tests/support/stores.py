@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -28,6 +29,9 @@ def s3_server() -> Iterator[dict[str, str]]:
     before = dict(os.environ)
     os.environ |= KEYS
     conf["s3"] = {"endpoint_url": endpoint}
+    # What the server holds belongs to the process and outlives it; clients are remembered by their arguments.
+    urlopen(Request(f"{endpoint}/moto-api/reset", method="POST"), timeout=10).close()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     try:
         fsspec.filesystem("s3").mkdir("s3://bucket")
         yield {**KEYS, "FSSPEC_S3_ENDPOINT_URL": endpoint}
