@@ -156,9 +156,10 @@ def on_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
             state = {"vectors": vectors(engine), "norms": engine.sigma.norms()}
             state |= {"errors": engine.sigma.tracking_errors(), "whole": {}, "local": {}}
             for name, parameter in engine.parameters().items():
-                assert isinstance(parameter, DTensor)
-                state["whole"][name] = parameter.full_tensor().detach().clone()
-                state["local"][name] = parameter.to_local().detach().clone()
+                assert isinstance(parameter, DTensor) == (parameter.ndim > 1)
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                state["whole"][name] = engine.whole(name)
+                state["local"][name] = local.detach().clone()
             save_tensors(directory, engine.tensors(), group)
     return state | {"shares": shares}
 
