@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import keep
+from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.places import Place
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config
+from stablelm.data.loader import Loader
+from stablelm.engine.base import Engine
 from stablelm.engine.build import build_engine
 from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_RANK_LOST, EXIT_STOPPED_EARLY, UserError
@@ -129,7 +132,35 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
     saver = build_saver(prepared, fence, ranks, progress)
     records.message(rehearse(config, engine, ranks, saver))
     stop.margin_seconds = saver.margin_seconds
-    job = Job(
+    job = _job(prepared, ranks, engine, loader, progress, stop, saver, records)
+    try:
+        reason = train(job)
+    except BaseException:
+        saver.settle()
+        raise
+    loader.close()
+    job.profiler.close()
+    if reason:
+        records.message(f"stopped early ({reason}) at step {progress.step} of {config.train.steps}; run again to go on")
+    elif ranks.is_first:
+        ending.extra |= comparison(prepared, job, records.message)
+    records.message(where_to_look(config))
+    records.close()
+    return reason
+
+
+def _job(
+    prepared: Prepared,
+    ranks: Ranks,
+    engine: Engine,
+    loader: Loader,
+    progress: Progress,
+    stop: Stop,
+    saver: Saver,
+    records: Records,
+) -> Job:
+    config = prepared.config
+    return Job(
         config=config,
         engine=engine,
         ranks=ranks,
@@ -151,20 +182,6 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
         saver=saver,
         save=lambda wait: save(prepared, engine, loader, ranks, progress, saver, wait=wait),
     )
-    try:
-        reason = train(job)
-    except BaseException:
-        saver.settle()
-        raise
-    loader.close()
-    job.profiler.close()
-    if reason:
-        records.message(f"stopped early ({reason}) at step {progress.step} of {config.train.steps}; run again to go on")
-    elif ranks.is_first:
-        ending.extra |= comparison(prepared, job, records.message)
-    records.message(where_to_look(config))
-    records.close()
-    return reason
 
 
 def opening(config: Config, prepared: Prepared, ending: Ending) -> str:
