@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from stablelm.config import rules
 from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config
-from stablelm.engine.environment import AccelerateFlags, Launch, engine_kind
-from stablelm.errors import ConfigError, StorageError, UserError
+from stablelm.engine.environment import AccelerateFlags, engine_kind
+from stablelm.errors import ConfigError, StorageError
 from stablelm.plan.accelerators import Accelerator, find
-from stablelm.train.start import report
+from stablelm.train.start import exit_code_of
 
 if TYPE_CHECKING:
     from stablelm.plan.report import Plan
@@ -44,21 +44,14 @@ def plan(
     simulated: bool = True,
 ) -> int:
     """Prints the plan, writes it as JSON to `out`; returns the exit code."""
-    try:
+
+    def check() -> Request:
         request = prepare(load(files, overrides), world_size, gpu, gpus_per_node, simulated=simulated)
         if out is not None:
             _check_out(Path(out))
-    except UserError as error:
-        report(error, Launch())
-        return ConfigError.exit_code
-    try:
-        _run(request, out)
-    except UserError as error:
-        report(error, Launch())
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        return request
+
+    return exit_code_of(check, lambda request: _run(request, out))
 
 
 def prepare(loaded: Loaded, world_size: int, gpu: str, gpus_per_node: int, *, simulated: bool = True) -> Request:

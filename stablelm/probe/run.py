@@ -17,9 +17,9 @@ from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch
-from stablelm.errors import ConfigError, UserError
+from stablelm.errors import ConfigError
 from stablelm.train.prepare import Corpora, Prepared
-from stablelm.train.start import report
+from stablelm.train.start import exit_code_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,19 +46,7 @@ class Request:
 
 def probe(files: list[str], overrides: list[str], *, out: str | None, sequences: int, seq_len: int | None) -> int:
     """Prints the table and the verdict, writes probe.json and probe.png to `out`; returns the exit code."""
-    try:
-        request = prepare(load(files, overrides), out, sequences, seq_len)
-    except UserError as error:
-        report(error, Launch())
-        return ConfigError.exit_code
-    try:
-        _run(request)
-    except UserError as error:
-        report(error, Launch())
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code_of(lambda: prepare(load(files, overrides), out, sequences, seq_len), _run)
 
 
 def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None) -> Request:

@@ -3,11 +3,14 @@
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from stablelm.engine.environment import Launch, accelerate_flags, detect
 from stablelm.errors import ConfigError, UserError
 
 OTHERS_WAIT_SECONDS = 3.0
+T = TypeVar("T")
 
 
 def start(
@@ -36,6 +39,23 @@ def start(
     from stablelm.train.run import run
 
     return run(prepared, resume=resume, argv=argv, started=started)
+
+
+def exit_code_of(check: Callable[[], T], work: Callable[[T], None]) -> int:
+    """Runs `work` on what `check` gives, in one process; a mistake found by `check` is bad input (78)."""
+    try:
+        checked = check()
+    except UserError as error:
+        report(error, Launch())
+        return ConfigError.exit_code
+    try:
+        work(checked)
+    except UserError as error:
+        report(error, Launch())
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def report(error: UserError, launch: Launch) -> None:
