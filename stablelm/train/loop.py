@@ -75,7 +75,7 @@ def train(job: Job) -> str:
         if due(step, config.checkpoint.every, steps) or reason:
             interval.write()
             job.save(bool(reason) or step == steps)
-            job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
+        job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
         if reason and step < steps:
             job.stop.finish()
             return reason

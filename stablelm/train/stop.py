@@ -12,6 +12,7 @@ import torch.distributed as dist
 from stablelm.engine.mesh import Ranks
 
 SAME_REQUEST_SECONDS = 2.0
+LEAST_MARGIN_SECONDS = 5.0  # a save of a tenth of a second takes seconds when its disk or core is busy elsewhere
 REASONS = ("", "signal", "time limit", "failed save")
 
 
@@ -62,7 +63,7 @@ class Stop:
         """
         if failed:
             self._wish = REASONS.index("failed save")
-        elif not self._wish and self._deadline is not None and time.time() + self.margin_seconds >= self._deadline:
+        elif not self._wish and self._too_late():
             self._wish = 2
         if self._ranks.stop_group is None:
             return REASONS[self._wish]
@@ -71,6 +72,10 @@ class Stop:
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._ranks.stop_group, async_op=True)
         self._pending = (work, flag)
         return reason
+
+    def _too_late(self) -> bool:
+        margin = max(self.margin_seconds, LEAST_MARGIN_SECONDS)
+        return self._deadline is not None and time.time() + margin >= self._deadline
 
     def finish(self) -> str:
         """Waits for the exchange that is still under way; the loop's last call."""

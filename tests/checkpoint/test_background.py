@@ -198,15 +198,12 @@ def ranks_save_in_the_background(rank, world_size, root):
     put(saver, 1, tensors)
     for local in (tensors["model.sharded"].to_local(), tensors["model.flat"].local):
         local.fill_(-7)
-    total = torch.ones(())
     thread = saver._thread
     assert thread is not None
-    while thread.is_alive():
-        dist.all_reduce(total)  # the loop's own collectives, as many as there is time for
-        flag = torch.tensor(float(thread.is_alive()))
-        dist.all_reduce(flag)
-        if not flag:
-            break
+    alive = torch.ones(())
+    while alive:  # the loop's own collectives, as many as there is time for on any rank
+        alive.fill_(thread.is_alive())
+        dist.all_reduce(alive)
     saver.wait()
     wanted = {**toy_tensors(1), "model.sharded": whole, "model.flat": whole}
     plain = blanks(wanted)
