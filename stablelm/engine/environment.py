@@ -193,10 +193,6 @@ def engine_kind(kind: str, flags: AccelerateFlags, world_size: int) -> str:
             f"engine.kind={kind} contradicts accelerate's flags, which ask for {flags.engine};"
             " drop the flag or set engine.kind=auto"
         )
-    if kind == "single" and world_size > 1:
-        raise ConfigError(
-            f"engine.kind=single cannot use the {world_size} processes that were started; use ddp, fsdp2 or auto"
-        )
     return kind
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -10,7 +9,7 @@ import time
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
+from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, refused_write, save_toy, toy_tensors
 from test_killed_saves import STAGES, inject, newest
 
 from stablelm.checkpoint import commit, fence, manifest, portable, streams
@@ -93,13 +92,8 @@ def test_a_failure_is_raised_once_where_the_loop_meets_it(tmp_path, monkeypatch,
     put(saver, 1)
     saver.wait()
 
-    def full(self, content):
-        failure = OSError(code, os.strerror(code))
-        self._failed(failure)
-        raise failure
-
     with monkeypatch.context() as patched:
-        patched.setattr(streams.HashingStream, "_write", full)
+        patched.setattr(streams.HashingStream, "_write", refused_write(code))
         put(saver, 2)
         deadline = time.monotonic() + 20
         while not saver.failed:
@@ -210,13 +204,7 @@ def ranks_save_in_the_background(rank, world_size, root):
     portable.load_tensors(root / "step-00000001" / "tensors", plain, dist.group.WORLD)
     assert_equal(plain, wanted)
     if rank == 1:
-
-        def full(self, content):
-            failure = OSError(errno.ENOSPC, "No space left on device")
-            self._failed(failure)
-            raise failure
-
-        streams.HashingStream._write = full
+        streams.HashingStream._write = refused_write()
     put(saver, 2, tensors)
     try:
         put(saver, 3)

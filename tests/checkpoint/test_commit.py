@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
+from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, refused_write, save_toy, toy_tensors
 
 from stablelm.checkpoint import commit, files, keep, manifest, portable, streams
 from stablelm.checkpoint.fence import Fence
@@ -156,13 +156,7 @@ def ranks_save_and_fail(rank, world_size, root):
 
     write, save = streams.HashingStream._write, commit.save_tensors
     if rank == 1:
-
-        def full(self, content):
-            failure = OSError(errno.ENOSPC, "No space left on device")
-            self._failed(failure)
-            raise failure
-
-        streams.HashingStream._write = full
+        streams.HashingStream._write = refused_write()
     attempt()
     streams.HashingStream._write = write
     if rank == 1:

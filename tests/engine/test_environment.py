@@ -147,7 +147,6 @@ def test_settings_of_both_sides_must_agree(overrides: list[str], environ: dict[s
         ),
         ("auto", {"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm is not supported"),
         ("auto", {"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16 is not supported; use bf16"),
-        ("single", {}, "engine.kind=single cannot use the 2 processes"),
     ],
 )
 def test_contradictions_are_named(kind: str, environ: dict[str, str], words: str):

@@ -1,5 +1,8 @@
 """Toy checkpoints for the tests: known tensors, one line to save them, and ways to hurt them."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +57,14 @@ def flip_bit(path: Path, position: int) -> None:
 def left_over(root: Path) -> list[str]:
     """Names below the checkpoints directory that are neither committed steps nor fencing tokens."""
     return sorted(path.name for path in root.iterdir() if not path.name.startswith(("step-", "fence")))
+
+
+def refused_write(code: int = errno.ENOSPC) -> Callable[[Any, bytes], None]:
+    """What to put in place of `HashingStream._write`: the disk refuses with this error, full by default."""
+
+    def write(stream: Any, content: bytes) -> None:
+        failure = OSError(code, os.strerror(code))
+        stream._failed(failure)
+        raise failure
+
+    return write
