@@ -102,22 +102,28 @@ def test_sigkill_at_any_stage_loses_nothing(tmp_path, stage):
     assert_equal(loaded, toy_tensors(2))
 
 
-def one_rank_dies(rank, world_size, stage, victim, root):
+def ranks_die(rank, world_size, stage, victims, root):
     import torch.distributed as dist
 
     save_toy(root, 1, group=dist.group.WORLD)
-    if rank == victim:
+    if rank in victims:
         inject(stage)
     save_toy(root, 2, group=dist.group.WORLD)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "victim"), [("tensors half written", 1), ("before COMMITTED", 0)])
-def test_ranks_left_behind_end_too(tmp_path, stage, victim):
-    with pytest.raises(RuntimeError, match=f"rank {victim}: died with exit code -9") as caught:
-        run_ranks(one_rank_dies, 2, stage, victim, tmp_path, timeout=60)
-    assert f"rank {1 - victim}: Traceback" in str(caught.value)
+@pytest.mark.parametrize(
+    ("stage", "victims"),
+    [("tensors half written", [1]), ("before COMMITTED", [0]), ("tensors half written", [0, 1])],
+)
+def test_ranks_left_behind_end_too_and_the_older_commit_stays(tmp_path, stage, victims):
+    with pytest.raises(RuntimeError) as caught:
+        run_ranks(ranks_die, 2, stage, victims, tmp_path, timeout=60)
+    for rank in (0, 1):
+        assert f"rank {rank}: {'died with exit code -9' if rank in victims else 'Traceback'}" in str(caught.value)
     assert newest(tmp_path) == tmp_path / "step-00000001"
+    fence.sweep(tmp_path, 2)
+    assert left_over(tmp_path) == []
 
 
 def save_under_a_file_limit(root, limit):

@@ -38,7 +38,6 @@ SIZES = {
     "zero3": (1, 2, 3, 4),
 }
 BATCH, SEQ, VOCABULARY = 12, 16, 96
-SAVED_AT, CONTINUED = 5, 5
 Cell = tuple[str, int]
 """An engine kind and a world size."""
 
@@ -97,17 +96,17 @@ def train_kinds(rank: int, world_size: int, kinds: list[str], overrides: list[st
     return {kind: run_steps(build_engine(config, kind, ranks), ranks, config, 1, steps, micro=micro) for kind in kinds}
 
 
-def save_kinds(rank: int, world_size: int, kinds: list[str], folder: str) -> None:
-    """Each kind trains SAVED_AT steps and saves into `folder/<kind>-<world size>`."""
+def save_kinds(rank: int, world_size: int, kinds: list[str], folder: str, steps: int) -> None:
+    """Each kind trains `steps` steps and saves into `folder/<kind>-<world size>`."""
     ranks, config = make_ranks(rank, world_size), configuration()
     for kind in kinds:
         engine = build_engine(config, kind, ranks)
-        run_steps(engine, ranks, config, 1, SAVED_AT)
+        run_steps(engine, ranks, config, 1, steps)
         save_tensors(Path(folder) / f"{kind}-{world_size}", engine.tensors(), ranks.cpu_group)
 
 
-def load_kinds(rank: int, world_size: int, kinds: list[str], folder: str, sources: list[Cell]) -> dict:
-    """Each kind loads every source in turn: the next CONTINUED losses by (kind, source)."""
+def load_kinds(rank: int, world_size: int, kinds: list[str], folder: str, steps: int, sources: list[Cell]) -> dict:
+    """Each kind loads every source in turn: as many losses more by (kind, source)."""
     ranks, config = make_ranks(rank, world_size), configuration()
     found = {}
     for kind in kinds:
@@ -115,8 +114,7 @@ def load_kinds(rank: int, world_size: int, kinds: list[str], folder: str, source
         for source in sources:
             load_tensors(Path(folder) / f"{source[0]}-{source[1]}", engine.tensors(), ranks.cpu_group)
             engine.loaded()
-            losses = run_steps(engine, ranks, config, SAVED_AT + 1, SAVED_AT + CONTINUED)
-            found[kind, source] = losses
+            found[kind, source] = run_steps(engine, ranks, config, steps + 1, 2 * steps)
     return found
 
 
@@ -139,14 +137,19 @@ def equality(chosen: list[Cell], overrides: list[str], steps: int = 20) -> dict[
     return found
 
 
-def checkpoints(sources: list[Cell], targets: list[Cell], folder: str) -> dict[tuple[Cell, Cell], float]:
-    """The worst relative difference of the losses after a resume to the uninterrupted run's, by (source, target)."""
-    expected = single(steps=SAVED_AT + CONTINUED)[SAVED_AT:]
+def checkpoints(
+    sources: list[Cell], targets: list[Cell], folder: str, steps: int = 5
+) -> dict[tuple[Cell, Cell], float]:
+    """The worst relative difference of the losses to the uninterrupted run's, by (source, target).
+
+    Each source saves after `steps` steps, each target goes on for as many.
+    """
+    expected = single(steps=2 * steps)[steps:]
     for size in sorted({size for _, size in sources}):
-        launch(save_kinds, size, _kinds_of(size, sources), folder)
+        launch(save_kinds, size, _kinds_of(size, sources), folder, steps)
     found = {}
     for size in sorted({size for _, size in targets}):
-        losses = launch(load_kinds, size, _kinds_of(size, targets), folder, sources)
+        losses = launch(load_kinds, size, _kinds_of(size, targets), folder, steps, sources)
         found |= {(source, (kind, size)): worst(curve, expected) for (kind, source), curve in losses.items()}
     return found
 

@@ -1,7 +1,6 @@
 """Runs a function on several gloo ranks, each its own process, and brings back what each returned or raised."""
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import time
@@ -9,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from support.forked import adopt, server
 
 GRACE = 10.0  # seconds that the other ranks get to report once one has failed
 
@@ -23,7 +24,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     import torch.distributed as dist
 
-    context = multiprocessing.get_context("spawn")
+    context = server()
     # The parent's store owns the port, so no other process can take it between choosing and using.
     host = ("127.0.0.1", 0)
     store = dist.TCPStore(*host, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
@@ -31,7 +32,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     try:
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (sender, function, rank, world_size, store.port, args, timeout)
+            arguments = (sender, dict(os.environ), function, rank, world_size, store.port, args, timeout)
             process = context.Process(target=_child, args=arguments, daemon=True)
             process.start()
             sender.close()
@@ -76,8 +77,16 @@ def _collect(pipes: list[Connection], processes: list, timeout: float) -> list[A
 
 
 def _child(
-    sender: Connection, function: Callable, rank: int, world_size: int, port: int, args: tuple, timeout: float
+    sender: Connection,
+    environ: dict[str, str],
+    function: Callable,
+    rank: int,
+    world_size: int,
+    port: int,
+    args: tuple,
+    timeout: float,
 ) -> None:
+    adopt(environ)
     import torch
     import torch.distributed as dist
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.forked import run_forked
 from support.samples import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -37,10 +38,19 @@ def run(
     program: str, *arguments: str, processes: int = 1, launcher: str = "", timeout: float = 240,
     cwd: Path | None = None, **extra: str,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Runs to the end; the caller checks the return code."""
+    """Runs to the end; the caller checks the return code. launcher: as for `command`, and 'python' for a fresh one.
+
+    Without a launcher the processes are forked with torch imported, several as torchrun would start them.
+    """
+    environ = environment(**extra)
+    if not launcher:
+        script, port = str(LAUNCH / f"{program}.py"), free_port()
+        return run_forked(
+            script, list(arguments), environ, processes=processes, port=port, cwd=cwd, timeout=timeout
+        )  # fmt: skip
     return subprocess.run(
-        command(program, *arguments, processes=processes, launcher=launcher),
-        env=environment(**extra), cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False,
+        command(program, *arguments, processes=processes, launcher="" if launcher == "python" else launcher),
+        env=environ, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
