@@ -1,13 +1,12 @@
 """A run that is killed and resumed is the run that was not."""
 
 import random
-import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from support.programs import TINY, command, environment, losses, run, summary
+from support.forked import start_forked
+from support.programs import LAUNCH, TINY, environment, losses, run, summary
 from support.tiny import TinyCorpus
 
 pytestmark = pytest.mark.slow
@@ -24,20 +23,18 @@ def records(run_dir: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def kill_after(seconds: float, records_first: int, run_dir: Path, command_line: list[str]) -> None:
+def kill_after(seconds: float, records_first: int, run_dir: Path, program_arguments: list[str], output: Path) -> None:
     """Starts the program and kills it, with no warning, `seconds` after it has written that many more records."""
     before = records(run_dir)
-    process = subprocess.Popen(
-        command_line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start_forked(str(LAUNCH / "pretrain.py"), program_arguments, environment(), output=output)
     deadline = time.monotonic() + 120
     while records(run_dir) < before + records_first:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.exitcode is None, (output / "err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 def test_three_kills_leave_no_trace(tiny_corpus: TinyCorpus, tmp_path: Path):
@@ -46,8 +43,8 @@ def test_three_kills_leave_no_trace(tiny_corpus: TinyCorpus, tmp_path: Path):
     killed = tmp_path / "killed"
     moments = random.Random(5)
     for _ in range(3):
-        line = command("pretrain", *arguments(tiny_corpus, killed, *DROPOUT))
-        kill_after(moments.uniform(0, 0.2), moments.randint(2, 10), killed, line)
+        line = arguments(tiny_corpus, killed, *DROPOUT)
+        kill_after(moments.uniform(0, 0.2), moments.randint(2, 10), killed, line, tmp_path)
     last = run("pretrain", *arguments(tiny_corpus, killed, *DROPOUT))
     assert last.returncode == 0, last.stderr
     assert "resumed from" in last.stdout

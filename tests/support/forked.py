@@ -28,6 +28,7 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "yaml",
 ]
+OUTPUTS = ("out", "err")
 KILLED_AFTER = 30.0  # seconds that the others get to end by themselves
 
 
@@ -54,13 +55,10 @@ def run_forked(
     """
     line = [script, *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        files = (f"{folder}/out", f"{folder}/err")
         ranks = []
         for rank in range(processes):
             own = environ if processes == 1 else environ | _launcher(rank, processes, port)
-            process = server().Process(target=_program, args=(line, own, str(cwd or Path.cwd()), files))
-            process.start()
-            ranks.append(process)
+            ranks.append(start_forked(script, arguments, own, cwd=cwd, output=Path(folder)))
         try:
             code = _wait(ranks, time.monotonic() + timeout)
         except TimeoutError:
@@ -69,8 +67,20 @@ def run_forked(
             for process in ranks:
                 process.kill()
                 process.join()
-        out, err = (Path(file).read_text() if Path(file).exists() else "" for file in files)
+        out, err = ((Path(folder) / name).read_text() for name in OUTPUTS)
         return subprocess.CompletedProcess(line, code, out, err)
+
+
+def start_forked(
+    script: str, arguments: list[str], environ: dict[str, str], *, output: Path, cwd: Path | None = None
+) -> Any:
+    """The multiprocessing.Process of `python script arguments`; `output` gets the files out and err, appended to."""
+    for name in OUTPUTS:
+        (output / name).touch()
+    line = ([script, *arguments], environ, str(cwd or Path.cwd()), str(output))
+    process = server().Process(target=_program, args=line)
+    process.start()
+    return process
 
 
 def _launcher(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -101,10 +111,10 @@ def _wait(ranks: list[Any], deadline: float) -> int:
     return code or next((process.exitcode for process in ranks if process.exitcode), 0)
 
 
-def _program(line: list[str], environ: dict[str, str], cwd: str, files: tuple[str, str]) -> None:
+def _program(line: list[str], environ: dict[str, str], cwd: str, output: str) -> None:
     os.setsid()
-    for descriptor, file in zip((1, 2), files, strict=True):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, name in zip((1, 2), OUTPUTS, strict=True):
+        opened = os.open(f"{output}/{name}", os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     for number in (signal.SIGINT, signal.SIGTERM):
