@@ -33,12 +33,14 @@ def resolve(
     world_size: int,
     accelerate_precision: str | None,
     origins: dict[str, str] | None = None,
+    eos: int = 0,
 ) -> Config:
     """Checks all rules and fills every derived key that is None; resolving the result changes nothing.
 
-    `pieces` is the tokenizer's size, `world_size` the number of data-parallel ranks. Raises one
-    ConfigError with a line for each broken rule.
+    `pieces` is the tokenizer's size and `eos` its end of a document, `world_size` the number of data-parallel ranks.
+    Raises one ConfigError with a line for each broken rule.
     """
+    config = _with_document_end(config, eos)
     rules = _Rules(config, origins).check(world_size, accelerate_precision)
     rules.vocabulary(pieces)
     rules.report()
@@ -46,6 +48,14 @@ def resolve(
     checkpoint = replace(config.checkpoint, dir=config.checkpoint.dir or f"{config.run.dir.rstrip('/')}/checkpoints")
     model = _resolve_model(config.model, config.data.seq_len, pieces)
     return replace(config, model=model, train=train, checkpoint=checkpoint)
+
+
+def _with_document_end(config: Config, eos: int) -> Config:
+    attention = config.model.attention
+    if not config.data.document_mask or attention.document_end is not None:
+        return config
+    attention = replace(attention, document_end=eos)
+    return replace(config, model=replace(config.model, attention=attention))
 
 
 def _resolve_model(model: ModelConfig, seq_len: int, pieces: int) -> ModelConfig:
@@ -171,6 +181,7 @@ class _Rules:
         position = whole.attention.position
         for problem, names in compose.problems(whole):
             self.broken(problem, *names, "model.method")
+        self.documents(whole)
         self.method_options(whole)
         even = 2 if position == "rope" else 1
         if whole.stream != "concat" and model.d_model % (model.n_heads * even):
@@ -214,6 +225,23 @@ class _Rules:
                 f"heads{' of even width' * (even == 2)}; use {_either(fits)}",
                 "model.catformer.d_attention",
                 "model.n_heads",
+            )
+
+    def documents(self, model: ModelConfig) -> None:
+        """`model`: with its axes filled."""
+        end, masked = model.attention.document_end, self.config.data.document_mask
+        if masked and model.attention.shaping == "espa":
+            self.broken(
+                "data.document_mask=true cuts a sequence into pieces, but model.attention.shaping=espa solves "
+                "its decay for one sequence from its first token on; use data.document_mask=false",
+                "data.document_mask",
+                "model.method",
+            )
+        if end is not None and not masked:
+            self.broken(
+                f"model.attention.document_end={end} is set by data.document_mask=true; set that, or leave it out",
+                "model.attention.document_end",
+                "data.document_mask",
             )
 
     def batches(self, world_size: int) -> None:

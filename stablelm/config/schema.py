@@ -55,6 +55,11 @@ class AttentionConfig:
         "None: the method's own",
         identity=True,
     )
+    document_end: int | None = key(
+        None,
+        "token that ends a document, which attention does not cross; set by data.document_mask; None: it crosses",
+        identity=True,
+    )
     shaping: Literal["none", "espa"] | None = key(
         None, "espa: attention starts as a fixed decay that needs no skip; None: the method's own", identity=True
     )
@@ -162,6 +167,7 @@ class DataConfig:
         "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True
     )
     seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
+    document_mask: bool = key(False, "attention stays within a document, whose positions start at 0", identity=True)
     lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
     workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")

@@ -11,9 +11,10 @@ from stablelm.methods import espa
 from stablelm.methods.placement import make_placement
 from stablelm.methods.scales import logit_scale
 from stablelm.methods.widths import Widths, d_head, d_key_value, rank
+from stablelm.model import documents
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions, rotate
+from stablelm.model.positions import Positions, beside_rotation, rotate
 
 
 class Attention(nn.Module):
@@ -88,9 +89,9 @@ class Attention(nn.Module):
 
     def _bias(self, positions: Positions, query: Tensor) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
-        if self.config.attention.position == "alibi":
-            return positions[0]
-        return self._shaped(query)[0] if self.config.attention.shaping == "espa" else None
+        if self.config.attention.shaping == "espa":
+            return self._shaped(query)[0]
+        return beside_rotation(positions)
 
     @torch.compiler.disable()
     def _shaped(self, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +117,8 @@ class Attention(nn.Module):
             weights = F.dropout(self.logits(query, key, positions).softmax(dim=-1).to(value.dtype), dropout)
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         bias = self._bias(positions, query)
+        if bias is not None and bias.dtype == torch.int32:
+            return documents.average(query, key, value, bias, self.scale)
         return F.scaled_dot_product_attention(
             query,
             key,

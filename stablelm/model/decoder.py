@@ -11,6 +11,7 @@ from stablelm.methods.placement import make_placement
 from stablelm.methods.scales import embedding_scale, head_scale
 from stablelm.methods.stream import Chunks, make_stream
 from stablelm.methods.widths import d_head, stream_width
+from stablelm.model import documents
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, chunked_cross_entropy
 from stablelm.model.norms import Norm
@@ -85,9 +86,12 @@ class Decoder(nn.Module):
         if scale != 1:
             x = x * scale
         if self.position is not None:
-            seq_len = tokens.shape[1]
-            assert seq_len <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
-            x = x + self.position(torch.arange(seq_len, device=tokens.device))
+            assert tokens.shape[1] <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
+            end = self.config.attention.document_end
+            place = (
+                torch.arange(tokens.shape[1], device=tokens.device) if end is None else documents.places(tokens, end)
+            )
+            x = x + self.position(place)
         if self.norm_embedding is not None:
             x = self.norm_embedding(x)
         return F.dropout(x, self.config.dropout, self.training).to(self.dtypes.stream)
@@ -104,14 +108,25 @@ class Decoder(nn.Module):
         return x if scale == 1 else x * scale
 
     def positions(self, tokens: Tensor) -> Positions:
-        """The table of rope or the biases of alibi, shared by all layers; empty without."""
+        """The table of rope, the biases of alibi and the borders of documents, shared by all layers.
+
+        Both rope and alibi look at differences of positions alone, so these need not start again with a document.
+        """
         config, seq_len, device = self.config, tokens.shape[1], tokens.device
-        dtype = self.dtypes.parameter
-        if config.attention.position == "rope":
-            return rotation_table(seq_len, d_head(config), config.attention.rope_base, dtype=dtype, device=device)
-        if config.attention.position == "alibi":
-            return (alibi_bias(seq_len, config.n_heads, dtype=dtype, device=device),)
-        return ()
+        dtype, attention = self.dtypes.parameter, config.attention
+        borders: Positions = ()
+        if attention.document_end is not None:
+            if documents.has_kernel(config, self.dtypes.compute, device):
+                borders = (documents.boundaries(tokens, attention.document_end),)
+            else:
+                borders = (documents.bias(tokens, attention.document_end, dtype=dtype),)
+        if attention.position == "rope":
+            table = rotation_table(seq_len, d_head(config), attention.rope_base, dtype=dtype, device=device)
+            return table + borders
+        if attention.position == "alibi":
+            bias = alibi_bias(seq_len, config.n_heads, dtype=dtype, device=device)
+            return (bias + borders[0] if borders else bias,)
+        return borders
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

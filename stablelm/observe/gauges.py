@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablelm.methods.stream import Chunks, Concat, Stream
 from stablelm.model.attention import Attention
-from stablelm.model.positions import Positions
+from stablelm.model.positions import Positions, of_part
 from stablelm.model.sublayer import Layer
 
 LOGITS = 2**20
@@ -98,15 +98,14 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
     query, key = attention.queries_and_keys(products, positions)
     batch, heads, seq_len = query.shape[:3]
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    alibi = attention.config.attention.position == "alibi"
     some = max(1, min(heads, LOGITS // seq_len**2))
     rows = max(1, LOGITS // (some * seq_len**2))
     entropy = query.new_zeros((), dtype=torch.float64)
     largest: list[Tensor] = []
-    for queries, keys in zip(query.split(rows), key.split(rows), strict=True):
+    for begin, queries, keys in zip(range(0, batch, rows), query.split(rows), key.split(rows), strict=True):
         for first in range(0, heads, some):
             part = slice(first, first + some)
-            places = (positions[0][part],) if alibi else positions
+            places = of_part(positions, slice(begin, begin + rows), part)
             logits = attention.logits(queries[:, part], keys[:, part], places)
             # A hidden key's logarithm is made finite, for its weight is 0.
             logs = logits.log_softmax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)

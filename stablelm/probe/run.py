@@ -59,7 +59,12 @@ def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None
     data = config.data
     tokenizer = Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer)
     config = rules.resolve(
-        config, pieces=tokenizer.pieces, world_size=1, accelerate_precision=None, origins=loaded.origins
+        config,
+        pieces=tokenizer.pieces,
+        eos=tokenizer.eos,
+        world_size=1,
+        accelerate_precision=None,
+        origins=loaded.origins,
     )
     seq_len = _lengths(config, sequences, seq_len)
     folder = Path(out if out is not None else f"{config.run.dir.rstrip('/')}/probe")

@@ -55,6 +55,7 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     config = rules.resolve(
         config,
         pieces=tokenizer.pieces,
+        eos=tokenizer.eos,
         world_size=launch.world_size,
         accelerate_precision=flags.precision,
         origins=loaded.origins,

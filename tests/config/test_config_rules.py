@@ -267,3 +267,19 @@ def test_check_needs_no_tokenizer():
 def test_a_huge_number_is_answered_at_once():
     (line,) = problems("model.d_model=1000000007")
     assert line.startswith("model.d_model=1000000007 is not divisible by model.n_heads=6; use ")
+
+
+def test_document_mask_takes_the_tokenizers_end():
+    loaded = load([], ["train.steps=1", "data.document_mask=true"])
+    around = {"pieces": 4000, "world_size": 1, "accelerate_precision": None}
+    config = rules.resolve(loaded.config, eos=7, **around)
+    assert config.model.attention.document_end == 7
+    assert rules.resolve(config, eos=7, **around) == config
+    assert resolve().model.attention.document_end is None
+
+
+def test_document_mask_is_refused_where_it_makes_no_sense():
+    (line,) = problems("data.document_mask=true", "model.method=e_spa")
+    assert "espa" in line and line.split(" (")[0].endswith("use data.document_mask=false")
+    (line,) = problems("model.attention.document_end=3")
+    assert "model.attention.document_end=3 is set by data.document_mask=true" in line
