@@ -113,5 +113,5 @@ async def _http_client(**settings: Any) -> Any:
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
-    settings = {"timeout": timeout, "connector": aiohttp.TCPConnector(limit=CONNECTIONS), **settings}
+    settings = {"trust_env": True, "timeout": timeout, "connector": aiohttp.TCPConnector(limit=CONNECTIONS), **settings}
     return aiohttp.ClientSession(**settings)
