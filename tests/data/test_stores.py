@@ -1,4 +1,4 @@
-"""The same documents from every store and format: paths, globs, options, and what is said when a store cannot be read."""
+"""The same documents from every store and format: paths, globs, options, and what is said when one fails."""
 
 import gzip
 import json
@@ -125,8 +125,18 @@ def test_options_survive_being_written(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["s3.key", "s3.secret", "s3.token", "s3.client_kwargs.aws_secret_access_key", "az.account_key", "hf.token"]
-    + ["az.connection_string", "http.headers.Authorization", "az.sas_token", "gs.password"],
+    [
+        "s3.key",
+        "s3.secret",
+        "s3.token",
+        "s3.client_kwargs.aws_secret_access_key",
+        "az.account_key",
+        "hf.token",
+        "az.connection_string",
+        "http.headers.Authorization",
+        "az.sas_token",
+        "gs.password",
+    ],
 )
 def test_secrets_are_refused_without_being_shown(name):
     loaded = load([], [f"data.storage.{name}=hush-hush"])
@@ -138,7 +148,7 @@ def test_secrets_are_refused_without_being_shown(name):
 
 @pytest.mark.parametrize("name", ["s3.anon", "s3.endpoint_url", "s3.requester_pays", "gs.project", "az.account_name"])
 def test_other_options_are_not(name):
-    check(load([], [f"data.storage.{name}=a"]).config, 1, None)
+    check(load([], ["train.steps=1", f"data.storage.{name}=a"]).config, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +172,9 @@ def test_a_missing_package_is_named(monkeypatch, path, package, extra):
 def test_a_store_with_nothing_that_matches(bucket):
     with pytest.raises(ConfigError, match=r"data\.path: nothing in the store matches 's3://bucket/de/\*'"):
         corpus.resolve("s3://bucket/de/*", key="data.path", cache="unused", options=quick())
-    with pytest.raises(
-        ConfigError, match="the files of 's3://absent/de' cannot be listed|nothing in the store matches"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot be listed|nothing in the store matches"):
         corpus.resolve("s3://absent/de", key="data.path", cache="unused", options=quick())
-    with pytest.raises(DataError, match=r"s3://bucket/en/absent\.json: the server answers 404"):
+    with pytest.raises(DataError, match=r"s3://bucket/en/absent\.json: the file is not there any more"):
         list(documents(["s3://bucket/en/absent.json"], quick()))
 
 
@@ -176,9 +184,7 @@ def test_a_table_is_read_by_ranges_of_its_text_column(folder):
     with serve(folder) as server:
         rows = open_rows(f"{server.url}/big.parquet", room=0, options=quick())
         taken = rows.take(range(3500, 3510))
-        assert [rows.tokens(row, LetterTokenizer())[-2] for row in taken or []] == [
-            ord(TEXTS[n][-1]) for n in range(500, 510)
-        ]
+        assert [row for _, row in taken or []] == [TEXTS[n].encode() for n in range(500, 510)]
         ranges = [request.rsplit("=", 1)[1].split("-") for request in server.requests if "bytes=" in request]
         assert sum(int(last) - int(first) + 1 for first, last in ranges) < size / 10
 
@@ -198,8 +204,9 @@ def test_a_table_that_is_wrong(tmp_path, content, options, says):
     path.write_bytes(content)
     with pytest.raises(DataError, match=says):
         list(documents([str(path)], ReadOptions(retry_budget=0, **options)))
-    with pytest.raises(ConfigError, match="row 2" if False else "."):
-        corpus.check([str(path)], key="data.path", column=options.get("text_column", "text"))
+    if "row 2" not in says:  # only the first row is looked at before the start
+        with pytest.raises(ConfigError, match=says):
+            corpus.check([str(path)], key="data.path", column=options.get("text_column", "text"))
 
 
 def test_an_empty_table_and_row_counts(tmp_path):
