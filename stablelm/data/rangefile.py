@@ -8,8 +8,10 @@ import errno
 import io
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from stablelm.data import filecache
 from stablelm.data.options import ReadOptions, Stamp
 from stablelm.data.retry import persist
 from stablelm.data.stores import local_path, local_stamp, open_file
@@ -36,6 +38,8 @@ class RangeFile(io.RawIOBase):
         self.retries = 0
         self._options = options
         self._file: Any = None
+        self._local: Stamp | None = None  # of the open file, if it is on a disk
+        self._keeps = options.cache_bytes > 0 and local_path(url) is None
 
     def readable(self) -> bool:
         return True
@@ -93,8 +97,8 @@ class RangeFile(io.RawIOBase):
         if self.offset >= stamp.size:
             return b""
         data = file.read(min(size, stamp.size - self.offset))
-        if isinstance(file, io.FileIO) and (now := local_stamp(file)) != stamp:
-            raise self._changed(stamp, now)
+        if self._local is not None and (now := local_stamp(file)) != self._local:
+            raise self._changed(self._local, now)
         if not data:
             raise OSError(errno.EIO, "the store sent nothing where bytes must be")
         return data
@@ -104,12 +108,30 @@ class RangeFile(io.RawIOBase):
         known = self._options.stamps.get(self.url)
         if self._file is not None and known is not None:
             return self._file, known
-        self._file, stamp = open_file(self.url, self._options)
-        known = self._options.stamps.setdefault(self.url, stamp)
-        if stamp != known:
-            raise self._changed(known, stamp)
+        if known is None or not self._keeps or not self._open_kept(known):
+            self._file, stamp = open_file(self.url, self._options)
+            known = self._options.stamps.setdefault(self.url, stamp)
+            if stamp != known:
+                raise self._changed(known, stamp)
+            if self._keeps:
+                self._open_kept(stamp)
+        self._local = local_stamp(self._file) if isinstance(self._file, io.FileIO) else None
         self._file.seek(self.offset)
-        return self._file, stamp
+        return self._file, known
+
+    def _open_kept(self, stamp: Stamp) -> bool:
+        """Goes on with the whole file on this machine's disk, if it is or can be kept there."""
+        own = replace(self._options, cache_bytes=0)
+        path = filecache.kept(self.url, stamp, self._options, lambda: RangeFile(self.url, own))
+        if path is None:
+            return False
+        try:
+            local = io.FileIO(path)
+        except FileNotFoundError:  # deleted since, to make room
+            return False
+        self._drop()
+        self._file = local
+        return True
 
     def _moved(self, offset: int) -> None:
         self.offset = offset
