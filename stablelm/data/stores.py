@@ -105,7 +105,9 @@ def _shared(process: int, scheme: str, settings: str) -> Any:
         given = {"get_client": _http_client, **given}
     elif FAMILIES.get(scheme, scheme) == "s3":
         given = {"use_listings_cache": False, **given}
-        given["config_kwargs"] = {"max_pool_connections": CONNECTIONS, **given.get("config_kwargs", {})}
+        # Retries are ours: those below would hide a wait and spend its budget unseen.
+        defaults = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1}}
+        given["config_kwargs"] = {**defaults, **given.get("config_kwargs", {})}
     return fsspec.filesystem(scheme, **given)
 
 
