@@ -115,8 +115,9 @@ def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[by
                 member = _Member()
                 data, at = data[length:], at + length
             elif not member.ended:
-                yield member.inflate(data)
-                if starts.due(at) and not member.ended:
+                searching = starts.due(at)
+                yield member.inflate(data, searching)
+                if searching and not member.ended:
                     _search(member, data, at, starts)
                 data, at = member.unused, at + len(data) - len(member.unused)
             elif len(data) < 8:
@@ -131,10 +132,11 @@ def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[by
 
 def _search(member: "_Member", data: bytes, at: int, starts: Starts) -> None:
     block = deflate.find_block(data, member.tail, member.out)
-    if block is None:
+    crc, size = member.before
+    # A window that is too short may do for these bytes and not for later ones.
+    if block is None or len(block.window) < min(size + block.before, deflate.WINDOW):
         starts.failed(at)
         return
-    crc, size = member.before
     crc = zlib.crc32(memoryview(member.out)[: block.before], crc)
     ahead = len(member.out) - block.before
     starts.offer(Start(8 * at + block.bit, ahead, crc, size + block.before, zlib.compress(block.window, 1)))
@@ -143,8 +145,8 @@ def _search(member: "_Member", data: bytes, at: int, starts: Starts) -> None:
 class _Member:
     """One gzip member after its header, from its beginning or from a place inside it.
 
-    `out` is what the last piece inflated to, `tail` the end of the text before it, `before` the checksum
-    and size of all before it.
+    `out` is what the last piece inflated to, `before` the checksum and size of all before it, `tail` the end of
+    the text before it if a search wants it.
     """
 
     def __init__(self, place: Place | None = None):
@@ -159,10 +161,9 @@ class _Member:
     def ended(self) -> bool:
         return self._inflater.eof
 
-    def inflate(self, data: bytes) -> bytes:
-        previous = self.out
-        self.tail = previous[-deflate.WINDOW :] if len(previous) >= deflate.WINDOW else self.tail + previous
-        self.tail = self.tail[-deflate.WINDOW :]
+    def inflate(self, data: bytes, searching: bool) -> bytes:
+        """The text that `data` inflates to; its `tail` is only kept for a search."""
+        self.tail = (self.tail + self.out)[-deflate.WINDOW :] if searching else b""
         self.before = self.crc, self.size
         if self._bit:
             data, self._bit = deflate.padding(self._bit, data[0]) + data[1:], 0

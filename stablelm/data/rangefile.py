@@ -19,8 +19,8 @@ from stablelm.errors import DataError
 
 # Compressed bytes held by one open local file; a remote one holds options.block.
 LOCAL_BLOCK = 64 << 10
-# Compressed bytes inflated at once, which bounds the inflated lines that wait in memory.
-SLICE = 64 << 10
+# Compressed bytes inflated at once, which bounds the inflated lines that wait in memory: least and most.
+SLICES = 16 << 10, 64 << 10
 
 
 class RangeFile(io.RawIOBase):
@@ -69,10 +69,11 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
     def slices(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) from the current offset to the end, at most SLICE at once; each is let go when taken."""
+        """(offset, bytes) from the current offset to the end, a slice at once; each is let go when taken."""
+        size = min(max(self._options.block // 8, SLICES[0]), SLICES[1])
         while block := self.read(self.block):
             start = self.offset - len(block)
-            parts = deque(block[at : at + SLICE] for at in range(0, len(block), SLICE))
+            parts = deque(block[at : at + size] for at in range(0, len(block), size))
             del block
             while parts:
                 part = parts.popleft()

@@ -76,7 +76,9 @@ def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int) -> It
         rest.insert(0, b"".join(carry))
         carry = [rest.pop()]
         begun = len(first) + 1
-        for line in rest:
+        rest.reverse()
+        while rest:  # each line is let go when it is taken
+            line = rest.pop()
             number += 1
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)

@@ -116,7 +116,9 @@ def test_rows_of_a_file_are_taken_by_a_seek(folder, tmp_path, monkeypatch):
     list(numbered_lines(url, options))
     read = []
     real = inflate._Member.inflate
-    monkeypatch.setattr(inflate._Member, "inflate", lambda self, data: read.append(len(data)) or real(self, data))
+    monkeypatch.setattr(
+        inflate._Member, "inflate", lambda self, data, searching: read.append(len(data)) or real(self, data, searching)
+    )
     for room in (0, 1 << 20):
         read.clear()
         rows = FileRows(url, room=room, options=options)
@@ -213,7 +215,7 @@ def test_a_remote_file_is_entered_by_ranges(folder, tmp_path):
         server.requests.clear()
         first, rows = rows_from(url, 3900, options)
         assert next(rows) == ROWS[first]
-        assert 3900 - first < 600
+        assert 3900 - first < 1000
         assert len(server.requests) <= 8
 
 
