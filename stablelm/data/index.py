@@ -119,11 +119,11 @@ def _unpacked(data: bytes) -> list[Place]:
     places, at = [], len(MAGIC)
     try:
         while at < len(data):
-            *numbers, length = _RECORD.unpack_from(data, at)
+            bit, row, line, skip, crc, size, length = _RECORD.unpack_from(data, at)
             end = at + _RECORD.size + length
             if _CHECK.unpack_from(data, end)[0] != zlib.crc32(memoryview(data)[at:end]):
                 return []
-            places.append(Place(*numbers, data[end - length : end]))
+            places.append(Place(bit, row, line, skip, crc, size, data[end - length : end]))
             at = end + _CHECK.size
     except struct.error:
         return []

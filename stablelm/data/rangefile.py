@@ -117,8 +117,9 @@ class RangeFile(io.RawIOBase):
             if self._keeps:
                 self._open_kept(stamp)
         self._local = local_stamp(self._file) if isinstance(self._file, io.FileIO) else None
-        self._file.seek(self.offset)
-        return self._file, known
+        file: Any = self._file
+        file.seek(self.offset)
+        return file, known
 
     def _open_kept(self, stamp: Stamp) -> bool:
         """Goes on with the whole file on this machine's disk, if it is or can be kept there."""
