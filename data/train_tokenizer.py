@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
     from stablelm.data import corpus
+    from stablelm.data.options import ReadOptions
     from stablelm.data.source import documents
     from stablelm.data.tokenizer import Tokenizer, sample_lines, train
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
-        for text in documents(files, retry_budget=600.0):
+        for text in documents(files, ReadOptions()):
             if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
                 held_out.append(text)
             else:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import engine_rules
+from stablelm.config import data_rules, engine_rules
 from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
@@ -115,6 +115,8 @@ class _Rules:
     def check(self, world_size: int, accelerate_precision: str | None) -> "_Rules":
         sound = self.ranges()
         self.validation_sets()
+        for problem, name in data_rules.problems(self.config.data):
+            self.broken(problem, name)
         self.precision(accelerate_precision)
         if sound:  # what follows divides by these numbers
             self.length()
@@ -336,7 +338,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 0",
         lambda v: v >= 0,
-        "run.seed data.workers data.retry_budget train.min_lr train.warmup_steps train.cooldown_steps "
+        "run.seed data.workers data.retry_budget data.cache_bytes train.min_lr train.warmup_steps train.cooldown_steps "
         "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every "
         "observe.layers_every evaluate.every model.attention.logit_cap",
     ),

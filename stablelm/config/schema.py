@@ -172,7 +172,14 @@ class DataConfig:
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
     workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")
     prefetch: int = key(2, "batches kept ready by the workers")
-    cache: str = key("data/cache", "folder of the embedded corpus and other derived files")
+    text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
+    storage: dict[str, str | int | float | bool] = key(
+        dict,
+        "fsspec options of a store, as s3: {endpoint_url: ..., anon: true}; credentials belong in the environment, "
+        "for instance AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    )
+    cache: str = key("data/cache", "folder of the embedded corpus, of indexes of text files and other derived files")
+    cache_bytes: int = key(0, "largest size of whole remote files kept in the cache; 0: none is kept", unit="bytes")
     retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
 
 

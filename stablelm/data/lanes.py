@@ -15,6 +15,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from stablelm.data.options import ReadOptions
 from stablelm.data.reader import base_name
 from stablelm.data.source import FileRows, SharedFiles, document_text
 from stablelm.errors import DataError
@@ -87,9 +88,9 @@ class Order:
 class Lane:
     """Documents of one lane. `shared` is the process's reader of files that several lanes read."""
 
-    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, retry_budget: float):
+    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, options: ReadOptions):
         self._order, self._lane, self._shared = order, lane, shared
-        self._retry_budget = retry_budget
+        self._options = options
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
         """(cursor with offset 0, text) from the document of `start` on, endlessly.
@@ -109,7 +110,7 @@ class Lane:
             wanted = range(first, first + size * order.shares, order.shares)
             rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
             if rows is None:
-                own = own or FileRows(url, room=0, retry_budget=self._retry_budget)
+                own = own or FileRows(url, room=0, options=self._options)
                 rows = own.take(wanted)
                 assert rows is not None  # a lane reads its own file forward only
             if resumed and index >= len(rows):
@@ -124,8 +125,11 @@ class Lane:
             barren = 0 if rows or block else barren + 1
             del rows
             while waiting:
-                index, (number, line) = waiting.pop()
-                yield Cursor(epoch, entry, block, index, 0), document_text(line, url=url, number=number)
+                index, row = waiting.pop()
+                yield (
+                    Cursor(epoch, entry, block, index, 0),
+                    document_text(row, url=url, column=self._options.text_column),
+                )
             index, block = 0, block + 1
             if last:
                 epoch, entry = order.following(epoch, entry)

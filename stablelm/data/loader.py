@@ -14,6 +14,7 @@ import numpy as np
 
 from stablelm.config.schema import DataConfig
 from stablelm.data.lanes import Cursor, Lane, Order
+from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Encoder, Packer
 from stablelm.data.source import SharedFiles
 
@@ -118,12 +119,12 @@ class Loader:
 
     def _start(self) -> "_Producer":
         _allow_open_files(len(self._lanes) + OTHER_FILES)
-        budget = self._data.retry_budget
-        shared = SharedFiles(len(self._order.files), retry_budget=budget)
+        options = ReadOptions.of(self._data, lanes=len(self._lanes))
+        shared = SharedFiles(len(self._order.files), options=options)
         packers = []
         for lane in self._lanes:
             start = self._cursors.get(lane) or self._order.start(lane)
-            documents = Lane(self._order, lane, shared, retry_budget=budget).documents(start)
+            documents = Lane(self._order, lane, shared, options=options).documents(start)
             packers.append(Packer(documents, self._tokenizer, self._data.seq_len, start))
         # Ahead of the batch being asked for, at least one row must be allowed.
         ahead = max(self._data.prefetch, 1) * self._rows

@@ -7,29 +7,13 @@ the last token of the one before, so each token is predicted exactly once.
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
 from stablelm.data.lanes import Cursor
+from stablelm.data.source import Encoder, document_tokens
 
-
-class Encoder(Protocol):
-    """What packing needs of a tokenizer."""
-
-    @property
-    def eos(self) -> int: ...
-
-    def encode_array(self, text: str) -> np.ndarray: ...
-
-
-def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:
-    """Tokens of a document and its eos, int32 (length,)."""
-    ids = tokenizer.encode_array(text)
-    tokens = np.empty(len(ids) + 1, np.int32)
-    tokens[:-1] = ids
-    tokens[-1] = tokenizer.eos
-    return tokens
+__all__ = ["Encoder", "Packer", "document_tokens"]
 
 
 class Packer:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Encoder, document_tokens
 from stablelm.data.source import documents
 from stablelm.data.validation import ValidationSet
@@ -14,7 +15,7 @@ def cross_entropy(
     *,
     vocab: int,
     tokens: int,
-    retry_budget: float,
+    options: ReadOptions,
 ) -> float:
     """Mean cross-entropy, in nats a token, of an add-one unigram model on the validation targets.
 
@@ -23,7 +24,7 @@ def cross_entropy(
     """
     counts = np.ones(vocab, np.int64)
     left = tokens
-    for text in documents(train_files, retry_budget=retry_budget):
+    for text in documents(train_files, options):
         if left <= 0:
             break
         ids = document_tokens(tokenizer, text)[:left]

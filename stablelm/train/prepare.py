@@ -17,6 +17,7 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
+from stablelm.data.options import ReadOptions
 from stablelm.data.reader import base_name
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
@@ -70,20 +71,41 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    train = corpus.resolve(data.path, key="data.path", cache=data.cache)
-    inspection.check(train, key="data.path")
+    options = ReadOptions.of(data)
+    known = known_files(config)
+
+    def files(path: str | list[str], key: str) -> list[str]:
+        found = known.get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
+        inspection.check(found, key=key, column=data.text_column)
+        return found
+
+    train = files(data.path, "data.path")
     tokens = config.train.global_batch_size * data.seq_len + 1
-    inspection.check_enough(train, tokenizer, tokens, key="data.path")
+    inspection.check_enough(train, tokenizer, tokens, key="data.path", column=data.text_column)
     inspection.check_lanes(train, data.lanes)
     validation = {}
     for name, path in validation_paths(config).items():
-        key = f"data.validation.{name}"
-        validation[name] = corpus.resolve(path, key=key, cache=data.cache)
-        inspection.check(validation[name], key=key)
+        validation[name] = files(path, f"data.validation.{name}")
     base_names = [base_name(file) for file in train]
     return Corpora(
         train, validation, identities.identity(config, base_names=base_names, tokenizer_sha256=tokenizer.sha256)
     )
+
+
+def known_files(config: Config) -> dict[str, list[str]]:
+    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
+    try:
+        found = json.loads((Path(config.run.dir) / "data_files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
+    """What `known_files` is to find: the lists of remote paths, since local ones are looked up at once."""
+    paths = {"": config.data.path, **validation_paths(config)}
+    lists = {"": corpora.train, **corpora.validation}
+    return {json.dumps(path): lists[name] for name, path in paths.items() if not all(map(corpus.is_local, lists[name]))}
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:

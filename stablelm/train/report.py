@@ -5,6 +5,7 @@ from typing import Any
 
 from stablelm.config.schema import Config
 from stablelm.data import unigram
+from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.perplexity import bits_per_byte
 from stablelm.train.loop import Job
@@ -28,7 +29,7 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
                 data,
                 vocab=prepared.tokenizer.pieces,
                 tokens=UNIGRAM_TOKENS,
-                retry_budget=config.data.retry_budget,
+                options=ReadOptions.of(config.data),
             )
         except DataError as error:
             # The run is complete and saved: a baseline that cannot be read must not fail it.
