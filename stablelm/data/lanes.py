@@ -11,12 +11,13 @@ it gives the order. It depends on neither platform nor library version.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
+from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.reader import base_name
-from stablelm.data.source import FileRows, SharedFiles, document_text
+from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
 
 
@@ -37,10 +38,26 @@ class Cursor:
         return list(astuple(self))
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents of a block, the first one at `cursor` (offset 0).
+
+    `tokens` (n,) are theirs, eos of each included; `ends` (documents,) int64 says where each ends in `tokens`.
+    """
+
+    cursor: Cursor
+    tokens: np.ndarray
+    ends: np.ndarray
+
+
 def permutation(size: int, *key: int | str) -> list[int]:
     """A permutation of range(size) determined by the key alone; see the module's text."""
+    return _permuted(size, *key).tolist()
+
+
+def _permuted(size: int, *key: int | str) -> np.ndarray:
     stream = hashlib.shake_256("\0".join(map(str, key)).encode()).digest(8 * size)
-    return np.argsort(np.frombuffer(stream, "<u8"), kind="stable").tolist()
+    return np.argsort(np.frombuffer(stream, "<u8"), kind="stable")
 
 
 class Order:
@@ -70,9 +87,9 @@ class Order:
         share, place = divmod(entry, len(self.files))
         return self._epoch(epoch)[place], share
 
-    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> list[int]:
-        """Shuffled order of the `size` rows of a block."""
-        return permutation(size, "rows", self.seed, epoch, base_name(self.files[file]), share, block)
+    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
+        """Shuffled order of the `size` rows of a block, (size,)."""
+        return _permuted(size, "rows", self.seed, epoch, base_name(self.files[file]), share, block)
 
     def _epoch(self, epoch: int) -> list[int]:
         order = self._epochs.get(epoch)
@@ -97,6 +114,30 @@ class Lane:
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
+        for cursor, url, waiting in self._blocks(start):
+            index = cursor.index
+            while waiting:
+                number, line = waiting.pop()
+                yield replace(cursor, index=index), document_text(line, url=url, number=number)
+                index += 1
+
+    def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
+        """The tokens of these documents: one document a chunk, or with `whole_blocks` the rest of a block.
+
+        Raises DataError as `documents` does.
+        """
+        if whole_blocks:
+            for cursor, url, waiting in self._blocks(start):
+                parts = [document_tokens(encoder, _text(url, row)) for row in reversed(waiting)]
+                if parts:
+                    yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+            return
+        for cursor, text in self.documents(start):
+            tokens = document_tokens(encoder, text)
+            yield Chunk(cursor, tokens, np.array([len(tokens)]))
+
+    def _blocks(self, start: Cursor) -> Iterator[tuple[Cursor, str, list[Row]]]:
+        """(cursor of the next row, file, rows from there on with the next one last) of each block."""
         order, size = self._order, self._order.shuffle_block
         epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
         resumed = start != Cursor(epoch, entry, 0, 0, 0)
@@ -119,13 +160,11 @@ class Lane:
                 )
             resumed = False
             shuffled = order.rows(epoch, file, share, block, len(rows))
-            waiting = [(place, rows[shuffled[place]]) for place in range(len(rows) - 1, index - 1, -1)]
+            waiting = [rows[place] for place in reversed(shuffled[index:])]
             last = len(rows) < size
             barren = 0 if rows or block else barren + 1
             del rows
-            while waiting:
-                index, (number, line) = waiting.pop()
-                yield Cursor(epoch, entry, block, index, 0), document_text(line, url=url, number=number)
+            yield Cursor(epoch, entry, block, index, 0), url, waiting
             index, block = 0, block + 1
             if last:
                 epoch, entry = order.following(epoch, entry)
@@ -134,3 +173,8 @@ class Lane:
             f"data.lanes: lane {self._lane} of {order.lanes} finds no document in its share of "
             f"{len(order.files)} file(s); use fewer lanes or more documents"
         )
+
+
+def _text(url: str, row: Row) -> str:
+    number, line = row
+    return document_text(line, url=url, number=number)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stablelm.config.schema import DataConfig
+from stablelm.data.encoding import Encoder
 from stablelm.data.lanes import Cursor, Lane, Order
-from stablelm.data.packing import Encoder, Packer
+from stablelm.data.packing import Packer
 from stablelm.data.source import SharedFiles
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ class Loader:
         packers = []
         for lane in self._lanes:
             start = self._cursors.get(lane) or self._order.start(lane)
-            documents = Lane(self._order, lane, shared, retry_budget=budget).documents(start)
-            packers.append(Packer(documents, self._tokenizer, self._data.seq_len, start))
+            chunks = Lane(self._order, lane, shared, retry_budget=budget).chunks(start, self._tokenizer)
+            packers.append(Packer(chunks, self._data.seq_len, start))
         # Ahead of the batch being asked for, at least one row must be allowed.
         ahead = max(self._data.prefetch, 1) * self._rows
         first = self._data_step * self._rows

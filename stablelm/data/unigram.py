@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stablelm.data.packing import Encoder, document_tokens
+from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.source import documents
 from stablelm.data.validation import ValidationSet
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.packing import Encoder, document_tokens
+from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.source import documents
 from stablelm.errors import DataError
 
