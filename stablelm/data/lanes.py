@@ -3,7 +3,8 @@
 Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
 keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries, and
 share k of a file holds its rows ≡ k mod S. Rows of a share are shuffled in blocks by a keyed permutation.
-Nothing here knows of ranks or workers, and keys hold base names only, so data may move.
+Nothing here knows of ranks or workers, and keys hold base names only (of a prepared shard: its source's),
+so data may move, and be prepared, at any time.
 
 Keyed permutation: the SHAKE-256 stream of the key gives each item a 64-bit number, and a stable sort by
 it gives the order. It depends on neither platform nor library version.
@@ -16,7 +17,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 
 from stablelm.data.encoding import Encoder, document_tokens
-from stablelm.data.reader import base_name
+from stablelm.data.shards import PART, SharedShards, ShardRows, source_name
 from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
 
@@ -65,7 +66,7 @@ class Order:
 
     def __init__(self, files: list[str], *, seed: int, lanes: int, shuffle_block: int):
         assert files
-        self.files = sorted(files, key=base_name)
+        self.files = sorted(files, key=source_name)
         self.seed = seed
         self.lanes = lanes
         self.shuffle_block = shuffle_block
@@ -89,7 +90,7 @@ class Order:
 
     def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
         """Shuffled order of the `size` rows of a block, (size,)."""
-        return _permuted(size, "rows", self.seed, epoch, base_name(self.files[file]), share, block)
+        return _permuted(size, "rows", self.seed, epoch, source_name(self.files[file]), share, block)
 
     def _epoch(self, epoch: int) -> list[int]:
         order = self._epochs.get(epoch)
@@ -104,75 +105,94 @@ class Order:
 class Lane:
     """Documents of one lane. `shared` is the process's reader of files that several lanes read."""
 
-    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, retry_budget: float):
+    def __init__(self, order: Order, lane: int, shared: SharedFiles | SharedShards, *, retry_budget: float):
         self._order, self._lane, self._shared = order, lane, shared
         self._retry_budget = retry_budget
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
-        """(cursor with offset 0, text) from the document of `start` on, endlessly.
+        """(cursor with offset 0, text) from the document of `start` on, endlessly; not of prepared shards.
 
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
         for cursor, url, waiting in self._blocks(start):
+            assert isinstance(waiting, list)
             index = cursor.index
             while waiting:
-                number, line = waiting.pop()
-                yield replace(cursor, index=index), document_text(line, url=url, number=number)
+                yield replace(cursor, index=index), _text(url, waiting.pop())
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
-        """The tokens of these documents: one document a chunk, or with `whole_blocks` the rest of a block.
+        """The tokens of these documents, of prepared shards too: as many at a time as can be had at once.
 
-        Raises DataError as `documents` does.
+        With `whole_blocks` a chunk is the rest of a block. Raises DataError as `documents` does.
         """
-        if whole_blocks:
+        if isinstance(self._shared, SharedShards):
+            limit = None if whole_blocks else PART
+            for cursor, _, rows in self._blocks(start):
+                assert isinstance(rows, ShardRows)
+                for first, tokens, ends in rows.parts(limit):
+                    yield Chunk(replace(cursor, index=cursor.index + first) if first else cursor, tokens, ends)
+        elif whole_blocks:
             for cursor, url, waiting in self._blocks(start):
+                assert isinstance(waiting, list)
                 parts = [document_tokens(encoder, _text(url, row)) for row in reversed(waiting)]
                 if parts:
                     yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
-            return
-        for cursor, text in self.documents(start):
-            tokens = document_tokens(encoder, text)
-            yield Chunk(cursor, tokens, np.array([len(tokens)]))
+        else:
+            for cursor, text in self.documents(start):
+                tokens = document_tokens(encoder, text)
+                yield Chunk(cursor, tokens, np.array([len(tokens)]))
 
-    def _blocks(self, start: Cursor) -> Iterator[tuple[Cursor, str, list[Row]]]:
-        """(cursor of the next row, file, rows from there on with the next one last) of each block."""
+    def _blocks(self, start: Cursor) -> Iterator[tuple[Cursor, str, list[Row] | ShardRows]]:
+        """(cursor of the next row, file, rows from there on) of each block; a list has the next row last."""
         order, size = self._order, self._order.shuffle_block
         epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
         resumed = start != Cursor(epoch, entry, 0, 0, 0)
-        own: FileRows | None = None
-        barren = 0
+        barren, found = 0, resumed
+        self._own: FileRows | None = None
         while barren <= order.entries:
             file, share = order.locate(epoch, entry)
             url = order.files[file]
             first = share + block * size * order.shares
             wanted = range(first, first + size * order.shares, order.shares)
-            rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
-            if rows is None:
-                own = own or FileRows(url, room=0, retry_budget=self._retry_budget)
-                rows = own.take(wanted)
-                assert rows is not None  # a lane reads its own file forward only
+            rows = self._take(url, wanted)
             if resumed and index >= len(rows):
                 raise DataError(
                     f"{url}: changed since the checkpoint, it has no row {wanted[index] + 1} any more; "
                     "put the old file back, or start a new run"
                 )
             resumed = False
-            shuffled = order.rows(epoch, file, share, block, len(rows))
-            waiting = [rows[place] for place in reversed(shuffled[index:])]
+            shuffled = order.rows(epoch, file, share, block, len(rows))[index:]
+            if isinstance(rows, ShardRows):
+                waiting = rows.pick(shuffled)
+                found = found or waiting.has_tokens()
+            else:
+                waiting = [rows[place] for place in reversed(shuffled)]
+                found = found or bool(rows)
             last = len(rows) < size
-            barren = 0 if rows or block else barren + 1
             del rows
             yield Cursor(epoch, entry, block, index, 0), url, waiting
             index, block = 0, block + 1
             if last:
                 epoch, entry = order.following(epoch, entry)
-                block, own = 0, None
+                barren, found = 0 if found else barren + 1, False
+                block, self._own = 0, None
         raise DataError(
             f"data.lanes: lane {self._lane} of {order.lanes} finds no document in its share of "
             f"{len(order.files)} file(s); use fewer lanes or more documents"
         )
+
+    def _take(self, url: str, wanted: range) -> list[Row] | ShardRows:
+        shared = self._shared
+        if isinstance(shared, SharedShards):
+            return shared.take(url, wanted)
+        rows = shared.take(url, wanted) if self._order.shares > 1 and self._own is None else None
+        if rows is None:
+            self._own = self._own or FileRows(url, room=0, retry_budget=self._retry_budget)
+            rows = self._own.take(wanted)
+            assert rows is not None  # a lane reads its own file forward only
+        return rows
 
 
 def _text(url: str, row: Row) -> str:

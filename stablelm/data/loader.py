@@ -16,6 +16,7 @@ from stablelm.config.schema import DataConfig
 from stablelm.data.encoding import Encoder
 from stablelm.data.lanes import Cursor, Lane, Order
 from stablelm.data.packing import Packer
+from stablelm.data.shards import SharedShards, is_shard
 from stablelm.data.source import SharedFiles
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Row:
-    window: np.ndarray  # (seq_len+1,) int32
+    window: np.ndarray  # (seq_len+1,) integers
     lane: int
     cursor: Cursor  # after the window
 
@@ -90,8 +91,11 @@ class Loader:
             raise
         self.wait_seconds = time.perf_counter() - began
         self._cursors.update((row.lane, row.cursor) for row in rows)
-        windows = torch.from_numpy(np.stack([row.window for row in rows]).astype(np.int64))
-        batch = Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), self._data_step)
+        # Joined in the type they come in, so that each token is widened once for each of the two tensors.
+        windows = np.concatenate([row.window for row in rows]).reshape(len(rows), -1)
+        tokens, targets = np.empty((2, len(rows), self._data.seq_len), np.int64)
+        tokens[:], targets[:] = windows[:, :-1], windows[:, 1:]
+        batch = Batch(torch.from_numpy(tokens), torch.from_numpy(targets), self._data_step)
         self._data_step += 1
         return batch
 
@@ -120,7 +124,11 @@ class Loader:
     def _start(self) -> "_Producer":
         _allow_open_files(len(self._lanes) + OTHER_FILES)
         budget = self._data.retry_budget
-        shared = SharedFiles(len(self._order.files), retry_budget=budget)
+        files = self._order.files
+        if all(map(is_shard, files)):
+            shared = SharedShards(self._tokenizer.sha256, lanes=len(self._lanes), retry_budget=budget)
+        else:
+            shared = SharedFiles(len(files), retry_budget=budget)
         packers = []
         for lane in self._lanes:
             start = self._cursors.get(lane) or self._order.start(lane)

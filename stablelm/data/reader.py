@@ -85,6 +85,14 @@ class RangeFile(io.RawIOBase):
                 time.sleep(min(delay * _jitter.uniform(0.5, 1.0), deadline - now))
                 delay = min(2 * delay, LONGEST_DELAY)
 
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go on at byte `offset`, counted from the start."""
+        assert whence == io.SEEK_SET
+        self.offset = offset
+        if self._file is not None:
+            self._file.seek(offset)
+        return offset
+
     def close(self) -> None:
         self._drop()
         super().close()
