@@ -4,6 +4,8 @@ from typing import Protocol
 
 import numpy as np
 
+IGNORED = -100  # as a target: no target
+
 
 class Encoder(Protocol):
     """What the data layer needs of a tokenizer; `sha256` names it in prepared shards."""

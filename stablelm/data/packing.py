@@ -4,25 +4,28 @@ Documents, each followed by eos, are joined. A window holds seq_len+1 tokens and
 token of the one before, so each token is predicted exactly once.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 
-from stablelm.data.lanes import Chunk, Cursor
+from stablelm.data.lanes import Chunk, Cursor, Place
 
 
 class Windows(Protocol):
-    """Windows of one lane. `cursor` is the place where the next window begins, and all there is to save.
+    """Windows of one lane. `place` is where the next window begins; its cursor is all there is to save.
 
     Of the window given last: `borders` are its places, from 1 on and ascending, where another document
     begins; `filled` tokens of it are text, the others padding.
     """
 
-    cursor: Cursor
-    borders: np.ndarray
+    place: Place
     filled: int
+
+    @property
+    def borders(self) -> np.ndarray: ...
 
     def next(self) -> np.ndarray: ...
 
@@ -35,7 +38,7 @@ class Packer:
     """
 
     def __init__(self, chunks: Iterator[Chunk], seq_len: int, start: Cursor):
-        self.cursor = start
+        self.place = Place(start, np.zeros(0, np.int64), sys.maxsize, start.offset)
         self.filled = seq_len + 1
         self._chunks, self._seq_len = chunks, seq_len
         self._skip = start.offset
@@ -60,8 +63,13 @@ class Packer:
         while self._position >= len(first.tokens):
             self._position -= len(self._waiting.popleft().tokens)
             first = self._waiting[0]
-        self.cursor = _locate(first, self._position)
+        self.place = Place(first.cursor, first.ends, first.block_rows, self._position)
         return window
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the next window begins."""
+        return self.place.cursor()
 
     @property
     def borders(self) -> np.ndarray:
@@ -91,11 +99,3 @@ class Packer:
             self._skip = 0
         self._waiting.append(chunk)
         self._length += len(chunk.tokens)
-
-
-def _locate(chunk: Chunk, position: int) -> Cursor:
-    """The place of token `position` of a chunk."""
-    document = int(chunk.ends.searchsorted(position, "right"))
-    begin = int(chunk.ends[document - 1]) if document else 0
-    where = chunk.cursor
-    return Cursor(where.epoch, where.entry, where.block, where.index + document, position - begin)

@@ -162,10 +162,10 @@ class Shard:
                 f"{url}: made with another tokenizer (sha256 {self.footer.tokenizer[:12]}..., the run has "
                 f"{tokenizer[:12]}...); set data.tokenizer to that one, or {MAKE}"
             )
-        self._local = isinstance(self._content, LocalContent)
-        if self._local:
-            self._tokens = np.frombuffer(self._content.read(0, self.footer.index), self.footer.dtype)
-            self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<u8")
+        self._view = self._ends = None
+        if isinstance(self._content, LocalContent):
+            self._view = self._content.read(0, self.footer.index)
+            self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<i8")
         self.mask = _mask(url, self.footer.rows, retry_budget)
 
     def take(self, wanted: range) -> "ShardRows":
@@ -183,16 +183,19 @@ class Shard:
         if self.mask is not None:
             numbers = np.arange(rows.start, rows.stop, rows.step)
             ends = np.where(self.mask[numbers >> 3] >> (numbers & 7) & 1, begins, ends)
-        if (ends < begins).any() or ends[-1] > self.footer.tokens:
+        if (ends < begins).any() or not 0 <= ends[-1] <= self.footer.tokens:
             raise DataError(f"{self.url}: damaged, its rows do not follow one another; {MAKE}")
         return ShardRows(self, begins, ends)
 
-    def tokens(self, begin: int, end: int) -> np.ndarray:
-        """Tokens begin..end-1 of the shard."""
-        if self._local:
-            return self._tokens[begin:end]
-        size = self.footer.dtype.itemsize
-        return np.frombuffer(self._content.read(begin * size, end * size), self.footer.dtype)
+    def join(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens begin..end-1 of the shard for each of these pairs, one after the other."""
+        kind = self.footer.dtype
+        spans = zip((begins * kind.itemsize).tolist(), (ends * kind.itemsize).tolist(), strict=True)
+        if self._view is not None:
+            # Of all ways to copy many short spans, joining views costs the least for each of them.
+            view = self._view
+            return np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), kind)
+        return np.frombuffer(b"".join([self._content.read(begin, end) for begin, end in spans]), kind)
 
     def all_tokens(self) -> int:
         """Tokens of the rows that are not left out."""
@@ -210,10 +213,10 @@ class Shard:
             raise DataError(f"{self.url}: damaged, it has another hash than when it was written; {MAKE}")
 
     def _row_ends(self, first: int, last: int) -> np.ndarray:
-        if self._local:
+        if self._ends is not None:
             return self._ends[first:last]
         index = self.footer.index
-        return np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<u8")
+        return np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<i8")
 
 
 @dataclass(frozen=True)
@@ -231,22 +234,16 @@ class ShardRows:
         """These rows in another order."""
         return ShardRows(self.shard, self.begins[order], self.ends[order])
 
-    def has_tokens(self) -> bool:
-        return bool((self.ends > self.begins).any())
-
     def parts(self, limit: int | None = PART) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first row, tokens, end of each row in them) of consecutive rows, up to `limit` tokens unless one has more."""
-        ends = np.cumsum(self.ends - self.begins)
+        """(first row, tokens, end of each row in them) of rows in order, up to `limit` tokens unless one has more."""
+        ends = (self.ends - self.begins).cumsum()
         first = 0
         while first < len(ends):
             before = ends[first - 1] if first else 0
             last = len(ends)
             if limit is not None and ends[-1] - before > limit:
                 last = max(first + 1, int(ends.searchsorted(before + limit, "right")))
-            tokens = self.shard.tokens
-            spans = zip(self.begins[first:last].tolist(), self.ends[first:last].tolist(), strict=True)
-            joined = np.concatenate([tokens(begin, end) for begin, end in spans])
-            yield first, joined, ends[first:last] - before if first else ends[:last]
+            yield first, self.shard.join(self.begins[first:last], self.ends[first:last]), ends[first:last] - before
             first = last
 
 

@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.encoding import Encoder, document_tokens
+from stablelm.data.encoding import IGNORED, Encoder, document_tokens
 from stablelm.data.source import documents
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

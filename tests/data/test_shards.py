@@ -25,7 +25,7 @@ def open_shard(url: str, tokenizer: str | None = "letters") -> Shard:
 
 def rows_of(shard: Shard, wanted: range) -> list[list[int]]:
     rows = shard.take(wanted)
-    return [shard.tokens(begin, end).tolist() for begin, end in zip(rows.begins, rows.ends, strict=True)]
+    return [shard.join(rows.begins[n : n + 1], rows.ends[n : n + 1]).tolist() for n in range(len(rows))]
 
 
 def loader(files: list[str], **data) -> Loader:
@@ -63,8 +63,8 @@ def test_parts_cover_rows_in_order_and_keep_to_the_limit(lengths, limit):
     ends = np.cumsum(lengths)
 
     class Counted:
-        def tokens(self, begin, end):
-            return np.arange(begin, end)
+        def join(self, begins, ends):
+            return np.concatenate([np.arange(*span) for span in zip(begins, ends, strict=True)])
 
     rows = shards.ShardRows(Counted(), ends - lengths, ends)  # type: ignore[arg-type]
     seen, next_row = [], 0
@@ -86,7 +86,7 @@ def test_tokens_take_as_few_bytes_as_the_vocabulary_allows(tmp_path, pieces, kin
         shards.write(file, ((row, 0) for row in rows), **named)
     shard = open_shard(str(path), "t")
     assert rows_of(shard, range(2)) == [[1, 2, pieces - 1], [7]]
-    assert shard.tokens(0, 1).dtype == kind
+    assert shard.join(np.array([0]), np.array([1])).dtype == kind
     content = path.read_bytes()
     assert np.frombuffer(content[: 4 * np.dtype(kind).itemsize], kind).tolist() == [1, 2, pieces - 1, 7]
 
@@ -108,7 +108,7 @@ def test_a_run_moves_between_text_and_shards_at_any_step(tmp_path, workers):
 
 
 def test_a_document_longer_than_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr("stablelm.data.lanes.PART", 50)
+    monkeypatch.setattr("stablelm.data.shard_lane.PART", 50)
     files = [write_rows(tmp_path / "a.json", ["a" * n for n in (3, 200, 0, 30, 30, 49, 50, 51)] * 3)]
     assert batches(loader(files), 20) == batches(loader(write_shards(files, tmp_path / "p")), 20)
 
