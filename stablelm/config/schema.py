@@ -156,7 +156,10 @@ class DataConfig:
         "files", "what data.path holds: files of text, or shards made of them by data/prepare.py"
     )
     path: str | list[str] = key(
-        "embedded", "file, glob, folder, URL or list of these; 'embedded': Python's own documentation", identity=True
+        "embedded",
+        "file, glob, folder, URL or list of these; 'embedded': Python's own documentation; "
+        "shards: the prepared folder, or *.tokens files",
+        identity=True,
     )
     validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from stablelm.data.encoding import Encoder, document_tokens
-from stablelm.data.source import documents
+from stablelm.data.encoding import Encoder
+from stablelm.data.training import token_arrays
 from stablelm.data.validation import ValidationSet
 
 
@@ -23,10 +23,10 @@ def cross_entropy(
     """
     counts = np.ones(vocab, np.int64)
     left = tokens
-    for text in documents(train_files, retry_budget=retry_budget):
+    for tokens_of_some in token_arrays(train_files, tokenizer, retry_budget=retry_budget):
         if left <= 0:
             break
-        ids = document_tokens(tokenizer, text)[:left]
+        ids = tokens_of_some[:left]
         counts += np.bincount(ids, minlength=vocab)
         left -= len(ids)
     targets = validation.targets.numpy()

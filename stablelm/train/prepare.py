@@ -15,9 +15,8 @@ from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection
+from stablelm.data import corpus, inspection, training
 from stablelm.data.embedded import embedded
-from stablelm.data.reader import base_name
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -69,20 +68,14 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    train = corpus.resolve(data.path, key="data.path", cache=data.cache)
-    inspection.check(train, key="data.path")
-    tokens = config.train.global_batch_size * data.seq_len + 1
-    inspection.check_enough(train, tokenizer, tokens, key="data.path")
-    inspection.check_lanes(train, data.lanes)
+    train = training.find(data, tokenizer, tokens=config.train.global_batch_size * data.seq_len + 1, lanes=data.lanes)
     validation = {}
     for name, path in validation_paths(config).items():
         key = f"data.validation.{name}"
         validation[name] = corpus.resolve(path, key=key, cache=data.cache)
         inspection.check(validation[name], key=key)
-    base_names = [base_name(file) for file in train]
-    return Corpora(
-        train, validation, identities.identity(config, base_names=base_names, tokenizer_sha256=tokenizer.sha256)
-    )
+    names = training.identity_names(train, data)
+    return Corpora(train, validation, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:
