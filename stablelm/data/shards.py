@@ -151,9 +151,20 @@ class LocalContent:
 
 
 class Shard:
-    """An open shard. Raises DataError when it is damaged, or made with another tokenizer than `tokenizer` (a hash)."""
+    """An open shard; without `masked` its mask is not looked at.
 
-    def __init__(self, url: str, *, tokenizer: str | None, retry_budget: float, pages: Pages | None = None):
+    Raises DataError when it is damaged, or made with another tokenizer than `tokenizer` (a hash).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        tokenizer: str | None,
+        retry_budget: float,
+        pages: Pages | None = None,
+        masked: bool = True,
+    ):
         self.url = url
         self._content = _open(url, retry_budget, pages)
         self.footer = _footer(self._content, url)
@@ -166,7 +177,7 @@ class Shard:
         if isinstance(self._content, LocalContent):
             self._view = self._content.read(0, self.footer.index)
             self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<i8")
-        self.mask = _mask(url, self.footer.rows, retry_budget)
+        self.mask = _mask(url, self.footer.rows, retry_budget) if masked else None
 
     def take(self, wanted: range) -> "ShardRows":
         """The rows of these numbers that the shard has, in order."""
