@@ -41,7 +41,7 @@ class BestFitPacker:
     """Windows of one lane, see `packing.Windows`; a cursor's index counts the windows of its block already given.
 
     `chunks` yields whole blocks, from the one of `start` on. Raises DataError when the block of `start` has
-    fewer windows than were given of it, or no document of a whole epoch has two tokens.
+    fewer windows than were given of it.
     """
 
     def __init__(self, chunks: Iterator[Chunk], seq_len: int, eos: int, start: Cursor):
@@ -69,8 +69,6 @@ class BestFitPacker:
 
     def _read(self) -> None:
         chunk = next(self._chunks)
-        if chunk.cursor.epoch > self._block.epoch + 1:
-            raise DataError("data.packing: best_fit finds no document to predict; give more text, or use split")
         pieces = _pieces(chunk.ends, self._size)
         bins = fit([end - begin for begin, end in pieces], self._size)
         self._windows = [[pieces[item] for item in items] for items in bins]
@@ -83,8 +81,7 @@ class BestFitPacker:
                 "since the checkpoint; put the old files back, or start a new run"
             )
         self._resumed = False
-        if self._windows:
-            self._block = Cursor(chunk.cursor.epoch, chunk.cursor.entry, chunk.cursor.block, 0, 0)
+        self._block = Cursor(chunk.cursor.epoch, chunk.cursor.entry, chunk.cursor.block, 0, 0)
 
 
 def _pieces(ends: np.ndarray, size: int) -> list[tuple[int, int]]:

@@ -180,7 +180,9 @@ class Lane:
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
-        for cursor, url, waiting in self._blocks(start):
+        entries = Entries(self._order, self._lane)
+        for cursor, url, waiting in self._blocks(start, entries):
+            entries.found = entries.found or bool(waiting)
             index = cursor.index
             while waiting:
                 yield replace(cursor, index=index), _text(url, waiting.pop())
@@ -189,21 +191,23 @@ class Lane:
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
         """The tokens of these documents: one a chunk, or with `whole_blocks` the rest of a block.
 
-        Raises DataError as `documents` does.
+        Raises DataError as `documents` does; with `whole_blocks` a document of eos alone counts as none.
         """
         if not whole_blocks:
             for cursor, text in self.documents(start):
                 tokens = document_tokens(encoder, text)
                 yield Chunk(cursor, tokens, np.array([len(tokens)]))
-        for cursor, url, waiting in self._blocks(start):
+        entries = Entries(self._order, self._lane)
+        for cursor, url, waiting in self._blocks(start, entries):
             parts = [document_tokens(encoder, _text(url, row)) for row in reversed(waiting)]
+            entries.found = entries.found or any(len(part) > 1 for part in parts)
             if parts:
                 yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
 
-    def _blocks(self, start: Cursor) -> Iterator[tuple[Cursor, str, list[Row]]]:
+    def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
         """(cursor of the next row, file, rows from there on with the next one last) of each block."""
         order, size = self._order, self._order.shuffle_block
-        entries, resumed = Entries(order, self._lane), is_inside(start)
+        resumed = is_inside(start)
         for epoch, entry, block, index in entries.walk(start):
             file, share = order.locate(epoch, entry)
             url, own, last = order.files[file], None, False
@@ -220,7 +224,6 @@ class Lane:
                 shuffled = order.rows(epoch, file, share, block, len(rows))
                 waiting = [rows[place] for place in reversed(shuffled[index:])]
                 last = len(rows) < size
-                entries.found = entries.found or bool(rows)
                 del rows
                 yield Cursor(epoch, entry, block, index, 0), url, waiting
                 index, block = 0, block + 1

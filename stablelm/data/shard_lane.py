@@ -20,7 +20,8 @@ class ShardLane:
         """Tokens from the document of `start` on, endlessly; with `whole_blocks` a chunk is the rest of a block.
 
         Raises DataError when a shard cannot be read, is damaged or of another tokenizer, when the document of
-        `start` is not there any more, or when the lane meets no token in as many entries as an epoch has.
+        `start` is not there any more, or when the lane meets no token in as many entries as an epoch has;
+        with `whole_blocks` the eos of a document is no token.
         """
         order, size = self._order, self._order.shuffle_block
         blocks, limit = (1, None) if whole_blocks else (BLOCKS, PART)
@@ -42,6 +43,7 @@ class ShardLane:
                 if shuffled:
                     rows = rows.pick(np.concatenate(shuffled)[index:])
                 for first, tokens, ends in rows.parts(limit):
-                    entries.found = entries.found or len(tokens) > 0
+                    if not entries.found:
+                        entries.found = bool((np.diff(ends, prepend=0) > int(whole_blocks)).any())
                     yield Chunk(Cursor(epoch, entry, block, index + first, 0), tokens, ends, size)
                 index, block = 0, block + blocks
