@@ -110,7 +110,7 @@ class Loader:
         tokens, targets = windows[:, :-1], windows[:, 1:]
         if self._data.packing == "best_fit":
             targets = _best_fit_targets(rows, targets)
-        self._padding += sum(self._data.seq_len + 1 - row.filled for row in rows)
+            self._padding += sum(self._data.seq_len + 1 - row.filled for row in rows)
         numbers = torch.from_numpy(_document_numbers(rows, self._data.seq_len)) if self._documents else None
         batch = Batch(torch.from_numpy(tokens), torch.from_numpy(targets), self._data_step, numbers)
         self._given += len(rows)
@@ -151,7 +151,15 @@ class Loader:
         ahead = max(self._data.prefetch, 1) * self._rows
         first = self._data_step * self._rows
         borders = self._documents or self._data.packing == "best_fit"
-        return _Producer(self._packers(), self._lanes, first, workers=self._data.workers, ahead=ahead, borders=borders)
+        return _Producer(
+            self._packers(),
+            self._lanes,
+            first,
+            batch=self._rows,
+            workers=self._data.workers,
+            ahead=ahead,
+            borders=borders,
+        )
 
     def _packers(self) -> list[Windows]:
         data, order = self._data, self._order
@@ -206,8 +214,19 @@ class _Producer:
     before the batch that was last asked for ends. Without workers `take` makes the rows itself.
     """
 
-    def __init__(self, packers: list[Windows], lanes: range, first: int, *, workers: int, ahead: int, borders: bool):
-        self._packers, self._lanes, self._ahead, self._borders = packers, lanes, ahead, borders
+    def __init__(
+        self,
+        packers: list[Windows],
+        lanes: range,
+        first: int,
+        *,
+        batch: int,
+        workers: int,
+        ahead: int,
+        borders: bool,
+    ):
+        self._packers, self._lanes, self._borders = packers, lanes, borders
+        self._batch, self._ahead = batch, ahead
         self._ready: dict[int, _Row | BaseException] = {}
         self._limit = first + ahead
         self._closed = False
@@ -257,26 +276,31 @@ class _Producer:
         return _Row(window, self._lanes[place], packer.place, packer.filled, borders)
 
     def _work(self, first: int, index: int, workers: int) -> None:
-        number = first
         while True:
-            if number % len(self._packers) % workers != index:
-                number += 1
-                continue
             with self._room:
-                while number >= self._limit and not self._closed:
+                while first >= self._limit and not self._closed:
                     self._room.wait()
                 if self._closed:
                     return
-            try:
-                row = self._make(number)
-            except BaseException as error:
-                row = error
+            # The rows of a batch are handed over together: a thread's turn costs more than a row of shards.
+            made: dict[int, _Row | BaseException] = {}
+            failed = False
+            for number in range(first, first + self._batch):
+                if self._closed:
+                    return
+                if number % len(self._packers) % workers != index:
+                    continue
+                try:
+                    made[number] = self._make(number)
+                except BaseException as error:
+                    made[number], failed = error, True
+                    break
             with self._filled:
-                self._ready[number] = row
+                self._ready |= made
                 self._filled.notify()
-            if isinstance(row, BaseException):
+            if failed or self._closed:
                 return
-            number += 1
+            first += self._batch
 
 
 def _allow_open_files(count: int) -> None:

@@ -49,21 +49,21 @@ class Packer:
 
     def next(self) -> np.ndarray:
         """The next window, integers (seq_len+1,), not to be written to. Raises DataError when a document is lost."""
-        size = self._seq_len + 1
-        while self._length < size:
+        while self._length <= self._seq_len:
             self._read()
         first, begin = self._waiting[0], self._position
+        end = begin + self._seq_len
         self._given = [(first, -begin)]
-        if begin + size <= len(first.tokens):
-            window = first.tokens[begin : begin + size]
+        if end < len(first.tokens):
+            window = first.tokens[begin : end + 1]
         else:
-            window = self._joined(size)
+            window = self._joined(self._seq_len + 1)
+            while end >= len(first.tokens):
+                end -= len(self._waiting.popleft().tokens)
+                first = self._waiting[0]
         self._length -= self._seq_len
-        self._position += self._seq_len
-        while self._position >= len(first.tokens):
-            self._position -= len(self._waiting.popleft().tokens)
-            first = self._waiting[0]
-        self.place = Place(first.cursor, first.ends, first.block_rows, self._position)
+        self._position = end
+        self.place = Place(first.cursor, first.ends, first.block_rows, end)
         return window
 
     @property
