@@ -116,7 +116,7 @@ def _mask_similar(files: Sequence[Features], masks: list[np.ndarray], similarity
             sketch = _empty_sketch().copy()
             sketch.hashvalues = signature
             # The index gives candidates; the share of equal hashes estimates how similar they are.
-            if any((kept[name] == signature).mean() >= similarity for name in index.query(sketch)):
+            if any((kept[str(name)] == signature).mean() >= similarity for name in index.query(sketch)):
                 mask[row] = True
                 continue
             name = f"{number}:{row}"
