@@ -157,9 +157,14 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["files"] = key("files", "where documents come from")
+    source: Literal["files", "shards"] = key(
+        "files", "what data.path holds: files of text, or shards made of them by data/prepare.py"
+    )
     path: str | list[str] = key(
-        "embedded", "file, glob, folder, URL or list of these; 'embedded': Python's own documentation", identity=True
+        "embedded",
+        "file, glob, folder, URL or list of these; 'embedded': Python's own documentation; "
+        "shards: the prepared folder, or *.tokens files",
+        identity=True,
     )
     validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")
@@ -168,6 +173,12 @@ class DataConfig:
     )
     seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
     document_mask: bool = key(False, "attention stays within a document, whose positions start at 0", identity=True)
+    packing: Literal["split", "best_fit"] = key(
+        "split",
+        "split: documents joined and cut into sequences; best_fit: whole ones where they fit best, padded, "
+        "none predicted from another",
+        identity=True,
+    )
     lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
     workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")

@@ -2,9 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from typing import Protocol
 
-import numpy as np
 import orjson
 
 from stablelm.data import parquet, reader
@@ -16,37 +14,6 @@ from stablelm.errors import DataError
 Row = tuple[int, bytes | None]
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def eos(self) -> int: ...
-
-    def encode_array(self, text: str) -> np.ndarray: ...
-
-
-class Rows(Protocol):
-    """Rows of one file by number, from 0."""
-
-    def take(self, wanted: range) -> list[Row] | None: ...
-
-    def tokens(self, row: Row, encoder: Encoder) -> np.ndarray: ...
-
-
-def open_rows(url: str, *, room: int, options: ReadOptions) -> Rows:
-    """The rows of a file of any store and format; nothing is opened before rows are taken."""
-    return FileRows(url, room=room, options=options)
-
-
-def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:
-    """Tokens of a document and its eos, int32 (length,)."""
-    ids = tokenizer.encode_array(text)
-    tokens = np.empty(len(ids) + 1, np.int32)
-    tokens[:-1] = ids
-    tokens[-1] = tokenizer.eos
-    return tokens
 
 
 def document_text(row: Row, *, url: str, column: str = "text") -> str:
@@ -123,10 +90,6 @@ class FileRows:
             rows = [self._held[number] for number in wanted if number < self._high]
             self._forget(wanted.stop)
             return rows
-
-    def tokens(self, row: Row, encoder: Encoder) -> np.ndarray:
-        """Tokens of a row that was taken, and eos: int32 (length,)."""
-        return document_tokens(encoder, document_text(row, url=self._url, column=self._options.text_column))
 
     def _open(self, wanted: range) -> None:
         # Lanes that share a pass are about a block apart: those behind must find their rows as well.

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from stablelm.data.encoding import Encoder
 from stablelm.data.options import ReadOptions
-from stablelm.data.packing import Encoder, document_tokens
-from stablelm.data.source import documents
+from stablelm.data.training import token_arrays
 from stablelm.data.validation import ValidationSet
 
 
@@ -24,10 +24,10 @@ def cross_entropy(
     """
     counts = np.ones(vocab, np.int64)
     left = tokens
-    for text in documents(train_files, options):
+    for tokens_of_some in token_arrays(train_files, tokenizer, options=options):
         if left <= 0:
             break
-        ids = document_tokens(tokenizer, text)[:left]
+        ids = tokens_of_some[:left]
         counts += np.bincount(ids, minlength=vocab)
         left -= len(ids)
     targets = validation.targets.numpy()

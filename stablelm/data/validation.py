@@ -5,15 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stablelm.data.encoding import IGNORED, Encoder, document_tokens
 from stablelm.data.options import ReadOptions
-from stablelm.data.packing import Encoder, document_tokens
 from stablelm.data.source import documents
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,8 @@ from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection
+from stablelm.data import corpus, training
 from stablelm.data.embedded import embedded
-from stablelm.data.options import ReadOptions
-from stablelm.data.reader import base_name
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -71,25 +69,13 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    options = ReadOptions.of(data)
-    known = known_files(config)
-
-    def files(path: str | list[str], key: str) -> list[str]:
-        found = known.get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
-        inspection.check(found, key=key, column=data.text_column)
-        return found
-
-    train = files(data.path, "data.path")
-    tokens = config.train.global_batch_size * data.seq_len + 1
-    inspection.check_enough(train, tokenizer, tokens, key="data.path", column=data.text_column)
-    inspection.check_lanes(train, data.lanes)
+    known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
+    train = training.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
     validation = {}
     for name, path in validation_paths(config).items():
-        validation[name] = files(path, f"data.validation.{name}")
-    base_names = [base_name(file) for file in train]
-    return Corpora(
-        train, validation, identities.identity(config, base_names=base_names, tokenizer_sha256=tokenizer.sha256)
-    )
+        validation[name] = training.text(data, path, key=f"data.validation.{name}", known=known)
+    names = training.identity_names(train, data)
+    return Corpora(train, validation, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
 
 
 def known_files(config: Config) -> dict[str, list[str]]:
