@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
 
 # Names under which fsspec's stores take what must stay secret; config.yaml would carry it into the run directory.
@@ -37,5 +38,6 @@ def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
                 f"set {ENVIRONMENT[scheme]} in the environment",
                 "",  # where it was given is not repeated: that may be an argument with the secret in it
             )
+    yield from mixture.problems(data)
     if data.text_column.strip() == "":
         yield "data.text_column is empty; name the key or column that holds the text", "data.text_column"

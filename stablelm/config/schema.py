@@ -166,6 +166,12 @@ class DataConfig:
         "shards: the prepared folder, or *.tokens files",
         identity=True,
     )
+    mixture: dict[str, str | list[str] | int | float] = key(
+        dict,
+        "several sources in place of data.path, as web: {path: ..., weight: 0.8}; weight: {0: 0.2, 9000: 0.5} changes "
+        "at a data step",
+        identity=True,
+    )
     validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")
     tokenizer: str = key(

@@ -85,7 +85,7 @@ def _permuted(size: int, *key: int | str) -> np.ndarray:
 class Order:
     """The endless sequence of entries over `files` for `lanes` lanes: pure arithmetic, no reading."""
 
-    def __init__(self, files: list[str], *, seed: int, lanes: int, shuffle_block: int):
+    def __init__(self, files: list[str], *, seed: int | str, lanes: int, shuffle_block: int):
         assert files
         self.files = sorted(files, key=source_name)
         self.seed = seed
@@ -103,6 +103,10 @@ class Order:
         """(epoch, entry) that the lane of this entry takes next."""
         turns, entry = divmod(entry + self.lanes, self.entries)
         return epoch + turns, entry
+
+    def turns(self, cursor: Cursor) -> float:
+        """Epochs that the cursor's lane has behind it; an entry that it is in the middle of counts as unread."""
+        return cursor.epoch + cursor.entry // self.lanes * self.lanes / self.entries
 
     def locate(self, epoch: int, entry: int) -> tuple[int, int]:
         """(index into `files`, share) of an entry."""

@@ -7,7 +7,7 @@ token of the one before, so each token is predicted exactly once.
 import sys
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,8 +21,11 @@ class Windows(Protocol):
     begins; `filled` tokens of it are text, the others padding.
     """
 
-    place: Place
-    filled: int
+    @property
+    def place(self) -> Any: ...
+
+    @property
+    def filled(self) -> int: ...
 
     @property
     def borders(self) -> np.ndarray: ...

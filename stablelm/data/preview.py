@@ -43,7 +43,7 @@ class Statistics:
     unknown: float
 
 
-def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, list[str]]:
+def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, training.Sources]:
     """The configuration, its tokenizer and its training files, all checked. Raises ConfigError."""
     config = loaded.config
     if config.train.steps is None and config.train.tokens is None:  # the text does not depend on them
@@ -55,15 +55,16 @@ def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, list[str]]:
 
 
 def preview(
-    config: Config, tokenizer: Tokenizer, files: list[str], *, documents: int, sequences: int, console: Console
+    config: Config, tokenizer: Tokenizer, sources: training.Sources, *, documents: int, sequences: int, console: Console
 ) -> None:
     """Prints the page. Raises DataError when text cannot be read."""
     if documents < 1 or sequences < 1:
         raise ConfigError("--documents and --sequences: nothing would be shown; give at least 1")
+    files = [file for own in sources.values() for file in own]
     texts = list(itertools.islice(first_documents(files, tokenizer, config), documents))
     table = _table(f"first documents of {len(files)} file(s)", statistics(texts, tokenizer))
     each = Loader(
-        files,
+        sources,
         tokenizer,
         replace(config.data, workers=0),
         seed=config.run.seed,

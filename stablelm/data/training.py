@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
 from stablelm.data import corpus, inspection, shard_corpus, shards
 from stablelm.data.encoding import Encoder, document_tokens
@@ -13,28 +14,52 @@ from stablelm.data.source import documents
 from stablelm.data.stores import base_name
 from stablelm.data.tokenizer import Tokenizer
 
-KEY = "data.path"
 Lists = dict[str, list[str]]
 """Asked path, as JSON, -> files."""
+Sources = dict[str, list[str]]
+"""Files of each source of a run; the only one, of data.path, is called ''."""
+
+
+def paths(data: DataConfig) -> dict[str, str | list[str]]:
+    """Where each source lies."""
+    if not data.mixture:
+        return {"": data.path}
+    return {name: source.path for name, source in mixture.sources(data).items()}
 
 
 def find(
     data: DataConfig, tokenizer: Tokenizer, *, tokens: int, lanes: int | None = None, known: Lists | None = None
-) -> list[str]:
-    """Files of data.path, checked to hold so many tokens and to serve so many lanes. Raises ConfigError.
+) -> Sources:
+    """The training files, of each source checked to hold so many tokens and to serve so many lanes.
 
-    `known`: lists of paths that were asked for before.
+    `known`: lists of paths that were asked for before. Raises ConfigError.
     """
-    options = ReadOptions.of(data)
+    found = {}
+    for name, path in paths(data).items():
+        key = f"data.mixture.{name}.path" if name else "data.path"
+        found[name] = _find(data, path, tokenizer, key=key, tokens=tokens, lanes=lanes, known=known or {})
+    return found
+
+
+def _find(
+    data: DataConfig,
+    path: str | list[str],
+    tokenizer: Tokenizer,
+    *,
+    key: str,
+    tokens: int,
+    lanes: int | None,
+    known: Lists,
+) -> list[str]:
     if data.source == "shards":
-        files = (known or {}).get(json.dumps(data.path)) or shard_corpus.resolve(data.path, key=KEY, options=options)
-        shard_corpus.check(files, tokenizer.sha256, key=KEY)
-        shard_corpus.check_enough(files, tokens, key=KEY)
+        files = known.get(json.dumps(path)) or shard_corpus.resolve(path, key=key, options=ReadOptions.of(data))
+        shard_corpus.check(files, tokenizer.sha256, key=key)
+        shard_corpus.check_enough(files, tokens, key=key)
         if lanes is not None:
             shard_corpus.check_lanes(files, lanes)
         return files
-    files = text(data, data.path, key=KEY, known=known)
-    inspection.check_enough(files, tokenizer, tokens, key=KEY, column=data.text_column)
+    files = text(data, path, key=key, known=known)
+    inspection.check_enough(files, tokenizer, tokens, key=key, column=data.text_column)
     if lanes is not None:
         inspection.check_lanes(files, lanes)
     return files
@@ -48,8 +73,13 @@ def text(data: DataConfig, path: str | list[str], *, key: str, known: Lists | No
     return files
 
 
-def identity_names(files: list[str], data: DataConfig) -> list[str]:
-    """The files as the run's identity has them: the same for text and for shards made of it."""
+def identity_names(sources: Sources, data: DataConfig) -> list[str] | dict[str, list[str]]:
+    """The files as the run's identity has them, by source if there are several: the same for text and its shards."""
+    names = {name: _identity_names(files, data) for name, files in sources.items()}
+    return names if data.mixture else names[""]
+
+
+def _identity_names(files: list[str], data: DataConfig) -> list[str]:
     if data.source == "shards":
         return shard_corpus.identity_names(files, options=ReadOptions.of(data))
     return [base_name(file) for file in files]

@@ -46,8 +46,10 @@ class Meter:
         self._interval.add("seconds", seconds)
         self.slowest = max(self.slowest, seconds)
 
-    def write(self) -> None:
+    def write(self, epochs: dict[str, float]) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
+
+        `epochs`: how often each source of text was read, by name.
 
         Raises DivergedError, on all ranks, when the loss is not finite.
         """
@@ -72,6 +74,7 @@ class Meter:
                 "data_wait_seconds": sums["wait"] / ranks / steps,
                 "memory_bytes": peak_memory(self._device),
                 **self._utilisation(progress.tokens_per_second),
+                **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
             }
         )
         if not math.isfinite(progress.loss):

@@ -26,7 +26,7 @@ from stablelm.errors import ConfigError
 class Corpora:
     """Files by purpose, and what the run is (see `config.identity`)."""
 
-    train: list[str]
+    train: training.Sources
     validation: dict[str, list[str]]
     identity: dict[str, Any]
 
@@ -89,9 +89,10 @@ def known_files(config: Config) -> dict[str, list[str]]:
 
 def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
     """What `known_files` is to find: the lists of remote paths, since local ones are looked up at once."""
-    paths = {"": config.data.path, **validation_paths(config)}
-    lists = {"": corpora.train, **corpora.validation}
-    return {json.dumps(path): lists[name] for name, path in paths.items() if not all(map(corpus.is_local, lists[name]))}
+    asked, validation = training.paths(config.data), validation_paths(config)
+    lists = [(asked[name], files) for name, files in corpora.train.items()]
+    lists += [(validation[name], files) for name, files in corpora.validation.items()]
+    return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:
@@ -99,13 +100,13 @@ def validation_paths(config: Config) -> dict[str, str | list[str]]:
     paths = dict(config.data.validation)
     if config.data.validation_path is not None:
         paths["default"] = config.data.validation_path
-    if not paths and config.data.path == "embedded":
+    if not paths and config.data.path == "embedded" and not config.data.mixture:
         paths["default"] = "embedded"
     return paths
 
 
 def _remote(config: Config) -> bool:
-    paths = [config.data.path, *validation_paths(config).values()]
+    paths = [*training.paths(config.data).values(), *validation_paths(config).values()]
     flat = [item for path in paths for item in (path if isinstance(path, list) else [path])]
     return not all(corpus.is_local(item) for item in flat)
 

@@ -44,7 +44,7 @@ def test_a_resume_keeps_its_files_and_another_path_is_looked_up(tmp_path, folder
     monkeypatch.setattr(stores, "glob", lambda pattern, options: asked.append(pattern) or real(pattern, options))
     first = config(tmp_path, f"data.path={folder}/train-*", f"data.validation.own={folder}/valid*")
     found = find_corpora(first, LETTERS)
-    assert names(found.train) == ["train-0.json", "train-1.json"]
+    assert names(found.train[""]) == ["train-0.json", "train-1.json"]
     assert known_files(first) == {}
     kept = files_to_keep(first, found)
     (tmp_path / "data_files.json").write_text(json.dumps(kept))
@@ -54,10 +54,10 @@ def test_a_resume_keeps_its_files_and_another_path_is_looked_up(tmp_path, folder
     assert (again.train, again.validation) == (found.train, found.validation)
     assert asked == []
     other = config(tmp_path, f"data.path={folder}/tr*", f"data.validation.own={folder}/valid*")
-    assert names(find_corpora(other, LETTERS).train) == ["train-0.json", "train-1.json", "train-2.json"]
+    assert names(find_corpora(other, LETTERS).train[""]) == ["train-0.json", "train-1.json", "train-2.json"]
     assert asked == [f"{folder}/tr*"]
     (tmp_path / "data_files.json").write_text("damaged")
-    assert names(find_corpora(first, LETTERS).train) == ["train-0.json", "train-1.json", "train-2.json"]
+    assert names(find_corpora(first, LETTERS).train[""]) == ["train-0.json", "train-1.json", "train-2.json"]
 
 
 def test_local_files_are_looked_up_each_time(tmp_path):

@@ -28,8 +28,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, peak: float) -> tuple[dict[str, An
         result = StepResult(torch.tensor(96.0), torch.tensor(32), torch.tensor(norm))
         made.add(result, wait=0.5, seconds=2.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
-    made.write()
-    made.write()  # nothing since: no second record
+    made.write({"web": 0.5, "code": 2.25})
+    made.write({})  # nothing since: no second record
     (record,) = records
     return record, flops_per_token(config.model, config.data.seq_len)
 
@@ -39,6 +39,7 @@ def test_a_record_holds_the_means_of_its_interval(monkeypatch: pytest.MonkeyPatc
     assert (record["step"], record["tokens"], record["loss"], record["grad_norm"]) == (2, 64, 3.0, 2.0)
     assert (record["step_seconds"], record["data_wait_seconds"], record["tokens_per_second"]) == (2.0, 0.5, 16.0)
     assert "mfu" not in record
+    assert (record["data_epoch/web"], record["data_epoch/code"]) == (0.5, 2.25)
 
 
 def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch):
