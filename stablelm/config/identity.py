@@ -41,6 +41,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None
 
     `step` is the finished step to continue from; None: not known yet, so the earliest.
     """
+    # A run saved before a key existed had what is the key's default now.
+    saved = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()} | saved
     names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
     different = [name for name in names if saved.get(name) != current.get(name)]
     if different and set(different) <= set(LENGTH) and may_extend(saved, current, step or 0):
