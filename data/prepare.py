@@ -14,14 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser
 from stablelm.errors import ConfigError, UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with the exit code of a bad configuration."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

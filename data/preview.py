@@ -9,14 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.errors import ConfigError
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with the exit code of a bad configuration."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
+from stablelm.arguments import Parser
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

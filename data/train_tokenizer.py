@@ -16,17 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser
 from stablelm.errors import ConfigError, UserError
 
 HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
 HELD_OUT = 1000  # documents held out at most
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with the exit code of a bad configuration."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from stablelm.config import mixture
-from stablelm.config.schema import DataConfig
+from stablelm.config.schema import DataConfig, ModelConfig
 
 # Names under which fsspec's stores take what must stay secret; config.yaml would carry it into the run directory.
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|authorization", re.IGNORECASE)
@@ -41,3 +41,19 @@ def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
     yield from mixture.problems(data)
     if data.text_column.strip() == "":
         yield "data.text_column is empty; name the key or column that holds the text", "data.text_column"
+
+
+def document_problems(data: DataConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(sentence, keys) where masking of documents makes no sense; `model`: with its axes filled."""
+    end = model.attention.document_end
+    if data.document_mask and model.attention.shaping == "espa":
+        yield (
+            "data.document_mask=true cuts a sequence into pieces, but model.attention.shaping=espa solves "
+            "its decay for one sequence from its first token on; use data.document_mask=false",
+            ("data.document_mask", "model.method"),
+        )
+    if end is not None and not data.document_mask:
+        yield (
+            f"model.attention.document_end={end} is set by data.document_mask=true; set that, or leave it out",
+            ("model.attention.document_end", "data.document_mask"),
+        )

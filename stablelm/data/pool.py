@@ -41,8 +41,11 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
+        ended = set(multiprocessing.active_children()) - others
+        for process in ended:
             process.terminate()
+        for process in ended:
+            process.join()
 
 
 def _watch(parent: int) -> None:

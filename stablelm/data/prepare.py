@@ -93,12 +93,17 @@ def _shards(request: Request, files: list[str], message: Callable[[str], None]) 
     """The shard of each file; those that were there and fit are kept."""
     made: dict[str, Made] = {}
     tasks = [Task(url, request) for url in files]
-    for number, result in run_all(_make, tasks, workers=request.workers):
-        made[files[number]] = result
-        footer, kept = result.footer, ", kept" if result.kept else ""
-        message(
-            f"[{len(made)}/{len(files)}] {footer.source}: {footer.rows:,} documents, {footer.tokens:,} tokens{kept}"
-        )
+    try:
+        for number, result in run_all(_make, tasks, workers=request.workers):
+            made[files[number]] = result
+            footer, kept = result.footer, ", kept" if result.kept else ""
+            message(
+                f"[{len(made)}/{len(files)}] {footer.source}: {footer.rows:,} documents, {footer.tokens:,} tokens{kept}"
+            )
+    except BaseException:
+        # Workers that were ended could not tidy up.
+        request.out.sweep([base_name(url) + SUFFIX for url in files])
+        raise
     return made
 
 
