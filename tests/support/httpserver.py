@@ -5,6 +5,7 @@ import http.client
 import random
 import re
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +30,7 @@ class FaultyServer:
         self.cut_after = 1000
         self.draw: random.Random | None = None  # cut anywhere instead, and cut and fail only now and then
         self.down = False  # close every connection without an answer
+        self.before: Callable[[str], None] | None = None  # called with each request, and may change the faults
         self.requests: list[str] = []  # "GET /name bytes=0-9"
         server = self
 
@@ -79,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         faults = self.faults
         wanted = self.headers.get("Range")
-        faults.requests.append(f"{self.command} {self.path} {wanted or ''}".strip())
+        request = f"{self.command} {self.path} {wanted or ''}".strip()
+        faults.requests.append(request)
+        if faults.before is not None:
+            faults.before(request)
         if faults.down:
             return self._hang_up()
         if faults.failures > 0 and (faults.draw is None or faults.draw.random() < 0.5):
