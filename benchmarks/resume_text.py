@@ -1,4 +1,4 @@
-"""From a state in the middle of one large json.gz to the first batch; `datasets` to its first document (for `loader.py`)."""
+"""From a state inside one large json.gz to the first batch; `datasets` to its first document (for `loader.py`)."""
 
 import json
 import random

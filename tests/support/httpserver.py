@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import random
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class FaultyServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def _listen(self, port: int) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
+        self._server = _Server(("127.0.0.1", port), self._handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -61,6 +62,12 @@ class FaultyServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave when it likes
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
