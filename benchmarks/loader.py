@@ -30,7 +30,7 @@ from loader_contestants import BATCH, SEQ_LEN, on_one_core, on_two_cores
 from loader_prepared import measure_prepared, measure_resume, write_shards
 from loader_streaming import in_passes, in_slices, pin, record, records
 
-from stablelm.data import shards
+from stablelm.data import shard_format
 from stablelm.data.tokenizer import Tokenizer
 
 
@@ -66,7 +66,7 @@ def two_cores(files: list[str], tokenizer: Tokenizer, cache: str, options: argpa
 
 def prepared(files: list[str], tokenizer: Tokenizer, folder: Path, rounds: int) -> list[dict]:
     flat, paths = folder / "all.bin", write_shards(files, tokenizer, folder)
-    tokens = flat.stat().st_size // shards.token_type(tokenizer.pieces).itemsize
+    tokens = flat.stat().st_size // shard_format.token_type(tokenizer.pieces).itemsize
     return measure_prepared(paths, flat, tokenizer, rounds) + measure_resume(paths, tokenizer, tokens, rounds)
 
 

@@ -11,7 +11,7 @@ from loader_contestants import BATCH, SEQ_LEN
 from loader_streaming import record
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import shards
+from stablelm.data import shard_format
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
@@ -29,15 +29,15 @@ def write_shards(files: list[str], tokenizer: Tokenizer, folder: Path) -> list[s
         def rows(file: str) -> Iterator[tuple[np.ndarray, int]]:
             for text in documents([file], ReadOptions(retry_budget=0)):
                 tokens = document_tokens(tokenizer, text)
-                flat.write(tokens.astype(shards.token_type(tokenizer.pieces)).tobytes())
+                flat.write(tokens.astype(shard_format.token_type(tokenizer.pieces)).tobytes())
                 yield tokens, len(text.encode())
 
         for file in files:
-            paths.append(f"{file}{shards.SUFFIX}")
+            paths.append(f"{file}{shard_format.SUFFIX}")
             with open(paths[-1], "wb") as shard:
                 named = {"source": Path(file).name, "source_size": Path(file).stat().st_size}
                 identity = {"tokenizer": tokenizer.sha256, "pieces": tokenizer.pieces, "eos": tokenizer.eos}
-                shards.write(shard, rows(file), **named, **identity)
+                shard_format.write(shard, rows(file), **named, **identity)
     return paths
 
 
@@ -52,7 +52,7 @@ def memmap_batches(path: Path, kind: np.dtype) -> Iterator[torch.Tensor]:
 def measure_prepared(paths: list[str], flat: Path, tokenizer: Tokenizer, rounds: int) -> list[dict]:
     """Records of tokens a second in each round, in turns, and of the ratio to the numpy loop of the same round."""
     contestants: dict[str, Callable[[], object]] = {}
-    bare = memmap_batches(flat, shards.token_type(tokenizer.pieces))
+    bare = memmap_batches(flat, shard_format.token_type(tokenizer.pieces))
     contestants["numpy-memmap"] = lambda: next(bare)
     loaders = []
     for lanes in (len(paths), 8 * len(paths)):

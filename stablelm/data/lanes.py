@@ -20,7 +20,7 @@ import numpy as np
 
 from stablelm.data.encoding import Encoder
 from stablelm.data.options import ReadOptions
-from stablelm.data.shards import source_name
+from stablelm.data.shard_format import source_name
 from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
 

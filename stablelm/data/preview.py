@@ -18,8 +18,9 @@ from stablelm.data.encoding import document_tokens
 from stablelm.data.lanes import Lane, Order
 from stablelm.data.loader import Batch, Loader
 from stablelm.data.options import ReadOptions
+from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards, is_shard
+from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
