@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import engine_rules
+from stablelm.config import engine_rules, guard_rules
 from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
@@ -116,6 +116,8 @@ class _Rules:
         sound = self.ranges()
         self.validation_sets()
         self.precision(accelerate_precision)
+        for problem, names in guard_rules.problems(self.config, world_size):
+            self.broken(problem, *names)
         if sound:  # what follows divides by these numbers
             self.length()
             self.model()

@@ -1,18 +1,21 @@
 """From steps to records: sums of the current interval, one reduction over ranks and one host sync a record."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
-from stablelm.errors import DivergedError
 from stablelm.observe.metrics import Interval
 from stablelm.train.progress import Progress
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult
+
+NOTICEABLE = 0.1
+"""Share of a step that the slowest rank must lie behind the median rank to be named."""
 
 
 class Meter:
@@ -25,27 +28,40 @@ class Meter:
         config: Config,
         progress: Progress,
         record: Callable[[dict[str, Any]], None],
+        hosts: Sequence[str] = (),
     ):
         self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
-        self._device = device
-        self._interval = Interval(device)
-        self._tokens_before = progress.tokens
+        self._device, self._hosts = device, hosts
+        self._watches_spikes = config.guards.spike != "none"
         self.slowest = 0.0
         """Longest step so far, seconds."""
+        self.restart()
 
-    def add(self, result: StepResult, *, wait: float, seconds: float) -> None:
-        """Takes in one step: `wait` for data and `seconds` in all."""
-        self._interval.add("cross_entropy", result.cross_entropy)
-        self._interval.add("valid", result.valid)
-        self._interval.add("grad_norm", result.grad_norm)
+    def restart(self) -> None:
+        """Begins an interval where the run stands now; what was added and not written is dropped."""
+        self._interval = Interval(self._device)
+        self._tokens_before = self._progress.tokens
+        self._own_seconds = 0.0
+
+    def add(self, result: StepResult, *, wait: float, own: float, seconds: float) -> None:
+        """Takes in one step: `wait` for data, `own` until the ranks first meet in it, and `seconds` in all.
+
+        Loss and norm of a step whose update was left out do not count.
+        """
+        counts = ~result.skipped
+        for name in ("cross_entropy", "valid", "grad_norm"):
+            value = getattr(result, name)
+            self._interval.add(name, torch.where(counts.to(value.device), value, torch.zeros_like(value)))
+        self._interval.add("steps", counts)
         self._interval.add("wait", wait)
         self._interval.add("seconds", seconds)
+        self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
     def write(self) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
-        Raises DivergedError, on all ranks, when the loss is not finite.
+        An interval of which no update was made has NaN for its loss and norm.
         """
         progress = self._progress
         if progress.tokens == self._tokens_before:
@@ -53,27 +69,49 @@ class Meter:
         steps, sums = self._interval.reduce(self._ranks.cpu_group)
         ranks = self._ranks.world_size
         seconds = sums["seconds"] / ranks
-        progress.loss = sums["cross_entropy"] / max(1.0, sums["valid"])
+        made = sums["steps"] / ranks
+        progress.skipped_steps += steps - round(made)
+        loss = sums["cross_entropy"] / max(1.0, sums["valid"]) if made else math.nan
+        progress.loss = loss if made else progress.loss
         progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
         self._tokens_before = progress.tokens
         self._record(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
-                "loss": progress.loss,
-                "grad_norm": sums["grad_norm"] / ranks / steps,
+                "loss": loss,
+                "grad_norm": sums["grad_norm"] / ranks / made if made else math.nan,
                 "lr": learning_rate(progress.step, self._config.train),
                 "tokens_per_second": progress.tokens_per_second,
                 "step_seconds": seconds / steps,
                 "data_wait_seconds": sums["wait"] / ranks / steps,
                 "memory_bytes": peak_memory(self._device),
+                "skipped_steps": progress.skipped_steps,
+                **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
+                **self._straggler(self._own_seconds / steps, seconds / steps),
             }
         )
-        if not math.isfinite(progress.loss):
-            raise DivergedError(
-                f"the loss is {progress.loss} at step {progress.step};"
-                " start again from an earlier checkpoint with a lower train.lr or a more stable model.method"
-            )
+        self._own_seconds = 0.0
+
+    def _straggler(self, own: float, step_seconds: float) -> dict[str, Any]:
+        """The rank that keeps the others waiting longest, with its host and its seconds a step; none if all are even.
+
+        Inside the passes ranks wait for each other, so what counts is a step's time before they first meet.
+        """
+        if self._ranks.cpu_group is None:
+            return {}
+        table = torch.zeros(self._ranks.world_size, dtype=torch.float64)
+        table[self._ranks.rank] = own
+        dist.all_reduce(table, group=self._ranks.cpu_group)
+        slowest = int(table.argmax())
+        behind = float(table[slowest] - table.median())
+        if behind < NOTICEABLE * step_seconds:
+            return {}
+        return {
+            "slowest_rank": slowest,
+            "slowest_host": self._hosts[slowest],
+            "slowest_rank_seconds": float(table[slowest]),
+        }
 
 
 def peak_memory(device: torch.device) -> int:
