@@ -1,0 +1,210 @@
+"""Each of `faults.*`: its guard acts, the run ends as it should, and what is left goes on as if nothing had been."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+from support.programs import TINY, command, environment, losses, run, summary
+from support.tiny import TinyCorpus
+
+from stablelm.checkpoint.keep import newest_valid, read_state, verify
+from stablelm.observe.sinks import read_metrics
+
+pytestmark = pytest.mark.slow
+ALLOW = "faults.allow=true"
+SPIKES = ("guards.window=4", "guards.threshold=8", "guards.skip_data=2", "checkpoint.every=4", "train.lr=1e-5")
+
+
+def start(corpus: TinyCorpus, run_dir: Path, *extra: str, processes: int = 1, launcher: str = ""):
+    line = [*TINY, *corpus.overrides(), f"run.dir={run_dir}", "evaluate.batches=1", *extra]
+    return run("pretrain", *line, processes=processes, launcher=launcher)
+
+
+def state(run_dir: Path) -> dict:
+    found = newest_valid(run_dir / "checkpoints", on_damaged=lambda path, why: None)
+    assert found is not None
+    return read_state(found)
+
+
+def test_faults_are_refused_unless_allowed(tiny_corpus: TinyCorpus, tmp_path: Path):
+    done = start(tiny_corpus, tmp_path / "run", "faults.bad_batch=3", "faults.spike=2")
+    assert done.returncode == 78
+    assert "faults.bad_batch, faults.spike would break the run on purpose" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_batch_is_skipped_and_counted(processes: int, tiny_corpus: TinyCorpus, tmp_path: Path):
+    bad = (ALLOW, "faults.bad_batch=3", "checkpoint.every=4")
+    whole = start(tiny_corpus, tmp_path / "whole", *bad, "train.steps=8", processes=processes)
+    assert whole.returncode == 0, whole.stderr
+    found = losses(tmp_path / "whole")
+    assert [step for step, loss in found.items() if math.isnan(loss)] == [3]
+    told = summary(tmp_path / "whole")
+    assert (told["skipped_steps"], told["step"]) == (1, 8)
+    assert "step 3: update left out (loss nan" in whole.stdout
+    assert state(tmp_path / "whole")["guards"]["skipped_steps"] == 1
+    # An attempt that ends and one that goes on make the same run.
+    first = start(tiny_corpus, tmp_path / "parts", *bad, "train.steps=8", "run.stop_after=5", processes=processes)
+    assert first.returncode == 75, first.stderr
+    assert start(tiny_corpus, tmp_path / "parts", *bad, "train.steps=8", processes=processes).returncode == 0
+    again = losses(tmp_path / "parts")
+    assert [again[step] for step in (4, 5, 6, 7, 8)] == [found[step] for step in (4, 5, 6, 7, 8)]
+    assert summary(tmp_path / "parts")["skipped_steps"] == 1
+
+
+def test_too_many_in_a_row_end_with_76(tiny_corpus: TinyCorpus, tmp_path: Path):
+    # A rate at which the weights themselves become too large for finite logits.
+    wild = ("train.lr=1e30", "train.warmup_steps=0", "guards.max_skips=3", "checkpoint.every=2")
+    done = start(tiny_corpus, tmp_path, *wild, processes=2)
+    assert done.returncode == 76, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("updates in a row were left out") == 1
+    assert summary(tmp_path)["exit_code"] == 76
+
+
+def test_a_spike_of_the_norm_is_left_out(tiny_corpus: TinyCorpus, tmp_path: Path):
+    spike = (ALLOW, "faults.bad_batch=9", "faults.spike=50", "guards.spike=skip", *SPIKES, "train.steps=12")
+    done = start(tiny_corpus, tmp_path, *spike)
+    assert done.returncode == 0, done.stderr
+    assert "step 9: update left out (loss" in done.stdout
+    told = summary(tmp_path)
+    assert (told["skipped_steps"], told["spikes"], told["rewinds"]) == (1, 1, 0)
+
+
+def test_a_spike_rewinds_and_a_resumed_run_repeats_it(tiny_corpus: TinyCorpus, tmp_path: Path):
+    spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", *SPIKES, "train.steps=16")
+    whole = start(tiny_corpus, tmp_path / "whole", *spike, processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert "rewind 1 of 3: back to step 8; batches 9 to 10 are jumped over" in whole.stdout
+    told = summary(tmp_path / "whole")
+    assert (told["rewinds"], told["step"], told["skipped_steps"]) == (1, 16, 0)
+    saved = state(tmp_path / "whole")
+    assert (saved["data"]["data_step"], saved["guards"]["jumps"]) == (18, [[8, 2]])
+    steps = [record["step"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "lr" in record]
+    assert steps[steps.index(9) :][:3] == [9, 10, 11] or steps[steps.index(9) :][:2] == [9, 10]
+    assert steps.count(9) == steps.count(10) == 2
+    # Stopped in between, before and after the rewind.
+    for stop in ("9", "14", "99"):
+        done = start(tiny_corpus, tmp_path / "parts", *spike, f"run.stop_after={stop}", processes=2)
+        assert done.returncode in (0, 75), done.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert state(tmp_path / "parts")["guards"] == saved["guards"]
+
+
+def test_rewinds_are_used_up_with_76(tiny_corpus: TinyCorpus, tmp_path: Path):
+    spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", "guards.max_rewinds=0", *SPIKES)
+    done = start(tiny_corpus, tmp_path, *spike)
+    assert done.returncode == 76, done.stderr
+    assert "a spike at step 10" in done.stderr
+    assert state(tmp_path)["step"] == 8
+
+
+@pytest.mark.parametrize("launcher", ["", "torchrun"])
+def test_a_hung_rank_is_named_once_and_the_job_ends(launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+    hang = (ALLOW, "faults.hang=[1,5]", "observe.hang_seconds=4", "checkpoint.every=2", "train.steps=8")
+    began = time.monotonic()
+    done = start(tiny_corpus, tmp_path, *hang, processes=2, launcher=launcher)
+    assert time.monotonic() - began < 120
+    assert done.returncode == (1 if launcher else 80), done.stderr
+    assert done.stderr.count("is stuck") == 1
+    told = summary(tmp_path)
+    assert told["exit_code"] == 80
+    assert "rank 1 on " in told["reason"]
+    assert "step 5, step, in before (faults.py:" in told["reason"]
+    for rank in (0, 1):
+        assert "Thread 0x" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
+        assert json.loads((tmp_path / "heartbeat" / f"rank-{rank}.json").read_text())["rank"] == rank
+    assert "faults.py" in (tmp_path / "stacks" / "rank-1.txt").read_text()
+    # The next attempt goes on where the last commit stands.
+    again = start(tiny_corpus, tmp_path, *hang, processes=2)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout
+
+
+@pytest.mark.parametrize("launcher", ["", "torchrun"])
+def test_a_crash_ends_all_with_one_traceback(launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+    began = time.monotonic()
+    crash = (ALLOW, "faults.crash=[1,3]", "checkpoint.every=2", "train.steps=4")
+    done = start(tiny_corpus, tmp_path, *crash, processes=2, launcher=launcher)
+    assert time.monotonic() - began < 120
+    assert done.returncode == 1
+    assert done.stderr.count("RuntimeError: faults.crash=[1, 3]") == 1
+    assert done.stderr.count("Traceback") == 1 or launcher  # torchrun adds its own
+    told = summary(tmp_path)
+    assert (told["exit_code"], told["reason"]) == (1, "RuntimeError: faults.crash=[1, 3]")
+    assert start(tiny_corpus, tmp_path, *crash, processes=2).returncode == 0
+    assert summary(tmp_path)["step"] == 4
+
+
+def test_a_slow_rank_is_named(tiny_corpus: TinyCorpus, tmp_path: Path):
+    done = start(tiny_corpus, tmp_path, ALLOW, "faults.slow=[1,0.3]", "train.steps=4", processes=2)
+    assert done.returncode == 0, done.stderr
+    named = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "lr" in record]
+    assert [record.get("slowest_rank") for record in named[1:]] == [1, 1, 1]
+    assert all(record["slowest_rank_seconds"] >= 0.3 for record in named[1:])
+    assert "slowest rank 1 on " in done.stdout
+
+
+def test_a_corrupt_save_is_not_resumed_from(tiny_corpus: TinyCorpus, tmp_path: Path):
+    corrupt = (ALLOW, "faults.corrupt_save=4", "checkpoint.every=2", "train.steps=6")
+    first = start(tiny_corpus, tmp_path, *corrupt, "run.stop_after=4")
+    assert first.returncode == 75, first.stderr
+    assert verify(tmp_path / "checkpoints" / "step-00000004")
+    again = start(tiny_corpus, tmp_path, *corrupt)
+    assert again.returncode == 0, again.stderr
+    assert "is damaged" in again.stdout
+    assert "step-00000002" in again.stdout
+    assert not verify(tmp_path / "checkpoints" / "step-00000004")
+    assert state(tmp_path)["step"] == 6
+
+
+def test_a_full_disk_ends_with_74_and_keeps_the_last_commit(tiny_corpus: TinyCorpus, tmp_path: Path):
+    full = (ALLOW, "faults.full_disk=4", "checkpoint.every=2", "train.steps=6")
+    done = start(tiny_corpus, tmp_path, *full, processes=2)
+    assert done.returncode == 74, done.stderr
+    assert done.stderr.count("no space left for a checkpoint") == 1
+    assert summary(tmp_path)["exit_code"] == 74
+    assert state(tmp_path)["step"] == 2
+    assert start(tiny_corpus, tmp_path, *full, processes=2).returncode == 0
+
+
+def test_a_killed_rank_is_named_by_the_others(tiny_corpus: TinyCorpus, tmp_path: Path):
+    """Without a launcher that would end them: as under srun without --kill-on-bad-exit."""
+    import os
+    import signal
+    import subprocess
+
+    from support.programs import free_port
+
+    endless = ("train.steps=100000", "train.schedule=constant", f"run.dir={tmp_path}")
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            command("pretrain", *TINY, *tiny_corpus.overrides(), *endless),
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", MASTER_PORT=port,
+                MASTER_ADDR="127.0.0.1",
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    try:
+        deadline, path = time.monotonic() + 120, tmp_path / "metrics.jsonl"
+        while not path.exists() or len(path.read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        killed = time.monotonic()
+        told = [process.communicate(timeout=60)[1] for process in ranks]
+        assert time.monotonic() - killed < 30
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [80, -signal.SIGKILL, 80]
+    assert sum(text.count("rank 1 on ") for text in told) == 1, told
+    assert "rank 1 on " in summary(tmp_path)["reason"]

@@ -1,0 +1,148 @@
+"""Who is named when a run gets no further, and how ranks agree on it."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.distributed import run_ranks
+
+from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
+from stablelm.engine.mesh import Ranks
+from stablelm.train import watchdog
+from stablelm.train.board import FileBoard, SafeBoard, StoreBoard
+from stablelm.train.culprit import culprit
+from stablelm.train.pulse import Pulse, in_collective, waits_for
+from stablelm.train.watchdog import Watch
+
+HOSTS = ["n0", "n0", "n1", "n1", "n2"]
+
+
+def note(count: int, *, collective: bool = True, where: str = "step 12, step") -> dict[str, Any]:
+    return {"count": count, "collective": collective, "where": where, "waits_for": "f (x.py:1)", "seconds": 9.0}
+
+
+def test_the_one_furthest_behind_is_named():
+    notes = {0: note(40), 1: note(40), 2: note(39, where="step 12, data"), 3: note(40)}
+    assert culprit(notes, HOSTS) == "rank 2 on n1 is stuck: step 12, data, in f (x.py:1), for 9 s"
+
+
+def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_named():
+    notes = {0: note(40), 1: note(40, collective=False), 2: note(40)}
+    assert culprit(notes, HOSTS).startswith("rank 1 on n0 is stuck")
+
+
+def test_silence_is_told_first():
+    assert culprit({0: note(40), 1: note(39), 2: None}, HOSTS) == "rank 2 on n1 does not answer any more"
+    many = culprit(dict.fromkeys(range(5)), HOSTS)
+    assert many == "rank 0 on n0, rank 1 on n0, rank 2 on n1 and 2 more do not answer any more"
+
+
+def test_nobody_is_blamed_where_all_wait_for_each_other():
+    assert culprit({0: note(40), 1: note(40)}, HOSTS).startswith("all 2 ranks are stuck at the same place, none behind")
+
+
+def test_a_pulse_counts_places_alike_on_all_ranks():
+    pulse = Pulse()
+    pulse.at("data", 1)
+    pulse.at("step", 1)
+    pulse.reached("micro-batch 1 of 2")
+    assert (pulse.now.count, pulse.now.words()) == (3, "step 1, step (micro-batch 1 of 2)")
+    pulse.finished(1)
+    assert (pulse.steps, pulse.now.phase) == (1, "record")
+
+
+def test_where_a_thread_is():
+    release = threading.Event()
+
+    def waiting() -> None:
+        release.wait()
+
+    thread = threading.Thread(target=waiting)
+    thread.start()
+    try:
+        assert thread.ident is not None
+        assert waits_for(thread.ident).startswith("wait (threading.py:")
+        assert not in_collective(thread.ident)
+    finally:
+        release.set()
+        thread.join()
+
+
+class Broken:
+    def put(self, name: str, value: Any) -> None:
+        raise ConnectionError
+
+    get = claim = lambda self, name: (_ for _ in ()).throw(ConnectionError())  # noqa: E731
+
+
+def test_files_take_over_from_a_store_that_has_gone(tmp_path: Path):
+    board = SafeBoard(Broken(), FileBoard(tmp_path, 1))  # type: ignore[arg-type]
+    assert not board.lost
+    assert board.get("alarm") is None
+    assert board.lost
+    board.put("rank/1", {"a": 1})
+    assert FileBoard(tmp_path, 1).get("rank/1") == {"a": 1}
+    assert board.claim("told")
+    assert not FileBoard(tmp_path, 1).claim("told")
+    assert FileBoard(tmp_path, 2).claim("told")
+
+
+def claims(rank: int, world_size: int, folder: str) -> tuple[list[bool], Any, Any]:
+    store = dist.distributed_c10d._get_default_store()
+    board = SafeBoard(StoreBoard(store, 1), FileBoard(Path(folder), 1))
+    mine = [board.claim(f"told {turn}") for turn in range(5)]
+    board.put(f"rank/{rank}", rank)
+    dist.barrier()
+    return mine, board.get("rank/0"), FileBoard(Path(folder), 1).claim("told 0")
+
+
+def test_one_rank_speaks(tmp_path: Path):
+    found = run_ranks(claims, 3, str(tmp_path))
+    assert [sum(turn) for turn in zip(*(mine for mine, _, _ in found), strict=True)] == [1] * 5
+    assert [note for _, note, _ in found] == [0, 0, 0]
+    assert not any(claimed for _, _, claimed in found)
+
+
+def watch(tmp_path: Path, **observe: float) -> Watch:
+    config = Config(
+        run=RunConfig(dir=str(tmp_path)), data=DataConfig(retry_budget=5.0), observe=ObserveConfig(**observe)
+    )
+    ranks = Ranks(0, 1, torch.device("cpu"), None, None)
+    return Watch(config, ranks, ["here"], 1, lambda code, words: None)
+
+
+def test_what_counts_as_stuck(tmp_path: Path):
+    watched = watch(tmp_path, hang_seconds=10.0, first_step_seconds=30.0)
+    assert not any(watched._stuck(look=4.0) for _ in range(7))
+    assert watched._stuck(look=4.0)  # 32 s at "starting"
+    watched.pulse.at("step", 1)
+    watched.pulse.steps = 1
+    assert not any(watched._stuck(look=4.0) for _ in range(3))
+    assert watched._stuck(look=4.0)
+    watched.pulse.at("data", 2)  # reads are tried again for 5 s by themselves
+    assert not any(watched._stuck(look=4.0) for _ in range(4))
+    assert watched._stuck(look=4.0)
+    watched.pulse.reached("somewhere")
+    assert not watched._stuck(look=100.0)
+
+
+def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.05)
+    watched = watch(tmp_path)
+    watched.start()
+    watched.pulse.at("evaluate", 7)
+    deadline, told = time.monotonic() + 20, {}
+    while told.get("phase") != "evaluate":
+        assert time.monotonic() < deadline
+        path = tmp_path / "heartbeat" / "rank-0.json"
+        told = json.loads(path.read_text()) if path.exists() else {}
+    watched.stop()
+    assert (told["rank"], told["host"], told["step"]) == (0, "here", 7)
+    assert told["waits_for"]
+    assert told["since"] <= told["written"]
+    assert list((tmp_path / "heartbeat").glob("*.json")) == [path]
