@@ -110,13 +110,21 @@ class Guard:
 
     def rewound(self, spike: Outcome, data_step: int, before: dict[str, Any]) -> None:
         """After a checkpoint was loaded, whose next batch is `data_step`; `before`: the state that it replaced."""
-        first = max(data_step, spike.data_step - self._config.skip_data // 2)
+        first = max(data_step, self.first_jumped(spike))
         self._progress.spikes, self._progress.rewinds = before["spikes"], before["rewinds"] + 1
         self._jumps = [*before["jumps"], [first, self._config.skip_data]]
         self._message(
             f"rewind {self._progress.rewinds} of {self._config.max_rewinds}: back to step {self._progress.step}; "
             f"batches {first + 1} to {first + self._config.skip_data} are jumped over"
         )
+
+    def first_jumped(self, spike: Outcome) -> int:
+        """The data step from which batches are jumped over because of a spike."""
+        return max(0, spike.data_step - self._config.skip_data // 2)
+
+    def shares(self, data_step: int, jumps: list[list[int]]) -> bool:
+        """Whether the run as it is now went through the state whose next batch was `data_step`, after `jumps`."""
+        return all(jump in jumps or data_step <= jump[0] for jump in self._jumps)
 
     def may_rewind(self, spike: Outcome) -> None:
         """Raises DivergedError if all rewinds are used up."""

@@ -77,19 +77,36 @@ def resume_from(
 def rewind(
     spike: Outcome, saver: Saver, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
 ) -> bool:
-    """Returns to the newest checkpoint, from where the batches around the spike's are jumped over. Collective.
+    """Returns to a checkpoint from before the spike, from where the batches around it are jumped over. Collective.
 
-    Every checkpoint of this attempt is older than the spike, for steps are judged before they are saved. False, and
-    nothing is changed, if there is none. Raises DivergedError if all rewinds are used up.
+    It is the newest one that has seen none of these batches, so that the run becomes the same wherever it was saved;
+    the newest of all if every one has seen some. False, and nothing is changed, if there is none. Raises
+    DivergedError if all rewinds are used up.
     """
     saver.wait()
-    found = keep.newest_valid(saver.fence.root, on_damaged=lambda path, why: None, together=ranks.together())
-    if found is None or keep.read_state(found)["step"] >= spike.step:
+    together = ranks.together()
+    places = together.first(lambda: candidates(saver.fence.root, guard, spike))
+    found = next((path for path in places if not keep.verify_together(path, together)), None)
+    if found is None:
         return False
     guard.may_rewind(spike)
     before = guard.state()
     guard.rewound(spike, resume_from(found, engine, loader, ranks, progress, guard), before)
     return True
+
+
+def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
+    """Checkpoints to which a spike may return the run, the best first; not yet verified."""
+    unseen, others = [], []
+    for path in keep.step_directories(root):
+        try:
+            state = keep.read_state(path)
+        except CheckpointError:
+            continue
+        data_step, jumps = state["data"]["data_step"], state.get("guards", {}).get("jumps", [])
+        if state["step"] < spike.step and guard.shares(data_step, jumps):
+            (unseen if data_step <= guard.first_jumped(spike) else others).append(path)
+    return unseen + others
 
 
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:

@@ -158,7 +158,7 @@ def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay():
     told.guard.rewound(outcome(3), 1, before)
     assert fed(told.guard, 10) == [0, 5, 6, 7, 8, 9, 14, 15, 16, 17]
     assert told.progress.rewinds == 2
-    with pytest.raises(DivergedError, match="guards.max_rewinds=2"):
+    with pytest.raises(DivergedError, match=r"guards\.max_rewinds=2"):
         told.guard.may_rewind(outcome(20))
 
 
@@ -250,3 +250,12 @@ def test_the_slowest_rank_is_named_where_it_matters():
 )
 def test_the_earlier_deadline_counts(limit: float | None, environ: dict[str, str], expected: float | None):
     assert deadline(limit, 1000.0, environ) == expected
+
+
+def test_only_states_of_the_present_course_count():
+    told = Told()
+    told.guard.rewound(outcome(11), 4, told.guard.state())
+    ((first, count),) = told.guard.state()["jumps"]
+    assert told.guard.shares(first, [])
+    assert not told.guard.shares(first + 1, [])  # it has seen a batch that is jumped over now
+    assert told.guard.shares(first + count, [[first, count]])

@@ -77,7 +77,7 @@ class Broken:
     def put(self, name: str, value: Any) -> None:
         raise ConnectionError
 
-    get = claim = lambda self, name: (_ for _ in ()).throw(ConnectionError())  # noqa: E731
+    get = claim = lambda self, name: (_ for _ in ()).throw(ConnectionError())
 
 
 def test_files_take_over_from_a_store_that_has_gone(tmp_path: Path):
