@@ -15,15 +15,16 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from added_code import Shape
 from chunked_loss import seconds
 from methods import config_of, record, step_of, text_of
+from torch.multiprocessing.spawn import spawn
 
 from stablelm.config.schema import Config, GuardsConfig, ObserveConfig, RunConfig
 from stablelm.engine.gradients import refused
@@ -87,6 +88,11 @@ def before(ranks: Ranks) -> Callable[[], None]:
     return work
 
 
+def repeat(work: Callable[[], None]) -> None:
+    for _ in range(REPEATS):
+        work()
+
+
 def time_added(rank: int, world_size: int, store: str, folder: str) -> None:
     """On one of the ranks: seconds a step of the added code, less what it replaces, left in `folder` by rank 0."""
     torch.set_num_threads(1)
@@ -103,7 +109,7 @@ def time_added(rank: int, world_size: int, store: str, folder: str) -> None:
     took: dict[str, list[float]] = {name: [] for name in works}
     for round_ in range(ROUNDS + 2):
         for name, work in works.items():
-            value = seconds(lambda work=work: [work() for _ in range(REPEATS)], device) / REPEATS
+            value = seconds(partial(repeat, work), device) / REPEATS
             if round_ >= 2:
                 took[name].append(value)
     if rank == 0:
@@ -123,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     shape = Shape(*(int(size) for size in options.shape.split("x")))
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(time_added, (options.ranks, os.path.join(folder, "store"), folder), nprocs=options.ranks)
+        spawn(time_added, (options.ranks, os.path.join(folder, "store"), folder), nprocs=options.ranks)
         alone = json.loads((Path(folder) / "seconds.json").read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = TorchEngine(config_of("pre_ln", shape, options), "single", Ranks(0, 1, device, None, None))

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from stablelm.checkpoint.agree import Together
@@ -27,7 +27,7 @@ class Ranks:
     save_group: dist.ProcessGroup | None = None
     """For saves in the background, whose collectives must not meet those of the loop."""
     nodes: int = 1
-    store: dist.Store | None = None
+    store: Store | None = None
     """Of the process group, if there are other ranks."""
 
     @property
@@ -85,12 +85,12 @@ def connect(
         return Ranks(0, 1, device, None, None)
     join = timedelta(minutes=timeout_minutes)
     timeout = join if collective_seconds is None else timedelta(seconds=collective_seconds)
-    store: dist.Store = HashStore()
+    store: Store = HashStore()
     if launch.world_size > 1:
         meet = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
         store, _, _ = next(rendezvous(meet, launch.rank, launch.world_size, timeout=join))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    own = dist.PrefixStore("process group", store)
+    own = PrefixStore("process group", store)
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=own)
     # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
     groups = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3))

@@ -40,7 +40,8 @@ class SigmaMatrices:
         spectral.refresh(self._matrices(), self._reduce)
         if skipped is not None:
             found = torch.where(skipped.to(kept.device), kept, torch.cat(vectors))
-            torch._foreach_copy_(vectors, found.split([len(vector) for vector in vectors]))
+            parts = found.split([len(vector) for vector in vectors])
+            torch._foreach_copy_(vectors, parts)  # pyright: ignore[reportPrivateImportUsage]
 
     def norms(self) -> dict[str, float]:
         """Tracked sigma of every matrix by name; a collective on sharded weights."""

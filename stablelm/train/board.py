@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 STORE_SECONDS = 5.0
 """How long the process group's store may take for one note."""
@@ -30,8 +30,8 @@ class Board(Protocol):
 class StoreBoard:
     """On the process group's store, through a connection of its own: the main thread may be waiting on the other."""
 
-    def __init__(self, store: dist.Store, attempt: int):
-        self._store = dist.PrefixStore(f"watch/{attempt}", store.clone())  # type: ignore[attr-defined]
+    def __init__(self, store: Store, attempt: int):
+        self._store = PrefixStore(f"watch/{attempt}", store.clone())  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=STORE_SECONDS))
 
     def put(self, name: str, value: Any) -> None:

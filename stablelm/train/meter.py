@@ -51,7 +51,7 @@ class Meter:
         counts = ~result.skipped
         for name in ("cross_entropy", "valid", "grad_norm"):
             value = getattr(result, name)
-            self._interval.add(name, torch.where(counts.to(value.device), value, torch.zeros_like(value)))
+            self._interval.add(name, torch.where(counts.to(value.device), value, 0))
         self._interval.add("steps", counts)
         self._interval.add("wait", wait)
         self._interval.add("seconds", seconds)

@@ -48,7 +48,7 @@ class Told:
 
 
 @pytest.mark.parametrize("spike", [{"loss": 6.0}, {"norm": 4.0}, {"loss": 6.0, "norm": 4.0}])
-def test_a_spike_is_found_once_the_window_is_full(spike: dict[str, float]):
+def test_a_spike_is_found_once_the_window_is_full(spike: dict[str, Any]):
     full = WINDOW.window + LAG
     assert Told().after(full - 2).guard.judge([outcome(full - 1, **spike)]) is None
     told = Told().after(full - 1)

@@ -108,7 +108,7 @@ def test_one_rank_speaks(tmp_path: Path):
     assert not any(claimed for _, _, claimed in found)
 
 
-def watch(tmp_path: Path, **observe: float) -> Watch:
+def watch(tmp_path: Path, **observe: Any) -> Watch:
     config = Config(
         run=RunConfig(dir=str(tmp_path)), data=DataConfig(retry_budget=5.0), observe=ObserveConfig(**observe)
     )
