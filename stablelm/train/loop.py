@@ -97,13 +97,17 @@ def train(job: Job) -> str:
             interval.write()
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)
-        if spike is not None and not reason and rewound(job, spike, agreement, interval):
+        stopping = bool(reason) and step < steps
+        if spike is not None and not stopping and rewound(job, spike, agreement, interval):
             continue
         if saving:
             pulse.at("save", step)
-            job.save(bool(reason) or step == steps)
+            job.saver.wait()
+            # A stop at a spike leaves it to the next attempt, which finds it again.
+            if spike is None or not stopping or progress.checkpointed_step < 0:
+                job.save(stopping or step == steps)
         job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
-        if reason and step < steps:
+        if stopping:
             agreement.settle()
             return reason
     return ""
@@ -132,8 +136,9 @@ def validate(job: Job) -> dict[str, Scores]:
     """Scores of every validation set at the current step, recorded as `val_loss/<set>`."""
     scores = {}
     for name, data in job.validation.items():
-        job.watch.pulse.at("evaluate", job.progress.step)
-        scores[name] = evaluate(job.engine, job.ranks, data, job.config.evaluate.micro_batch_size)
+        pulse = job.watch.pulse
+        pulse.at("evaluate", job.progress.step)
+        scores[name] = evaluate(job.engine, job.ranks, data, job.config.evaluate.micro_batch_size, pulse.reached)
     if scores:
         job.progress.val_loss = {name: score.loss for name, score in scores.items()}
         values = {f"val_loss/{name}": score.loss for name, score in scores.items()}

@@ -74,6 +74,7 @@ def test_a_spike_of_the_norm_is_left_out(tiny_corpus: TinyCorpus, tmp_path: Path
     assert (told["skipped_steps"], told["spikes"], told["rewinds"]) == (1, 1, 0)
 
 
+@pytest.mark.timeout(900)
 def test_a_spike_rewinds_and_a_resumed_run_repeats_it(tiny_corpus: TinyCorpus, tmp_path: Path):
     spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", *SPIKES, "train.steps=16")
     whole = start(tiny_corpus, tmp_path / "whole", *spike, processes=2)
@@ -84,10 +85,9 @@ def test_a_spike_rewinds_and_a_resumed_run_repeats_it(tiny_corpus: TinyCorpus, t
     saved = state(tmp_path / "whole")
     assert (saved["data"]["data_step"], saved["guards"]["jumps"]) == (18, [[8, 2]])
     steps = [record["step"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "lr" in record]
-    assert steps[steps.index(9) :][:3] == [9, 10, 11] or steps[steps.index(9) :][:2] == [9, 10]
     assert steps.count(9) == steps.count(10) == 2
-    # Stopped in between, before and after the rewind.
-    for stop in ("9", "14", "99"):
+    # Stopped in between: before the spike, at it, after the rewind.
+    for stop in ("9", "10", "14", "99"):
         done = start(tiny_corpus, tmp_path / "parts", *spike, f"run.stop_after={stop}", processes=2)
         assert done.returncode in (0, 75), done.stderr
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
