@@ -42,8 +42,8 @@ from stablelm.train.watchdog import Watch
 REPEATS, ROUNDS = 50, 20
 
 
-def added(config: Config, ranks: Ranks, folder: str) -> Callable[[], None]:
-    """The code of one step that is there for guards, heartbeat and stops, on figures that are at hand."""
+def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The code of one step that is there for guards, heartbeat and stops, on figures that are at hand; and its end."""
     device, progress = ranks.device, Progress()
     watch = Watch(config, ranks, ["here"] * ranks.world_size, 1, lambda code, words: None)
     watch.start()
@@ -70,7 +70,11 @@ def added(config: Config, ranks: Ranks, folder: str) -> Callable[[], None]:
         _, outcomes = agreement.exchange(step, step, result, stop.wish())
         guard.judge(outcomes)
 
-    return work
+    def end() -> None:
+        agreement.settle()
+        watch.stop()
+
+    return work, end
 
 
 def before(ranks: Ranks) -> Callable[[], None]:
@@ -105,13 +109,18 @@ def time_added(rank: int, world_size: int, store: str, folder: str) -> None:
     config = Config(
         run=RunConfig(dir=folder), guards=GuardsConfig(spike="skip"), observe=ObserveConfig(hang_seconds=1e6)
     )
-    works = {"added": added(config, ranks, folder), "before": before(ranks)}
+    work, end = added(config, ranks)
+    works = {"added": work, "before": before(ranks)}
     took: dict[str, list[float]] = {name: [] for name in works}
     for round_ in range(ROUNDS + 2):
-        for name, work in works.items():
-            value = seconds(partial(repeat, work), device) / REPEATS
+        for name, each in works.items():
+            value = seconds(partial(repeat, each), device) / REPEATS
             if round_ >= 2:
                 took[name].append(value)
+    end()
+    if group is not None:
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         less = [a - b for a, b in zip(took["added"], took["before"], strict=True)]
         (Path(folder) / "seconds.json").write_text(json.dumps(less))
