@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def repeat(work: Callable[[], None]) -> None:
         work()
 
 
-def time_added(rank: int, world_size: int, store: str, folder: str) -> None:
+def time_added(rank: int, world_size: int, store: str, folder: str, config: Config) -> None:
     """On one of the ranks: seconds a step of the added code, less what it replaces, left in `folder` by rank 0."""
     torch.set_num_threads(1)
     group = None
@@ -106,9 +107,8 @@ def time_added(rank: int, world_size: int, store: str, folder: str) -> None:
         group = dist.group.WORLD
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = Ranks(rank, world_size, device, group, group)
-    config = Config(
-        run=RunConfig(dir=folder), guards=GuardsConfig(spike="skip"), observe=ObserveConfig(hang_seconds=1e6)
-    )
+    guards, observe = GuardsConfig(spike="skip"), ObserveConfig(hang_seconds=1e6)
+    config = replace(config, run=RunConfig(dir=folder), guards=guards, observe=observe)
     work, end = added(config, ranks)
     works = {"added": work, "before": before(ranks)}
     took: dict[str, list[float]] = {name: [] for name in works}
@@ -137,11 +137,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     shape = Shape(*(int(size) for size in options.shape.split("x")))
+    config = config_of("pre_ln", shape, options)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(time_added, (options.ranks, os.path.join(folder, "store"), folder), nprocs=options.ranks)
+        spawn(time_added, (options.ranks, os.path.join(folder, "store"), folder, config), nprocs=options.ranks)
         alone = json.loads((Path(folder) / "seconds.json").read_text())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = TorchEngine(config_of("pre_ln", shape, options), "single", Ranks(0, 1, device, None, None))
+    engine = TorchEngine(config, "single", Ranks(0, 1, device, None, None))
     step = step_of(engine, text_of(shape, options.vocab).to(device))
     took = [seconds(step, device) for _ in range(options.steps + 1)][1:]
     share = [value / sorted(took)[len(took) // 2] for value in alone]

@@ -85,7 +85,7 @@ def train(job: Job) -> str:
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
-            interval.write()
+            interval.write(job.loader.epochs())
         if due(step, config.evaluate.every, steps):
             validate(job)
         job.layers.step(step, progress.tokens)
@@ -94,7 +94,7 @@ def train(job: Job) -> str:
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
         if saving:
             # Nothing is saved that has not been judged.
-            interval.write()
+            interval.write(job.loader.epochs())
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)
         stopping = bool(reason) and step < steps

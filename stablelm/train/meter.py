@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
+from stablelm.model.flops import flops_per_token
 from stablelm.observe.metrics import Interval
+from stablelm.plan.accelerators import named_by
 from stablelm.train.progress import Progress
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult
@@ -33,6 +35,8 @@ class Meter:
         self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
         self._device, self._hosts = device, hosts
         self._watches_spikes = config.guards.spike != "none"
+        self._peak = peak_flops(device) * ranks.world_size
+        self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.slowest = 0.0
         """Longest step so far, seconds."""
         self.restart()
@@ -58,10 +62,11 @@ class Meter:
         self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
-    def write(self) -> None:
+    def write(self, epochs: dict[str, float]) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
-        An interval of which no update was made has NaN for its loss and norm.
+        `epochs`: how often each source of text was read, by name. An interval of which no update was made has NaN for
+        its loss and norm.
         """
         progress = self._progress
         if progress.tokens == self._tokens_before:
@@ -86,6 +91,8 @@ class Meter:
                 "step_seconds": seconds / steps,
                 "data_wait_seconds": sums["wait"] / ranks / steps,
                 "memory_bytes": peak_memory(self._device),
+                **self._utilisation(progress.tokens_per_second),
+                **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
                 "skipped_steps": progress.skipped_steps,
                 **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
                 **self._straggler(self._own_seconds / steps, seconds / steps),
@@ -112,6 +119,16 @@ class Meter:
             "slowest_host": self._hosts[slowest],
             "slowest_rank_seconds": float(table[slowest]),
         }
+
+    def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B); nothing where the peak is not known."""
+        return {"mfu": self._flops_per_token * tokens_per_second / self._peak} if self._peak else {}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bf16 FLOP/s that the vendor promises for a GPU; 0 for a CPU and for what the table lacks."""
+    accelerator = named_by(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return accelerator.peak if accelerator else 0.0
 
 
 def peak_memory(device: torch.device) -> int:

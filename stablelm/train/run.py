@@ -21,7 +21,7 @@ from stablelm.train.ending import Ending
 from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
 from stablelm.train.loop import Job, train
-from stablelm.train.prepare import Prepared
+from stablelm.train.prepare import Prepared, files_to_keep
 from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.rehearse import rehearse
@@ -45,7 +45,14 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
         ending.prepared = prepared = share_corpora(prepared, ranks)
         check_precision(str(config.train.precision), ranks.device)
         assert prepared.corpora is not None
-        ending.progress.attempt = rundir.create(config, prepared.corpora.identity, prepared.tokenizer.path, ranks, argv)
+        ending.progress.attempt = rundir.create(
+            config,
+            prepared.corpora.identity,
+            files_to_keep(config, prepared.corpora),
+            prepared.tokenizer.path,
+            ranks,
+            argv,
+        )
         ending.created = True
         ending.watch = Watch(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
         ending.watch.start()

@@ -16,7 +16,6 @@ from stablelm.engine.mesh import Ranks
 from stablelm.errors import DivergedError
 from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.guards import LAG, Guard
-from stablelm.train.meter import Meter
 from stablelm.train.progress import Progress
 from stablelm.train.step import StepResult
 from stablelm.train.stop import deadline
@@ -199,41 +198,6 @@ def disagree(rank: int, world_size: int) -> None:
 def test_ranks_that_differ_are_noticed():
     with pytest.raises(RuntimeError, match="1 of 2 ranks left out the update of step 1"):
         run_ranks(disagree, 2)
-
-
-def test_records_leave_skipped_steps_out():
-    records: list[dict] = []
-    progress = Progress(step=1, tokens=0)
-    meter = Meter(torch.device("cpu"), ALONE, CONFIG, progress, records.append)
-    rows = [(6.0, 2, 1.0, False), (math.nan, 5, math.inf, True), (2.0, 2, 3.0, False)]
-    for row in rows:
-        meter.add(result(*row[:3], skipped=row[3]), wait=0.0, own=0.0, seconds=1.0)
-    progress.tokens = 12
-    meter.write()
-    assert (records[0]["loss"], records[0]["grad_norm"], records[0]["skipped_steps"]) == (2.0, 2.0, 1)
-    meter.add(result(math.nan, 5, math.nan, skipped=True), wait=0.0, own=0.0, seconds=1.0)
-    progress.tokens = 16
-    meter.write()
-    assert math.isnan(records[1]["loss"])
-    assert (records[1]["skipped_steps"], progress.loss) == (2, 2.0)
-
-
-def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
-    group = dist.group.WORLD
-    ranks, records = Ranks(rank, world_size, torch.device("cpu"), group, group), []
-    progress = Progress()
-    meter = Meter(torch.device("cpu"), ranks, CONFIG, progress, records.append, ["left", "right"])
-    for _ in range(2):
-        meter.add(result(1.0, 1, 1.0), wait=0.0, own=own[rank], seconds=1.0)
-    progress.step, progress.tokens = 2, 2
-    meter.write()
-    return {name: value for name, value in records[0].items() if name.startswith("slowest")}
-
-
-def test_the_slowest_rank_is_named_where_it_matters():
-    told = {"slowest_rank": 1, "slowest_host": "right", "slowest_rank_seconds": 0.3}
-    assert run_ranks(straggle, 2, (0.1, 0.3)) == [told, told]
-    assert run_ranks(straggle, 2, (0.1, 0.15)) == [{}, {}]
 
 
 @pytest.mark.parametrize(
