@@ -41,6 +41,10 @@ class Cursor:
     def to_list(self) -> list[int]:
         return list(astuple(self))
 
+    def cursor(self) -> "Cursor":
+        """Itself, as of any place."""
+        return self
+
 
 @dataclass(frozen=True)
 class Chunk:
