@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stablelm.config.schema import Config
+from stablelm.data.waiting import waited_seconds
 from stablelm.engine.mesh import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.observe.metrics import Interval
@@ -45,7 +47,7 @@ class Meter:
         """Begins an interval where the run stands now; what was added and not written is dropped."""
         self._interval = Interval(self._device)
         self._tokens_before = self._progress.tokens
-        self._own_seconds = 0.0
+        self._own_seconds, self._waited_before = 0.0, waited_seconds()
 
     def add(self, result: StepResult, *, wait: float, own: float, seconds: float) -> None:
         """Takes in one step: `wait` for data, `own` until the ranks first meet in it, and `seconds` in all.
@@ -95,29 +97,35 @@ class Meter:
                 **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
                 "skipped_steps": progress.skipped_steps,
                 **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
-                **self._straggler(self._own_seconds / steps, seconds / steps),
+                **self._of_each_rank(self._own_seconds / steps, seconds / steps),
             }
         )
-        self._own_seconds = 0.0
+        self._own_seconds, self._waited_before = 0.0, waited_seconds()
 
-    def _straggler(self, own: float, step_seconds: float) -> dict[str, Any]:
+    def _of_each_rank(self, own: float, step_seconds: float) -> dict[str, Any]:
+        """Seconds of the interval in which reads waited for a store, where it was longest, and the slowest rank.
+
+        `own`: this rank's seconds a step until ranks first meet in it.
+        """
+        table = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
+        table[:, self._ranks.rank] = torch.tensor([own, waited_seconds() - self._waited_before], dtype=torch.float64)
+        if self._ranks.cpu_group is not None:
+            dist.all_reduce(table, group=self._ranks.cpu_group)
+        return {"store_wait_seconds": float(table[1].max()), **self._straggler(table[0], step_seconds)}
+
+    def _straggler(self, own: Tensor, step_seconds: float) -> dict[str, Any]:
         """The rank that keeps the others waiting longest, with its host and its seconds a step; none if all are even.
 
         Inside the passes ranks wait for each other, so what counts is a step's time before they first meet.
+        own: (ranks,).
         """
-        if self._ranks.cpu_group is None:
-            return {}
-        table = torch.zeros(self._ranks.world_size, dtype=torch.float64)
-        table[self._ranks.rank] = own
-        dist.all_reduce(table, group=self._ranks.cpu_group)
-        slowest = int(table.argmax())
-        behind = float(table[slowest] - table.median())
-        if behind < NOTICEABLE * step_seconds:
+        slowest = int(own.argmax())
+        if float(own[slowest] - own.median()) < NOTICEABLE * step_seconds or len(own) == 1:
             return {}
         return {
             "slowest_rank": slowest,
             "slowest_host": self._hosts[slowest],
-            "slowest_rank_seconds": float(table[slowest]),
+            "slowest_rank_seconds": float(own[slowest]),
         }
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:

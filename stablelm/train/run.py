@@ -41,6 +41,8 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
     try:
         # Longer than the watchdog's patience: it names the rank at fault, which a broken collective cannot.
         patience = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
+        # While a rank waits for a store the others wait for it.
+        patience += config.data.retry_budget
         ranks = connect(prepared.launch, prepared.kind, collective_seconds=patience)
         ending.prepared = prepared = share_corpora(prepared, ranks)
         check_precision(str(config.train.precision), ranks.device)

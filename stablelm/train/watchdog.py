@@ -1,6 +1,6 @@
 """Heartbeat and watchdog of a rank: it notices that the main thread is stuck, or another rank, and ends the process.
 
-All ranks end within half a minute of the first that notices. One of them, whichever is first, says why.
+All ranks end within a quarter of a minute of the first that notices. One of them, whichever is first, says why.
 """
 
 import faulthandler
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.config.schema import Config
+from stablelm.data.stores import STALL_SECONDS
+from stablelm.data.waiting import waiting
 from stablelm.engine.mesh import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.train.board import Alone, FileBoard, SafeBoard, StoreBoard, replace
@@ -22,9 +24,11 @@ from stablelm.train.culprit import culprit
 from stablelm.train.pulse import Pulse, in_collective, waits_for
 
 HEARTBEAT_SECONDS = 10.0
-LOOK_SECONDS = 4.0
-ANSWER_SECONDS = 10.0  # more than LOOK_SECONDS and STORE_SECONDS: a rank that is alive has answered by then
+LOOK_SECONDS = 3.0
+ANSWER_SECONDS = 7.0  # more than LOOK_SECONDS and STORE_SECONDS: a rank that is alive has answered by then
 LAST_WORDS_SECONDS = 5.0
+READING = ("starting", "data", "record")
+"""Phases in which the main thread may wait for text itself; in others it is the threads that read ahead."""
 
 
 class Watch:
@@ -32,8 +36,9 @@ class Watch:
 
     def __init__(self, config: Config, ranks: Ranks, hosts: list[str], attempt: int, tell: Callable[[int, str], None]):
         self.pulse = Pulse()
-        self.extra_seconds = {"data": config.data.retry_budget}
+        self.extra_seconds: dict[str, float] = {}
         """By phase: what is waited on top of the time-out, since the phase has its own."""
+        self._retry_budget = config.data.retry_budget
         self._observe, self._ranks, self.hosts, self._tell = config.observe, ranks, hosts, tell
         self._run_dir = Path(config.run.dir)
         files = FileBoard(self._run_dir / "heartbeat", attempt)
@@ -41,6 +46,7 @@ class Watch:
         self._main = threading.main_thread().ident or 0
         self._stopped = threading.Event()
         self._seen, self._unchanged = self.pulse.now, 0.0
+        self._last_wait: Any = None
 
     def start(self) -> None:
         _try(lambda: [(self._run_dir / name).mkdir(exist_ok=True) for name in ("heartbeat", "stacks")])
@@ -64,11 +70,12 @@ class Watch:
     def lost(self) -> None:
         """For a rank whose collective broke, in its main thread: names who is silent, unless another rank speaks."""
         self._board.put("alarm", {"kind": "lost", "rank": self._ranks.rank})
+        self._leave_note()
         self._name_the_culprit()
 
     def note(self) -> dict[str, Any]:
         """What this rank says of itself."""
-        now = self.pulse.now
+        now, waits = self.pulse.now, waiting()
         return {
             "rank": self._ranks.rank,
             "host": self.hosts[self._ranks.rank],
@@ -78,6 +85,7 @@ class Watch:
             "place": now.place,
             "since": now.since,
             "waits_for": waits_for(self._main),
+            **({"store": {**vars(waits[0]), "reads": len(waits)}} if waits else {}),
             "written": time.time(),
         }
 
@@ -91,9 +99,12 @@ class Watch:
 
     def _watch(self) -> None:
         look = min(LOOK_SECONDS, self._observe.hang_seconds / 4)
+        last = time.monotonic()
         while not self._stopped.wait(look):
+            # Time in which the process was suspended is none.
+            last, passed = time.monotonic(), min(time.monotonic() - last, 2 * look)
             alarm = self._board.get("alarm")
-            if alarm is None and self._stuck(look):
+            if alarm is None and self._stuck(passed):
                 alarm = {"kind": "hang", "rank": self._ranks.rank}
                 self._board.put("alarm", alarm)
             if alarm is None and getattr(self._board, "lost", False):
@@ -101,16 +112,34 @@ class Watch:
             if alarm is not None:
                 self._end(alarm["kind"])
 
-    def _stuck(self, look: float) -> bool:
-        """Counts the looks at which nothing had changed: time in which the process was suspended is none."""
+    def _stuck(self, passed: float) -> bool:
+        """Whether nothing has changed for too long, `passed` more seconds of which nobody waited for a store."""
         if self.pulse.now is not self._seen:
             self._seen, self._unchanged = self.pulse.now, 0.0
             return False
-        self._unchanged += look
         limit = self._observe.hang_seconds if self.pulse.steps else self._observe.first_step_seconds
-        return self._unchanged >= limit + self.extra_seconds.get(self._seen.phase, 0.0)
+        limit += self.extra_seconds.get(self._seen.phase, 0.0)
+        if self._waits_for_a_store():
+            self._board.put("wait", [self._ranks.rank, time.time()])
+            return False
+        before, self._unchanged = self._unchanged, self._unchanged + passed
+        if before < limit / 2 <= self._unchanged:
+            self._last_wait = self._board.get("wait")
+        if self._unchanged < limit:
+            return False
+        last, self._last_wait = self._last_wait, self._board.get("wait")
+        if self._last_wait != last:  # another rank waits, and this one for it
+            self._unchanged = limit / 2
+            return False
+        return True
+
+    def _waits_for_a_store(self) -> bool:
+        """Whether the main thread waits for text that is tried again; the last try may go beyond the budget."""
+        oldest = time.time() - self._retry_budget - STALL_SECONDS
+        return self._seen.phase in READING and any(wait.since > oldest for wait in waiting())
 
     def _end(self, kind: str) -> None:
+        self._leave_note()
         _within(LAST_WORDS_SECONDS, self._write_stacks)
         if kind == "failure":
             # Who failed has said why; a main thread that waits for it in vain gets time to notice by itself.
@@ -120,16 +149,14 @@ class Watch:
         if not self._stopped.is_set():
             os._exit(EXIT_RANK_LOST)
 
+    def _leave_note(self) -> None:
+        now, note = self.pulse.now, self.note()
+        where = now.words() + (f", waiting for {note['store']['file']}" if "store" in note else "")
+        own = {"count": now.count, "where": where, "seconds": time.time() - now.since}
+        self._board.put(f"rank/{self._ranks.rank}", note | own | {"collective": in_collective(self._main)})
+
     def _name_the_culprit(self) -> None:
         """One rank gathers the notes and speaks; the others wait for it, as a launcher ends all with the first."""
-        now = self.pulse.now
-        own = self.note() | {
-            "count": now.count,
-            "where": now.words(),
-            "seconds": time.time() - now.since,
-            "collective": in_collective(self._main),
-        }
-        self._board.put(f"rank/{self._ranks.rank}", own)
         if not self._stopped.is_set() and self.speaks():
             words = f"{culprit(self._notes(), self.hosts)}; stacks of all ranks: {self._run_dir / 'stacks'}"
             _within(LAST_WORDS_SECONDS, lambda: self._say(words))

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from support.programs import TINY, command, environment, losses, run, summary
+from support.forked import start_forked
+from support.programs import LAUNCH, TINY, environment, free_port, losses, run, summary
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint.keep import newest_valid, read_state, verify
@@ -102,9 +105,9 @@ def test_rewinds_are_used_up_with_76(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert state(tmp_path)["step"] == 8
 
 
-@pytest.mark.parametrize("launcher", ["", "torchrun"])
-def test_a_hung_rank_is_named_once_and_the_job_ends(launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path):
-    hang = (ALLOW, "faults.hang=[1,5]", "observe.hang_seconds=4", "checkpoint.every=2", "train.steps=8")
+@pytest.mark.parametrize(("rank", "launcher"), [(0, ""), (1, ""), (1, "torchrun")])
+def test_a_hung_rank_is_named_once_and_the_job_ends(rank: int, launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+    hang = (ALLOW, f"faults.hang=[{rank},5]", "observe.hang_seconds=4", "checkpoint.every=2", "train.steps=8")
     began = time.monotonic()
     done = start(tiny_corpus, tmp_path, *hang, processes=2, launcher=launcher)
     assert time.monotonic() - began < 120
@@ -112,12 +115,12 @@ def test_a_hung_rank_is_named_once_and_the_job_ends(launcher: str, tiny_corpus: 
     assert done.stderr.count("is stuck") == 1
     told = summary(tmp_path)
     assert told["exit_code"] == 80
-    assert "rank 1 on " in told["reason"]
+    assert f"rank {rank} on " in told["reason"]
     assert "step 5, step, in before (faults.py:" in told["reason"]
-    for rank in (0, 1):
-        assert "Thread 0x" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
-        assert json.loads((tmp_path / "heartbeat" / f"rank-{rank}.json").read_text())["rank"] == rank
-    assert "faults.py" in (tmp_path / "stacks" / "rank-1.txt").read_text()
+    for each in (0, 1):
+        assert "Thread 0x" in (tmp_path / "stacks" / f"rank-{each}.txt").read_text()
+        assert json.loads((tmp_path / "heartbeat" / f"rank-{each}.json").read_text())["rank"] == each
+    assert "faults.py" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
     # The next attempt goes on where the last commit stands.
     again = start(tiny_corpus, tmp_path, *hang, processes=2)
     assert again.returncode == 0, again.stderr
@@ -171,40 +174,48 @@ def test_a_full_disk_ends_with_74_and_keeps_the_last_commit(tiny_corpus: TinyCor
     assert start(tiny_corpus, tmp_path, *full, processes=2).returncode == 0
 
 
-def test_a_killed_rank_is_named_by_the_others(tiny_corpus: TinyCorpus, tmp_path: Path):
-    """Without a launcher that would end them: as under srun without --kill-on-bad-exit."""
-    import os
-    import signal
-    import subprocess
-
-    from support.programs import free_port
-
-    endless = ("train.steps=100000", "train.schedule=constant", f"run.dir={tmp_path}")
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            command("pretrain", *TINY, *tiny_corpus.overrides(), *endless),
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3", MASTER_PORT=port,
-                MASTER_ADDR="127.0.0.1",
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(3)
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "rank"),
+    [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGSTOP, 1)],
+    ids=["1-dies", "0-stops", "1-stops"],
+)
+def test_a_silent_rank_is_named_by_the_others(
+    number: signal.Signals, rank: int, tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    """Without a launcher that would end them, as under srun; and the store is rank 0's, not torchrun's."""
+    hang, port, run_dir = 6, str(free_port()), tmp_path / "run"
+    endless = ("train.steps=100000", "train.schedule=constant", f"observe.hang_seconds={hang}", f"run.dir={run_dir}")
+    line = [*TINY, *tiny_corpus.overrides(), *endless]
+    outputs = [tmp_path / str(own) for own in range(3)]
+    ranks = []
+    for own, output in enumerate(outputs):
+        output.mkdir()
+        variables = {"RANK": str(own), "LOCAL_RANK": str(own), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+        environ = environment(**variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        ranks.append(start_forked(str(LAUNCH / "pretrain.py"), line, environ, output=output))
+    others = [process for own, process in enumerate(ranks) if own != rank]
     try:
-        deadline, path = time.monotonic() + 120, tmp_path / "metrics.jsonl"
-        while not path.exists() or len(path.read_text().splitlines()) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        os.kill(ranks[1].pid, signal.SIGKILL)
-        killed = time.monotonic()
-        told = [process.communicate(timeout=60)[1] for process in ranks]
-        assert time.monotonic() - killed < 30
+        wait_for_records(run_dir, 3)
+        os.kill(ranks[rank].pid, number)
+        silent = time.monotonic()
+        for process in others:
+            process.join(timeout=60)
+        assert time.monotonic() - silent < hang + 15
+        assert [process.exitcode for process in others] == [80, 80]
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [80, -signal.SIGKILL, 80]
-    assert sum(text.count("rank 1 on ") for text in told) == 1, told
-    assert "rank 1 on " in summary(tmp_path)["reason"]
+            process.join()
+    told = [(output / "err").read_text() for output in outputs]
+    assert sum(text.count("error: ") for text in told) == 1, told
+    reason = summary(run_dir)["reason"]
+    assert reason.startswith(f"rank {rank} on ")
+    assert "does not answer any more" in reason
+    assert all((run_dir / "stacks" / f"rank-{own}.txt").exists() for own in range(3) if own != rank)
+
+
+def wait_for_records(run_dir: Path, count: int) -> None:
+    deadline, path = time.monotonic() + 120, run_dir / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
+from stablelm.data.waiting import Wait, noted
 from stablelm.engine.mesh import Ranks
-from stablelm.train import watchdog
+from stablelm.train import board, watchdog
 from stablelm.train.board import FileBoard, SafeBoard, StoreBoard
 from stablelm.train.culprit import culprit
 from stablelm.train.pulse import Pulse, in_collective, waits_for
@@ -73,6 +74,48 @@ def test_where_a_thread_is():
         thread.join()
 
 
+class Silent:
+    """A store whose process is suspended until `wakes` is set."""
+
+    def __init__(self) -> None:
+        self.wakes, self.notes = threading.Event(), {}
+
+    def put(self, name: str, value: Any) -> None:
+        self.wakes.wait()
+        self.notes[name] = value
+
+    def get(self, name: str) -> Any:
+        self.wakes.wait()
+        return self.notes.get(name)
+
+    def claim(self, name: str) -> bool:
+        self.wakes.wait()
+        return self.notes.setdefault(f"claim/{name}", claimed := object()) is claimed
+
+
+def test_a_silent_store_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(board, "STORE_SECONDS", 0.3)
+    store, files = Silent(), FileBoard(tmp_path, 1)
+    ranks = [SafeBoard(store, files) for _ in range(2)]
+    began = time.monotonic()
+    assert ranks[0].get("alarm") is None
+    ranks[0].put("alarm", "hang")
+    ranks[0].put("rank/0", {"a": 1})
+    assert [rank.claim("told") for rank in ranks] == [True, False]
+    assert ranks[1].get("alarm") == "hang"
+    assert ranks[1].get("rank/0") == {"a": 1}
+    assert time.monotonic() - began < 3
+    assert not any(rank.lost for rank in ranks)
+    # It may wake again: whoever asks it then learns what was said meanwhile.
+    store.wakes.set()
+    deadline = time.monotonic() + 10
+    while "rank/0" not in store.notes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    files.put("alarm", "of the folder")
+    assert ranks[1].get("alarm") == "hang"
+
+
 class Broken:
     def put(self, name: str, value: Any) -> None:
         raise ConnectionError
@@ -81,24 +124,24 @@ class Broken:
 
 
 def test_files_take_over_from_a_store_that_has_gone(tmp_path: Path):
-    board = SafeBoard(Broken(), FileBoard(tmp_path, 1))  # type: ignore[arg-type]
-    assert not board.lost
-    assert board.get("alarm") is None
-    assert board.lost
-    board.put("rank/1", {"a": 1})
+    notes = SafeBoard(Broken(), FileBoard(tmp_path, 1))  # type: ignore[arg-type]
+    assert not notes.lost
+    assert notes.get("alarm") is None
+    assert notes.lost
+    notes.put("rank/1", {"a": 1})
     assert FileBoard(tmp_path, 1).get("rank/1") == {"a": 1}
-    assert board.claim("told")
+    assert notes.claim("told")
     assert not FileBoard(tmp_path, 1).claim("told")
     assert FileBoard(tmp_path, 2).claim("told")
 
 
 def claims(rank: int, world_size: int, folder: str) -> tuple[list[bool], Any, Any]:
     store = dist.distributed_c10d._get_default_store()
-    board = SafeBoard(StoreBoard(store, 1), FileBoard(Path(folder), 1))
-    mine = [board.claim(f"told {turn}") for turn in range(5)]
-    board.put(f"rank/{rank}", rank)
+    notes = SafeBoard(StoreBoard(store, 1), FileBoard(Path(folder), 1))
+    mine = [notes.claim(f"told {turn}") for turn in range(5)]
+    notes.put(f"rank/{rank}", rank)
     dist.barrier()
-    return mine, board.get("rank/0"), FileBoard(Path(folder), 1).claim("told 0")
+    return mine, notes.get("rank/0"), FileBoard(Path(folder), 1).claim("told 0")
 
 
 def test_one_rank_speaks(tmp_path: Path):
@@ -118,17 +161,48 @@ def watch(tmp_path: Path, **observe: Any) -> Watch:
 
 def test_what_counts_as_stuck(tmp_path: Path):
     watched = watch(tmp_path, hang_seconds=10.0, first_step_seconds=30.0)
-    assert not any(watched._stuck(look=4.0) for _ in range(7))
-    assert watched._stuck(look=4.0)  # 32 s at "starting"
+    assert not any(watched._stuck(4.0) for _ in range(7))
+    assert watched._stuck(4.0)  # 32 s at "starting"
     watched.pulse.at("step", 1)
     watched.pulse.steps = 1
-    assert not any(watched._stuck(look=4.0) for _ in range(3))
-    assert watched._stuck(look=4.0)
-    watched.pulse.at("data", 2)  # reads are tried again for 5 s by themselves
-    assert not any(watched._stuck(look=4.0) for _ in range(4))
-    assert watched._stuck(look=4.0)
+    assert not any(watched._stuck(4.0) for _ in range(3))
+    assert watched._stuck(4.0)
     watched.pulse.reached("somewhere")
-    assert not watched._stuck(look=100.0)
+    assert not watched._stuck(100.0)
+    watched.extra_seconds["save"] = 5.0
+    watched.pulse.at("save", 1)
+    assert not any(watched._stuck(4.0) for _ in range(4))
+    assert watched._stuck(4.0)
+
+
+def test_a_rank_that_waits_for_a_store_is_not_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    watched = watch(tmp_path, hang_seconds=10.0)
+    watched.pulse.steps = 1
+    watched.pulse.at("data", 3)
+    with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
+        assert not any(watched._stuck(4.0) for _ in range(10))
+        told = watched.note()["store"]
+        assert (told["file"], told["attempt"], told["cause"], told["reads"]) == ("https://h/a.json.gz", 4, "503", 1)
+        watched.pulse.at("step", 3)  # only the threads that read ahead wait
+        assert not any(watched._stuck(4.0) for _ in range(3))
+        assert watched._stuck(4.0)
+    assert "store" not in watched.note()
+    # A try that never ends is found all the same, once the budget of 5 s is over.
+    watched.pulse.at("data", 4)
+    with noted(Wait("https://h/a.json.gz", 4, time.time() - 5.0 - watchdog.STALL_SECONDS - 1, "503")):
+        assert not any(watched._stuck(4.0) for _ in range(3))
+        assert watched._stuck(4.0)
+
+
+def test_nor_are_those_that_wait_for_it(tmp_path: Path):
+    reader, other = (watch(tmp_path, hang_seconds=10.0) for _ in range(2))
+    reader._board = other._board
+    for watched, phase in ((reader, "data"), (other, "step")):
+        watched.pulse.steps = 1
+        watched.pulse.at(phase, 3)
+    with noted(Wait("f", 2, time.time(), "gone")):
+        assert not any(watched._stuck(4.0) for _ in range(10) for watched in (reader, other))
+    assert [other._stuck(4.0) for _ in range(8)].index(True) <= 4
 
 
 def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
