@@ -4,13 +4,15 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from support.forked import start_forked
+from support.httpserver import serve
 from support.programs import LAUNCH, TINY, environment, free_port, losses, run, summary
-from support.tiny import TinyCorpus
+from support.tiny import TinyCorpus, make_tiny_corpus
 
 from stablelm.checkpoint.keep import newest_valid, read_state, verify
 from stablelm.observe.sinks import read_metrics
@@ -219,3 +221,33 @@ def wait_for_records(run_dir: Path, count: int) -> None:
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_store_that_is_away_for_longer_than_a_hang_is_waited_for(tmp_path: Path):
+    run_dir, told = tmp_path / "run", {}
+    corpus = make_tiny_corpus(tmp_path / "corpus", documents=8)
+    with serve(tmp_path / "corpus" / "train") as server:
+
+        def outage() -> None:
+            """Until a heartbeat has told of it and three times what counts as a hang has passed."""
+            wait_for_records(run_dir, 3)
+            server.down, began = True, time.monotonic()
+            while time.monotonic() - began < (9 if told else 60):
+                time.sleep(0.2)
+                notes = [json.loads(path.read_text()) for path in (run_dir / "heartbeat").glob("rank-*.json")]
+                told.update(next((note for note in notes if "store" in note), {}))
+            server.down = False
+
+        names = sorted(path.name for path in (tmp_path / "corpus" / "train").iterdir())
+        path = f"data.path=[{','.join(f'{server.url}/{name}' for name in names)}]"
+        endless = ("train.steps=60", "observe.hang_seconds=3", "data.prefetch=1")
+        outside = threading.Thread(target=outage)
+        outside.start()
+        done = start(corpus, run_dir, path, *endless, processes=2)
+        outside.join()
+    assert done.returncode == 0, done.stderr
+    assert told["phase"] == "data"
+    assert told["store"]["file"].startswith(server.url)
+    assert told["store"]["attempt"] > 1
+    records = [record for record in read_metrics(run_dir / "metrics.jsonl") if "lr" in record]
+    assert max(record["store_wait_seconds"] for record in records) > 5
