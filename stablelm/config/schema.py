@@ -295,6 +295,9 @@ class GuardsConfig:
     skip_data: int = key(16, "batches jumped over by a rewind, the spike's in their middle", identity=True)
     max_rewinds: int = key(3, "rewinds of a run, after which a spike ends it with exit code 76")
     max_skips: int = key(20, "updates left out in a row; one more ends the run with exit code 76", unit="steps")
+    recheck: bool = key(
+        False, "run a batch whose update was left out once more: the same bits speak for bad data, others for hardware"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
@@ -18,6 +19,7 @@ from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
 from stablelm.train.meter import Meter
 from stablelm.train.progress import Progress
+from stablelm.train.recheck import recheck
 from stablelm.train.records import Records
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
@@ -52,8 +54,7 @@ class Job:
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
     config, progress, pulse = job.config, job.progress, job.watch.pulse
-    steps = config.train.steps
-    assert steps is not None
+    assert (steps := config.train.steps) is not None
     interval = Meter(job.engine.device, job.ranks, config, progress, job.records.write, job.watch.hosts)
     agreement = Agreement(job.ranks)
     while progress.step < steps:
@@ -64,7 +65,8 @@ def train(job: Job) -> str:
         pulse.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
-        result = train_step(
+        take = partial(
+            train_step,
             job.engine,
             job.ranks,
             batch.tokens,
@@ -73,14 +75,15 @@ def train(job: Job) -> str:
             lr=learning_rate(step, config.train),
             seed=config.run.seed,
             micro=config.train.micro_batch_size or len(batch.tokens),
-            largest_norm=job.guard.largest_norm(step),
             loss_factor=job.faults.loss_factor(batch.data_step),
             reached=pulse.reached,
         )
+        result = take(largest_norm=job.guard.largest_norm(step))
+        if config.guards.recheck:
+            recheck(step, result, take, job.ranks, job.watch.hosts, job.records.message)
         progress.step = step
         progress.tokens += config.train.global_batch_size * config.data.seq_len
-        seconds = time.perf_counter() - started
-        interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=seconds)
+        interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
         pulse.finished(step)
         job.profiler.step(step)
 
@@ -92,8 +95,7 @@ def train(job: Job) -> str:
         wish, outcomes = agreement.exchange(step, batch.data_step, result, job.stop.wish(failed=job.saver.failed))
         reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
-        if saving:
-            # Nothing is saved that has not been judged.
+        if saving:  # nothing that has not been judged
             interval.write(job.loader.epochs())
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)

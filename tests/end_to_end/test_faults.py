@@ -52,11 +52,14 @@ def test_a_bad_batch_is_skipped_and_counted(processes: int, tiny_corpus: TinyCor
     assert "step 3: update left out (loss nan" in whole.stdout
     assert state(tmp_path / "whole")["guards"]["skipped_steps"] == 1
     # An attempt that ends and one that goes on make the same run.
-    first = start(tiny_corpus, tmp_path / "parts", *bad, "train.steps=8", "run.stop_after=5", processes=processes)
+    parts = (*bad, "train.steps=8", "guards.recheck=true")
+    first = start(tiny_corpus, tmp_path / "parts", *parts, "run.stop_after=5", processes=processes)
     assert first.returncode == 75, first.stderr
-    assert start(tiny_corpus, tmp_path / "parts", *bad, "train.steps=8", processes=processes).returncode == 0
+    assert "step 3: run again, it is the same in every bit" in first.stdout
+    assert first.stdout.count("run again, it") == 1
+    assert start(tiny_corpus, tmp_path / "parts", *parts, processes=processes).returncode == 0
     again = losses(tmp_path / "parts")
-    assert [again[step] for step in (4, 5, 6, 7, 8)] == [found[step] for step in (4, 5, 6, 7, 8)]
+    assert [again[step] for step in (1, 2, 4, 5, 6, 7, 8)] == [found[step] for step in (1, 2, 4, 5, 6, 7, 8)]
     assert summary(tmp_path / "parts")["skipped_steps"] == 1
 
 

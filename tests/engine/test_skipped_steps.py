@@ -14,6 +14,7 @@ from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.engine.build import build_engine
 from stablelm.engine.gradients import refused
 from stablelm.engine.mesh import Ranks
+from stablelm.train.recheck import NO_UPDATE
 from stablelm.train.step import StepResult, train_step
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -55,6 +56,9 @@ def outcome(rank: int, world_size: int, kind: str, overrides: tuple[str, ...] = 
         told[name] = bool(result.skipped) and same(before, held(engine)) and not math.isfinite(result.grad_norm)
     result = take(engine, ranks, 4, largest_norm=1e-3)
     told["large norm"] = bool(result.skipped) and same(before, held(engine)) and math.isfinite(result.grad_norm)
+    again = take(engine, ranks, 4, largest_norm=NO_UPDATE)
+    pairs = ((result.cross_entropy, again.cross_entropy), (result.grad_norm, again.grad_norm))
+    told["again"] = same(before, held(engine)) and all(float(one) == float(other) for one, other in pairs)
     result = take(engine, ranks, 5, largest_norm=1e3)
     take(never, ranks, 5)
     told["goes on"] = not bool(result.skipped) and same(held(engine), held(never)) and not same(before, held(engine))
