@@ -54,7 +54,8 @@ class Job:
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
     config, progress, pulse = job.config, job.progress, job.watch.pulse
-    assert (steps := config.train.steps) is not None
+    steps = config.train.steps
+    assert steps is not None
     interval = Meter(job.engine.device, job.ranks, config, progress, job.records.write, job.watch.hosts)
     agreement = Agreement(job.ranks)
     while progress.step < steps:
@@ -136,9 +137,8 @@ def due(step: int, every: int, last: int) -> bool:
 
 def validate(job: Job) -> dict[str, Scores]:
     """Scores of every validation set at the current step, recorded as `val_loss/<set>`."""
-    scores = {}
+    pulse, scores = job.watch.pulse, {}
     for name, data in job.validation.items():
-        pulse = job.watch.pulse
         pulse.at("evaluate", job.progress.step)
         scores[name] = evaluate(job.engine, job.ranks, data, job.config.evaluate.micro_batch_size, pulse.reached)
     if scores:

@@ -82,20 +82,19 @@ def test_a_spike_of_the_norm_is_left_out(tiny_corpus: TinyCorpus, tmp_path: Path
     assert (told["skipped_steps"], told["spikes"], told["rewinds"]) == (1, 1, 0)
 
 
-@pytest.mark.timeout(900)
 def test_a_spike_rewinds_and_a_resumed_run_repeats_it(tiny_corpus: TinyCorpus, tmp_path: Path):
-    spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", *SPIKES, "train.steps=16")
+    spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", *SPIKES, "train.steps=14")
     whole = start(tiny_corpus, tmp_path / "whole", *spike, processes=2)
     assert whole.returncode == 0, whole.stderr
     assert "rewind 1 of 3: back to step 8; batches 9 to 10 are jumped over" in whole.stdout
     told = summary(tmp_path / "whole")
-    assert (told["rewinds"], told["step"], told["skipped_steps"]) == (1, 16, 0)
+    assert (told["rewinds"], told["step"], told["skipped_steps"]) == (1, 14, 0)
     saved = state(tmp_path / "whole")
-    assert (saved["data"]["data_step"], saved["guards"]["jumps"]) == (18, [[8, 2]])
+    assert (saved["data"]["data_step"], saved["guards"]["jumps"]) == (16, [[8, 2]])
     steps = [record["step"] for record in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "lr" in record]
     assert steps.count(9) == steps.count(10) == 2
     # Stopped in between: before the spike, at it, after the rewind.
-    for stop in ("9", "10", "14", "99"):
+    for stop in ("9", "10", "12", "99"):
         done = start(tiny_corpus, tmp_path / "parts", *spike, f"run.stop_after={stop}", processes=2)
         assert done.returncode in (0, 75), done.stderr
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -129,7 +128,8 @@ def test_a_hung_rank_is_named_once_and_the_job_ends(rank: int, launcher: str, ti
     # The next attempt goes on where the last commit stands.
     again = start(tiny_corpus, tmp_path, *hang, processes=2)
     assert again.returncode == 0, again.stderr
-    assert "resumed from" in again.stdout
+    assert "step-00000004" in next(line for line in again.stdout.splitlines() if "resumed from" in line)
+    assert state(tmp_path)["step"] == 8
 
 
 @pytest.mark.parametrize("launcher", ["", "torchrun"])
@@ -154,6 +154,7 @@ def test_a_slow_rank_is_named(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert [record.get("slowest_rank") for record in named[1:]] == [1, 1, 1]
     assert all(record["slowest_rank_seconds"] >= 0.3 for record in named[1:])
     assert "slowest rank 1 on " in done.stdout
+    assert state(tmp_path)["step"] == 4
 
 
 def test_a_corrupt_save_is_not_resumed_from(tiny_corpus: TinyCorpus, tmp_path: Path):
@@ -201,6 +202,11 @@ def test_a_silent_rank_is_named_by_the_others(
     others = [process for own, process in enumerate(ranks) if own != rank]
     try:
         wait_for_records(run_dir, 3)
+        if number == signal.SIGSTOP:  # for shorter than a hang, but for longer than its store may take
+            os.kill(ranks[rank].pid, signal.SIGSTOP)
+            time.sleep(4)
+            os.kill(ranks[rank].pid, signal.SIGCONT)
+            wait_for_records(run_dir, len((run_dir / "metrics.jsonl").read_text().splitlines()) + 100)
         os.kill(ranks[rank].pid, number)
         silent = time.monotonic()
         for process in others:
