@@ -13,7 +13,7 @@ it gives the order. It depends on neither platform nor library version.
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -192,9 +192,9 @@ class Lane:
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
             entries.found = entries.found or bool(waiting)
-            index = cursor.index
+            epoch, entry, block, index = cursor.epoch, cursor.entry, cursor.block, cursor.index
             while waiting:
-                yield replace(cursor, index=index), self._text(url, waiting.pop())
+                yield Cursor(epoch, entry, block, index, 0), self._text(url, waiting.pop())
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 
 import orjson
 
@@ -41,6 +42,7 @@ def document_text(row: Row, *, url: str, column: str = "text") -> str:
     )
 
 
+@lru_cache(4096)  # asked for every document
 def is_parquet(url: str) -> bool:
     return base_name(url).endswith(".parquet")
 

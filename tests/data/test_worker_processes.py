@@ -30,7 +30,7 @@ def files(tmp_path_factory) -> list[str]:
 
 
 def loader(files: Any, workers: int, *, world: int = 1, rank: int = 0, **data) -> Loader:
-    settings = {"seq_len": 16, "lanes": LANES, "shuffle_block": 4, "prefetch": 2, "worker_kind": "process"} | data
+    settings: Any = {"seq_len": 16, "lanes": LANES, "shuffle_block": 4, "prefetch": 2, "worker_kind": "process"} | data
     config = DataConfig(workers=workers, **settings)
     return Loader(
         files, LetterTokenizer(), config, seed=5, global_batch_size=BATCH, world_size=world, rank=rank, documents=True
@@ -61,14 +61,15 @@ def gone(pids: set[int], seconds: float = 5.0) -> bool:
     return not any(map(running, pids))
 
 
-def mixed(files: list[str]) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    weights = {"a.path": "a", "a.weight.0": 0.8, "a.weight.3": 0.2, "b.path": "b", "b.weight": 0.5}
+def mixed(files: list[str]) -> tuple[dict[str, list[str]], Any]:
+    weights: Any = {"a.path": "a", "a.weight.0": 0.8, "a.weight.3": 0.2, "b.path": "b", "b.weight": 0.5}
     return {"a": files[:3], "b": files[3:]}, weights
 
 
 @pytest.mark.parametrize("kind", ["split", "best_fit", "shards", "mixture"])
 def test_same_batches_and_places_as_without_workers(files, tmp_path, kind):
-    text, options = files, {"packing": "best_fit"} if kind == "best_fit" else {}
+    text: Any = files
+    options: Any = {"packing": "best_fit"} if kind == "best_fit" else {}
     if kind == "shards":
         text = write_shards(files, tmp_path / "prepared")
     if kind == "mixture":
