@@ -134,8 +134,11 @@ class Watch:
         return True
 
     def _waits_for_a_store(self) -> bool:
-        """Whether the main thread waits for text that is tried again; the last try may go beyond the budget."""
-        oldest = time.time() - self._retry_budget - STALL_SECONDS
+        """Whether the main thread waits for text that is tried again, or may be before it has failed."""
+        now = time.time()
+        if self._seen.phase == "data" and now - self._seen.since < STALL_SECONDS:
+            return True
+        oldest = now - self._retry_budget - STALL_SECONDS  # the last try may go beyond the budget
         return self._seen.phase in READING and any(wait.since > oldest for wait in waiting())
 
     def _end(self, kind: str) -> None:

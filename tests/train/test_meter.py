@@ -1,6 +1,7 @@
 """Records of the training loop: what they hold, and model FLOPs utilisation where the peak is known."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.distributed import run_ranks
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
+from stablelm.data.waiting import Wait, noted
 from stablelm.engine.mesh import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.plan.accelerators import ACCELERATORS, named_by
@@ -73,6 +75,29 @@ def test_records_leave_skipped_steps_out():
     made.write({})
     assert math.isnan(records[1]["loss"])
     assert (records[1]["skipped_steps"], progress.loss) == (2, 2.0)
+
+
+def wait_for_a_store(rank: int, world_size: int) -> tuple[float, dict[str, Any]]:
+    """Rank 1 waits with two reads at a time, after a wait of both ranks before the interval."""
+    group, records, progress = dist.group.WORLD, [], Progress()
+    with noted(Wait("early", 1, 0.0, "gone")):
+        time.sleep(0.3)
+    made = meter.Meter(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records.append)
+    began = time.monotonic()
+    if rank == 1:
+        with noted(Wait("a", 1, 0.0, "gone")), noted(Wait("b", 1, 0.0, "gone")):
+            time.sleep(0.2)
+    seconds = time.monotonic() - began
+    made.add(result(1.0, 1, 1.0), wait=0.0, own=0.0, seconds=1.0)
+    progress.step, progress.tokens = 1, 1
+    made.write({})
+    return seconds, records[0]
+
+
+def test_waits_for_stores_are_told_of_the_rank_where_they_were_longest():
+    (_, of_first), (seconds, of_second) = run_ranks(wait_for_a_store, 2)
+    assert of_first["store_wait_seconds"] == of_second["store_wait_seconds"]
+    assert 0.2 <= of_first["store_wait_seconds"] <= seconds
 
 
 def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
