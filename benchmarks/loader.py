@@ -8,6 +8,9 @@ With --prepared: how much of a numpy loop's speed over one file of tokens does t
 and how long does it take from a state anywhere in an epoch to the first batch? The loop takes rows that begin
 anywhere, stacks and widens them and hands them to torch: no documents, no epochs, no state.
 
+With --resume-text: how long does it take from a state anywhere in one large json.gz to the first batch, and datasets
+from its state to its first document?
+
     python benchmarks/loader.py --data DIR_OF_JSON_GZ --tokenizer FILE.model [--prepared] [--out FILE.json]
 """
 
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
+import resume_text
 import torch
 
 from stablelm.config.schema import DataConfig
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=50.0, help="text after tiling")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prepared", action="store_true", help="measure prepared shards instead of text")
+    parser.add_argument("--resume-text", type=float, metavar="MEGABYTES", help="resume in one json.gz of this size")
     parser.add_argument("--out", type=Path, help="write the records here as JSON")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -220,6 +225,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         sources = sorted(options.data.glob("*train*.json.gz")) or sorted(options.data.glob("*.json.gz"))
+        if options.resume_text:
+            return show(resume_text_records(sources, Path(folder), options), options.out)
         files = tile(sources, Path(folder), files=options.files, megabytes=options.megabytes)
         tokenizer = Tokenizer(options.tokenizer)
         if options.prepared:
@@ -232,11 +239,23 @@ def main() -> None:
             rates = measure(files, tokenizer, options.rounds)
             shape = f"{options.files} files, {options.megabytes:g} MB, {SEQ_LEN}x{BATCH}, one core"
             records = summarise(rates, shape)
+    return show(records, options.out)
+
+
+def resume_text_records(sources: list[Path], folder: Path, options: argparse.Namespace) -> list[dict]:
+    rows = [json.loads(line) for file in sources for line in gzip.decompress(file.read_bytes()).splitlines()]
+    tokenizer = Tokenizer(options.tokenizer)
+    times = resume_text.measure(rows, tokenizer, folder, megabytes=options.resume_text, rounds=options.rounds)
+    shape = f"one json.gz of {options.resume_text:g} MB, one core"
+    return [record(f"{who} at document {at}", shape, "resume", ms, "ms") for (who, at), ms in times.items()]
+
+
+def show(records: list[dict], out: Path | None) -> None:
     for each in records:
         numbers = f"{each['median']:>14,.3f} ({each['low']:,.3f} to {each['high']:,.3f})"
         print(f"{each['name']:<30} {each['metric']:<18} {numbers} {each['unit']}")
-    if options.out:
-        options.out.write_text(json.dumps(records, indent=1) + "\n")
+    if out:
+        out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":
