@@ -20,13 +20,13 @@ SMALL_FILE = 8 * 2**20  # compressed bytes up to which a file is read to its end
 SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
 
 
-def check(files: list[str], *, key: str, column: str = "text") -> None:
-    """Each local file can be read, is what its name says and begins with a row that has a text under `column`.
+def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> None:
+    """Each local file can be read, is what its name says and begins with a row that gives a text by `options`.
 
     Small files are also read to the end, so that a truncated copy is found now rather than in the middle
     of training. Raises ConfigError under `key` for the first file that is wrong.
     """
-    budget = SMALL_CORPUS
+    budget, options = SMALL_CORPUS, _once(options)
     for path in _local(files):
         try:
             size = os.path.getsize(path)
@@ -38,12 +38,14 @@ def check(files: list[str], *, key: str, column: str = "text") -> None:
         whole = size <= min(SMALL_FILE, budget)
         budget -= size if whole else 0
         try:
-            _read(path, key, column, whole)
+            _read(path, key, options, whole)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
 
 
-def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, column: str = "text") -> None:
+def check_enough(
+    files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, options: ReadOptions | None = None
+) -> None:
     """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
 
     Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
@@ -54,7 +56,7 @@ def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, 
         return
     tokens = count = 0
     try:
-        for text in documents(paths, ReadOptions(retry_budget=0, text_column=column)):
+        for text in documents(paths, _once(options)):
             tokens += len(tokenizer.encode(text)) + 1
             count += 1
             if tokens >= tokens_needed:
@@ -110,12 +112,18 @@ def _check_form(path: str, size: int, key: str) -> None:
         )
 
 
-def _read(path: str, key: str, column: str, whole: bool) -> None:
-    rows = rows_from(path, 0, ReadOptions(retry_budget=0, text_column=column))[1]
+def _once(options: ReadOptions | None) -> ReadOptions:
+    """These options for local files, which are not tried again and leave nothing in the cache."""
+    options = options or ReadOptions()
+    return ReadOptions(retry_budget=0, text_column=options.text_column, filter=options.filter, map=options.map)
+
+
+def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
+    rows = rows_from(path, 0, options)[1]
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
-    document_text(first, url=path, column=column)
+    document_text(first, url=path, column=options.text_column)
     if whole:
         _count(rows)
 

@@ -180,17 +180,19 @@ class Lane:
         self._options = options
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
-        """(cursor with offset 0, text) from the document of `start` on, endlessly.
+        """(cursor with offset 0, text) from the document of `start` on, endlessly; rows left out are passed over.
 
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
-            entries.found = entries.found or bool(waiting)
             index = cursor.index
             while waiting:
-                yield replace(cursor, index=index), self._text(url, waiting.pop())
+                text = self._text(url, waiting.pop())
+                if text is not None:
+                    entries.found = True
+                    yield replace(cursor, index=index), text
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
@@ -204,7 +206,7 @@ class Lane:
                 yield Chunk(cursor, tokens, np.array([len(tokens)]))
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
-            parts = [document_tokens(encoder, self._text(url, row)) for row in reversed(waiting)]
+            parts = [self._tokens(encoder, url, row) for row in reversed(waiting)]
             entries.found = entries.found or any(len(part) > 1 for part in parts)
             if parts:
                 yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
@@ -233,5 +235,9 @@ class Lane:
                 yield Cursor(epoch, entry, block, index, 0), url, waiting
                 index, block = 0, block + 1
 
-    def _text(self, url: str, row: Row) -> str:
+    def _text(self, url: str, row: Row) -> str | None:
         return document_text(row, url=url, column=self._options.text_column)
+
+    def _tokens(self, encoder: Encoder, url: str, row: Row) -> np.ndarray:
+        text = self._text(url, row)
+        return document_tokens(encoder, text) if text is not None else np.empty(0, np.int32)
