@@ -7,6 +7,7 @@ forms become shards that `datasets` reads (see `dataset_rows`).
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -139,9 +140,9 @@ def _sentence(error: Exception, asked: Asked, url: str, key: str) -> str:
         return f"{key}: {url!r}: {words.rstrip('.')}; name one of these by name"
     if "Config name is missing" in words:
         return f"{key}: {url!r}: {words.split('Example')[0].strip().rstrip('.')}; name one by name"
-    if isinstance(error, TypeError) and "unexpected keyword" in words:
-        option = words.rpartition(" ")[2]
-        return f"{key}: {url!r}: neither load_dataset nor the builder of this form knows {option}; drop it"
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'|doesn't have a '(\w+)' key", words):
+        option = unknown[1] or unknown[2]
+        return f"{key}: {url!r}: neither load_dataset nor the builder of this form knows {option!r}; drop it"
     return hub.sentence(error, url, key)
 
 

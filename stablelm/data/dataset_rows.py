@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlencode
 
 from stablelm.data.options import ReadOptions
 from stablelm.data.parquet import no_value
-from stablelm.data.retry import persist
+from stablelm.data.retry import words
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
 
@@ -63,18 +63,11 @@ def stored_at(url: str) -> str:
 
 @lru_cache
 def library() -> Any:
-    """The package `datasets`, told to be quiet and to leave retries to us.
-
-    Its own go on behind a decompressor after what a failed read had inflated is lost: rows would be missing.
-    """
+    """The package `datasets`, told to be quiet: what it has to say comes as an error."""
     import datasets  # takes seconds: pandas and pyarrow come with it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.config.STREAMING_READ_MAX_RETRIES = 1
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
-    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
-    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
     return datasets
 
 
@@ -88,16 +81,19 @@ def rows_from(shard: Shard, row: int, options: ReadOptions, *, whole: bool) -> t
     """(row, rows from there on) of a shard; what comes before is read and passed over.
 
     A row is (its number from 1, the text), or with `whole` (its number, all columns by name). Raises DataError
-    naming the file when it stays unreadable for `options.retry_budget`, is damaged, or without text under
+    naming the file when it stays unreadable for `options.retry_budget`, is damaged, or has no text under
     `options.text_column`.
     """
     return row, _rows(shard, row, options, None if whole else options.text_column)
 
 
 def _rows(shard: Shard, row: int, options: ReadOptions, column: str | None) -> Iterator[tuple[int, Any]]:
-    tables = _Tables(shard, row, options, column)
-    number = row
-    while (table := tables.next()) is not None:
+    number, ahead = row, row  # rows given, and those still to pass over
+    for table in _tables(shard, column, options):
+        if table.num_rows <= ahead:
+            ahead -= table.num_rows
+            continue
+        table, ahead = table.slice(ahead), 0
         for value in table.to_pylist() if column is None else _texts(shard, table, column):
             number += 1
             if value is None:
@@ -119,52 +115,32 @@ def _texts(shard: Shard, table: Any, column: str) -> list[str | None]:
     return table.column(column).to_pylist()
 
 
-class _Tables:
-    """The rows of a shard from `row` on, as pyarrow tables; opened anew at the row reached after a failure."""
-
-    def __init__(self, shard: Shard, row: int, options: ReadOptions, column: str | None):
-        self._shard, self._row, self._options, self._column = shard, row, options, column
-        self._tables: Iterator[Any] | None = None
-        self._ahead = 0  # rows of the open shard before the one to give next
-
-    def next(self) -> Any | None:
-        """The next table, None at the end. Raises DataError."""
-        budget = 0.0 if local_path(self._shard.file) is not None else self._options.retry_budget
-        return persist(
-            self._read,
-            name=self._shard.file,
-            budget=budget,
-            place=lambda: f" at row {self._row + 1}",
-            failed=self._drop,
-        )
-
-    def _read(self) -> Any | None:
-        if self._tables is None:
-            self._tables, self._ahead = _tables(self._shard, self._column, self._options), self._row
-        for table in self._tables:
-            rows = table.num_rows
-            if rows > self._ahead:
-                table, self._ahead = table.slice(self._ahead), 0
-                self._row += table.num_rows
-                return table
-            self._ahead -= rows
-        return None
-
-    def _drop(self) -> None:
-        self._tables = None
-
-
 def _tables(shard: Shard, column: str | None, options: ReadOptions) -> Iterator[Any]:
-    with _opening:
-        stream = _builder(shard, options).as_streaming_dataset("train")
-    if column is not None and stream.features is not None and column in stream.features:
-        stream = stream.select_columns([column])
-    return iter(stream.with_format("arrow").iter(batch_size=ROWS))
+    """The rows of a shard as pyarrow tables, with this column alone where the form allows."""
+    try:
+        with _opening:
+            stream = _builder(shard, options).as_streaming_dataset("train")
+        if column is not None and stream.features is not None and column in stream.features:
+            stream = stream.select_columns([column])
+        yield from stream.with_format("arrow").iter(batch_size=ROWS)
+    except DataError:
+        raise
+    # Each builder has errors of its own.
+    except Exception as error:
+        raise DataError(
+            f"{shard.file}: damaged, or not what the builder {shard.builder!r} reads ({words(error)}); "
+            "replace it by an intact copy"
+        ) from error
 
 
 def _builder(shard: Shard, options: ReadOptions) -> Any:
     """The builder of `datasets`, with this shard as its only file: made directly, so nothing is looked up for it."""
     datasets = library()
+    file, store = shard.file, {}
+    if local_path(file) is None:
+        from stablelm.data import rangestore
+
+        file, store = rangestore.address(file), {rangestore.PROTOCOL: {"options": options}}
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.load import import_main_class
 
@@ -178,8 +154,8 @@ def _builder(shard: Shard, options: ReadOptions) -> Any:
         config_name="default",
         config_id="default",
         hash="shard",
-        data_files=DataFilesDict({"train": DataFilesList([shard.file], [])}),
+        data_files=DataFilesDict({"train": DataFilesList([file], [])}),
         features=None if features is None else datasets.Features.from_dict(features),
-        storage_options=storage_options(options),
+        storage_options=store,
         **given,
     )

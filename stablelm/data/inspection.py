@@ -4,11 +4,10 @@ Only local files are opened; those of other stores are read when training starts
 """
 
 import os
-from collections.abc import Iterator
 
-from stablelm.data import parquet
+from stablelm.data.dataset_rows import stored_at
 from stablelm.data.options import ReadOptions
-from stablelm.data.source import document_text, documents, is_parquet, rows_from
+from stablelm.data.source import document_text, documents, row_count, rows_from
 from stablelm.data.stores import local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
@@ -51,8 +50,8 @@ def check_enough(
     Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
     Raises ConfigError under `key`, with the number of tokens there are.
     """
-    paths = _local(files)
-    if len(paths) < len(files) or sum(map(os.path.getsize, paths)) >= 4 * tokens_needed:
+    paths = _near(files)
+    if len(paths) < len(files) or sum(os.path.getsize(stored_at(path)) for path in paths) >= 4 * tokens_needed:
         return
     tokens = count = 0
     try:
@@ -63,7 +62,8 @@ def check_enough(
                 return
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from None
-    where = f"{paths[0]!r} holds" if len(paths) == 1 else f"the {len(paths)} files from {paths[0]!r} on hold"
+    first = stored_at(paths[0])
+    where = f"{first!r} holds" if len(paths) == 1 else f"the {len(paths)} files from {first!r} on hold"
     raise ConfigError(
         f"{key}: {where} {tokens} tokens in {count} documents, fewer than the {tokens_needed} of one batch; "
         "give more text, or lower train.global_batch_size or data.seq_len"
@@ -79,13 +79,13 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
     if shares == 1:
         return
     fewest, shortest = shares, ""
-    for path in _local(files):
+    for path in _near(files):
         try:
-            rows = _rows(path, limit=fewest)
+            rows = row_count(path, ReadOptions(retry_budget=0), fewest)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
         if rows < fewest:
-            fewest, shortest = rows, path
+            fewest, shortest = rows, stored_at(path)
     if shortest:
         raise ConfigError(
             f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} holds "
@@ -95,6 +95,11 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
 
 def _local(files: list[str]) -> list[str]:
     return [path for file in files if (path := local_path(file)) is not None]
+
+
+def _near(files: list[str]) -> list[str]:
+    """Local files, and shards of a data set in one."""
+    return [local_path(file) or file for file in files if local_path(stored_at(file)) is not None]
 
 
 def _check_form(path: str, size: int, key: str) -> None:
@@ -125,18 +130,5 @@ def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
     document_text(first, url=path, column=options.text_column)
     if whole:
-        _count(rows)
-
-
-def _rows(path: str, limit: int) -> int:
-    """Rows of a file, at most `limit` of them read."""
-    options = ReadOptions(retry_budget=0)
-    return parquet.row_count(path, options) if is_parquet(path) else _count(rows_from(path, 0, options)[1], limit)
-
-
-def _count(rows: Iterator[object], limit: float = float("inf")) -> int:
-    """Rows there are, at most `limit` of them read."""
-    count = 0
-    while count < limit and next(rows, None) is not None:
-        count += 1
-    return count
+        for _ in rows:
+            pass

@@ -44,9 +44,9 @@ def _record(number: int, line: bytes, url: str, column: str) -> dict[str, Any]:
 
 
 def _no_document(number: int, reason: str, url: str, column: str) -> DataError:
+    where = f"{dataset_rows.stored_at(url)}, line {number}"
     return DataError(
-        f'{dataset_rows.stored_at(url)}, line {number}: {reason}; make every line an object such as {{"{column}": "..."}}, '
-        "or leave the file out"
+        f'{where}: {reason}; make every line an object such as {{"{column}": "..."}}, or leave the file out'
     )
 
 
@@ -57,8 +57,8 @@ def is_parquet(url: str) -> bool:
 def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:
     """(number of the first row given, rows from there on), at or before `row` and as near as a seek comes."""
     if options.filter is None and options.map is None:
-        return _stored(url, row, options)
-    first, stored = _stored(url, row, options, whole=True)
+        return stored_rows(url, row, options)
+    first, stored = stored_rows(url, row, options, whole=True)
     records = (
         (number, _record(number, content, url, options.text_column) if isinstance(content, bytes) else content)
         for number, content in islice(stored, row - first, None)
@@ -67,16 +67,27 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[R
     return row, transform.documents(records, url=url, options=options)
 
 
-def _stored(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
+def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
     """Like `rows_from` without the user's functions; of tables the rows are whole records if that is wanted."""
-    if dataset_rows.is_shard(url):
-        shard = dataset_rows.Shard.of(url)
-        if shard.builder != dataset_rows.PLAIN:
-            return dataset_rows.rows_from(shard, row, options, whole=whole)
-        url = shard.file
+    if shard := _foreign(url):
+        return dataset_rows.rows_from(shard, row, options, whole=whole)
+    url = dataset_rows.stored_at(url)
     if is_parquet(url):
         return parquet.rows_from(url, row, options, whole=whole)
     return reader.rows_from(url, row, options)
+
+
+def row_count(url: str, options: ReadOptions, limit: int) -> int:
+    """Rows of a file, at most `limit` of them read; of parquet the footer tells them. Raises DataError."""
+    if is_parquet(url) and not _foreign(url):
+        return parquet.row_count(dataset_rows.stored_at(url), options)
+    return sum(1 for _ in islice(stored_rows(url, 0, options, whole=True)[1], limit))
+
+
+def _foreign(url: str) -> dataset_rows.Shard | None:
+    """What `datasets` must read; None for what our own readers do."""
+    shard = dataset_rows.Shard.of(url) if dataset_rows.is_shard(url) else None
+    return shard if shard is not None and shard.builder != dataset_rows.PLAIN else None
 
 
 def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
