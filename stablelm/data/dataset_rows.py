@@ -136,14 +136,12 @@ def _tables(shard: Shard, column: str | None, options: ReadOptions) -> Iterator[
 def _builder(shard: Shard, options: ReadOptions) -> Any:
     """The builder of `datasets`, with this shard as its only file: made directly, so nothing is looked up for it."""
     datasets = library()
-    file, store = shard.file, {}
-    if local_path(file) is None:
-        from stablelm.data import rangestore
-
-        file, store = rangestore.address(file), {rangestore.PROTOCOL: {"options": options}}
     from datasets.data_files import DataFilesDict, DataFilesList
     from datasets.load import import_main_class
 
+    from stablelm.data import rangestore
+
+    file = shard.file if local_path(shard.file) is not None else rangestore.address(shard.file)
     given = dict(shard.options)
     features = given.pop("features", None)
     module = f"datasets.packaged_modules.{shard.builder}.{shard.builder}"
@@ -156,6 +154,7 @@ def _builder(shard: Shard, options: ReadOptions) -> Any:
         hash="shard",
         data_files=DataFilesDict({"train": DataFilesList([file], [])}),
         features=None if features is None else datasets.Features.from_dict(features),
-        storage_options=store,
+        # The modules of builders remember those given last, so all are given the same.
+        storage_options={rangestore.PROTOCOL: {"options": options}},
         **given,
     )

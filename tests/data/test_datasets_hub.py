@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -101,7 +102,7 @@ def test_a_run_from_the_hub_is_the_run_from_local_files_also_after_a_kill(tiny_c
     files |= {"README.md": card(["en"]), "en/c4-validation.0.json.gz": Path(tiny_corpus.validation).read_bytes()}
     common = [*TINY, f"data.tokenizer={tiny_corpus.tokenizer}", "checkpoint.every=3", "data.filter=own_rows:even"]
     with FakeHub(files) as hub:
-        variables = {
+        variables: dict[str, Any] = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
             "PYTHONPATH": f"{REPOSITORY}:{tmp_path}",

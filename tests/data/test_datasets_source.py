@@ -47,7 +47,7 @@ number = 3
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    import datasets
+    import datasets.config
 
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
 
