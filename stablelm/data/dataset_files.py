@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlencode
+from urllib.parse import parse_qs, quote, unquote, urlencode
 
 import orjson
 
@@ -38,10 +38,10 @@ def address(path: str, given: Mapping[str, Any], *, split: str) -> str:
     if path.partition(":")[0] == "embedded" or "://" in path:
         return path
     name, _, query = path.partition("?")
-    arguments: dict[str, Any] = {**given, **parse_qs(query, keep_blank_values=True)}
+    arguments: dict[str, Any] = {**given, **_query(query)}
     arguments.setdefault("split", "train" if "data_files" in arguments else split)
     told = {key: value if isinstance(value, str | list) else json.dumps(value) for key, value in arguments.items()}
-    return f"{PREFIX}{name}?{urlencode(told, doseq=True, safe='/:*,{}@[]')}"
+    return f"{PREFIX}{name}?{urlencode(told, doseq=True, safe='/:*,{}@[]', quote_via=quote)}"
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,16 @@ class Asked:
     @classmethod
     def of(cls, url: str) -> "Asked":
         path, _, query = url.removeprefix(PREFIX).partition("?")
-        given = {name: values if len(values) > 1 else values[0] for name, values in parse_qs(query, True).items()}
+        given = {name: values if len(values) > 1 else values[0] for name, values in _query(query).items()}
         split = given.pop("split", "train")
         arguments = {name: value for name, value in given.items() if name in LOADING}
         options = {name: _value(value) for name, value in given.items() if name not in LOADING}
         return cls(os.path.expanduser(unquote(path)), str(split), arguments, options)
+
+
+def _query(text: str) -> dict[str, list[str]]:
+    """Arguments after a '?', where a '+' is one."""
+    return parse_qs(text.replace("+", "%2B"), keep_blank_values=True)
 
 
 def _value(text: str | list[str]) -> Any:

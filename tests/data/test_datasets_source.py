@@ -237,10 +237,11 @@ def test_paths_and_arguments():
         ("allenai/c4", "validation", "en"),
         ("allenai/c4?name=realnewslike", "validation", "realnewslike"),
         ("allenai/c4?split=test", "test", "en"),
-        ("json?data_files=a.json", "train", "en"),
+        ("json?data_files=a+b%26c.json", "train", "en"),
     ):
         asked = dataset_files.Asked.of(str(training.asked(data, path, split="validation")))
         assert (asked.split, asked.arguments["name"]) == (split, name)
+    assert asked.arguments["data_files"] == "a+b&c.json"
     for path in ("embedded", "hf://datasets/a/b/*.json"):
         assert training.asked(data, path, split="train") == path
     listed = replace(data, dataset={"data_files": ["a b.csv", "c.csv"], "sep": "\t", "header": 0, "quoting": True})
@@ -250,6 +251,29 @@ def test_paths_and_arguments():
     assert asked.options == {"sep": "\t", "header": 0, "quoting": True}
     [(sentence, key)] = problems(DataConfig(source="datasets"))
     assert (key, "needs a data.path" in sentence) == ("data.source", True)
+
+
+def test_a_mixture_of_datasets_and_files(forms, tmp_path):
+    mixture = {
+        "tables.path": forms["csv"],
+        "tables.weight": 0.5,
+        "lines.path": f"{forms['json.gz']}?split=train",
+        "lines.weight": 0.25,
+        "own.path": [f"file://{forms['json.gz']}/part-{index}.json.gz" for index in range(3)],
+        "own.weight": 0.25,
+    }
+    data = replace(config("embedded", tmp_path, workers=0), mixture=mixture)
+    assert not list(problems(data))
+    sources = training.find(data, LetterTokenizer(), tokens=17, lanes=LANES)  # type: ignore[arg-type]
+    assert {name: len(files) for name, files in sources.items()} == {"tables": 3, "lines": 3, "own": 3}
+    whole = start(sources, data, 1, None)  # type: ignore[arg-type]
+    reference = read(whole, 6)
+    union(whole)
+    loaders = start(sources, replace(data, workers=2), 2, None)  # type: ignore[arg-type]
+    got = read(loaders, 2)
+    loaders = start(sources, data, 3, union(loaders))  # type: ignore[arg-type]
+    assert got + read(loaders, 4) == reference
+    union(loaders)
 
 
 def test_files_of_one_name_in_several_folders(tmp_path):
