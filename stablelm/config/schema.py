@@ -195,7 +195,10 @@ class DataConfig:
     )
     lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
-    workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")
+    workers: int = key(1, "workers that read and tokenize ahead of the step, a rank; 0: it is done in the step itself")
+    worker_kind: Literal["thread", "process"] = key(
+        "thread", "thread: part of the rank; process: one beside it, for more tokens than a core makes"
+    )
     prefetch: int = key(2, "batches kept ready by the workers")
     text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
     filter: str | None = key(

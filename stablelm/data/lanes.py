@@ -13,7 +13,7 @@ it gives the order. It depends on neither platform nor library version.
 import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,10 @@ class Cursor:
 
     def to_list(self) -> list[int]:
         return list(astuple(self))
+
+    def cursor(self) -> "Cursor":
+        """Itself, as of any place."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -187,12 +191,12 @@ class Lane:
         """
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
-            index = cursor.index
+            epoch, entry, block, index = cursor.epoch, cursor.entry, cursor.block, cursor.index
             while waiting:
                 text = self._text(url, waiting.pop())
                 if text is not None:
                     entries.found = True
-                    yield replace(cursor, index=index), text
+                    yield Cursor(epoch, entry, block, index, 0), text
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:

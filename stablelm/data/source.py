@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -50,6 +51,7 @@ def _no_document(number: int, reason: str, url: str, column: str) -> DataError:
     )
 
 
+@lru_cache(4096)  # asked for every document
 def is_parquet(url: str) -> bool:
     return base_name(url).endswith(".parquet")
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 # Seconds of waiting before the first line on stderr, and between the following ones.
 FIRST_LINE, NEXT_LINES = 10.0, 60.0
@@ -23,6 +24,7 @@ class Wait:
 
 
 _waits: dict[int, Wait] = {}
+_relayed: dict[int, list[Wait]] = {}  # of worker processes, which tell them on stderr by themselves
 _lock = threading.Lock()
 _watcher: threading.Thread | None = None
 
@@ -30,7 +32,16 @@ _watcher: threading.Thread | None = None
 def waiting() -> list[Wait]:
     """The reads that wait now, longest first."""
     with _lock:
-        return sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
+        own = [Wait(**vars(wait)) for wait in _waits.values()]
+        return sorted(chain(own, *_relayed.values()), key=lambda wait: wait.since)
+
+
+def relay(worker: object, waits: list[Wait]) -> None:
+    """What waits now in a worker process, in place of what it said before."""
+    with _lock:
+        _relayed.pop(id(worker), None)
+        if waits:
+            _relayed[id(worker)] = list(waits)
 
 
 @contextmanager
@@ -65,11 +76,11 @@ def _watch() -> None:
     global _watcher
     told = float("-inf")
     while True:
-        waits = waiting()
         with _lock:
             if not _waits:
                 _watcher = None
                 return
+            waits = sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
         now = time.time()
         if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
             told = now

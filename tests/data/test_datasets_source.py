@@ -190,6 +190,19 @@ def test_filter_and_map(forms, form, packing, functions, tmp_path):
     assert got == reference
 
 
+@pytest.mark.parametrize("form", ["json.gz", "csv"])
+def test_worker_processes_know_the_shards_and_the_functions(forms, form, functions, tmp_path):
+    data = config(forms[form], tmp_path, workers=0, filter=f"{functions}:even", map=f"{functions}:shout")
+    files = find(data)
+    whole = start(files, data, 1, None)
+    reference = read(whole, 3)
+    union(whole)
+    loaders = start(files, replace(data, workers=2, worker_kind="process"), 1, None)
+    got = read(loaders, 3)
+    union(loaders)
+    assert got == reference
+
+
 def test_files_have_filters_too_and_nothing_left_is_an_error(forms, functions, tmp_path):
     data = replace(config(f"{forms['json.gz']}/*.json.gz", tmp_path, workers=0), source="files")
     kept = replace(data, filter=f"{functions}:even")
