@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     Tokenizer(tokenizer, key="--tokenizer")
     reading = ReadOptions(retry_budget=options.retry_budget, text_column=options.text_column)
     files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
-    corpus.check(files, key="--source", column=options.text_column)
+    corpus.check(files, key="--source", options=reading)
     out = Output(options.out)
     out.create("--out")
     request = Request(files, tokenizer, out, filters, workers, part, options.verify, reading)

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 
-from stablelm.config import mixture
+from stablelm.config import functions, mixture
 from stablelm.config.schema import DataConfig, ModelConfig
+from stablelm.errors import ConfigError
 
 # Names under which fsspec's stores take what must stay secret; config.yaml would carry it into the run directory.
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|connection_string|authorization", re.IGNORECASE)
@@ -41,6 +42,33 @@ def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
     yield from mixture.problems(data)
     if data.text_column.strip() == "":
         yield "data.text_column is empty; name the key or column that holds the text", "data.text_column"
+    yield from _dataset_problems(data)
+    yield from _function_problems(data)
+
+
+def _dataset_problems(data: DataConfig) -> Iterator[tuple[str, str]]:
+    if data.source == "datasets" and data.path == "embedded" and not data.mixture:
+        yield (
+            "data.source=datasets needs a data.path: a name on the hub, a folder, or a builder such as csv",
+            "data.source",
+        )
+    for name in data.dataset:
+        if not name.isidentifier():
+            key = f"data.dataset.{name}"
+            yield f"{key} is no argument of load_dataset; give name, split, revision, data_files or data_dir", key
+
+
+def _function_problems(data: DataConfig) -> Iterator[tuple[str, str]]:
+    for key, path in (("data.filter", data.filter), ("data.map", data.map)):
+        if path is None:
+            continue
+        if data.source == "shards":
+            yield f"{key}={path} works on text, but data.source=shards holds tokens; leave it out", key
+            continue
+        try:
+            functions.function(path)
+        except ConfigError as error:
+            yield f"{key}={path}: {error}", key
 
 
 def document_problems(data: DataConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

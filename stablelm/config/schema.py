@@ -157,13 +157,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["files", "shards"] = key(
-        "files", "what data.path holds: files of text, or shards made of them by data/prepare.py"
+    source: Literal["files", "datasets", "shards"] = key(
+        "files",
+        "what data.path holds: files of text, anything that datasets.load_dataset opens, or shards made by "
+        "data/prepare.py",
     )
     path: str | list[str] = key(
         "embedded",
         "file, glob, folder, URL or list of these; 'embedded': Python's own documentation; "
-        "shards: the prepared folder, or *.tokens files",
+        "datasets: name on the hub, folder or builder such as csv; shards: the prepared folder, or *.tokens files",
+        identity=True,
+    )
+    dataset: dict[str, str | list[str] | int | float | bool] = key(
+        dict,
+        "source: datasets: arguments of load_dataset for every path, as {name: en, split: train, revision: ...}; "
+        "a path may say its own, as allenai/c4?name=en",
         identity=True,
     )
     mixture: dict[str, str | list[str] | int | float] = key(
@@ -193,6 +201,14 @@ class DataConfig:
     )
     prefetch: int = key(2, "batches kept ready by the workers")
     text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
+    filter: str | None = key(
+        None, "package.module:function from a row (a mapping) to whether it is a document; None: all are", identity=True
+    )
+    map: str | None = key(
+        None,
+        "package.module:function from a row that is kept to one with its text under text_column; None: as stored",
+        identity=True,
+    )
     storage: dict[str, str | int | float | bool] = key(
         dict,
         "fsspec options of a store, as s3: {endpoint_url: ..., anon: true}; credentials belong in the environment, "

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stablelm.data import hub, stores
+from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
 from stablelm.data.options import ReadOptions
@@ -26,7 +26,8 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
     """Files of `path`, sorted by base name: local ones as plain paths, all else as URLs for fsspec.
 
     Each entry is a file, a glob, a folder (all its files with one of SUFFIXES), an http(s) URL, a file,
-    glob or folder in an object store (s3://, gs://, az://), an `hf://datasets/...` pattern or 'embedded'.
+    glob or folder in an object store (s3://, gs://, az://), an `hf://datasets/...` pattern, a data set as
+    `datasets://...` (see `dataset_files`) or 'embedded'.
     Shell braces such as {00000..01023} or {a,b} are expanded everywhere, which is how many files at an
     http server are named. 'embedded' is the training split under TRAINING_KEYS and the validation split
     elsewhere; 'embedded:train' and 'embedded:validation' say it outright. `cache` is where the embedded
@@ -75,6 +76,8 @@ def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]
         raise ConfigError(f"{key}: the path is empty; give a file, glob, folder or URL, or 'embedded'")
     if entry.partition(":")[0] == "embedded" and not os.path.exists(entry):
         return _embedded(entry, key=key, cache=cache)
+    if entry.startswith(dataset_files.PREFIX):
+        return dataset_files.expand(entry, key=key, options=options)
     if (path := local_path(entry)) is not None:
         return _local(path, key=key)
     urls = _remote(entry, key, options)

@@ -36,11 +36,12 @@ def expand(url: str, *, key: str) -> list[str]:
         files = [str(file) for file in (builder.config.data_files or {})["train"]]
     # The hub's client has no common error class: any failure here means that the list cannot be had.
     except Exception as error:
-        raise ConfigError(_sentence(error, url, key)) from error
+        raise ConfigError(sentence(error, url, key)) from error
     return files
 
 
-def _sentence(error: Exception, url: str, key: str) -> str:
+def sentence(error: Exception, url: str, key: str) -> str:
+    """Why `url` cannot be had from the hub, and what to do."""
     links = _chain(error)
     names = {type(link).__name__ for link in links}
     # datasets tells a failed connection as a missing file, with the client's error named in the text.

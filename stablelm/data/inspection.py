@@ -4,13 +4,12 @@ Local files are all opened; of those in other stores the first and the last are.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
-from stablelm.data import parquet
+from stablelm.data import dataset_rows
 from stablelm.data.options import ReadOptions
 from stablelm.data.rangefile import RangeFile
-from stablelm.data.source import document_text, documents, is_parquet, rows_from
+from stablelm.data.source import document_text, documents, row_count, rows_from
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
@@ -22,13 +21,13 @@ SMALL_FILE = 8 * 2**20  # compressed bytes up to which a file is read to its end
 SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
 
 
-def check(files: list[str], *, key: str, column: str = "text") -> None:
-    """Each local file can be read, is what its name says and begins with a row that has a text under `column`.
+def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> None:
+    """Each local file can be read, is what its name says and begins with a row that gives a text by `options`.
 
     Small files are also read to the end, so that a truncated copy is found now rather than in the middle
     of training. Raises ConfigError under `key` for the first file that is wrong.
     """
-    budget = SMALL_CORPUS
+    budget, options = SMALL_CORPUS, _once(options)
     for path in _local(files):
         try:
             size = os.path.getsize(path)
@@ -40,7 +39,7 @@ def check(files: list[str], *, key: str, column: str = "text") -> None:
         whole = size <= min(SMALL_FILE, budget)
         budget -= size if whole else 0
         try:
-            _read(path, key, ReadOptions(retry_budget=0, text_column=column), whole)
+            _read(path, key, options, whole)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
 
@@ -50,7 +49,8 @@ def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
 
     A store that does not answer is waited for as in training. Raises ConfigError under `key`.
     """
-    urls = [file for file in files if local_path(file) is None]
+    # The shards of a dataset were opened when they were found.
+    urls = [file for file in files if local_path(file) is None and not dataset_rows.is_shard(file)]
     options = replace(options, cache_bytes=0)  # a few bytes are no reason to fetch a whole file
     for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
         try:
@@ -62,25 +62,31 @@ def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
             raise ConfigError(f"{key}: {error}") from None
 
 
-def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, column: str = "text") -> None:
+def check_enough(
+    files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, options: ReadOptions | None = None
+) -> None:
     """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
 
     Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
     Raises ConfigError under `key`, with the number of tokens there are.
     """
-    paths = _local(files)
-    if len(paths) < len(files) or sum(map(os.path.getsize, paths)) >= 4 * tokens_needed:
+    paths = _near(files)
+    if (
+        len(paths) < len(files)
+        or sum(os.path.getsize(dataset_rows.stored_at(path)) for path in paths) >= 4 * tokens_needed
+    ):
         return
     tokens = count = 0
     try:
-        for text in documents(paths, ReadOptions(retry_budget=0, text_column=column)):
+        for text in documents(paths, _once(options)):
             tokens += len(tokenizer.encode(text)) + 1
             count += 1
             if tokens >= tokens_needed:
                 return
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from None
-    where = f"{paths[0]!r} holds" if len(paths) == 1 else f"the {len(paths)} files from {paths[0]!r} on hold"
+    first = dataset_rows.stored_at(paths[0])
+    where = f"{first!r} holds" if len(paths) == 1 else f"the {len(paths)} files from {first!r} on hold"
     raise ConfigError(
         f"{key}: {where} {tokens} tokens in {count} documents, fewer than the {tokens_needed} of one batch; "
         "give more text, or lower train.global_batch_size or data.seq_len"
@@ -96,13 +102,13 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
     if shares == 1:
         return
     fewest, shortest = shares, ""
-    for path in _local(files):
+    for path in _near(files):
         try:
-            rows = _rows(path, limit=fewest)
+            rows = row_count(path, ReadOptions(retry_budget=0), fewest)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
         if rows < fewest:
-            fewest, shortest = rows, path
+            fewest, shortest = rows, dataset_rows.stored_at(path)
     if shortest:
         raise ConfigError(
             f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} holds "
@@ -112,6 +118,11 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
 
 def _local(files: list[str]) -> list[str]:
     return [path for file in files if (path := local_path(file)) is not None]
+
+
+def _near(files: list[str]) -> list[str]:
+    """Local files, and shards of a data set in one."""
+    return [local_path(file) or file for file in files if local_path(dataset_rows.stored_at(file)) is not None]
 
 
 def _check_form(path: str, size: int, key: str) -> None:
@@ -135,6 +146,12 @@ def _check_content(path: str, size: int, head: bytes, key: str) -> None:
         )
 
 
+def _once(options: ReadOptions | None) -> ReadOptions:
+    """These options for local files, which are not tried again and leave nothing in the cache."""
+    options = options or ReadOptions()
+    return ReadOptions(retry_budget=0, text_column=options.text_column, filter=options.filter, map=options.map)
+
+
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
     rows = rows_from(path, 0, options)[1]
     first = next(rows, None)
@@ -142,18 +159,5 @@ def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
     document_text(first, url=path, column=options.text_column)
     if whole:
-        _count(rows)
-
-
-def _rows(path: str, limit: int) -> int:
-    """Rows of a file, at most `limit` of them read."""
-    options = ReadOptions(retry_budget=0)
-    return parquet.row_count(path, options) if is_parquet(path) else _count(rows_from(path, 0, options)[1], limit)
-
-
-def _count(rows: Iterator[object], limit: float = float("inf")) -> int:
-    """Rows there are, at most `limit` of them read."""
-    count = 0
-    while count < limit and next(rows, None) is not None:
-        count += 1
-    return count
+        for _ in rows:
+            pass

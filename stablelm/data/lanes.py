@@ -27,6 +27,7 @@ from stablelm.errors import DataError
 # Streamed documents that are encoded together: fewer at once cost more for each, more come in bursts.
 TOGETHER = 32
 FIRST = 4  # a start waits for these alone
+NO_TOKENS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -188,17 +189,19 @@ class Lane:
         self._options = options
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
-        """(cursor with offset 0, text) from the document of `start` on, endlessly.
+        """(cursor with offset 0, text) from the document of `start` on, endlessly; rows left out are passed over.
 
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
-            entries.found = entries.found or bool(waiting)
             epoch, entry, block, index = cursor.epoch, cursor.entry, cursor.block, cursor.index
             while waiting:
-                yield Cursor(epoch, entry, block, index, 0), self._text(url, waiting.pop())
+                text = self._text(url, waiting.pop())
+                if text is not None:
+                    entries.found = True
+                    yield Cursor(epoch, entry, block, index, 0), text
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
@@ -213,7 +216,7 @@ class Lane:
             while waiting:
                 limit = len(waiting) if whole_blocks else next(counts)
                 parts, error = self._encoded(url, waiting, encoder, limit=limit)
-                entries.found = entries.found or not whole_blocks or any(len(part) > 1 for part in parts)
+                entries.found = entries.found or any(len(part) > whole_blocks for part in parts)
                 # Best-fit packing of half a block would give other windows than that of the mended file.
                 if parts and not (whole_blocks and error):
                     ends = np.cumsum([len(part) for part in parts])
@@ -232,14 +235,20 @@ class Lane:
     def _encoded(
         self, url: str, waiting: list[Row], encoder: Encoder, *, limit: int
     ) -> tuple[list[np.ndarray], DataError | None]:
-        """Tokens of the next rows, at most `limit`, which are taken from `waiting`, and what is wrong with the next."""
-        texts, wrong = [], None
+        """Tokens of the next rows, at most `limit`, and what is wrong with the row after them.
+
+        The rows are taken from `waiting`; one that is left out has no tokens.
+        """
+        texts: list[str | None] = []
+        wrong = None
         try:
             while waiting and len(texts) < limit:
                 texts.append(self._text(url, waiting.pop()))
         except DataError as error:
             wrong = error
-        return encoder.encode_arrays(texts) if texts else [], wrong
+        documents = [text for text in texts if text is not None]
+        tokens = iter(encoder.encode_arrays(documents) if documents else ())
+        return [NO_TOKENS if text is None else next(tokens) for text in texts], wrong
 
     def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
         """(cursor of the next row, file, rows from there on with the next one last) of each block."""
@@ -265,5 +274,5 @@ class Lane:
                 yield Cursor(epoch, entry, block, index, 0), url, waiting
                 index, block = 0, block + 1
 
-    def _text(self, url: str, row: Row) -> str:
+    def _text(self, url: str, row: Row) -> str | None:
         return document_text(row, url=url, column=self._options.text_column)

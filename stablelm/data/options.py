@@ -27,6 +27,7 @@ class ReadOptions:
     """`storage`: 'scheme.option' -> value for fsspec. `cache`: folder of indexes and whole files, None for neither.
 
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
+    `filter`, `map`: import paths of the user's functions over rows.
     `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
     """
 
@@ -36,6 +37,8 @@ class ReadOptions:
     cache: str | None = None
     cache_bytes: int = 0
     block: int = LARGEST_BLOCK
+    filter: str | None = None
+    map: str | None = None
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -48,6 +51,8 @@ class ReadOptions:
             cache=data.cache,
             cache_bytes=data.cache_bytes,
             block=min(max(READ_AHEAD // lanes, SMALLEST_BLOCK), LARGEST_BLOCK),
+            filter=data.filter,
+            map=data.map,
         )
 
     def settings(self, scheme: str) -> dict[str, Any]:

@@ -15,18 +15,22 @@ from stablelm.errors import DataError
 ROWS = 256
 
 
-def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[tuple[int, bytes | None]]]:
+def rows_from(
+    url: str, row: int, options: ReadOptions, *, whole: bool = False
+) -> tuple[int, Iterator[tuple[int, Any]]]:
     """(number of the first row given, rows from there on), from the start of the row group that holds `row`.
 
-    A row is (its number from 1, text in UTF-8 or None where the table has no value). Raises DataError naming
-    the file when it cannot be read, is no parquet file or has no column of text named `options.text_column`.
+    A row is (its number from 1, the text), or with `whole` (its number, all columns by name). Raises DataError
+    naming the file when it cannot be read, is no parquet file or has no column of text named
+    `options.text_column`, and where that has no value; with `whole` nothing is asked of the columns.
     """
     file = RangeFile(url, options)
-    table = _table(file, options)
+    table = _opened(file) if whole else _table(file, options)
     metadata = table.metadata
     starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
     group = max(bisect_right(starts, row) - 1, 0)
-    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, options.text_column)
+    column = None if whole else options.text_column
+    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, column)
 
 
 def row_count(url: str, options: ReadOptions) -> int:
@@ -60,25 +64,29 @@ def _table(file: RangeFile, options: ReadOptions) -> Any:
     return table
 
 
-def _rows(
-    file: RangeFile, table: Any, group: int, starts: list[int], column: str
-) -> Iterator[tuple[int, bytes | None]]:
+def _rows(file: RangeFile, table: Any, group: int, starts: list[int], column: str | None) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     number = starts[min(group, len(starts) - 1)]
+    columns = None if column is None else [column]
     try:
         for following in range(group, len(starts) - 1):
-            batches = table.iter_batches(ROWS, row_groups=[following], columns=[column], use_threads=False)
-            for batch in batches:
-                for text in batch.column(0):
+            for batch in table.iter_batches(ROWS, row_groups=[following], columns=columns, use_threads=False):
+                for value in batch.to_pylist() if column is None else batch.column(0).to_pylist():
                     number += 1
-                    value = text.as_py()
-                    yield number, None if value is None else value.encode()
+                    if value is None:
+                        raise no_value(file.url, number, column)
+                    yield number, value
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
     finally:
         table.close()
         file.close()
+
+
+def no_value(url: str, number: int, column: str | None) -> DataError:
+    """What is raised for row `number` (from 1) of a table that has no text."""
+    return DataError(f"{url}, row {number}: no value under {column!r}; drop such rows, or leave the file out")
 
 
 def _damaged(file: RangeFile, error: Exception) -> DataError:

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from stablelm.data import masks, shard_format
+from stablelm.data.dataset_rows import stored_at
 from stablelm.data.encoding import document_tokens
 from stablelm.data.masks import Features, Filters
 from stablelm.data.options import ReadOptions
@@ -189,6 +190,7 @@ def _tokenizer(path: str) -> Tokenizer:
 
 def _size(url: str, options: ReadOptions) -> int:
     """Bytes of a source file. Raises DataError."""
+    url = stored_at(url)
     path = local_path(url)
     if path is None:
         with RangeFile(url, options) as file:

@@ -4,44 +4,52 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import orjson
 
-from stablelm.data import parquet, reader
+from stablelm.data import dataset_rows, parquet, reader, transform
 from stablelm.data.options import ReadOptions
 from stablelm.data.stores import base_name
 from stablelm.errors import DataError
 
-# A row of a file before it is parsed: number from 1 of its line or table row, what is there.
-Row = tuple[int, bytes | None]
+# A row of a file: number from 1 of its line or table row, and what is there: a line of JSON, a document, or None
+# where data.filter leaves the row out.
+Row = tuple[int, bytes | str | None]
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
 # Rows read at once: a pass goes on beyond those that are kept.
 TOGETHER = 256
 
 
-def document_text(row: Row, *, url: str, column: str = "text") -> str:
-    """The document in a row; `url` is for the message, `column` the key of the text.
+def document_text(row: Row, *, url: str, column: str = "text") -> str | None:
+    """The document in a row, None if it is left out; `url` is for the message, `column` the key of the text.
 
     Raises DataError when the line is not JSON, not an object, or has no string under the key.
     """
-    number, line = row
-    if is_parquet(url):
-        if line is None:
-            raise DataError(f"{url}, row {number}: no value under {column!r}; drop such rows, or leave the file out")
-        return line.decode()
+    number, content = row
+    if not isinstance(content, bytes):
+        return content
+    text = _record(number, content, url, column).get(column)
+    if isinstance(text, str):
+        return text
+    raise _no_document(number, f"without a string under {column!r}", url, column)
+
+
+def _record(number: int, line: bytes, url: str, column: str) -> dict[str, Any]:
     try:
-        record = orjson.loads(line or b"")
+        record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg})"
-    else:
-        text = record.get(column) if isinstance(record, dict) else None
-        if isinstance(text, str):
-            return text
-        reason = f"without a string under {column!r}" if isinstance(record, dict) else "not a JSON object"
-    raise DataError(
-        f'{url}, line {number}: {reason}; make every line an object such as {{"{column}": "..."}}, '
-        "or leave the file out"
+        raise _no_document(number, f"not valid JSON ({error.msg})", url, column) from None
+    if not isinstance(record, dict):
+        raise _no_document(number, "not a JSON object", url, column)
+    return record
+
+
+def _no_document(number: int, reason: str, url: str, column: str) -> DataError:
+    where = f"{dataset_rows.stored_at(url)}, line {number}"
+    return DataError(
+        f'{where}: {reason}; make every line an object such as {{"{column}": "..."}}, or leave the file out'
     )
 
 
@@ -52,14 +60,50 @@ def is_parquet(url: str) -> bool:
 
 def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:
     """(number of the first row given, rows from there on), at or before `row` and as near as a seek comes."""
-    return parquet.rows_from(url, row, options) if is_parquet(url) else reader.rows_from(url, row, options)
+    if options.filter is None and options.map is None:
+        return stored_rows(url, row, options)
+    first, stored = stored_rows(url, row, options, whole=True)
+    records = (
+        (number, _record(number, content, url, options.text_column) if isinstance(content, bytes) else content)
+        for number, content in islice(stored, row - first, None)
+    )
+    # The user's functions see no row before the one asked for.
+    return row, transform.documents(records, url=url, options=options)
+
+
+def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
+    """Like `rows_from` without the user's functions; of tables the rows are whole records if that is wanted."""
+    if shard := _foreign(url):
+        return dataset_rows.rows_from(shard, row, options, whole=whole)
+    url = dataset_rows.stored_at(url)
+    if is_parquet(url):
+        return parquet.rows_from(url, row, options, whole=whole)
+    return reader.rows_from(url, row, options)
+
+
+def row_count(url: str, options: ReadOptions, limit: int) -> int:
+    """Rows of a file, at most `limit` of them read; of parquet the footer tells them. Raises DataError."""
+    if is_parquet(url) and not _foreign(url):
+        return parquet.row_count(dataset_rows.stored_at(url), options)
+    return sum(1 for _ in islice(stored_rows(url, 0, options, whole=True)[1], limit))
+
+
+def _foreign(url: str) -> dataset_rows.Shard | None:
+    """What `datasets` must read; None for what our own readers do."""
+    shard = dataset_rows.Shard.of(url) if dataset_rows.is_shard(url) else None
+    return shard if shard is not None and shard.builder != dataset_rows.PLAIN else None
 
 
 def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
-    """Documents of the files in base-name order, each in file order. Raises DataError as its parts do."""
+    """Documents of the files in base-name order, each in file order; those left out are skipped.
+
+    Raises DataError as its parts do.
+    """
     for url in sorted(files, key=base_name):
         for row in rows_from(url, 0, options)[1]:
-            yield document_text(row, url=url, column=options.text_column)
+            text = document_text(row, url=url, column=options.text_column)
+            if text is not None:
+                yield text
 
 
 class FileRows:

@@ -7,7 +7,7 @@ import numpy as np
 
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
-from stablelm.data import corpus, inspection, shard_corpus, shard_format, shards
+from stablelm.data import corpus, dataset_files, inspection, shard_corpus, shard_format, shards
 from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
@@ -21,10 +21,21 @@ Sources = dict[str, list[str]]
 
 
 def paths(data: DataConfig) -> dict[str, str | list[str]]:
-    """Where each source lies."""
+    """Where each source lies, as `corpus.resolve` or `shard_corpus.resolve` takes it."""
     if not data.mixture:
-        return {"": data.path}
-    return {name: source.path for name, source in mixture.sources(data).items()}
+        return {"": asked(data, data.path, split="train")}
+    return {name: asked(data, source.path, split="train") for name, source in mixture.sources(data).items()}
+
+
+def asked(data: DataConfig, path: str | list[str], *, split: str) -> str | list[str]:
+    """A path as it is looked up: with source=datasets a data set, of this split unless it says another."""
+    if data.source != "datasets":
+        return path
+    # A split that is given for the training text is none for a validation set.
+    given = {name: value for name, value in data.dataset.items() if name != "split" or split == "train"}
+    if isinstance(path, str):
+        return dataset_files.address(path, given, split=split)
+    return [dataset_files.address(each, given, split=split) for each in path]
 
 
 def find(
@@ -59,7 +70,7 @@ def _find(
             shard_corpus.check_lanes(files, lanes)
         return files
     files = text(data, path, key=key, known=known)
-    inspection.check_enough(files, tokenizer, tokens, key=key, column=data.text_column)
+    inspection.check_enough(files, tokenizer, tokens, key=key, options=ReadOptions.of(data))
     if lanes is not None:
         inspection.check_lanes(files, lanes)
     return files
@@ -69,7 +80,7 @@ def text(data: DataConfig, path: str | list[str], *, key: str, known: Lists | No
     """Files of text at a path, each checked. Raises ConfigError under `key`."""
     options = ReadOptions.of(data)
     files = (known or {}).get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
-    inspection.check(files, key=key, column=data.text_column)
+    inspection.check(files, key=key, options=options)
     return files
 
 

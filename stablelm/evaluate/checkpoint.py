@@ -117,8 +117,9 @@ def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
     sets = {}
     for name, path in paths.items():
         key = f"--data {name}" if data else f"data.validation.{name}"
-        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache, options=ReadOptions.of(config.data))
-        inspection.check(sets[name], key=key, column=config.data.text_column)
+        options = ReadOptions.of(config.data)
+        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache, options=options)
+        inspection.check(sets[name], key=key, options=options)
     return sets
 
 

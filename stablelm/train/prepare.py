@@ -118,7 +118,7 @@ def validation_paths(config: Config) -> dict[str, str | list[str]]:
         paths["default"] = config.data.validation_path
     if not paths and config.data.path == "embedded" and not config.data.mixture:
         paths["default"] = "embedded"
-    return paths
+    return {name: training.asked(config.data, path, split="validation") for name, path in paths.items()}
 
 
 def _remote(config: Config) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.fakehub import COMMIT, FakeHub
+from support.samples import REPOSITORY
 
 PATTERN = "hf://datasets/allenai/c4/en/c4-train.*.json.gz"
 FOUND = [f"hf://datasets/allenai/c4@{COMMIT}/en/c4-train.0000{index}-of-00003.json.gz" for index in range(3)]
@@ -53,7 +54,8 @@ def hub() -> Iterator[FakeHub]:
 
 def ask(folder: Path, endpoint: str, *urls: str, read: bool = False, **environment: str) -> list[dict]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), **environment}
+    variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)}
+    variables |= environment
     command = [sys.executable, "-c", RESOLVE, "read" if read else "list", *urls]
     result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder, timeout=120)
     assert "Traceback" not in result.stderr
