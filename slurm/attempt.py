@@ -16,22 +16,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.checkpoint import keep, manifest
+from stablelm.checkpoint.places import Place, place
+from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
-from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, Verdict, true_code, verdict
+from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
+def checkpoints(run_dir: Path) -> list[Place]:
+    """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer."""
+    try:
+        return keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
+    except CheckpointError:
+        return []
+
+
 def committed_step(run_dir: Path) -> int | None:
     """Step of the newest commit, -1 where there is none yet, None where the store does not answer."""
-    from stablelm.checkpoint import keep, manifest
-    from stablelm.checkpoint.places import place
-
     try:
-        steps = keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
-    except CheckpointError:
-        return -1
+        steps = checkpoints(run_dir)
     except (UserError, OSError):
         return None
     return (manifest.step_of(steps[0]) or 0) if steps else -1
@@ -131,6 +137,22 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     print(found.code, found.action, found.wait, " ".join(found.words.split()), sep="\t")
 
 
+def state(run_dir: Path) -> str:
+    """going, or how the run ended for good; an attempt that began after the last summary keeps it going."""
+    summary = read_json(run_dir / "summary.json")
+    code = summary.get("exit_code")
+    if code is None or code in REQUEUED or attempts_begun(run_dir) > summary.get("attempts", 0):
+        return "going"
+    return "has finished" if code == 0 else f"has ended with {code} ({summary.get('reason', '')})"
+
+
+def unevaluated(run_dir: Path) -> list[str]:
+    """`name path` of each committed checkpoint without a file in evaluations/, the oldest first."""
+    done = {path.stem for path in (run_dir / "evaluations").glob("step-*.json")}
+    steps = {manifest.step_name(manifest.step_of(path) or 0): path for path in reversed(checkpoints(run_dir))}
+    return [f"{name} {path}" for name, path in steps.items() if name not in done]
+
+
 def amend_summary(run_dir: Path, found: Verdict) -> None:
     """Lets `summary.json` say what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
@@ -154,8 +176,6 @@ def tell(run_dir: Path) -> None:
 
 def where(words: list[str]) -> str:
     """The absolute run directory of `CONFIG... key=value...`. Raises ConfigError."""
-    from stablelm.config.load import load
-
     files, keys = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     return os.path.abspath(load(files, keys).config.run.dir)
 
@@ -202,7 +222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     line = commands.add_parser("line")
     line.add_argument("file", type=Path)
     line.add_argument("number", type=int)
-    for name in ("begin", "end", "tell", "committed"):
+    for name in ("begin", "end", "tell", "state", "unevaluated"):
         command = commands.add_parser(name)
         command.add_argument("run_dir", type=Path)
         if name == "end":
@@ -229,6 +249,10 @@ def main(argv: list[str] | None = None) -> int:
             end(options.run_dir, options.rc, options.reason, options.launcher)
         elif options.command == "tell":
             tell(options.run_dir)
+        elif options.command == "state":
+            print(state(options.run_dir))
+        elif options.command == "unevaluated":
+            print("\n".join(unevaluated(options.run_dir)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

@@ -87,7 +87,7 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
     local copy=$run_dir/slurm/job-$SLURM_JOB_ID new number=0 file arguments=()
     new=$copy.new
     rm -rf "$new"
-    if ! { mkdir -p "$new" && tar -C "$code" --exclude=__pycache__ --exclude=slurm/.jobs -cf - stablelm launch slurm |
+    if ! { mkdir -p "$new" && tar -C "$code" --exclude=slurm/.jobs -cf - stablelm launch slurm |
         tar -C "$new" -xf -; }; then
         say "error: $run_dir cannot be written"
         comment "not requeued, storage full or unwritable (74): $run_dir"
@@ -104,6 +104,8 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
     printf '%s\0' "${arguments[@]}" "${keys[@]}" >"$new/arguments"
     echo "$run_dir" >"$new/run_dir"
     helper environment >"$new/environment.txt"
+    # Once here, or every rank would compile it at its start.
+    "${wrap[@]}" "$python" -m compileall -q "$new/stablelm" >/dev/null
     rm -rf "$copy"
     mv "$new" "$copy"
     { mkdir -p slurm/.jobs && ln -sfn "$copy" "slurm/.jobs/$SLURM_JOB_ID"; } ||
@@ -144,7 +146,7 @@ set_network() { # what gloo, NCCL and torch read; whatever is set already wins
     # A collective that fails or hangs ends its process instead of waiting for ever in it.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     # The last collectives of every rank, written when one times out: they name the rank that did not come.
-    export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     # NCCL says nothing but errors, or the one useful line drowns in those of a thousand ranks.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
@@ -152,6 +154,8 @@ set_network() { # what gloo, NCCL and torch read; whatever is set already wins
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     # Last words must be in the log when a process is killed; a crash in C gives a Python stack.
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+    # What a library will change some day is printed once a rank.
+    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 }
 
 preflight() { # one task a node looks at node, GPUs and network; sets unfit to the nodes that complained
@@ -245,4 +249,23 @@ settle() { # RC REASON: decides what the attempt's end means, says so and ends t
 finish_job() { # CODE
     rm -f "slurm/.jobs/$SLURM_JOB_ID"
     leave "$1"
+}
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+evaluate_checkpoint() { # NAME CHECKPOINT [options of launch/eval.py]
+    local name=$1 checkpoint=$2 out=$run_dir/evaluations/$1.json
+    shift 2
+    mkdir -p "$run_dir/evaluations" || return 1
+    srun --export=ALL --mpi=none --job-name=evaluate --kill-on-bad-exit=1 "${resources[@]}" "${wrap[@]}" "$python" \
+        "$code/launch/eval.py" --checkpoint "$checkpoint" --out "$out.new" "$@" </dev/null &
+    step=$!
+    await
+    step=
+    if [ "$rc" -eq 0 ] && mv "$out.new" "$out"; then return 0; fi
+    [ -z "$stop_asked" ] || return 0
+    # The run deletes superseded checkpoints whenever it commits one.
+    helper unevaluated "$run_dir" | grep -q "^$name " || { say "$name was superseded meanwhile"; return 0; }
+    say "warning: $name could not be evaluated ($rc)"
+    echo "{\"checkpoint\": \"$name\", \"failed\": $rc}" >"$out"
+    return 1
 }

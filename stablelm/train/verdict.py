@@ -27,7 +27,7 @@ def verdict(code: int, reason: str, *, attempt: int, limit: int, fruitless: int,
     row that ended with 77, the last one included in each.
     """
     if code == 0:
-        return Verdict(0, "finished", 0, f"finished: {reason or 'the last step is committed'}")
+        return Verdict(0, "finished", 0, "finished")
     because = f": {reason}" if reason else ""
     if code in FINAL:
         return Verdict(code, "end", 0, f"not requeued, {FINAL[code]} ({code}){because}")
