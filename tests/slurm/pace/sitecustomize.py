@@ -1,4 +1,7 @@
-"""On PYTHONPATH this makes each training step last PACE_SECONDS longer, so that a test can strike in the middle."""
+"""On PYTHONPATH this makes each training step longer, so that a test can strike in the middle.
+
+By PACE_SECONDS, a number or the name of a file that holds one.
+"""
 
 import importlib.util
 import os
@@ -27,10 +30,19 @@ def slow_down(module, load) -> None:
     step = module.train_step
 
     def slower(*arguments, **named):
-        time.sleep(float(os.environ["PACE_SECONDS"]))
+        time.sleep(pause())
         return step(*arguments, **named)
 
     module.train_step = slower
+
+
+def pause() -> float:
+    told = os.environ["PACE_SECONDS"]
+    try:
+        return float(told)
+    except ValueError:
+        with open(told) as stream:
+            return float(stream.read() or 0)
 
 
 if "PACE_SECONDS" in os.environ:
