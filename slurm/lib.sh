@@ -24,8 +24,10 @@ field() { # NAME of `scontrol show job` -> its value
 
 # --- what differs between sites, and the submitter's python --------------------------------------------------------
 load_site() { # sets python, and wrap: what starts it in a container
+    set -a # what it sets is for the ranks' processes too
     # shellcheck source=/dev/null
     [ ! -f "$code/slurm/site.sh" ] || . "$code/slurm/site.sh"
+    set +a
     read -ra wrap <<<"${STABLELM_WRAP:-}"
     python=${STABLELM_PYTHON:-$(command -v python || command -v python3 || true)}
     [ -n "$python" ] && return 0
@@ -94,8 +96,11 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
         return 74
     fi
     # The copy is no checkout: what commit it is and what was changed is kept beside it.
-    git -C "$code" rev-parse HEAD >"$new/.commit" 2>/dev/null || rm -f "$new/.commit"
-    git -C "$code" diff HEAD --no-ext-diff --no-color >"$new/.commit.diff" 2>/dev/null || rm -f "$new/.commit.diff"
+    if [ -e "$code/.git" ] && git -C "$code" rev-parse HEAD >"$new/.commit" 2>/dev/null; then
+        git -C "$code" diff HEAD --no-ext-diff --no-color >"$new/.commit.diff"
+    else
+        rm -f "$new/.commit"
+    fi
     for file in "${files[@]}"; do
         number=$((number + 1))
         cp "$file" "$new/$number-${file##*/}" || return 78
@@ -147,6 +152,7 @@ set_network() { # what gloo, NCCL and torch read; whatever is set already wins
     export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
     # The last collectives of every rank, written when one times out: they name the rank that did not come.
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/stacks/nccl-rank-}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
     # NCCL says nothing but errors, or the one useful line drowns in those of a thousand ranks.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -11,5 +11,5 @@ def slurm() -> Iterator[Cluster]:
     reason = missing()
     if reason:
         pytest.skip(reason)
-    with cluster(3, STC_CPUS="8", STC_KILL_WAIT="20") as started:
+    with cluster(3, STC_CPUS="8", STC_KILL_WAIT="10") as started:
         yield started

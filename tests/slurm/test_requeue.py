@@ -44,6 +44,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPOSITORY / "stablelm", folder / "stablelm")
     (folder / "launch").mkdir()
     (folder / "launch" / "pretrain.py").write_text(STUB)
+    (folder / "slurm" / "site.sh").write_text("STABLELM_BACKOFF_SECONDS=25\necho the site file was read\n")
     (folder / "empty.yaml").write_text("{}\n")
     return folder
 
@@ -66,7 +67,7 @@ def test_every_exit_code_has_its_consequence(slurm: Cluster, pretended: Path, tm
     for number, codes in enumerate(CASES):
         run_dir, log = tmp_path / f"run{number}", tmp_path / f"{number}.out"
         options = ["--ntasks=1", "--time=7", f"--output={log}"]
-        variables = {"STUB_CODES": codes, "STABLELM_MAX_ATTEMPTS": "4", "STABLELM_BACKOFF_SECONDS": "25"}
+        variables = {"STUB_CODES": codes, "STABLELM_MAX_ATTEMPTS": "4"}
         script = str(pretended / "slurm" / "pretrain.sh")
         jobs[codes] = (
             slurm.submit(*options, script, "empty.yaml", f"run.dir={run_dir}", cwd=str(pretended), **variables),
@@ -78,6 +79,7 @@ def test_every_exit_code_has_its_consequence(slurm: Cluster, pretended: Path, tm
         state, code, restarts, words = CASES[codes]
         assert (told["JobState"], told["ExitCode"], told["Restarts"]) == (state, code, restarts), log.read_text()
         assert words in told["Comment"], codes
+        assert "the site file was read\n" in log.read_text()
         assert "deadline 1" in log.read_text() and "met at node" in log.read_text()
         if "79" in code:
             assert json.loads((run_dir / "summary.json").read_text())["exit_code"] == 79
