@@ -12,9 +12,9 @@ from support.samples import REPOSITORY
 from support.slurm import PACE, Cluster, reached
 from support.tiny import TinyCorpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 PACED = {"PYTHONPATH": str(PACE), "PACE_SECONDS": "0.1"}
-PATIENCE = 240
+PATIENCE = 400
 
 
 def settings(corpus: TinyCorpus, *more: str) -> list[str]:
@@ -42,7 +42,7 @@ def submit(slurm: Cluster, folder: Path, options: list[str], *arguments: str, **
     config = folder / "empty.yaml"
     config.write_text("{}\n")
     shape = ["-N2", "--ntasks-per-node=2", "--time=20", f"--output={log}", *options]
-    return slurm.submit(*shape, "slurm/pretrain.sh", str(config), *arguments, **PACED, **extra), log
+    return slurm.submit(*shape, "slurm/pretrain.sh", str(config), *arguments, **PACED | extra), log
 
 
 def attempts(run_dir: Path) -> list[dict]:

@@ -50,9 +50,14 @@ class Cluster:
         """Output of sbatch, scontrol and the like, run where a user would."""
         program = str(self.directory / "bin" / command[0])
         done = subprocess.run(
-            [program, *command[1:]], env=self.environ | extra, cwd=cwd, capture_output=True, text=True,
-            timeout=60, check=False,
-        )  # fmt: skip
+            [program, *command[1:]],
+            env=self.environ | extra,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
