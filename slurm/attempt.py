@@ -169,8 +169,11 @@ def tell(run_dir: Path) -> None:
     if starts:
         print(f"     seconds       {int(time.time()) - starts[-1]['time']}")
         print(f"     commits       from step {starts[-1]['from_step']} to step {committed_step(run_dir)}")
+    if starts and summary.get("attempts", 0) <= starts[-1]["begun"]:
+        print("     it left no word of its own: its processes were killed, or ended before the run began")
+        return
     for name in ("exit_code", "reason", "step", "tokens", "loss", "val_loss", "tokens_per_second"):
-        if summary.get(name) is not None:
+        if summary.get(name) not in (None, {}):
             print(f"     {name:<13} {summary[name]}")
 
 
