@@ -68,7 +68,7 @@ class Cluster:
     def about(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         told = self.client("scontrol", "show", "job", "--oneliner", job)
-        return dict(re.findall(r"(\w+)=(.*?)(?= \w[\w:/]*=|\s*$)", told))
+        return {name: value.strip() for name, value in re.findall(r"(\w+)=(.*?)(?= \w[\w:/]*=|\s*$)", told)}
 
     def wait(self, what: Callable[[], Any], job: str, seconds: float, log: Path | None = None) -> Any:
         """Waits until `what` is true; fails with the job's state and log where it has ended or time is up."""
