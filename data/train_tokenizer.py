@@ -16,17 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser
 from stablelm.errors import ConfigError, UserError
 
 HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
 HELD_OUT = 1000  # documents held out at most
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with the exit code of a bad configuration."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
     from stablelm.data import corpus
+    from stablelm.data.options import ReadOptions
     from stablelm.data.source import documents
     from stablelm.data.tokenizer import Tokenizer, sample_lines, train
 
@@ -59,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
-        for text in documents(files, retry_budget=600.0):
+        for text in documents(files, ReadOptions()):
             if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
                 held_out.append(text)
             else:

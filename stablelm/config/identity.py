@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stablelm.config.keys import keys, values
@@ -13,14 +13,20 @@ DESCRIPTIVE = ("model.method", "train.tokens")
 LENGTH = ("train.steps", "train.cooldown_steps")
 
 
-def identity(config: Config, *, base_names: Sequence[str], tokenizer_sha256: str) -> dict[str, Any]:
+def identity(
+    config: Config, *, base_names: Sequence[str] | Mapping[str, Sequence[str]], tokenizer_sha256: str
+) -> dict[str, Any]:
     """Identity keys of a resolved configuration by dotted name, as plain JSON values.
 
-    `data.path` becomes the base names of its files and `data.tokenizer` the tokenizer's hash, so
-    that the same data in another place is the same run.
+    `data.path` becomes the base names of the files (of each source where there are several) and `data.tokenizer` the
+    tokenizer's hash, so that the same data in another place is the same run.
     """
     found = {name: value for name, value in values(config).items() if keys()[name].identity}
-    found |= {"data.path": list(base_names), "data.tokenizer": tokenizer_sha256}
+    names = (
+        {name: list(own) for name, own in base_names.items()} if isinstance(base_names, Mapping) else list(base_names)
+    )
+    weights = {name: value for name, value in config.data.mixture.items() if not name.endswith(".path")}
+    found |= {"data.path": names, "data.mixture": weights, "data.tokenizer": tokenizer_sha256}
     return json.loads(json.dumps(found))
 
 
@@ -35,6 +41,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None
 
     `step` is the finished step to continue from; None: not known yet, so the earliest.
     """
+    # A run saved before a key existed had what is the key's default now.
+    saved = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()} | saved
     names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
     different = [name for name in names if saved.get(name) != current.get(name)]
     if different and set(different) <= set(LENGTH) and may_extend(saved, current, step or 0):

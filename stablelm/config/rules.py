@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import engine_rules
+from stablelm.config import data_rules, engine_rules
 from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
+from stablelm.config.ranges import RANGES
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.errors import ConfigError
 from stablelm.methods import compose
@@ -115,6 +116,8 @@ class _Rules:
     def check(self, world_size: int, accelerate_precision: str | None) -> "_Rules":
         sound = self.ranges()
         self.validation_sets()
+        for problem, name in data_rules.problems(self.config.data):
+            self.broken(problem, name)
         self.precision(accelerate_precision)
         if sound:  # what follows divides by these numbers
             self.length()
@@ -127,7 +130,7 @@ class _Rules:
     def ranges(self) -> bool:
         """Numbers on their own; False if one is out of its range."""
         before, config = len(self.problems), values(self.config)
-        for wanted, holds, names in _RANGES:
+        for wanted, holds, names in RANGES:
             for name in names.split():
                 if config[name] is not None and not holds(config[name]):
                     self.broken(f"{name}={_plain(config[name])} must be {wanted}", name)
@@ -181,7 +184,8 @@ class _Rules:
         position = whole.attention.position
         for problem, names in compose.problems(whole):
             self.broken(problem, *names, "model.method")
-        self.documents(whole)
+        for problem, names in data_rules.document_problems(self.config.data, whole):
+            self.broken(problem, *names)
         self.method_options(whole)
         even = 2 if position == "rope" else 1
         if whole.stream != "concat" and model.d_model % (model.n_heads * even):
@@ -225,23 +229,6 @@ class _Rules:
                 f"heads{' of even width' * (even == 2)}; use {_either(fits)}",
                 "model.catformer.d_attention",
                 "model.n_heads",
-            )
-
-    def documents(self, model: ModelConfig) -> None:
-        """`model`: with its axes filled."""
-        end, masked = model.attention.document_end, self.config.data.document_mask
-        if masked and model.attention.shaping == "espa":
-            self.broken(
-                "data.document_mask=true cuts a sequence into pieces, but model.attention.shaping=espa solves "
-                "its decay for one sequence from its first token on; use data.document_mask=false",
-                "data.document_mask",
-                "model.method",
-            )
-        if end is not None and not masked:
-            self.broken(
-                f"model.attention.document_end={end} is set by data.document_mask=true; set that, or leave it out",
-                "model.attention.document_end",
-                "data.document_mask",
             )
 
     def batches(self, world_size: int) -> None:
@@ -320,37 +307,3 @@ def _around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:
 
 def _either(numbers: list[int]) -> str:
     return " or ".join(str(number) for number in numbers)
-
-
-_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (
-        "at least 1",
-        lambda v: v >= 1,
-        "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
-        "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
-        "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
-        "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
-        "model.completep.base_depth model.completep.base_width engine.unit_bytes engine.replicas "
-        "engine.prefetch",
-    ),
-    (
-        "at least 0",
-        lambda v: v >= 0,
-        "run.seed data.workers data.retry_budget train.min_lr train.warmup_steps train.cooldown_steps "
-        "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every "
-        "observe.layers_every evaluate.every model.attention.logit_cap",
-    ),
-    (
-        "above 0",
-        lambda v: v > 0,
-        "model.norm_eps model.norm_alpha "
-        "model.attention.rope_base train.lr train.eps model.deepscale.k model.catformer.attention_expansion "
-        "model.catformer.feedforward_expansion",
-    ),
-    ("0.5 to 1", lambda v: 0.5 <= v <= 1, "model.completep.alpha"),
-    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
-    ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
-    ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),
-    ("a directory's name", lambda v: v.strip() != "", "run.dir checkpoint.dir data.cache"),
-]

@@ -157,9 +157,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["files"] = key("files", "where documents come from")
+    source: Literal["files", "shards"] = key(
+        "files", "what data.path holds: files of text, or shards made of them by data/prepare.py"
+    )
     path: str | list[str] = key(
-        "embedded", "file, glob, folder, URL or list of these; 'embedded': Python's own documentation", identity=True
+        "embedded",
+        "file, glob, folder, URL or list of these; 'embedded': Python's own documentation; "
+        "shards: the prepared folder, or *.tokens files",
+        identity=True,
+    )
+    mixture: dict[str, str | list[str] | int | float] = key(
+        dict,
+        "several sources in place of data.path, as web: {path: ..., weight: 0.8}; weight: {0: 0.2, 9000: 0.5} changes "
+        "at a data step",
+        identity=True,
     )
     validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")
@@ -168,11 +179,24 @@ class DataConfig:
     )
     seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
     document_mask: bool = key(False, "attention stays within a document, whose positions start at 0", identity=True)
+    packing: Literal["split", "best_fit"] = key(
+        "split",
+        "split: documents joined and cut into sequences; best_fit: whole ones where they fit best, padded, "
+        "none predicted from another",
+        identity=True,
+    )
     lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
     workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")
     prefetch: int = key(2, "batches kept ready by the workers")
-    cache: str = key("data/cache", "folder of the embedded corpus and other derived files")
+    text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
+    storage: dict[str, str | int | float | bool] = key(
+        dict,
+        "fsspec options of a store, as s3: {endpoint_url: ..., anon: true}; credentials belong in the environment, "
+        "for instance AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    )
+    cache: str = key("data/cache", "folder of the embedded corpus, of indexes of text files and other derived files")
+    cache_bytes: int = key(0, "largest size of whole remote files kept in the cache; 0: none is kept", unit="bytes")
     retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
 
 

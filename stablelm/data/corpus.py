@@ -8,25 +8,29 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stablelm.data import hub
+from stablelm.data import hub, stores
 from stablelm.data.embedded import embedded
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
-from stablelm.data.reader import base_name, local_path
-from stablelm.errors import ConfigError
+from stablelm.data.options import ReadOptions
+from stablelm.data.retry import persist
+from stablelm.data.stores import base_name, local_path
+from stablelm.errors import ConfigError, DataError
 
 __all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
 
 TRAINING_KEYS = ("data.path", "--source")
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 
 
-def resolve(path: str | list[str], *, key: str, cache: str) -> list[str]:
+def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions | None = None) -> list[str]:
     """Files of `path`, sorted by base name: local ones as plain paths, all else as URLs for fsspec.
 
-    Each entry is a file, a glob, a folder (all its files with one of SUFFIXES), an http(s) URL, an
-    `hf://datasets/...` pattern or 'embedded'. Shell braces such as {00000..01023} or {a,b} are expanded
-    everywhere, which is how many files at an http server are named. 'embedded' is the training split
-    under TRAINING_KEYS and the validation split elsewhere; 'embedded:train' and 'embedded:validation'
-    say it outright. `cache` is where the embedded corpus is kept.
+    Each entry is a file, a glob, a folder (all its files with one of SUFFIXES), an http(s) URL, a file,
+    glob or folder in an object store (s3://, gs://, az://), an `hf://datasets/...` pattern or 'embedded'.
+    Shell braces such as {00000..01023} or {a,b} are expanded everywhere, which is how many files at an
+    http server are named. 'embedded' is the training split under TRAINING_KEYS and the validation split
+    elsewhere; 'embedded:train' and 'embedded:validation' say it outright. `cache` is where the embedded
+    corpus is kept; `options` say how a store is reached that must be asked for its files.
 
     Raises ConfigError under `key` when an entry matches nothing or two files share a base name, since
     base names decide the order of the text.
@@ -34,7 +38,7 @@ def resolve(path: str | list[str], *, key: str, cache: str) -> list[str]:
     entries = [path] if isinstance(path, str) else list(path)
     if not entries:
         raise ConfigError(f"{key}: the list is empty; give at least one file, glob, folder or URL")
-    files = [file for entry in entries for file in _expand(entry, key=key, cache=cache)]
+    files = [file for entry in entries for file in _expand(entry, key, cache, options or ReadOptions())]
     by_name: dict[str, list[str]] = defaultdict(list)
     for file in files:
         by_name[base_name(file)].append(file)
@@ -66,32 +70,53 @@ def braces(text: str) -> list[str]:
     return [before + choice + rest for choice, rest in itertools.product(choices, after)]
 
 
-def _expand(entry: str, *, key: str, cache: str) -> list[str]:
+def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]:
     if not entry:
         raise ConfigError(f"{key}: the path is empty; give a file, glob, folder or URL, or 'embedded'")
     if entry.partition(":")[0] == "embedded" and not os.path.exists(entry):
         return _embedded(entry, key=key, cache=cache)
     if (path := local_path(entry)) is not None:
         return _local(path, key=key)
-    urls = _remote(entry, key=key)
+    urls = _remote(entry, key, options)
     for url in urls:
         if not base_name(url).endswith(SUFFIXES):
             raise ConfigError(f"{key}: {url!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
     return urls
 
 
-def _remote(entry: str, *, key: str) -> list[str]:
+def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
     scheme = entry.partition("://")[0]
     if scheme == "hf":
         return [file for url in braces(entry) for file in hub.expand(url, key=key)]
+    if scheme in OBJECT_STORES:
+        if sentence := stores.missing_package(entry):
+            raise ConfigError(f"{key}: {sentence}")
+        return [file for url in braces(entry) for file in _objects(url, key, options)]
     if scheme not in ("http", "https"):
-        raise ConfigError(f"{key}: {entry!r} is in a store we do not read; give a local path, http(s):// or hf://")
+        raise ConfigError(
+            f"{key}: {entry!r} is in a store we do not read; give a local path, http(s)://, hf://, s3://, gs:// or az://"
+        )
     if "*" in urlsplit(entry).path:
         raise ConfigError(
             f"{key}: {entry!r} has a '*', but a web server cannot be asked for its files; "
             "write the names with braces, as in c4-train.{00000..01023}-of-01024.json.gz"
         )
     return braces(entry)
+
+
+def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
+    """Files of a glob or folder in an object store; a URL that is named like a file is taken at its word."""
+    if "*" not in url and "?" not in url and base_name(url).endswith(SUFFIXES):
+        return [url]
+    pattern = url if glob.has_magic(url) else url.rstrip("/") + "/*"
+    try:
+        found = persist(lambda: stores.glob(pattern, options), name=pattern, budget=options.retry_budget)
+    except DataError as error:
+        raise ConfigError(f"{key}: the files of {url!r} cannot be listed: {error}") from error
+    files = [file for file in found if _wanted(base_name(file))]
+    if not files:
+        raise ConfigError(f"{key}: nothing in the store matches {pattern!r}; give files named {SUFFIXES_IN_WORDS}")
+    return files
 
 
 def _embedded(entry: str, *, key: str, cache: str) -> list[str]:

@@ -6,20 +6,22 @@ Only local files are opened; those of other stores are read when training starts
 import os
 from collections.abc import Iterator
 
-from stablelm.data.reader import local_path, numbered_lines
-from stablelm.data.source import document_text, documents
+from stablelm.data import parquet
+from stablelm.data.options import ReadOptions
+from stablelm.data.source import document_text, documents, is_parquet, rows_from
+from stablelm.data.stores import local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
 
-SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl")
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet")
 SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard"}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"PAR1": "parquet"}
 SMALL_FILE = 8 * 2**20  # compressed bytes up to which a file is read to its end
 SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
 
 
-def check(files: list[str], *, key: str) -> None:
-    """Each local file can be read, is what its name says and begins with a JSON object that has a text.
+def check(files: list[str], *, key: str, column: str = "text") -> None:
+    """Each local file can be read, is what its name says and begins with a row that has a text under `column`.
 
     Small files are also read to the end, so that a truncated copy is found now rather than in the middle
     of training. Raises ConfigError under `key` for the first file that is wrong.
@@ -36,12 +38,12 @@ def check(files: list[str], *, key: str) -> None:
         whole = size <= min(SMALL_FILE, budget)
         budget -= size if whole else 0
         try:
-            _read(path, key, whole)
+            _read(path, key, column, whole)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
 
 
-def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str) -> None:
+def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, column: str = "text") -> None:
     """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
 
     Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
@@ -52,7 +54,7 @@ def check_enough(files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, 
         return
     tokens = count = 0
     try:
-        for text in documents(paths, retry_budget=0):
+        for text in documents(paths, ReadOptions(retry_budget=0, text_column=column)):
             tokens += len(tokenizer.encode(text)) + 1
             count += 1
             if tokens >= tokens_needed:
@@ -77,7 +79,7 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
     fewest, shortest = shares, ""
     for path in _local(files):
         try:
-            rows = _count(numbered_lines(path, retry_budget=0), limit=fewest)
+            rows = _rows(path, limit=fewest)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
         if rows < fewest:
@@ -101,22 +103,27 @@ def _check_form(path: str, size: int, key: str) -> None:
     if size == 0:
         raise ConfigError(f"{key}: {path!r} is empty; leave it out or fetch it again")
     content = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
-    expected = {".gz": "gzip", ".zst": "zstandard"}.get(os.path.splitext(path)[1], "plain")
+    expected = {".gz": "gzip", ".zst": "zstandard", ".parquet": "parquet"}.get(os.path.splitext(path)[1], "plain")
     if content != expected:
         raise ConfigError(
             f"{key}: {path!r} holds {content} data, but its name says {expected}; rename it or fetch it again"
         )
 
 
-def _read(path: str, key: str, whole: bool) -> None:
-    rows = numbered_lines(path, retry_budget=0)
+def _read(path: str, key: str, column: str, whole: bool) -> None:
+    rows = rows_from(path, 0, ReadOptions(retry_budget=0, text_column=column))[1]
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
-    number, line = first
-    document_text(line, url=path, number=number)
+    document_text(first, url=path, column=column)
     if whole:
         _count(rows)
+
+
+def _rows(path: str, limit: int) -> int:
+    """Rows of a file, at most `limit` of them read."""
+    options = ReadOptions(retry_budget=0)
+    return parquet.row_count(path, options) if is_parquet(path) else _count(rows_from(path, 0, options)[1], limit)
 
 
 def _count(rows: Iterator[object], limit: float = float("inf")) -> int:

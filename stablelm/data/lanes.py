@@ -3,20 +3,25 @@
 Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
 keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries, and
 share k of a file holds its rows ≡ k mod S. Rows of a share are shuffled in blocks by a keyed permutation.
-Nothing here knows of ranks or workers, and keys hold base names only, so data may move.
+Nothing here knows of ranks or workers, and keys hold base names only (of a prepared shard: its source's),
+so data may move, and be prepared, at any time.
 
 Keyed permutation: the SHAKE-256 stream of the key gives each item a 64-bit number, and a stable sort by
 it gives the order. It depends on neither platform nor library version.
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from stablelm.data.reader import base_name
-from stablelm.data.source import FileRows, SharedFiles, document_text
+from stablelm.data.encoding import Encoder, document_tokens
+from stablelm.data.options import ReadOptions
+from stablelm.data.shards import source_name
+from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
 
 
@@ -37,18 +42,52 @@ class Cursor:
         return list(astuple(self))
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents of an entry, the first one at `cursor` (offset 0).
+
+    `tokens` (n,) are theirs, eos of each included; `ends` (documents,) int64 says where each ends in `tokens`.
+    Where they are of several blocks, all but the last block have `block_rows` rows.
+    """
+
+    cursor: Cursor
+    tokens: np.ndarray
+    ends: np.ndarray
+    block_rows: int = sys.maxsize
+
+
+class Place(NamedTuple):
+    """Token `position` of a chunk with this cursor and these ends; cheaper to keep than the cursor it stands for."""
+
+    start: Cursor
+    ends: np.ndarray
+    block_rows: int
+    position: int
+
+    def cursor(self) -> Cursor:
+        """The document that holds the token, and how many of its tokens come before."""
+        start, document = self.start, int(self.ends.searchsorted(self.position, "right"))
+        begin = int(self.ends[document - 1]) if document else 0
+        blocks, index = divmod(start.index + document, self.block_rows)
+        return Cursor(start.epoch, start.entry, start.block + blocks, index, self.position - begin)
+
+
 def permutation(size: int, *key: int | str) -> list[int]:
     """A permutation of range(size) determined by the key alone; see the module's text."""
+    return _permuted(size, *key).tolist()
+
+
+def _permuted(size: int, *key: int | str) -> np.ndarray:
     stream = hashlib.shake_256("\0".join(map(str, key)).encode()).digest(8 * size)
-    return np.argsort(np.frombuffer(stream, "<u8"), kind="stable").tolist()
+    return np.frombuffer(stream, "<u8").argsort(kind="stable")
 
 
 class Order:
     """The endless sequence of entries over `files` for `lanes` lanes: pure arithmetic, no reading."""
 
-    def __init__(self, files: list[str], *, seed: int, lanes: int, shuffle_block: int):
+    def __init__(self, files: list[str], *, seed: int | str, lanes: int, shuffle_block: int):
         assert files
-        self.files = sorted(files, key=base_name)
+        self.files = sorted(files, key=source_name)
         self.seed = seed
         self.lanes = lanes
         self.shuffle_block = shuffle_block
@@ -65,14 +104,23 @@ class Order:
         turns, entry = divmod(entry + self.lanes, self.entries)
         return epoch + turns, entry
 
+    def turns(self, cursor: Cursor) -> float:
+        """Epochs that the cursor's lane has behind it; an entry that it is in the middle of counts as unread."""
+        return cursor.epoch + cursor.entry // self.lanes * self.lanes / self.entries
+
     def locate(self, epoch: int, entry: int) -> tuple[int, int]:
         """(index into `files`, share) of an entry."""
         share, place = divmod(entry, len(self.files))
         return self._epoch(epoch)[place], share
 
-    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> list[int]:
-        """Shuffled order of the `size` rows of a block."""
-        return permutation(size, "rows", self.seed, epoch, base_name(self.files[file]), share, block)
+    def wanted(self, share: int, block: int, blocks: int = 1) -> range:
+        """Rows of a file that so many blocks of a share consist of, from `block` on."""
+        size = self.shuffle_block * self.shares
+        return range(share + block * size, share + (block + blocks) * size, self.shares)
+
+    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
+        """Shuffled order of the `size` rows of a block, (size,)."""
+        return _permuted(size, "rows", self.seed, epoch, source_name(self.files[file]), share, block)
 
     def _epoch(self, epoch: int) -> list[int]:
         order = self._epochs.get(epoch)
@@ -84,12 +132,52 @@ class Order:
         return order
 
 
+class Entries:
+    """The entries of a lane, one after the other and endlessly; `found` is set once one has given a document."""
+
+    def __init__(self, order: Order, lane: int):
+        self._order, self._lane = order, lane
+        self.found = False
+
+    def walk(self, start: Cursor) -> Iterator[tuple[int, int, int, int]]:
+        """(epoch, entry, block, index) at which to begin in each entry, from that of `start` on.
+
+        Raises DataError when no document is found in as many entries as an epoch has.
+        """
+        epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
+        barren, entries = 0, self._order.entries
+        self.found = is_inside(start)
+        while barren <= entries:
+            yield epoch, entry, block, index
+            barren = 0 if self.found else barren + 1
+            self.found = False
+            epoch, entry = self._order.following(epoch, entry)
+            block = index = 0
+        raise DataError(
+            f"data.lanes: lane {self._lane} of {self._order.lanes} finds no document in its share of "
+            f"{len(self._order.files)} file(s); use fewer lanes or more documents"
+        )
+
+
+def is_inside(cursor: Cursor) -> bool:
+    """Whether some of the cursor's entry has been read already."""
+    return (cursor.block, cursor.index, cursor.offset) != (0, 0, 0)
+
+
+def row_is_gone(url: str, row: int) -> DataError:
+    """What is raised when a checkpoint lies in row number `row` (from 0), which the file does not have."""
+    return DataError(
+        f"{url}: changed since the checkpoint, it has no row {row + 1} any more; "
+        "put the old file back, or start a new run"
+    )
+
+
 class Lane:
     """Documents of one lane. `shared` is the process's reader of files that several lanes read."""
 
-    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, retry_budget: float):
+    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, options: ReadOptions):
         self._order, self._lane, self._shared = order, lane, shared
-        self._retry_budget = retry_budget
+        self._options = options
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
         """(cursor with offset 0, text) from the document of `start` on, endlessly.
@@ -97,40 +185,53 @@ class Lane:
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
-        order, size = self._order, self._order.shuffle_block
-        epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
-        resumed = start != Cursor(epoch, entry, 0, 0, 0)
-        own: FileRows | None = None
-        barren = 0
-        while barren <= order.entries:
-            file, share = order.locate(epoch, entry)
-            url = order.files[file]
-            first = share + block * size * order.shares
-            wanted = range(first, first + size * order.shares, order.shares)
-            rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
-            if rows is None:
-                own = own or FileRows(url, room=0, retry_budget=self._retry_budget)
-                rows = own.take(wanted)
-                assert rows is not None  # a lane reads its own file forward only
-            if resumed and index >= len(rows):
-                raise DataError(
-                    f"{url}: changed since the checkpoint, it has no row {wanted[index] + 1} any more; "
-                    "put the old file back, or start a new run"
-                )
-            resumed = False
-            shuffled = order.rows(epoch, file, share, block, len(rows))
-            waiting = [(place, rows[shuffled[place]]) for place in range(len(rows) - 1, index - 1, -1)]
-            last = len(rows) < size
-            barren = 0 if rows or block else barren + 1
-            del rows
+        entries = Entries(self._order, self._lane)
+        for cursor, url, waiting in self._blocks(start, entries):
+            entries.found = entries.found or bool(waiting)
+            index = cursor.index
             while waiting:
-                index, (number, line) = waiting.pop()
-                yield Cursor(epoch, entry, block, index, 0), document_text(line, url=url, number=number)
-            index, block = 0, block + 1
-            if last:
-                epoch, entry = order.following(epoch, entry)
-                block, own = 0, None
-        raise DataError(
-            f"data.lanes: lane {self._lane} of {order.lanes} finds no document in its share of "
-            f"{len(order.files)} file(s); use fewer lanes or more documents"
-        )
+                yield replace(cursor, index=index), self._text(url, waiting.pop())
+                index += 1
+
+    def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
+        """The tokens of these documents: one a chunk, or with `whole_blocks` the rest of a block.
+
+        Raises DataError as `documents` does; with `whole_blocks` a document of eos alone counts as none.
+        """
+        if not whole_blocks:
+            for cursor, text in self.documents(start):
+                tokens = document_tokens(encoder, text)
+                yield Chunk(cursor, tokens, np.array([len(tokens)]))
+        entries = Entries(self._order, self._lane)
+        for cursor, url, waiting in self._blocks(start, entries):
+            parts = [document_tokens(encoder, self._text(url, row)) for row in reversed(waiting)]
+            entries.found = entries.found or any(len(part) > 1 for part in parts)
+            if parts:
+                yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+
+    def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
+        """(cursor of the next row, file, rows from there on with the next one last) of each block."""
+        order, size = self._order, self._order.shuffle_block
+        resumed = is_inside(start)
+        for epoch, entry, block, index in entries.walk(start):
+            file, share = order.locate(epoch, entry)
+            url, own, last = order.files[file], None, False
+            while not last:
+                wanted = order.wanted(share, block)
+                rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
+                if rows is None:
+                    own = own or FileRows(url, room=0, options=self._options)
+                    rows = own.take(wanted)
+                    assert rows is not None  # a lane reads its own file forward only
+                if resumed and index >= len(rows):
+                    raise row_is_gone(url, wanted[index])
+                resumed = False
+                shuffled = order.rows(epoch, file, share, block, len(rows))
+                waiting = [rows[place] for place in reversed(shuffled[index:])]
+                last = len(rows) < size
+                del rows
+                yield Cursor(epoch, entry, block, index, 0), url, waiting
+                index, block = 0, block + 1
+
+    def _text(self, url: str, row: Row) -> str:
+        return document_text(row, url=url, column=self._options.text_column)

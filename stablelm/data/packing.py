@@ -1,74 +1,104 @@
-"""From a lane's documents to windows of tokens.
+"""From a lane's documents to windows of tokens: concatenate and split.
 
-Documents are encoded, each followed by eos, and joined. A window holds seq_len+1 tokens and begins with
-the last token of the one before, so each token is predicted exactly once.
+Documents, each followed by eos, are joined. A window holds seq_len+1 tokens and begins with the last
+token of the one before, so each token is predicted exactly once.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from stablelm.data.lanes import Cursor
+from stablelm.data.lanes import Chunk, Cursor, Place
 
 
-class Encoder(Protocol):
-    """What packing needs of a tokenizer."""
+class Windows(Protocol):
+    """Windows of one lane. `place` is where the next window begins; its cursor is all there is to save.
+
+    Of the window given last: `borders` are its places, from 1 on and ascending, where another document
+    begins; `filled` tokens of it are text, the others padding.
+    """
 
     @property
-    def eos(self) -> int: ...
+    def place(self) -> Any: ...
 
-    def encode_array(self, text: str) -> np.ndarray: ...
+    @property
+    def filled(self) -> int: ...
 
+    @property
+    def borders(self) -> np.ndarray: ...
 
-def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:
-    """Tokens of a document and its eos, int32 (length,)."""
-    ids = tokenizer.encode_array(text)
-    tokens = np.empty(len(ids) + 1, np.int32)
-    tokens[:-1] = ids
-    tokens[-1] = tokenizer.eos
-    return tokens
+    def next(self) -> np.ndarray: ...
 
 
 class Packer:
-    """Windows of one lane. `cursor` is the place where the next window begins, and all there is to save.
+    """Concatenate and split; see `Windows`.
 
-    `documents` yields (cursor, text) from the document of `start` on; the first start.offset tokens of
-    that document have been inputs already.
+    `chunks` yields documents from the one of `start` on; the first start.offset tokens of that document
+    have been inputs already.
     """
 
-    def __init__(self, documents: Iterator[tuple[Cursor, str]], tokenizer: Encoder, seq_len: int, start: Cursor):
-        self.cursor = start
-        self._documents, self._tokenizer, self._seq_len = documents, tokenizer, seq_len
+    def __init__(self, chunks: Iterator[Chunk], seq_len: int, start: Cursor):
+        self.place = Place(start, np.zeros(0, np.int64), sys.maxsize, start.offset)
+        self.filled = seq_len + 1
+        self._chunks, self._seq_len = chunks, seq_len
         self._skip = start.offset
-        self._waiting: deque[tuple[Cursor, np.ndarray]] = deque()  # cursor with offset, tokens from there on
-        self._length = 0
+        self._waiting: deque[Chunk] = deque()
+        self._position = 0  # in the first chunk that waits: the next input
+        self._length = 0  # tokens that wait, from there on
+        self._given: list[tuple[Chunk, int]] = []  # chunks of the last window, and where in it their tokens 0 lie
 
     def next(self) -> np.ndarray:
-        """The next window, int32 (seq_len+1,). Raises DataError when a document cannot be read."""
+        """The next window, integers (seq_len+1,), not to be written to. Raises DataError when a document is lost."""
         while self._length <= self._seq_len:
-            self._read_document()
-        window = np.empty(self._seq_len + 1, np.int32)
-        filled = 0
-        while filled < self._seq_len:
-            cursor, tokens = self._waiting.popleft()
-            part = tokens[: self._seq_len - filled]
-            window[filled : filled + len(part)] = part
-            filled += len(part)
-            if len(part) < len(tokens):
-                self._waiting.appendleft((replace(cursor, offset=cursor.offset + len(part)), tokens[len(part) :]))
+            self._read()
+        first, begin = self._waiting[0], self._position
+        end = begin + self._seq_len
+        self._given = [(first, -begin)]
+        if end < len(first.tokens):
+            window = first.tokens[begin : end + 1]
+        else:
+            window = self._joined(self._seq_len + 1)
+            while end >= len(first.tokens):
+                end -= len(self._waiting.popleft().tokens)
+                first = self._waiting[0]
         self._length -= self._seq_len
-        self.cursor, tokens = self._waiting[0]
-        window[-1] = tokens[0]
+        self._position = end
+        self.place = Place(first.cursor, first.ends, first.block_rows, end)
         return window
 
-    def _read_document(self) -> None:
-        cursor, text = next(self._documents)
-        tokens = document_tokens(self._tokenizer, text)
-        skip, self._skip = self._skip, 0
-        if skip:
-            cursor, tokens = replace(cursor, offset=skip), tokens[skip:]
-        self._waiting.append((cursor, tokens))
-        self._length += len(tokens)
+    @property
+    def cursor(self) -> Cursor:
+        """Where the next window begins."""
+        return self.place.cursor()
+
+    @property
+    def borders(self) -> np.ndarray:
+        """Places of the last window's inputs where another document begins, (n,) int64."""
+        ends = np.concatenate([chunk.ends + shift for chunk, shift in self._given])
+        return np.unique(ends[(ends > 0) & (ends < self._seq_len)])
+
+    def _joined(self, size: int) -> np.ndarray:
+        """The next `size` tokens out of several chunks."""
+        first, parts = self._waiting[0], []
+        missing = size - (len(first.tokens) - self._position)
+        parts.append(first.tokens[self._position :])
+        for chunk in list(self._waiting)[1:]:
+            self._given.append((chunk, size - missing))
+            parts.append(chunk.tokens[:missing])
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        return np.concatenate(parts)
+
+    def _read(self) -> None:
+        chunk = next(self._chunks)
+        if self._skip:
+            # A document that a mask has emptied since the checkpoint has nothing to skip.
+            self._position = min(self._skip, int(chunk.ends[0]))
+            self._length -= self._position
+            self._skip = 0
+        self._waiting.append(chunk)
+        self._length += len(chunk.tokens)

@@ -1,54 +1,76 @@
-"""Where documents come from: files with one JSON object a line, its `text` the document."""
+"""Where documents come from: rows of files, each a document or a JSON object that holds one."""
 
 import threading
 from collections.abc import Iterator
 
 import orjson
 
-from stablelm.data.reader import base_name, numbered_lines
+from stablelm.data import parquet, reader
+from stablelm.data.options import ReadOptions
+from stablelm.data.stores import base_name
 from stablelm.errors import DataError
 
-# A row of a file before it is parsed: line number from 1, line.
-Row = tuple[int, bytes]
+# A row of a file before it is parsed: number from 1 of its line or table row, what is there.
+Row = tuple[int, bytes | None]
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
 
 
-def document_text(line: bytes, *, url: str, number: int) -> str:
-    """The document in a line; `url` and `number` (from 1) are for the message.
+def document_text(row: Row, *, url: str, column: str = "text") -> str:
+    """The document in a row; `url` is for the message, `column` the key of the text.
 
-    Raises DataError when the line is not JSON, not an object, or its `text` is not a string.
+    Raises DataError when the line is not JSON, not an object, or has no string under the key.
     """
+    number, line = row
+    if is_parquet(url):
+        if line is None:
+            raise DataError(f"{url}, row {number}: no value under {column!r}; drop such rows, or leave the file out")
+        return line.decode()
     try:
-        record = orjson.loads(line)
+        record = orjson.loads(line or b"")
     except orjson.JSONDecodeError as error:
         reason = f"not valid JSON ({error.msg})"
     else:
-        text = record.get("text") if isinstance(record, dict) else None
+        text = record.get(column) if isinstance(record, dict) else None
         if isinstance(text, str):
             return text
-        reason = "without a string under 'text'" if isinstance(record, dict) else "not a JSON object"
+        reason = f"without a string under {column!r}" if isinstance(record, dict) else "not a JSON object"
     raise DataError(
-        f'{url}, line {number}: {reason}; make every line an object such as {{"text": "..."}}, or leave the file out'
+        f'{url}, line {number}: {reason}; make every line an object such as {{"{column}": "..."}}, '
+        "or leave the file out"
     )
 
 
-def documents(files: list[str], *, retry_budget: float) -> Iterator[str]:
+def is_parquet(url: str) -> bool:
+    return base_name(url).endswith(".parquet")
+
+
+def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:
+    """(number of the first row given, rows from there on), at or before `row` and as near as a seek comes."""
+    return parquet.rows_from(url, row, options) if is_parquet(url) else reader.rows_from(url, row, options)
+
+
+def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
     """Documents of the files in base-name order, each in file order. Raises DataError as its parts do."""
     for url in sorted(files, key=base_name):
-        for number, line in numbered_lines(url, retry_budget=retry_budget):
-            yield document_text(line, url=url, number=number)
+        for row in rows_from(url, 0, options)[1]:
+            yield document_text(row, url=url, column=options.text_column)
 
 
 class FileRows:
-    """Rows of one file by number, read forward once; the latest `room` bytes of them stay in memory. Thread-safe."""
+    """Rows of one file by number, read forward once from the first asked for; thread-safe.
 
-    def __init__(self, url: str, *, room: int, retry_budget: float):
-        self._lines = numbered_lines(url, retry_budget=retry_budget)
+    The latest `room` bytes of them stay in memory. A file with an index, a table or plain text is entered
+    near the first row, other files are read from their start.
+    """
+
+    def __init__(self, url: str, *, room: int, options: ReadOptions):
+        self._url, self._options = url, options
+        self._rows: Iterator[Row] | None = None
         self._room = room
         self._held: dict[int, Row] = {}  # rows low..high-1
         self._low = self._high = self._bytes = 0
-        self._ended = False
+        self._begun = self._ended = False
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
@@ -58,7 +80,9 @@ class FileRows:
         None when they are not kept any more, or so far ahead that others would lose theirs.
         """
         with self._lock:
-            reach = self._high + len(wanted) * wanted.step if self._high and not self._ended else wanted.start
+            if self._rows is None:
+                self._open(wanted)
+            reach = self._high + len(wanted) * wanted.step if self._begun and not self._ended else wanted.start
             if not self._low <= wanted.start <= reach:
                 return None
             while self._high <= wanted[-1] and not self._ended:
@@ -67,11 +91,19 @@ class FileRows:
             self._forget(wanted.stop)
             return rows
 
+    def _open(self, wanted: range) -> None:
+        # Lanes that share a pass are about a block apart: those behind must find their rows as well.
+        margin = 2 * len(wanted) * wanted.step if self._room else 0
+        first, self._rows = rows_from(self._url, max(wanted.start - margin, 0), self._options)
+        self._low = self._high = first
+
     def _read_row(self, needed: int) -> None:
+        assert self._rows is not None
         if self._error is not None:
             raise self._error
         try:
-            row = next(self._lines, None)
+            self._begun = True
+            row = next(self._rows, None)
         except Exception as error:
             self._error = error  # the iterator is over now, which must not pass for the end of the file
             raise
@@ -80,12 +112,12 @@ class FileRows:
             return
         self._held[self._high] = row
         self._high += 1
-        self._bytes += len(row[1])
+        self._bytes += len(row[1] or b"")
         self._forget(needed)
 
     def _forget(self, below: int) -> None:
         while self._bytes > self._room and self._low < min(below, self._high):
-            self._bytes -= len(self._held.pop(self._low)[1])
+            self._bytes -= len(self._held.pop(self._low)[1] or b"")
             self._low += 1
 
 
@@ -95,9 +127,9 @@ class SharedFiles:
     At most two passes over a file are kept: lanes enter the next epoch while others finish this one.
     """
 
-    def __init__(self, files: int, *, retry_budget: float):
+    def __init__(self, files: int, *, options: ReadOptions):
         self._room = HELD_BYTES // files
-        self._retry_budget = retry_budget
+        self._options = options
         self._passes: dict[str, list[FileRows]] = {}
         self._lock = threading.Lock()
 
@@ -114,6 +146,6 @@ class SharedFiles:
             # Another lane may have begun the same pass in the meantime; one too many only costs time.
             if len(passes) > 1 and wanted.start >= wanted.step:
                 return None
-            rows = FileRows(url, room=self._room, retry_budget=self._retry_budget)
+            rows = FileRows(url, room=self._room, options=self._options)
             passes[:] = [*passes[-1:], rows]
         return rows.take(wanted)

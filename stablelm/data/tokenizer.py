@@ -19,8 +19,9 @@ LONGEST_LINE = 4096
 class Tokenizer:
     """A SentencePiece `.model` file with an end-of-document piece.
 
-    `pieces` is the vocabulary, `eos` the id of the end-of-document piece, `sha256` the hash of the
-    file. Methods may be called from several threads: a loaded processor is never changed.
+    `pieces` is the vocabulary, `eos` the id of the end-of-document piece, `unknown` that of what no piece
+    can write, `sha256` the hash of the file. Methods may be called from several threads: a loaded processor
+    is never changed.
 
     Raises ConfigError under `key` when the file is missing, is no SentencePiece model or has no eos.
     """
@@ -31,6 +32,7 @@ class Tokenizer:
         self._processor = _processor(content, self.path, key)
         self.pieces: int = self._processor.get_piece_size()
         self.eos: int = self._processor.eos_id()
+        self.unknown: int = self._processor.unk_id()
         self.sha256: str = hashlib.sha256(content).hexdigest()
         if self.eos < 0:
             raise ConfigError(

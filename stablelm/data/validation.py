@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.packing import Encoder, document_tokens
+from stablelm.data.encoding import IGNORED, Encoder, document_tokens
+from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class ValidationSet:
     documents: int
 
 
-def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, retry_budget: float) -> ValidationSet:
+def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, options: ReadOptions) -> ValidationSet:
     """One pass over the files in base-name order, documents in file order, each followed by eos.
 
     At most `sequences` windows of seq_len+1 tokens which overlap by one token; the last one is padded
@@ -40,7 +39,7 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
     needed = sequences * seq_len + 1
     parts: list[np.ndarray] = []
     length = text_bytes = 0
-    for text in documents(files, retry_budget=retry_budget):
+    for text in documents(files, options):
         if length >= needed:
             break
         parts.append(document_tokens(tokenizer, text))

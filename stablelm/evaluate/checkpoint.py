@@ -15,6 +15,7 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
+from stablelm.data.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
@@ -116,8 +117,8 @@ def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
     sets = {}
     for name, path in paths.items():
         key = f"--data {name}" if data else f"data.validation.{name}"
-        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache)
-        inspection.check(sets[name], key=key)
+        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache, options=ReadOptions.of(config.data))
+        inspection.check(sets[name], key=key, column=config.data.text_column)
     return sets
 
 
@@ -141,7 +142,7 @@ def _run(request: Request, launch: Launch, out: str | None) -> int:
             request.tokenizer,
             seq_len=config.data.seq_len,
             sequences=request.sequences,
-            retry_budget=config.data.retry_budget,
+            options=ReadOptions.of(config.data),
         )
         scores = evaluate(engine, ranks, texts, config.evaluate.micro_batch_size)
         figures[name] = scores.as_dict()

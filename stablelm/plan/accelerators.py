@@ -45,6 +45,12 @@ ACCELERATORS = {
 }
 
 
+def named_by(driver: str) -> Accelerator | None:
+    """The accelerator that a driver calls `driver`, such as "NVIDIA H100 80GB HBM3"; None for others."""
+    words = driver.upper().replace("-", " ").split()
+    return next((known for name, known in ACCELERATORS.items() if name.partition("-")[0].upper() in words), None)
+
+
 def find(name: str) -> Accelerator:
     """The accelerator of that name; ConfigError for one that the table lacks."""
     if name not in ACCELERATORS:

@@ -10,6 +10,7 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
+from stablelm.data.options import ReadOptions
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.observe.layers import rows_for
@@ -59,7 +60,7 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
             prepared.tokenizer,
             seq_len=config.data.seq_len,
             sequences=config.evaluate.batches * config.train.global_batch_size,
-            retry_budget=config.data.retry_budget,
+            options=ReadOptions.of(config.data),
         )
         for name, files in prepared.corpora.validation.items()
     }

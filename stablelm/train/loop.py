@@ -67,13 +67,13 @@ def train(job: Job) -> str:
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
-            interval.write()
+            interval.write(job.loader.epochs())
         if due(step, config.evaluate.every, steps):
             validate(job)
         job.layers.step(step, progress.tokens)
         reason = job.stop.agreed(failed=job.saver.failed) or ("run.stop_after" if step == config.run.stop_after else "")
         if due(step, config.checkpoint.every, steps) or reason:
-            interval.write()
+            interval.write(job.loader.epochs())
             job.save(bool(reason) or step == steps)
         job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
         if reason and step < steps:

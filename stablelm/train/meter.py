@@ -9,7 +9,9 @@ import torch
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.errors import DivergedError
+from stablelm.model.flops import flops_per_token
 from stablelm.observe.metrics import Interval
+from stablelm.plan.accelerators import named_by
 from stablelm.train.progress import Progress
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult
@@ -30,6 +32,8 @@ class Meter:
         self._device = device
         self._interval = Interval(device)
         self._tokens_before = progress.tokens
+        self._peak = peak_flops(device) * ranks.world_size
+        self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.slowest = 0.0
         """Longest step so far, seconds."""
 
@@ -42,8 +46,10 @@ class Meter:
         self._interval.add("seconds", seconds)
         self.slowest = max(self.slowest, seconds)
 
-    def write(self) -> None:
+    def write(self, epochs: dict[str, float]) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
+
+        `epochs`: how often each source of text was read, by name.
 
         Raises DivergedError, on all ranks, when the loss is not finite.
         """
@@ -67,6 +73,8 @@ class Meter:
                 "step_seconds": seconds / steps,
                 "data_wait_seconds": sums["wait"] / ranks / steps,
                 "memory_bytes": peak_memory(self._device),
+                **self._utilisation(progress.tokens_per_second),
+                **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
             }
         )
         if not math.isfinite(progress.loss):
@@ -74,6 +82,16 @@ class Meter:
                 f"the loss is {progress.loss} at step {progress.step};"
                 " start again from an earlier checkpoint with a lower train.lr or a more stable model.method"
             )
+
+    def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B); nothing where the peak is not known."""
+        return {"mfu": self._flops_per_token * tokens_per_second / self._peak} if self._peak else {}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Dense bf16 FLOP/s that the vendor promises for a GPU; 0 for a CPU and for what the table lacks."""
+    accelerator = named_by(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return accelerator.peak if accelerator else 0.0
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,9 +15,8 @@ from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection
+from stablelm.data import corpus, training
 from stablelm.data.embedded import embedded
-from stablelm.data.reader import base_name
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -27,7 +26,7 @@ from stablelm.errors import ConfigError
 class Corpora:
     """Files by purpose, and what the run is (see `config.identity`)."""
 
-    train: list[str]
+    train: training.Sources
     validation: dict[str, list[str]]
     identity: dict[str, Any]
 
@@ -70,20 +69,30 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    train = corpus.resolve(data.path, key="data.path", cache=data.cache)
-    inspection.check(train, key="data.path")
-    tokens = config.train.global_batch_size * data.seq_len + 1
-    inspection.check_enough(train, tokenizer, tokens, key="data.path")
-    inspection.check_lanes(train, data.lanes)
+    known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
+    train = training.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
     validation = {}
     for name, path in validation_paths(config).items():
-        key = f"data.validation.{name}"
-        validation[name] = corpus.resolve(path, key=key, cache=data.cache)
-        inspection.check(validation[name], key=key)
-    base_names = [base_name(file) for file in train]
-    return Corpora(
-        train, validation, identities.identity(config, base_names=base_names, tokenizer_sha256=tokenizer.sha256)
-    )
+        validation[name] = training.text(data, path, key=f"data.validation.{name}", known=known)
+    names = training.identity_names(train, data)
+    return Corpora(train, validation, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
+
+
+def known_files(config: Config) -> dict[str, list[str]]:
+    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
+    try:
+        found = json.loads((Path(config.run.dir) / "data_files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
+    """What `known_files` is to find: the lists of remote paths, since local ones are looked up at once."""
+    asked, validation = training.paths(config.data), validation_paths(config)
+    lists = [(asked[name], files) for name, files in corpora.train.items()]
+    lists += [(validation[name], files) for name, files in corpora.validation.items()]
+    return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:
@@ -91,13 +100,13 @@ def validation_paths(config: Config) -> dict[str, str | list[str]]:
     paths = dict(config.data.validation)
     if config.data.validation_path is not None:
         paths["default"] = config.data.validation_path
-    if not paths and config.data.path == "embedded":
+    if not paths and config.data.path == "embedded" and not config.data.mixture:
         paths["default"] = "embedded"
     return paths
 
 
 def _remote(config: Config) -> bool:
-    paths = [config.data.path, *validation_paths(config).values()]
+    paths = [*training.paths(config.data).values(), *validation_paths(config).values()]
     flat = [item for path in paths for item in (path if isinstance(path, list) else [path])]
     return not all(corpus.is_local(item) for item in flat)
 

@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from stablelm.config import mixture
 from stablelm.config.schema import Config
 from stablelm.data import unigram
+from stablelm.data.mixture import Mixture
+from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.perplexity import bits_per_byte
 from stablelm.train.loop import Job
@@ -16,7 +19,8 @@ UNIGRAM_TOKENS = 2_000_000
 def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> dict[str, Any]:
     """Prints each validation set's final loss, bits per byte and unigram cross-entropy (nats); returns them."""
     config, corpora = job.config, prepared.corpora
-    assert corpora is not None
+    assert corpora is not None and config.train.steps is not None
+    mixed = Mixture.of(mixture.sources(config.data), seed=config.run.seed) if config.data.mixture else None
     told: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
     for name, data in job.validation.items():
         loss = job.progress.val_loss[name]
@@ -28,7 +32,8 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
                 data,
                 vocab=prepared.tokenizer.pieces,
                 tokens=UNIGRAM_TOKENS,
-                retry_budget=config.data.retry_budget,
+                options=ReadOptions.of(config.data),
+                shares=mixed.shares(config.train.steps) if mixed else None,
             )
         except DataError as error:
             # The run is complete and saved: a baseline that cannot be read must not fail it.

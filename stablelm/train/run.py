@@ -23,7 +23,7 @@ from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
 from stablelm.train.build import build_loader, build_saver, layers_batch, read_validation, save
 from stablelm.train.loop import Job, train
-from stablelm.train.prepare import Prepared
+from stablelm.train.prepare import Prepared, files_to_keep
 from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.rehearse import rehearse
@@ -42,7 +42,12 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
         check_precision(str(prepared.config.train.precision), ranks.device)
         assert prepared.corpora is not None
         ending.progress.attempt = rundir.create(
-            prepared.config, prepared.corpora.identity, prepared.tokenizer.path, ranks, argv
+            prepared.config,
+            prepared.corpora.identity,
+            files_to_keep(prepared.config, prepared.corpora),
+            prepared.tokenizer.path,
+            ranks,
+            argv,
         )
         ending.created = True
         reason = _run(prepared, ranks, ending, resume, started)

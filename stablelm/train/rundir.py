@@ -13,9 +13,17 @@ from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
 
 
-def create(config: Config, identity: dict[str, Any], tokenizer: str, ranks: Ranks, argv: list[str]) -> int:
+def create(
+    config: Config,
+    identity: dict[str, Any],
+    files: dict[str, list[str]],
+    tokenizer: str,
+    ranks: Ranks,
+    argv: list[str],
+) -> int:
     """Writes config.yaml, identity.json, the tokenizer and provenance; returns the attempt's number, from 1.
 
+    `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
     Raises StorageError on every rank if rank 0 cannot write.
     """
     run_dir = Path(config.run.dir)
@@ -29,6 +37,7 @@ def create(config: Config, identity: dict[str, Any], tokenizer: str, ranks: Rank
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
             shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
             _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
+            _replace(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             return provenance.write(run_dir, argv, ranks.world_size, hosts)
         except OSError as error:
             raise storage_error(run_dir, error) from error

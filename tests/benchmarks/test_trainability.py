@@ -219,7 +219,7 @@ def test_two_methods_from_text_to_table(tiny_corpus: TinyCorpus, tmp_path: Path)
     arguments = [f"--data={tiny_corpus.train}", f"--validation={tiny_corpus.validation}"]
     arguments += [f"--tokenizer={tiny_corpus.tokenizer}", f"--runs={tmp_path}/runs", f"--out={tmp_path}/out"]
     arguments += ["--methods=pre_ln,deepscalelm_post", "--layers=4", "--d-model=32", "--steps=3", "--lrs=3e-3"]
-    arguments += ["--seeds=2", "--eval-batches=2", "--jobs=2"]
+    arguments += ["--seeds=1", "--eval-batches=2", "--jobs=2"]
 
     def start() -> subprocess.CompletedProcess[str]:
         program = [sys.executable, str(REPOSITORY / "benchmarks" / "trainability.py"), *arguments]
@@ -230,14 +230,14 @@ def test_two_methods_from_text_to_table(tiny_corpus: TinyCorpus, tmp_path: Path)
     done = start()
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "out" / "trainability.json").read_text())
-    assert len(told["runs"]) == 4
-    assert [row["seeds"] for row in told["methods"]] == [2, 2]
+    assert len(told["runs"]) == 2
+    assert [row["seeds"] for row in told["methods"]] == [1, 1]
     for each in told["runs"]:
         assert each["steps"] == 3
         assert abs(each["first_loss"] - math.log(300)) < 1
         assert each["val_loss"] < each["first_loss"] + 0.1
-    config = yaml.safe_load((tmp_path / "runs" / "deepscalelm_post-lr0.003-seed1" / "config.yaml").read_text())
-    assert (config["model"]["activation"], config["run"]["seed"]) == ("gelu", 1)
+    config = yaml.safe_load((tmp_path / "runs" / "deepscalelm_post-lr0.003-seed0" / "config.yaml").read_text())
+    assert (config["model"]["activation"], config["run"]["seed"]) == ("gelu", 0)
     again = start()
     assert again.returncode == 0
-    assert "0 runs made, 4 kept" in again.stdout
+    assert "0 runs made, 2 kept" in again.stdout

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.programs import LAUNCH, TINY, command, environment, losses, run, summary
+from support.forked import start_forked
+from support.programs import LAUNCH, TINY, environment, losses, run, summary
 from support.saved import flip_bit
 from support.stores import s3_server
 from support.tiny import TinyCorpus
@@ -23,18 +24,14 @@ def arguments(corpus: TinyCorpus, run_dir: Path, *extra: str) -> list[str]:
     return [*TINY, *corpus.overrides(), f"run.dir={run_dir}", *EVERY, *extra]
 
 
-def start(line: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    options = {"env": environment(**variables), "capture_output": True, "text": True, "timeout": 240}
-    return subprocess.run(command("pretrain", *line), check=False, **options)  # type: ignore[call-overload]
-
-
 def test_a_run_goes_on_from_an_object_store(tiny_corpus: TinyCorpus, tmp_path: Path):
     with s3_server() as variables:
         root = RemotePath("s3://bucket/run")
         assert run("pretrain", *arguments(tiny_corpus, tmp_path / "whole")).returncode == 0
         for stop, code in ((["run.stop_after=5"], 75), ([], 0)):
             line = arguments(tiny_corpus, tmp_path / "run", f"checkpoint.dir={root}", "checkpoint.keep=1", *stop)
-            done = start(line, variables)
+            # A fresh python: fsspec takes its settings from the environment when it is imported.
+            done = run("pretrain", *line, launcher="python", **variables)  # type: ignore[arg-type]
             assert done.returncode == code, done.stderr
         assert f"resumed from {root}/step-00000005/00000001-" in done.stdout
         (left,) = keep.step_directories(root)
@@ -98,29 +95,29 @@ def test_a_disk_that_fills_behind_the_loop_ends_the_run_soon(tiny_corpus: TinyCo
 
 
 def test_a_second_attempt_takes_over_and_the_first_commits_nothing_more(tiny_corpus: TinyCorpus, tmp_path: Path):
-    endless = ("train.steps=100000", "train.schedule=constant", "checkpoint.every=3", "checkpoint.keep=1000000")
-    first = subprocess.Popen(
-        command("pretrain", *arguments(tiny_corpus, tmp_path, *endless)),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    endless = ("train.steps=100000", "train.schedule=constant", "checkpoint.every=40", "checkpoint.keep=1000000")
+    line = arguments(tiny_corpus, tmp_path, *endless)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    first.mkdir()
+    second.mkdir()
+    older = start_forked(str(LAUNCH / "pretrain.py"), line, environment(), output=first)
     deadline = time.monotonic() + 120
     while len(keep.step_directories(tmp_path / "checkpoints")) < 2:
-        assert first.poll() is None, first.communicate()
+        assert older.exitcode is None, (first / "err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    second = subprocess.Popen(
-        command("pretrain", *arguments(tiny_corpus, tmp_path, *endless)),
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    _, err = first.communicate(timeout=120)
-    assert first.returncode == 78, err
+    newer = start_forked(str(LAUNCH / "pretrain.py"), line, environment(), output=second)
+    older.join(120)
+    err = (first / "err").read_text()
+    assert older.exitcode == 78, err
     assert "attempt 2 on" in err and "has taken over" in err
     while summary_step(tmp_path) < 1:
-        assert second.poll() is None, second.communicate()
+        assert newer.exitcode is None, (second / "err").read_text()
         assert time.monotonic() < deadline + 120
         time.sleep(0.05)
-    second.terminate()
-    assert second.wait(60) == 75
+    newer.terminate()
+    newer.join(60)
+    assert newer.exitcode == 75
     tokens = [manifest.read_commit(path).token for path in keep.step_directories(tmp_path / "checkpoints")]
     assert tokens == sorted(tokens, reverse=True)
     assert set(tokens) == {1, 2}

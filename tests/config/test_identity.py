@@ -152,3 +152,11 @@ def test_the_learning_rate_before_the_step_does_not_change():
     for step in range(1, 101):
         same = all(learning_rate(s, configs[0].train) == learning_rate(s, configs[1].train) for s in range(1, step + 1))
         assert may_extend(saved, current, step) == same, step
+
+
+def test_a_run_saved_before_a_key_existed_had_its_default():
+    new = ("data.packing", "data.document_mask", "data.mixture", "model.attention.document_end")
+    old = {name: value for name, value in make().items() if name not in new}
+    assert differences(old, make()) == []
+    (line,) = differences(old, make("data.packing=best_fit"))
+    assert line == "data.packing: saved with split, now best_fit"

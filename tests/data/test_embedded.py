@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stablelm.data import corpus, embedded, stdlib_text
+from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
@@ -64,15 +65,15 @@ def test_files_are_in_the_form_of_c4(small: Path, tmp_path: Path):
     assert all(re.fullmatch(r"python-3\.\d+\.\d+\S*-[0-9a-f]{8}-train\.0000\d-of-00008\.json\.gz", n) for n in names)
     assert Path(made.validation[0]).name.endswith("-validation.00000-of-00001.json.gz")
     corpus.check([*made.train, *made.validation], key="data.path")
-    texts = list(documents([*made.train, *made.validation], retry_budget=0))
+    texts = list(documents([*made.train, *made.validation], ReadOptions(retry_budget=0)))
     assert len(texts) == len(set(texts)) == 400
     line = gzip.decompress(Path(made.train[0]).read_bytes()).splitlines()[0]
     assert list(json.loads(line)) == ["text", "timestamp", "url"]
     assert b'": "' not in line
     assert Tokenizer(made.tokenizer).pieces == 290
     # Every document is in one split, about one in twenty in validation, and the files are alike in length.
-    assert 5 <= len(list(documents(made.validation, retry_budget=0))) <= 40
-    lengths = [len(list(documents([path], retry_budget=0))) for path in made.train]
+    assert 5 <= len(list(documents(made.validation, ReadOptions(retry_budget=0)))) <= 40
+    lengths = [len(list(documents([path], ReadOptions(retry_budget=0)))) for path in made.train]
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -175,13 +176,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> embedded.Embedded:
 
 
 def long_paragraphs(files: list[str]) -> list[str]:
-    paragraphs = (p for text in documents(files, retry_budget=0) for p in text.split("\n\n"))
+    paragraphs = (p for text in documents(files, ReadOptions(retry_budget=0)) for p in text.split("\n\n"))
     return [" ".join(p.split()) for p in paragraphs if len(" ".join(p.split())) >= 80]
 
 
 def test_the_real_corpus(real: embedded.Embedded):
-    training = list(documents(real.train, retry_budget=0))
-    validation = list(documents(real.validation, retry_budget=0))
+    training = list(documents(real.train, ReadOptions(retry_budget=0)))
+    validation = list(documents(real.validation, ReadOptions(retry_budget=0)))
     assert sum(len(text.encode()) for text in training) > 1_500_000
     assert 0.02 < len(validation) / len(training) < 0.10
     assert min(map(len, training)) >= 200
@@ -194,7 +195,7 @@ def test_the_real_corpus(real: embedded.Embedded):
 def test_the_real_tokenizer(real: embedded.Embedded):
     tokenizer = Tokenizer(real.tokenizer)
     assert tokenizer.pieces == 4096
-    texts = list(documents(real.validation, retry_budget=0))
+    texts = list(documents(real.validation, ReadOptions(retry_budget=0)))
     tokens = [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in tokens] == texts
     assert 3.0 < sum(len(text.encode()) for text in texts) / sum(map(len, tokens)) < 4.5

@@ -18,6 +18,7 @@ FOUND = [f"hf://datasets/allenai/c4@{COMMIT}/en/c4-train.0000{index}-of-00003.js
 RESOLVE = """
 import json, sys
 from stablelm.data.corpus import check, resolve
+from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
 from stablelm.errors import UserError
 read, *urls = sys.argv[1:]
@@ -26,7 +27,7 @@ for url in urls:
     try:
         files = resolve(url, key="data.path", cache="unused")
         check(files, key="data.path")
-        texts = list(documents(files, retry_budget=20)) if read == "read" else []
+        texts = list(documents(files, ReadOptions(retry_budget=20))) if read == "read" else []
         answers.append({"files": files, "texts": texts, "torch": "torch" in sys.modules})
     except UserError as error:
         answers.append({"error": str(error), "code": error.exit_code})

@@ -42,7 +42,8 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
     ("name", "content", "says"),
     [
         ("a.txt", GOOD, "is not named like text we read; give files named *.json.gz"),
-        ("a.parquet", b"PAR1", "is not named like text we read"),
+        ("a.parquet", b"PAR1", "damaged or no parquet file"),
+        ("a.parquet", GOOD, "holds plain data, but its name says parquet"),
         ("a.json.gz", b"", "is empty"),
         ("a.json", b"", "is empty"),
         ("a.json.gz", GOOD, "holds plain data, but its name says gzip"),

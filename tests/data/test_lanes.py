@@ -10,6 +10,7 @@ from support.letters import write_corpus, write_rows
 
 from stablelm.data import source
 from stablelm.data.lanes import Cursor, Lane, Order, permutation
+from stablelm.data.options import ReadOptions
 from stablelm.data.source import SharedFiles
 from stablelm.errors import DataError
 
@@ -17,13 +18,13 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 
 def read_lane(order: Order, lane: int, start: Cursor | None = None, shared: SharedFiles | None = None):
-    shared = shared or SharedFiles(len(order.files), retry_budget=0)
-    return Lane(order, lane, shared, retry_budget=0).documents(start or order.start(lane))
+    shared = shared or SharedFiles(len(order.files), options=ReadOptions(retry_budget=0))
+    return Lane(order, lane, shared, options=ReadOptions(retry_budget=0)).documents(start or order.start(lane))
 
 
 def read_epoch(order: Order, epoch: int, limit: int = 1000):
     """(cursor, text) of all lanes in an epoch."""
-    shared = SharedFiles(len(order.files), retry_budget=0)
+    shared = SharedFiles(len(order.files), options=ReadOptions(retry_budget=0))
     for lane in range(order.lanes):
         for cursor, text in itertools.islice(read_lane(order, lane, shared=shared), limit):
             if cursor.epoch > epoch:
@@ -99,7 +100,7 @@ def test_sharing_a_file_never_changes_a_lane(tmp_path_factory, turns, held):
     order = Order(files, seed=3, lanes=5, shuffle_block=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "HELD_BYTES", held)
-        shared = SharedFiles(2, retry_budget=0)
+        shared = SharedFiles(2, options=ReadOptions(retry_budget=0))
         lanes = [read_lane(order, lane, shared=shared) for lane in range(5)]
         got: list[list] = [[] for _ in lanes]
         for lane in turns:

@@ -14,7 +14,7 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.samples import shared_data
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import reader, source
+from stablelm.data import retry, source
 from stablelm.data.loader import Batch, Loader
 from stablelm.errors import DataError
 
@@ -218,7 +218,7 @@ def test_close_does_not_wait_for_a_store_that_is_down(tmp_path):
 
 
 def test_remote_and_local_files_are_the_same_data(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(reader, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     with serve(tmp_path) as server:
         urls = [f"{server.url}/{Path(file).name}" for file in files if Path(file).stat().st_size]
         local = [file for file in files if Path(file).stat().st_size]

@@ -7,21 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.letters import LetterTokenizer
 
-from stablelm.data.lanes import Cursor
-from stablelm.data.packing import Packer, document_tokens
+from stablelm.data.encoding import document_tokens
+from stablelm.data.lanes import Chunk, Cursor
+from stablelm.data.packing import Packer
 
 TEXTS = st.lists(st.text("abc", max_size=25), min_size=1, max_size=12)
 
 
-def cycle(texts: list[str], start: Cursor):
-    """The texts again and again; the cursor's index counts them."""
-    for index in itertools.count(start.index):
-        yield Cursor(0, 0, 0, index, 0), texts[index % len(texts)]
+def cycle(texts: list[str], start: Cursor, together: int):
+    """The texts again and again, so many of them in a chunk; the cursor's index counts them."""
+    index = start.index
+    while True:
+        # As after a resume: the first chunk ends where one that began at 0 would.
+        count = together - index % together
+        parts = [document_tokens(LetterTokenizer(), texts[n % len(texts)]) for n in range(index, index + count)]
+        yield Chunk(Cursor(0, 0, 0, index, 0), np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+        index += count
 
 
-def pack(texts: list[str], seq_len: int, start: Cursor | None = None) -> Packer:
+def pack(texts: list[str], seq_len: int, start: Cursor | None = None, together: int = 1) -> Packer:
     start = start or Cursor(0, 0, 0, 0, 0)
-    return Packer(cycle(texts, start), LetterTokenizer(), seq_len, start)
+    return Packer(cycle(texts, start, together), seq_len, start)
 
 
 def concatenated(texts: list[str], length: int) -> list[int]:
@@ -30,9 +36,9 @@ def concatenated(texts: list[str], length: int) -> list[int]:
 
 
 @settings(deadline=None)
-@given(TEXTS, st.integers(1, 17))
-def test_windows_are_the_concatenation_with_an_overlap_of_one(texts, seq_len):
-    packer = pack(texts, seq_len)
+@given(TEXTS, st.integers(1, 17), st.integers(1, 5))
+def test_windows_are_the_concatenation_with_an_overlap_of_one(texts, seq_len, together):
+    packer = pack(texts, seq_len, together=together)
     windows = [packer.next() for _ in range(9)]
     stream = concatenated(texts, 9 * seq_len + 1)
     for number, window in enumerate(windows):
@@ -44,14 +50,14 @@ def test_windows_are_the_concatenation_with_an_overlap_of_one(texts, seq_len):
 
 
 @settings(deadline=None)
-@given(TEXTS, st.integers(1, 17), st.integers(0, 6), st.integers(1, 4))
-def test_the_cursor_is_all_the_state(texts, seq_len, first, second):
+@given(TEXTS, st.integers(1, 17), st.integers(0, 6), st.integers(1, 4), st.integers(1, 5))
+def test_the_cursor_is_all_the_state_however_documents_come(texts, seq_len, first, second, together):
     whole = pack(texts, seq_len)
     windows = [whole.next().tolist() for _ in range(first + second + 3)]
-    part = pack(texts, seq_len)
+    part = pack(texts, seq_len, together=together)
     for number in range(first):
         assert part.next().tolist() == windows[number]
-    part = pack(texts, seq_len, part.cursor)
+    part = pack(texts, seq_len, part.cursor, together)
     for number in range(first, first + second):
         assert part.next().tolist() == windows[number]
     part = pack(texts, seq_len, Cursor(*part.cursor.to_list()))
@@ -76,6 +82,16 @@ def test_a_cursor_never_points_behind_a_document():
     packer = pack(["abc", "def"], 4)
     packer.next()
     assert packer.cursor == Cursor(0, 0, 0, 1, 0)
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(2, 17), st.integers(1, 5))
+def test_borders_are_where_documents_begin(texts, seq_len, together):
+    packer = pack(texts, seq_len, together=together)
+    for _ in range(9):
+        inputs = packer.next()[:-1]
+        assert packer.borders.tolist() == [place + 1 for place, token in enumerate(inputs[:-1]) if token == 0]
+        assert packer.filled == seq_len + 1
 
 
 def test_an_empty_document_is_its_eos():

@@ -11,7 +11,9 @@ import pytest
 import zstandard
 from support.httpserver import serve
 
-from stablelm.data import reader
+from stablelm.data import rangefile, retry
+from stablelm.data.options import ReadOptions
+from stablelm.data.rangefile import RangeFile
 from stablelm.data.reader import base_name, local_path, numbered_lines, open_lines
 from stablelm.errors import DataError
 
@@ -21,15 +23,14 @@ PLAIN = b"\n".join(LINES) + b"\n"
 
 
 @pytest.fixture
-def short_blocks(monkeypatch):
-    """Many requests a file and quick retries."""
-    monkeypatch.setattr(reader, "REMOTE_BLOCK", 16 << 10)
-    monkeypatch.setattr(reader, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(reader, "LONGEST_DELAY", 0.05)
+def quick_retries(monkeypatch):
+    """Quick retries."""
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.05)
 
 
 def lines(path: Path | str, budget: float = 10.0) -> list[bytes]:
-    return list(open_lines(str(path), retry_budget=budget))
+    return list(open_lines(str(path), ReadOptions(block=16 << 10, retry_budget=budget)))
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -55,10 +56,10 @@ def test_every_format_gives_the_same_lines(tmp_path, name, pack):
 
 @pytest.mark.parametrize("slice_bytes", [1, 2, 3, 7, 64])
 def test_line_ends_and_byte_order_mark_at_every_chunk_border(tmp_path, monkeypatch, slice_bytes):
-    monkeypatch.setattr(reader, "LOCAL_BLOCK", slice_bytes)
+    monkeypatch.setattr(rangefile, "LOCAL_BLOCK", slice_bytes)
     path = write(tmp_path / "a.json", b"\xef\xbb\xbfone\n\n  \r\ntwo\r\n\xef\xbb\xbfthree\n\nlast, no newline")
     expected = [(1, b"one"), (4, b"two\r"), (5, b"\xef\xbb\xbfthree"), (7, b"last, no newline")]
-    assert list(numbered_lines(str(path), retry_budget=0)) == expected
+    assert list(numbered_lines(str(path), ReadOptions(block=16 << 10, retry_budget=0))) == expected
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n\n"])
@@ -106,9 +107,9 @@ def test_a_missing_local_file_fails_at_once(tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_a_passing_local_fault_is_retried_and_a_shrunken_file_is_not(tmp_path, monkeypatch, short_blocks):
+def test_a_passing_local_fault_is_retried_and_a_shrunken_file_is_not(tmp_path, monkeypatch, quick_retries):
     path = write(tmp_path / "a.json", PLAIN)
-    file = reader.RangeFile(str(path), retry_budget=5)
+    file = RangeFile(str(path), ReadOptions(block=16 << 10, retry_budget=5))
     head = file.read(1000)
 
     class Stale:
@@ -128,20 +129,20 @@ def test_a_passing_local_fault_is_retried_and_a_shrunken_file_is_not(tmp_path, m
 
 
 def test_too_many_open_files_is_said(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(url, options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(reader.io, "FileIO", refuse)
+    monkeypatch.setattr(rangefile, "open_file", refuse)
     with pytest.raises(DataError, match=r"too many open files; use fewer data\.lanes"):
         lines(tmp_path / "a.json", budget=60)
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.json.gz", gzip.compress), ("a.json", bytes)])
-def test_cut_connections_and_server_errors_lose_nothing(tmp_path, short_blocks, name, pack):
+def test_cut_connections_and_server_errors_lose_nothing(tmp_path, quick_retries, name, pack):
     write(tmp_path / name, pack(PLAIN))
     with serve(tmp_path) as server:
         server.cuts = 5
-        stream = open_lines(f"{server.url}/{name}", retry_budget=10)
+        stream = open_lines(f"{server.url}/{name}", ReadOptions(block=16 << 10, retry_budget=10))
         got = [next(stream) for _ in range(500)]
         server.failures = 3
         got += [next(stream) for _ in range(500)]
@@ -151,27 +152,27 @@ def test_cut_connections_and_server_errors_lose_nothing(tmp_path, short_blocks, 
         assert (server.cuts, server.failures) == (0, 0)
 
 
-def test_an_outage_within_the_budget_is_waited_for(tmp_path, short_blocks):
+def test_an_outage_within_the_budget_is_waited_for(tmp_path, quick_retries):
     write(tmp_path / "a.json.gz", gzip.compress(PLAIN))
     with serve(tmp_path) as server:
-        stream = open_lines(f"{server.url}/a.json.gz", retry_budget=20)
+        stream = open_lines(f"{server.url}/a.json.gz", ReadOptions(block=16 << 10, retry_budget=20))
         got = [next(stream) for _ in range(500)]
         server.down = True
         threading.Timer(0.7, lambda: setattr(server, "down", False)).start()
         assert got + list(stream) == LINES
 
 
-def test_the_first_request_is_retried_as_well(tmp_path, short_blocks):
+def test_the_first_request_is_retried_as_well(tmp_path, quick_retries):
     write(tmp_path / "a.json.gz", gzip.compress(PLAIN))
     with serve(tmp_path) as server:
         server.failures = 4
         assert lines(f"{server.url}/a.json.gz") == LINES
 
 
-def test_a_spent_budget_names_file_place_and_key(tmp_path, short_blocks):
+def test_a_spent_budget_names_file_place_and_key(tmp_path, quick_retries):
     write(tmp_path / "a.json.gz", gzip.compress(PLAIN))
     with serve(tmp_path) as server:
-        stream = open_lines(f"{server.url}/a.json.gz", retry_budget=0.5)
+        stream = open_lines(f"{server.url}/a.json.gz", ReadOptions(block=16 << 10, retry_budget=0.5))
         next(stream)
         server.down = True
         began = time.monotonic()
@@ -181,7 +182,7 @@ def test_a_spent_budget_names_file_place_and_key(tmp_path, short_blocks):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_an_answer_that_will_not_change_is_not_retried(tmp_path, short_blocks, status):
+def test_an_answer_that_will_not_change_is_not_retried(tmp_path, quick_retries, status):
     with serve(tmp_path) as server:
         server.failures, server.status = 100, status
         began = time.monotonic()
@@ -190,23 +191,23 @@ def test_an_answer_that_will_not_change_is_not_retried(tmp_path, short_blocks, s
         assert time.monotonic() - began < 5
 
 
-def test_a_file_that_vanishes_or_changes_on_the_server(tmp_path, short_blocks):
+def test_a_file_that_vanishes_or_changes_on_the_server(tmp_path, quick_retries):
     path = write(tmp_path / "a.json", PLAIN)
     with serve(tmp_path) as server:
-        stream = open_lines(f"{server.url}/a.json", retry_budget=20)
+        stream = open_lines(f"{server.url}/a.json", ReadOptions(block=16 << 10, retry_budget=20))
         next(stream)
         write(path, PLAIN + PLAIN)
         server.failures = 1
         with pytest.raises(DataError, match="changed from 244000 to 488000 bytes"):
             list(stream)
-        stream = open_lines(f"{server.url}/a.json", retry_budget=20)
+        stream = open_lines(f"{server.url}/a.json", ReadOptions(block=16 << 10, retry_budget=20))
         next(stream)
         path.unlink()
         with pytest.raises(DataError, match=r"a\.json: the server answers 404"):
             list(stream)
 
 
-def test_a_server_without_ranges_is_refused_clearly(tmp_path, short_blocks):
+def test_a_server_without_ranges_is_refused_clearly(tmp_path, quick_retries):
     write(tmp_path / "a.json.gz", gzip.compress(PLAIN))
     with serve(tmp_path) as server:
         server.ranges = False

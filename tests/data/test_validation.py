@@ -8,6 +8,7 @@ import torch
 from support.letters import LetterTokenizer, write_rows
 
 from stablelm.data import unigram
+from stablelm.data.options import ReadOptions
 from stablelm.data.validation import IGNORED, read
 from stablelm.errors import DataError
 
@@ -20,8 +21,11 @@ def files(tmp_path):
     return [write_rows(tmp_path / name, texts) for name, texts in TEXTS.items()]
 
 
+AT_ONCE = ReadOptions(retry_budget=0)
+
+
 def read_set(files, seq_len, sequences):
-    return read(files, LetterTokenizer(), seq_len=seq_len, sequences=sequences, retry_budget=0)
+    return read(files, LetterTokenizer(), seq_len=seq_len, sequences=sequences, options=AT_ONCE)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 5, 7, 15, 16, 40])
@@ -58,7 +62,7 @@ def test_unigram_is_add_one_over_the_first_tokens(files, tokens):
     counts = Counter(STREAM[:tokens])
     total = min(tokens, len(STREAM)) + 300
     expected = -sum(math.log((counts[token] + 1) / total) for token in STREAM[1:11]) / 10
-    found = unigram.cross_entropy(files, LetterTokenizer(), validation, vocab=300, tokens=tokens, retry_budget=0)
+    found = unigram.cross_entropy({"": files}, LetterTokenizer(), validation, vocab=300, tokens=tokens, options=AT_ONCE)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -66,7 +70,7 @@ def test_unigram_leaves_padding_out(files):
     whole = read_set(files, 40, 1)
     exact = read_set(files, len(STREAM) - 1, 1)
     scores = [
-        unigram.cross_entropy(files, LetterTokenizer(), each, vocab=300, tokens=100, retry_budget=0)
+        unigram.cross_entropy({"": files}, LetterTokenizer(), each, vocab=300, tokens=100, options=AT_ONCE)
         for each in (whole, exact)
     ]
     assert scores[0] == scores[1]

@@ -9,6 +9,8 @@ from support.forked import start_forked
 from support.programs import LAUNCH, TINY, environment, losses, run, summary
 from support.tiny import TinyCorpus
 
+from stablelm.observe.sinks import read_metrics
+
 pytestmark = pytest.mark.slow
 STEPS = 40
 DROPOUT = ("model.dropout=0.1", f"train.steps={STEPS}", "checkpoint.every=4", "data.workers=2")
@@ -79,6 +81,29 @@ def test_world_size_may_change_between_attempts(tiny_corpus: TinyCorpus, tmp_pat
     expected, found = losses(tmp_path / "whole"), losses(elastic)
     assert sorted(found) == sorted(expected)
     assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-6
+
+
+def test_a_mixture_with_masked_documents_goes_on_in_another_world_size(tiny_corpus: TinyCorpus, tmp_path: Path):
+    files = sorted(Path(tiny_corpus.folder, "train").glob("*.json.gz"))
+    mixed = (
+        f"data.mixture={{web: {{path: [{files[0]}, {files[1]}], weight: 0.7}}, "
+        f"code: {{path: {files[2]}, weight: {{0: 0.3, 8: 0.9}}}}}}",
+        "data.document_mask=true",
+        "train.steps=14",
+    )
+    base = [
+        argument for argument in arguments(tiny_corpus, tmp_path) if not argument.startswith(("data.path", "run.dir"))
+    ]
+    whole = run("pretrain", *base, *mixed, f"run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    for processes, stop in ((2, ["run.stop_after=6"]), (1, [])):
+        done = run("pretrain", *base, *mixed, f"run.dir={tmp_path / 'parts'}", *stop, processes=processes)
+        assert summary(tmp_path / "parts")["exit_code"] == (75 if stop else 0), done.stderr
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert sorted(found) == sorted(expected) == list(range(1, 15))
+    assert max(abs(found[step] / expected[step] - 1) for step in expected) <= 1e-6
+    (*_, last) = (each for each in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "loss" in each)
+    assert {"data_epoch/web", "data_epoch/code"} <= set(last)
 
 
 def test_a_longer_run_goes_on_where_the_schedule_allows_it(tiny_corpus: TinyCorpus, tmp_path: Path):

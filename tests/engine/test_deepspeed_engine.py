@@ -110,17 +110,18 @@ def assert_split(engine: Any, world_size: int) -> None:
 # What every rank does in one launch: kind, method, steps, rows of a micro-batch and overrides by name.
 
 CASES: dict[str, tuple[str, str, int, int, tuple[str, ...]]] = {
-    **{f"{kind} clipped": (kind, "sigma_reparam", 20, 3, ()) for kind in KINDS},
+    **{f"{kind} clipped": (kind, "sigma_reparam", 12, 3, ()) for kind in KINDS},
 }
 THREE_CASES = {f"{kind} clipped": (kind, "sigma_reparam", 4, 4, ()) for kind in KINDS}
 SLOW_CASES = {
-    **{f"{kind} unclipped": (kind, "pre_ln", 8, 6, (UNCLIPPED,)) for kind in KINDS},
-    **{f"{kind} catformer": (kind, "catformer", 4, 3, ()) for kind in KINDS},
+    "zero2 unclipped": ("zero2", "pre_ln", 4, 6, (UNCLIPPED,)),
+    "zero1 catformer": ("zero1", "catformer", 3, 3, ()),
     "zero3 catformer sigma recomputed": ("zero3", "catformer_sigma", 4, 3, ("engine.recompute=full",)),
     "zero3 tied": ("zero3", "pre_ln", 4, 3, ("model.tie_embeddings=true",)),
     "zero3 rezero": ("zero3", "rezero", 4, 3, ()),
     "zero3 values recomputed": ("zero3", "value_residual", 4, 3, ("engine.recompute=full",)),
-    **{f"{kind} offload": (kind, "sigma_reparam", 4, 3, ("engine.offload=optimizer",)) for kind in KINDS},
+    "zero1 offload": ("zero1", "sigma_reparam", 3, 3, ("engine.offload=optimizer",)),
+    "zero3 offload": ("zero3", "sigma_reparam", 3, 3, ("engine.offload=optimizer",)),
     "zero3 offload parameters": ("zero3", "sigma_reparam", 4, 3, ("engine.offload=parameters",)),
     "zero2 bf16": ("zero2", "pre_ln", 4, 6, ("train.precision=bf16",)),
     "zero3 bf16": ("zero3", "sigma_reparam", 4, 6, ("train.precision=bf16",)),
@@ -236,7 +237,7 @@ def test_two_ranks_train_as_one(name: str, several):
 def test_sigma_is_that_of_one_process(several):
     config = make_config("sigma_reparam")
     engine = TorchEngine(config, "single", SINGLE)
-    train(engine, config, SINGLE, range(20))
+    train(engine, config, SINGLE, range(12))
     for kind in KINDS:
         assert several(2, False)[0][f"{kind} clipped"]["sigma"] == pytest.approx(engine.sigma.norms(), rel=1e-5)
 

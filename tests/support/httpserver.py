@@ -1,22 +1,33 @@
-"""A file server with byte ranges on 127.0.0.1 that can be told to misbehave."""
+"""A file server with byte ranges on 127.0.0.1, or a proxy before another server, that can be told to misbehave."""
 
+import hashlib
+import http.client
+import random
 import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class FaultyServer:
-    """Serves a folder at `url`; the attributes are faults, changed at any time by the test."""
+    """Serves a folder, or what the server at `upstream` does, at `url`.
 
-    def __init__(self, folder: Path):
+    The attributes are faults, changed at any time by the test.
+    """
+
+    def __init__(self, folder: Path | None = None, upstream: str = ""):
         self.folder = folder
+        self.upstream = upstream
         self.ranges = True  # whether Range headers are honoured
+        self.tags = False  # whether files have an ETag, and If-Match is honoured
         self.failures = 0  # answer so many requests (HEAD too) with `status`
         self.status = 503
+        self.failure_headers: dict[str, str] = {}
         self.cuts = 0  # cut so many GET bodies after `cut_after` bytes
         self.cut_after = 1000
+        self.draw: random.Random | None = None  # cut anywhere instead, and cut and fail only now and then
         self.down = False  # close every connection without an answer
         self.requests: list[str] = []  # "GET /name bytes=0-9"
         server = self
@@ -24,11 +35,25 @@ class FaultyServer:
         class Handler(_Handler):
             faults = server
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._handler = Handler
+        self._listen(0)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def _listen(self, port: int) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def stop(self) -> None:
+        """Nothing listens any more, and open connections are cut at their next request."""
+        self.down = True
+        self.close()
+
+    def start(self) -> None:
+        """Listens again at the same address."""
+        self.down = False
+        self._listen(int(self.url.rsplit(":", 1)[1]))
 
     def close(self) -> None:
         self._server.shutdown()
@@ -49,21 +74,50 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    do_POST = do_PUT = do_GET
+
     def _answer(self, *, body: bool) -> None:
         faults = self.faults
         wanted = self.headers.get("Range")
         faults.requests.append(f"{self.command} {self.path} {wanted or ''}".strip())
         if faults.down:
             return self._hang_up()
-        if faults.failures > 0:
+        if faults.failures > 0 and (faults.draw is None or faults.draw.random() < 0.5):
             faults.failures -= 1
-            return self._empty(faults.status)
+            return self._empty(faults.status, faults.failure_headers)
+        if faults.upstream:
+            return self._forward(body=body)
+        assert faults.folder is not None
         file = faults.folder / self.path.lstrip("/").split("?")[0]
         if not file.is_file():
             return self._empty(404)
-        self._send(file.read_bytes(), wanted if faults.ranges else None, body=body)
+        data = file.read_bytes()
+        tag = f'"{hashlib.sha1(data).hexdigest()}"'
+        if faults.tags and self.headers.get("If-Match", tag) != tag:
+            return self._empty(412)
+        headers = {"ETag": tag} if faults.tags else {}
+        self._send(data, wanted if faults.ranges else None, headers, body=body)
 
-    def _send(self, data: bytes, wanted: str | None, *, body: bool) -> None:
+    def _forward(self, *, body: bool) -> None:
+        other = http.client.HTTPConnection(urlsplit(self.faults.upstream).netloc, timeout=30)
+        sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+        other.request(self.command, self.path, sent, headers)
+        answer = other.getresponse()
+        data = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
+                self.send_header(name, value)
+        # The length of a HEAD's answer is that of the body which is not there.
+        length = answer.headers.get("Content-Length") if self.command == "HEAD" else None
+        self.send_header("Content-Length", length or str(len(data)))
+        self.end_headers()
+        other.close()
+        if body:
+            self._write(data)
+
+    def _send(self, data: bytes, wanted: str | None, headers: dict[str, str], *, body: bool) -> None:
         total, part, first = len(data), data, 0
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
         if match:
@@ -73,21 +127,28 @@ class _Handler(BaseHTTPRequestHandler):
             return self._empty(416)
         self.send_response(206 if match else 200)
         if match:
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{total}")
-        self.send_header("Content-Length", str(len(part)))
+            headers = {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{total}"}
+        for name, value in {**headers, "Content-Length": str(len(part))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        if not body:
-            return None
-        if self.faults.cuts > 0 and len(part) > self.faults.cut_after:
-            self.faults.cuts -= 1
-            self.wfile.write(part[: self.faults.cut_after])
+        if body:
+            self._write(part)
+        return None
+
+    def _write(self, part: bytes) -> None:
+        faults = self.faults
+        after = faults.draw.randrange(max(len(part), 1)) if faults.draw else faults.cut_after
+        if faults.cuts > 0 and len(part) > after and (faults.draw is None or faults.draw.random() < 0.7):
+            faults.cuts -= 1
+            self.wfile.write(part[:after])
             return self._hang_up()
         self.wfile.write(part)
         return None
 
-    def _empty(self, status: int) -> None:
+    def _empty(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", "0")
+        for name, value in {**(headers or {}), "Content-Length": "0"}.items():
+            self.send_header(name, value)
         self.end_headers()
 
     def _hang_up(self) -> None:
@@ -97,9 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path):
-    """A FaultyServer over `folder` for the time of a with-block."""
-    server = FaultyServer(folder)
+def serve(folder: Path | None = None, upstream: str = ""):
+    """A FaultyServer for the time of a with-block."""
+    server = FaultyServer(folder, upstream)
     try:
         yield server
     finally:

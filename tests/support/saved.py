@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def left_over(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if not path.name.startswith(("step-", "fence")))
 
 
-def refused_write(code: int = errno.ENOSPC) -> Callable[[Any, bytes], None]:
+def refused_write(code: int = errno.ENOSPC) -> Any:
     """What to put in place of `HashingStream._write`: the disk refuses with this error, full by default."""
 
     def write(stream: Any, content: bytes) -> None:

@@ -1,0 +1,96 @@
+"""Tokenize any text that stablelm reads into shards, once for many runs.
+
+    python data/prepare.py --source 'c4/en/c4-train.*.json.gz' --tokenizer c4-32k.model --out c4-shards
+    python launch/pretrain.py --config FILE data.source=shards data.path=c4-shards data.tokenizer=c4-32k.model
+
+One shard a source file, with the same documents in the same order: a run may change over in the middle. Run again
+after an interruption; finished shards are kept. On several machines give each its --part, then run once without.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.arguments import Parser
+from stablelm.errors import ConfigError, UserError
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", nargs="+", required=True, help="files, globs, folders, URLs, hf:// patterns or 'embedded'"
+    )
+    parser.add_argument("--tokenizer", required=True, help="a SentencePiece .model file, or 'embedded'")
+    parser.add_argument("--out", required=True, help="folder or URL (s3://, gs://, az://) for the shards")
+    parser.add_argument("--workers", type=int, help="processes, each with a file at a time; default: one a core")
+    parser.add_argument("--part", metavar="K/N", help="only the K-th of N shares of the files, and no manifest")
+    parser.add_argument("--min-chars", type=int, metavar="N", help="leave shorter documents out; default: none")
+    parser.add_argument("--max-chars", type=int, metavar="N", help="leave longer documents out; default: none")
+    parser.add_argument(
+        "--dedup",
+        choices=["exact", "minhash"],
+        help="leave out copies of earlier documents, or near copies; default: none",
+    )
+    parser.add_argument(
+        "--similarity", type=float, default=0.8, help="of near copies: share of common five-word runs; default: 0.8"
+    )
+    parser.add_argument("--verify", action="store_true", help="hash finished shards in a store before keeping them")
+    parser.add_argument(
+        "--retry-budget", type=float, default=600.0, help="seconds to retry one unreachable read; default: 600"
+    )
+    parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
+    parser.add_argument("--cache", default="data/cache", help="folder of the embedded corpus; default: data/cache")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(argv)
+    # Imported here, so that --help answers at once.
+    from stablelm.data import corpus, masks
+    from stablelm.data.embedded import embedded
+    from stablelm.data.options import ReadOptions
+    from stablelm.data.output import Output
+    from stablelm.data.prepare import Request, prepare
+    from stablelm.data.tokenizer import Tokenizer
+
+    workers = options.workers if options.workers is not None else _cores()
+    if workers < 1:
+        raise ConfigError(f"--workers: {workers} is no number of processes; give at least 1")
+    filters = masks.Filters(options.min_chars, options.max_chars, options.dedup, options.similarity)
+    masks.check(filters)
+    part = _part(options.part)
+    tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
+    Tokenizer(tokenizer, key="--tokenizer")
+    reading = ReadOptions(retry_budget=options.retry_budget, text_column=options.text_column)
+    files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
+    corpus.check(files, key="--source", column=options.text_column)
+    out = Output(options.out)
+    out.create("--out")
+    request = Request(files, tokenizer, out, filters, workers, part, options.verify, reading)
+    prepare(request, lambda text: print(text, flush=True))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    share, _, shares = text.partition("/")
+    if share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares):
+        return int(share), int(shares)
+    raise ConfigError(f"--part: {text!r} is no share; write 3/16 for the third of sixteen")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,44 @@
+"""Show what a run would read: its first documents, token statistics, and packed sequences with their borders.
+
+python data/preview.py --config FILE [key=value ...]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.arguments import Parser
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later ones win")
+    parser.add_argument("--documents", type=int, default=1000, help="documents to count; default: 1000")
+    parser.add_argument("--sequences", type=int, default=2, help="packed sequences to show; default: 2")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="configuration keys, which have the last word"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    # Imported here, so that --help answers at once.
+    from rich.console import Console
+
+    from stablelm.config.load import load
+    from stablelm.data.preview import prepare, preview
+    from stablelm.train.start import exit_code_of
+
+    # A log has no width of its own: nothing is cut there.
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return exit_code_of(
+        lambda: prepare(load(options.config, options.overrides)),
+        lambda found: preview(*found, documents=options.documents, sequences=options.sequences, console=console),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The range of each number on its own: what it must be, in words and as a test, and the keys it holds for."""
+
+from collections.abc import Callable
+from typing import Any
+
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
+        "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
+        "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
+        "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
+        "model.completep.base_depth model.completep.base_width engine.unit_bytes engine.replicas "
+        "engine.prefetch",
+    ),
+    (
+        "at least 0",
+        lambda v: v >= 0,
+        "run.seed data.workers data.retry_budget data.cache_bytes train.min_lr train.warmup_steps train.cooldown_steps "
+        "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every "
+        "observe.layers_every evaluate.every model.attention.logit_cap",
+    ),
+    (
+        "above 0",
+        lambda v: v > 0,
+        "model.norm_eps model.norm_alpha "
+        "model.attention.rope_base train.lr train.eps model.deepscale.k model.catformer.attention_expansion "
+        "model.catformer.feedforward_expansion",
+    ),
+    ("0.5 to 1", lambda v: 0.5 <= v <= 1, "model.completep.alpha"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
+    ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
+    ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),
+    ("a directory's name", lambda v: v.strip() != "", "run.dir checkpoint.dir data.cache"),
+]

@@ -1,0 +1,64 @@
+"""How text is read: what a run's configuration tells every reader of files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stablelm.config.schema import DataConfig
+
+# Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
+SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
+READ_AHEAD = 64 << 20
+# Names under which one store is known.
+FAMILIES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "http"}
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells one content of a file from another: bytes, and ETag or time of change ('' where there is none)."""
+
+    size: int
+    tag: str
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """`storage`: 'scheme.option' -> value for fsspec. `cache`: folder of indexes and whole files, None for neither.
+
+    `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
+    `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
+    """
+
+    retry_budget: float = 600.0
+    text_column: str = "text"
+    storage: Mapping[str, Any] = field(default_factory=dict)
+    cache: str | None = None
+    cache_bytes: int = 0
+    block: int = LARGEST_BLOCK
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, data: "DataConfig", lanes: int = 1) -> "ReadOptions":
+        """Options of a configuration, for a process that reads so many lanes."""
+        return cls(
+            retry_budget=data.retry_budget,
+            text_column=data.text_column,
+            storage=data.storage,
+            cache=data.cache,
+            cache_bytes=data.cache_bytes,
+            block=min(max(READ_AHEAD // lanes, SMALLEST_BLOCK), LARGEST_BLOCK),
+        )
+
+    def settings(self, scheme: str) -> dict[str, Any]:
+        """fsspec options of a store; 'a.b' below a scheme is b inside a."""
+        family, found = FAMILIES.get(scheme, scheme), {}
+        for name, value in self.storage.items():
+            first, *inner = name.split(".")
+            if FAMILIES.get(first, first) != family or not inner:
+                continue
+            branch = found
+            for part in inner[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[inner[-1]] = value
+        return found

@@ -1,0 +1,85 @@
+"""Rows of a parquet file: its text column, read row group by row group through byte ranges."""
+
+import io
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+from stablelm.data.options import ReadOptions
+from stablelm.data.rangefile import RangeFile
+from stablelm.data.retry import words
+from stablelm.errors import DataError
+
+# Rows decoded at once.
+ROWS = 256
+
+
+def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[tuple[int, bytes | None]]]:
+    """(number of the first row given, rows from there on), from the start of the row group that holds `row`.
+
+    A row is (its number from 1, text in UTF-8 or None where the table has no value). Raises DataError naming
+    the file when it cannot be read, is no parquet file or has no column of text named `options.text_column`.
+    """
+    file = RangeFile(url, options)
+    table = _table(file, options)
+    metadata = table.metadata
+    starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+    group = max(bisect_right(starts, row) - 1, 0)
+    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, options.text_column)
+
+
+def row_count(url: str, options: ReadOptions) -> int:
+    """Rows of the table, by its footer alone."""
+    with RangeFile(url, options) as file:
+        return _opened(file).metadata.num_rows
+
+
+def _opened(file: RangeFile) -> Any:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    buffered = io.BufferedReader(file, buffer_size=file.block)
+    try:
+        return parquet.ParquetFile(buffered, pre_buffer=False, buffer_size=file.block)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _table(file: RangeFile, options: ReadOptions) -> Any:
+    import pyarrow
+
+    table, column = _opened(file), options.text_column
+    schema = table.schema_arrow
+    if column not in schema.names:
+        names = ", ".join(map(repr, schema.names[:20]))
+        raise DataError(f"{file.url}: has no column {column!r} but {names}; set data.text_column to the one with text")
+    kind = schema.field(column).type
+    if not any(test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string)):
+        raise DataError(f"{file.url}: column {column!r} holds {kind}, not text; set data.text_column to another one")
+    return table
+
+
+def _rows(
+    file: RangeFile, table: Any, group: int, starts: list[int], column: str
+) -> Iterator[tuple[int, bytes | None]]:
+    import pyarrow
+
+    number = starts[min(group, len(starts) - 1)]
+    try:
+        for following in range(group, len(starts) - 1):
+            batches = table.iter_batches(ROWS, row_groups=[following], columns=[column], use_threads=False)
+            for batch in batches:
+                for text in batch.column(0):
+                    number += 1
+                    value = text.as_py()
+                    yield number, None if value is None else value.encode()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+    finally:
+        table.close()
+        file.close()
+
+
+def _damaged(file: RangeFile, error: Exception) -> DataError:
+    return DataError(f"{file.url}: damaged or no parquet file ({words(error)}); replace it by an intact copy")

@@ -1,0 +1,148 @@
+"""From data.path to prepared shards, and what is looked at in them before anything is created."""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from stablelm.data.corpus import braces
+from stablelm.data.options import ReadOptions
+from stablelm.data.pages import RemoteFile
+from stablelm.data.shards import SUFFIX, Shard, read_mask, source_name
+from stablelm.data.stores import local_path
+from stablelm.errors import ConfigError, DataError
+
+MANIFEST = "manifest.json"
+FORM = f"the folder that data/prepare.py wrote, or its *{SUFFIX} files"
+
+
+def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[str]:
+    """Shards of `path`, sorted by the base name of their sources.
+
+    Each entry is a folder that data/prepare.py finished, anywhere, or names *.tokens files, with globs where the
+    store can list them, and braces everywhere. Raises ConfigError under `key` when an entry matches nothing, a
+    folder is unfinished, or two shards are of the same source.
+    """
+    entries = [path] if isinstance(path, str) else list(path)
+    files = [file for entry in entries for file in _expand(entry, key, options)]
+    if not files:
+        raise ConfigError(f"{key}: there are no shards; give {FORM}")
+    by_name: dict[str, str] = {}
+    for file in files:
+        other = by_name.setdefault(source_name(file), file)
+        if other != file:
+            raise ConfigError(f"{key}: two shards are of {source_name(file)!r} ({other} and {file}); leave one out")
+    return sorted(by_name.values(), key=source_name)
+
+
+def check(files: list[str], tokenizer: str, *, key: str) -> None:
+    """Each local shard is whole and was made with this tokenizer (a hash), else ConfigError under `key`."""
+    _open_local(files, tokenizer, key)
+
+
+def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
+    """Local shards hold at least so many tokens, else ConfigError under `key` with the number there are."""
+    shards = _open_local(files, None, key)
+    held = 0
+    for shard in shards:
+        held += shard.all_tokens()
+        if held >= tokens_needed:
+            return
+    if len(shards) == len(files):
+        raise ConfigError(
+            f"{key}: {len(files)} shard(s) from {files[0]!r} on hold {held} tokens, fewer than the {tokens_needed} of "
+            "one batch; give more text, or lower train.global_batch_size or data.seq_len"
+        )
+
+
+def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
+    """Each lane gets at least one row of a local shard, else ConfigError under `key` with the most lanes possible."""
+    shares = -(-lanes // len(files))
+    if shares == 1:
+        return
+    shortest = min(_open_local(files, None, key), key=lambda shard: shard.footer.rows, default=None)
+    if shortest is not None and (rows := shortest.footer.rows) < shares:
+        raise ConfigError(
+            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest.url!r} "
+            f"holds {rows}; set at most {rows * len(files)} lanes, or give more text"
+        )
+
+
+def identity_names(files: list[str], *, options: ReadOptions) -> list[str]:
+    """What the run's identity says of each shard: its source's base name, and the hash of its mask if it has one."""
+    names = []
+    for file in files:
+        mask = read_mask(file, options=options)
+        mark = "" if mask is None else f" masked {hashlib.sha256(mask).hexdigest()[:16]}"
+        names.append(source_name(file) + mark)
+    return names
+
+
+def read_manifest(folder: str, *, options: ReadOptions) -> dict[str, Any] | None:
+    """What data/prepare.py says of a folder it finished; None for other folders. Raises DataError."""
+    url = f"{folder.rstrip('/')}/{MANIFEST}"
+    path = local_path(url)
+    try:
+        if path is None:
+            content = RemoteFile.whole(url, options=options)
+        else:
+            with open(os.path.expanduser(path), "rb") as file:
+                content = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read ({error.strerror}); make it readable") from None
+    try:
+        return None if content is None else json.loads(content)
+    except ValueError:
+        raise DataError(f"{url}: no JSON; run data/prepare.py again") from None
+
+
+def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
+    if entry.partition(":")[0] == "embedded":
+        raise ConfigError(f"{key}: {entry!r} is text, and data.source is shards; give {FORM}")
+    if entry.endswith(SUFFIX):
+        return [file for pattern in braces(entry) for file in _matching(pattern, key)]
+    try:
+        manifest = read_manifest(entry, options=options)
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if manifest is None:
+        raise ConfigError(f"{key}: {entry!r} has no {MANIFEST}, which data/prepare.py writes last; give {FORM}")
+    folder = os.path.expanduser(entry) if local_path(entry) else entry
+    return [f"{folder.rstrip('/')}/{each['name']}{SUFFIX}" for each in manifest["files"]]
+
+
+def _matching(pattern: str, key: str) -> list[str]:
+    path = local_path(pattern)
+    if path is not None:
+        path = os.path.expanduser(path)
+        found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+        found = [file for file in found if os.path.isfile(file)]
+    elif "*" not in pattern:
+        return [pattern]
+    elif pattern.startswith(("http://", "https://")):
+        raise ConfigError(f"{key}: {pattern!r} has a '*', but a web server cannot be asked for its files; use braces")
+    else:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.url_to_fs(pattern)
+            found = sorted(str(filesystem.unstrip_protocol(file)) for file in filesystem.glob(path))
+        except Exception as error:  # every store's library has its own errors
+            raise ConfigError(
+                f"{key}: the store gave no list for {pattern!r} ({type(error).__name__}: {error}); try again"
+            ) from error
+    if not found:
+        raise ConfigError(f"{key}: no shard matches {pattern!r}; give {FORM}")
+    return found
+
+
+def _open_local(files: list[str], tokenizer: str | None, key: str) -> list[Shard]:
+    try:
+        options = ReadOptions(retry_budget=0.0)
+        return [Shard(file, tokenizer=tokenizer, options=options) for file in files if local_path(file) is not None]
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None

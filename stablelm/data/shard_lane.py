@@ -1,0 +1,49 @@
+"""A lane over prepared shards: the order of `lanes.Lane`, with the tokens of many documents at a time."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from stablelm.data.lanes import Chunk, Cursor, Entries, Order, is_inside, row_is_gone
+from stablelm.data.shards import PART, SharedShards
+
+BLOCKS = 8  # blocks whose rows are looked up together
+
+
+class ShardLane:
+    """Documents of one lane. `shared` holds the open shards of the process."""
+
+    def __init__(self, order: Order, lane: int, shared: SharedShards):
+        self._order, self._lane, self._shared = order, lane, shared
+
+    def chunks(self, start: Cursor, *, whole_blocks: bool = False) -> Iterator[Chunk]:
+        """Tokens from the document of `start` on, endlessly; with `whole_blocks` a chunk is the rest of a block.
+
+        Raises DataError when a shard cannot be read, is damaged or of another tokenizer, when the document of
+        `start` is not there any more, or when the lane meets no token in as many entries as an epoch has;
+        with `whole_blocks` the eos of a document is no token.
+        """
+        order, size = self._order, self._order.shuffle_block
+        blocks, limit = (1, None) if whole_blocks else (BLOCKS, PART)
+        entries, resumed = Entries(order, self._lane), is_inside(start)
+        for epoch, entry, block, index in entries.walk(start):
+            file, share = order.locate(epoch, entry)
+            url, last = order.files[file], False
+            while not last:
+                wanted = order.wanted(share, block, blocks)
+                rows = self._shared.take(url, wanted)
+                count = len(rows)
+                if resumed and index >= count:
+                    raise row_is_gone(url, wanted[index])
+                resumed, last = False, count < size * blocks
+                shuffled = [
+                    order.rows(epoch, file, share, block + first // size, min(size, count - first)) + first
+                    for first in range(0, count, size)
+                ]
+                if shuffled:
+                    rows = rows.pick(np.concatenate(shuffled)[index:])
+                for first, tokens, ends in rows.parts(limit):
+                    if not entries.found:
+                        entries.found = bool((np.diff(ends, prepend=0) > int(whole_blocks)).any())
+                    yield Chunk(Cursor(epoch, entry, block, index + first, 0), tokens, ends, size)
+                index, block = 0, block + blocks

@@ -1,0 +1,343 @@
+"""Prepared shards: the tokens of one source file in one file, row by row in the same order.
+
+Layout, little-endian: the tokens of all rows, eos after each (uint16, or uint32 for more than 65,535
+pieces), zeros up to a multiple of 8, the end of each row counted in tokens (uint64), a footer in JSON,
+and a tail of 16 bytes: the footer's length (uint64) and a magic word. A mask beside it (`.mask`) has one
+bit a row, lowest bit first; a row whose bit is 1 is left out, which is the same as a row without tokens.
+"""
+
+import hashlib
+import json
+import mmap
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import IO, Protocol
+
+import numpy as np
+
+from stablelm.data.options import ReadOptions
+from stablelm.data.pages import Pages, RemoteFile
+from stablelm.data.stores import base_name, local_path
+from stablelm.errors import DataError
+
+SUFFIX, MASK = ".tokens", ".mask"
+VERSION = 1
+MAGIC = b"LMTOKENS"
+TAIL = struct.Struct("<Q8s")
+LARGEST_SMALL = 65_535  # pieces whose ids fit 16 bits
+PART = 1 << 16  # tokens handed on at once, unless a document is longer
+READ = 8 << 20  # bytes read at once where all are
+MAKE = "make it again with data/prepare.py"
+
+
+def is_shard(url: str) -> bool:
+    """Whether a file is a prepared shard, by its name."""
+    return base_name(url).endswith(SUFFIX)
+
+
+def source_name(url: str) -> str:
+    """Base name of a file of text, whether it is given itself or as its shard."""
+    return base_name(url).removesuffix(SUFFIX)
+
+
+def mask_url(url: str) -> str:
+    """Where the mask of a shard lies, if it has one."""
+    head, mark, query = url.partition("?")
+    return head.removesuffix(SUFFIX) + MASK + mark + query
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a shard says of itself. `text_bytes`: UTF-8 bytes of its documents; `sha256`: of all before the footer."""
+
+    version: int
+    source: str
+    source_size: int
+    tokenizer: str
+    pieces: int
+    eos: int
+    rows: int
+    tokens: int
+    text_bytes: int
+    sha256: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return token_type(self.pieces)
+
+    @property
+    def index(self) -> int:
+        """Byte at which the ends of the rows begin."""
+        return -(-self.tokens * self.dtype.itemsize // 8) * 8
+
+    @property
+    def start(self) -> int:
+        """Byte at which the footer begins."""
+        return self.index + 8 * self.rows
+
+
+def token_type(pieces: int) -> np.dtype:
+    return np.dtype("<u2" if pieces <= LARGEST_SMALL else "<u4")
+
+
+def write(
+    file: IO[bytes],
+    documents: Iterable[tuple[np.ndarray, int]],
+    *,
+    source: str,
+    source_size: int,
+    tokenizer: str,
+    pieces: int,
+    eos: int,
+) -> Footer:
+    """Writes a shard of `documents`: (tokens with eos, bytes of the text) of each row, in order."""
+    digest, kind = hashlib.sha256(), token_type(pieces)
+    lengths: list[int] = []
+    text_bytes = 0
+
+    def put(data: bytes) -> None:
+        digest.update(data)
+        file.write(data)
+
+    for tokens, size in documents:
+        put(tokens.astype(kind).tobytes())
+        lengths.append(len(tokens))
+        text_bytes += size
+    ends = np.cumsum(lengths, dtype="<u8")
+    total = int(ends[-1]) if lengths else 0
+    put(bytes(-total * kind.itemsize % 8))
+    put(ends.tobytes())
+    footer = Footer(
+        VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, digest.hexdigest()
+    )
+    words = json.dumps(asdict(footer)).encode()
+    file.write(words + TAIL.pack(len(words), MAGIC))
+    return footer
+
+
+class Content(Protocol):
+    """Bytes of a shard, wherever it lies. `size`: all of them."""
+
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes | memoryview: ...
+
+    def unchanged(self) -> None: ...
+
+
+class LocalContent:
+    """A file of this machine in the address space. Raises DataError when it cannot be opened."""
+
+    def __init__(self, path: str):
+        self._path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            reason = getattr(error, "strerror", None) or "it is empty"
+            raise DataError(f"{path}: cannot be read ({reason}); put the shard back, or {MAKE}") from None
+        self._view = memoryview(self._map)
+        self.size = len(self._map)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        return self._view[start:stop]
+
+    def unchanged(self) -> None:
+        """Raises DataError if the file has another size now: its missing pages would end the process."""
+        if self._map.size() != self.size:
+            raise DataError(f"{self._path}: changed while it was read; put the old file back, or start a new run")
+
+
+class Shard:
+    """An open shard; without `masked` its mask is not looked at.
+
+    Raises DataError when it is damaged, or made with another tokenizer than `tokenizer` (a hash).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        tokenizer: str | None,
+        options: ReadOptions,
+        pages: Pages | None = None,
+        masked: bool = True,
+    ):
+        self.url = url
+        self._content = _open(url, options, pages)
+        self.footer = _footer(self._content, url)
+        if tokenizer is not None and self.footer.tokenizer != tokenizer:
+            raise DataError(
+                f"{url}: made with another tokenizer (sha256 {self.footer.tokenizer[:12]}..., the run has "
+                f"{tokenizer[:12]}...); set data.tokenizer to that one, or {MAKE}"
+            )
+        self._view = self._ends = None
+        if isinstance(self._content, LocalContent):
+            self._view = self._content.read(0, self.footer.index)
+            self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<i8")
+        self.mask = _mask(url, self.footer.rows, options) if masked else None
+
+    def take(self, wanted: range) -> "ShardRows":
+        """The rows of these numbers that the shard has, in order."""
+        rows = range(wanted.start, min(wanted.stop, self.footer.rows), wanted.step)
+        if not rows:
+            return ShardRows(self, np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self._content.unchanged()
+        before = self._row_ends(rows.start - 1, rows.start)[0] if rows.start else 0
+        all_ends = self._row_ends(rows.start, rows[-1] + 1)
+        ends = all_ends[:: rows.step].astype(np.int64)
+        begins = np.empty_like(ends)
+        begins[0] = before
+        begins[1:] = all_ends[rows.step - 1 :: rows.step][: len(ends) - 1]
+        if self.mask is not None:
+            numbers = np.arange(rows.start, rows.stop, rows.step)
+            ends = np.where(self.mask[numbers >> 3] >> (numbers & 7) & 1, begins, ends)
+        if (ends < begins).any() or not 0 <= ends[-1] <= self.footer.tokens:
+            raise DataError(f"{self.url}: damaged, its rows do not follow one another; {MAKE}")
+        return ShardRows(self, begins, ends)
+
+    def join(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens begin..end-1 of the shard for each of these pairs, one after the other."""
+        kind = self.footer.dtype
+        spans = zip((begins * kind.itemsize).tolist(), (ends * kind.itemsize).tolist(), strict=True)
+        if self._view is not None:
+            # Of all ways to copy many short spans, joining views costs the least for each of them.
+            view = self._view
+            return np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), kind)
+        return np.frombuffer(b"".join([self._content.read(begin, end) for begin, end in spans]), kind)
+
+    def all_tokens(self) -> int:
+        """Tokens of the rows that are not left out."""
+        if self.mask is None:
+            return self.footer.tokens
+        rows = self.take(range(self.footer.rows))
+        return int((rows.ends - rows.begins).sum())
+
+    def check(self) -> None:
+        """Reads and hashes everything. Raises DataError when it is not what was written."""
+        digest = hashlib.sha256()
+        for start in range(0, self.footer.start, READ):
+            digest.update(self._content.read(start, min(start + READ, self.footer.start)))
+        if digest.hexdigest() != self.footer.sha256:
+            raise DataError(f"{self.url}: damaged, it has another hash than when it was written; {MAKE}")
+
+    def _row_ends(self, first: int, last: int) -> np.ndarray:
+        if self._ends is not None:
+            return self._ends[first:last]
+        index = self.footer.index
+        return np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<i8")
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of a shard: the tokens begins..ends-1 of each, int64 (rows,)."""
+
+    shard: Shard
+    begins: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def pick(self, order: np.ndarray) -> "ShardRows":
+        """These rows in another order."""
+        return ShardRows(self.shard, self.begins[order], self.ends[order])
+
+    def parts(self, limit: int | None = PART) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(first row, tokens, end of each row in them) of rows in order, up to `limit` tokens unless one has more."""
+        ends = (self.ends - self.begins).cumsum()
+        first = 0
+        while first < len(ends):
+            before = ends[first - 1] if first else 0
+            last = len(ends)
+            if limit is not None and ends[-1] - before > limit:
+                last = max(first + 1, int(ends.searchsorted(before + limit, "right")))
+            yield first, self.shard.join(self.begins[first:last], self.ends[first:last]), ends[first:last] - before
+            first = last
+
+
+class SharedShards:
+    """The shards that the lanes of a process read, each opened once. Thread-safe."""
+
+    def __init__(self, tokenizer: str, *, lanes: int, options: ReadOptions):
+        self._tokenizer, self._options = tokenizer, options
+        self._pages = Pages(lanes)
+        # Those of the next entries open while others are still in use.
+        self._limit = 2 * lanes + 16
+        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, url: str, wanted: range) -> ShardRows:
+        """The rows of these numbers that the shard has, in order. Raises DataError as `Shard` does."""
+        with self._lock:
+            shard = self._open.pop(url, None)
+            if shard is None:
+                shard = Shard(url, tokenizer=self._tokenizer, options=self._options, pages=self._pages)
+            self._open[url] = shard
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return shard.take(wanted)
+
+
+def documents(files: list[str], tokenizer: str, *, options: ReadOptions) -> Iterator[np.ndarray]:
+    """Tokens of the rows of the shards in base-name order, many documents at a time. Raises DataError."""
+    for url in sorted(files, key=source_name):
+        shard = Shard(url, tokenizer=tokenizer, options=options)
+        for first in range(0, shard.footer.rows, 1024):
+            for _, tokens, _ in shard.take(range(first, first + 1024)).parts():
+                yield tokens
+
+
+def _open(url: str, options: ReadOptions, pages: Pages | None) -> Content:
+    path = local_path(url)
+    if path is not None:
+        return LocalContent(path)
+    return RemoteFile(url, pages or Pages(1), options=options)
+
+
+def _footer(content: Content, url: str) -> Footer:
+    broken = DataError(f"{url}: no whole shard of tokens; {MAKE}")
+    if content.size < TAIL.size:
+        raise broken
+    length, magic = TAIL.unpack(content.read(content.size - TAIL.size, content.size))
+    if magic != MAGIC or length > content.size - TAIL.size:
+        raise broken
+    try:
+        words = json.loads(bytes(content.read(content.size - TAIL.size - length, content.size - TAIL.size)))
+        version = words["version"]
+        footer = Footer(**words) if version == VERSION else None
+    except (ValueError, TypeError, KeyError):
+        raise broken from None
+    if footer is None:
+        raise DataError(f"{url}: of format {version}, this program reads {VERSION}; {MAKE}")
+    if footer.start + length + TAIL.size != content.size:
+        raise broken
+    return footer
+
+
+def _mask(url: str, rows: int, options: ReadOptions) -> np.ndarray | None:
+    """Bits of the rows, uint8 (ceil(rows / 8),); None without a mask."""
+    bits = read_mask(url, options=options)
+    if bits is None:
+        return None
+    if len(bits) != -(-rows // 8):
+        raise DataError(f"{mask_url(url)}: {len(bits)} bytes, which does not fit the {rows} rows; {MAKE}")
+    return np.frombuffer(bits, np.uint8)
+
+
+def read_mask(url: str, *, options: ReadOptions) -> bytes | None:
+    """Content of a shard's mask, None if it has none. Raises DataError when the store does not say."""
+    where = mask_url(url)
+    path = local_path(where)
+    if path is None:
+        return RemoteFile.whole(where, options=options)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it readable, or {MAKE}") from None

@@ -1,0 +1,119 @@
+"""Files of any store: opened through fsspec, one client a store and process."""
+
+import importlib.util
+import io
+import json
+import os
+from functools import lru_cache
+from typing import Any
+
+from stablelm.data.options import FAMILIES, ReadOptions, Stamp
+
+# A connection without a byte for so long is given up and retried.
+STALL_SECONDS = 30.0
+# Connections of one process to one store.
+CONNECTIONS = 32
+PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
+"""Package and our extra for the stores whose client is not always installed."""
+TAGS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "mtime")
+
+
+def base_name(url: str) -> str:
+    """Last part of a path or URL without its query: what names a file wherever it is stored."""
+    path = url.split("?", 1)[0] if "://" in url else url
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def local_path(url: str) -> str | None:
+    """The path of a local file, None for any other store."""
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    return None if "://" in url or "::" in url else url
+
+
+def missing_package(url: str) -> str | None:
+    """A sentence about the package that this store needs, if it is not installed."""
+    scheme = url.partition("://")[0]
+    package, extra = PACKAGES.get(FAMILIES.get(scheme, scheme), (None, None))
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"{scheme}:// needs the package {package}; install it with: pip install 'stablelm[{extra}]'"
+
+
+def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
+    """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead."""
+    path = local_path(url)
+    if path is not None:
+        local = io.FileIO(path)
+        return local, local_stamp(local)
+    store, path = filesystem(url, options)
+    extra = {}
+    if url.startswith(("http://", "https://")):
+        info = store.info(path)
+        extra = {"size": info["size"], "headers": _condition(info)}
+        if info["size"] is None or not info.get("partial", True):
+            raise io.UnsupportedOperation("the server does not tell the size of the file or serve parts of it")
+    file = store.open(path, "rb", block_size=options.block, cache_type="none", **extra)
+    info = info if extra else file.details
+    return file, Stamp(int(info["size"]), _tag(info))
+
+
+def local_stamp(file: io.FileIO) -> Stamp:
+    status = os.fstat(file.fileno())
+    return Stamp(status.st_size, str(status.st_mtime_ns))
+
+
+def _tag(info: dict[str, Any]) -> str:
+    return next((str(info[name]) for name in TAGS if info.get(name)), "")
+
+
+def _condition(info: dict[str, Any]) -> dict[str, str]:
+    """Headers with which a server refuses parts of a file that has changed."""
+    etag, modified = info.get("ETag"), info.get("Last-Modified")
+    if etag and not etag.startswith("W/"):
+        return {"If-Match": etag}
+    return {"If-Unmodified-Since": modified} if modified and not etag else {}
+
+
+def glob(pattern: str, options: ReadOptions) -> list[str]:
+    """URLs of the objects that match, in no order."""
+    scheme = pattern.partition("://")[0]
+    store, path = filesystem(pattern, options)
+    return [f"{scheme}://{name}" for name in store.glob(path)]
+
+
+def filesystem(url: str, options: ReadOptions) -> tuple[Any, str]:
+    """fsspec's file system for `url`, shared by the threads of this process, and the path in it."""
+    # fsspec and its asyncio stack are only needed for remote files.
+    import fsspec
+    from fsspec.config import conf
+
+    if "::" in url:
+        return fsspec.url_to_fs(url)
+    scheme = url.partition("://")[0]
+    # fsspec keeps one client a thread, and so one pool of connections a thread; ours is one a process.
+    store = _shared(os.getpid(), scheme, json.dumps([options.settings(scheme), conf.get(scheme)], default=str))
+    return store, store._strip_protocol(url)
+
+
+@lru_cache(maxsize=16)
+def _shared(process: int, scheme: str, settings: str) -> Any:
+    import fsspec
+
+    given = json.loads(settings)[0]
+    if FAMILIES.get(scheme, scheme) == "http":
+        given = {"get_client": _http_client, **given}
+    elif FAMILIES.get(scheme, scheme) == "s3":
+        given = {"use_listings_cache": False, **given}
+        # Retries are ours: those below would hide a wait and spend its budget unseen.
+        defaults = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1}}
+        given["config_kwargs"] = {**defaults, **given.get("config_kwargs", {})}
+    return fsspec.filesystem(scheme, **given)
+
+
+async def _http_client(**settings: Any) -> Any:
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
+    settings = {"trust_env": True, "timeout": timeout, "connector": aiohttp.TCPConnector(limit=CONNECTIONS), **settings}
+    return aiohttp.ClientSession(**settings)

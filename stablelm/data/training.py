@@ -1,0 +1,94 @@
+"""The training text of a configuration, whether it is text or prepared shards."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from stablelm.config import mixture
+from stablelm.config.schema import DataConfig
+from stablelm.data import corpus, inspection, shard_corpus, shards
+from stablelm.data.encoding import Encoder, document_tokens
+from stablelm.data.options import ReadOptions
+from stablelm.data.source import documents
+from stablelm.data.stores import base_name
+from stablelm.data.tokenizer import Tokenizer
+
+Lists = dict[str, list[str]]
+"""Asked path, as JSON, -> files."""
+Sources = dict[str, list[str]]
+"""Files of each source of a run; the only one, of data.path, is called ''."""
+
+
+def paths(data: DataConfig) -> dict[str, str | list[str]]:
+    """Where each source lies."""
+    if not data.mixture:
+        return {"": data.path}
+    return {name: source.path for name, source in mixture.sources(data).items()}
+
+
+def find(
+    data: DataConfig, tokenizer: Tokenizer, *, tokens: int, lanes: int | None = None, known: Lists | None = None
+) -> Sources:
+    """The training files, of each source checked to hold so many tokens and to serve so many lanes.
+
+    `known`: lists of paths that were asked for before. Raises ConfigError.
+    """
+    found = {}
+    for name, path in paths(data).items():
+        key = f"data.mixture.{name}.path" if name else "data.path"
+        found[name] = _find(data, path, tokenizer, key=key, tokens=tokens, lanes=lanes, known=known or {})
+    return found
+
+
+def _find(
+    data: DataConfig,
+    path: str | list[str],
+    tokenizer: Tokenizer,
+    *,
+    key: str,
+    tokens: int,
+    lanes: int | None,
+    known: Lists,
+) -> list[str]:
+    if data.source == "shards":
+        files = known.get(json.dumps(path)) or shard_corpus.resolve(path, key=key, options=ReadOptions.of(data))
+        shard_corpus.check(files, tokenizer.sha256, key=key)
+        shard_corpus.check_enough(files, tokens, key=key)
+        if lanes is not None:
+            shard_corpus.check_lanes(files, lanes)
+        return files
+    files = text(data, path, key=key, known=known)
+    inspection.check_enough(files, tokenizer, tokens, key=key, column=data.text_column)
+    if lanes is not None:
+        inspection.check_lanes(files, lanes)
+    return files
+
+
+def text(data: DataConfig, path: str | list[str], *, key: str, known: Lists | None = None) -> list[str]:
+    """Files of text at a path, each checked. Raises ConfigError under `key`."""
+    options = ReadOptions.of(data)
+    files = (known or {}).get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
+    inspection.check(files, key=key, column=data.text_column)
+    return files
+
+
+def identity_names(sources: Sources, data: DataConfig) -> list[str] | dict[str, list[str]]:
+    """The files as the run's identity has them, by source if there are several: the same for text and its shards."""
+    names = {name: _identity_names(files, data) for name, files in sources.items()}
+    return names if data.mixture else names[""]
+
+
+def _identity_names(files: list[str], data: DataConfig) -> list[str]:
+    if data.source == "shards":
+        return shard_corpus.identity_names(files, options=ReadOptions.of(data))
+    return [base_name(file) for file in files]
+
+
+def token_arrays(files: list[str], tokenizer: Encoder, *, options: ReadOptions) -> Iterator[np.ndarray]:
+    """Tokens of all documents, eos included, in base-name and file order, one or more documents at a time."""
+    if all(map(shards.is_shard, files)):
+        yield from shards.documents(files, tokenizer.sha256, options=options)
+        return
+    for text in documents(files, options):
+        yield document_tokens(tokenizer, text)

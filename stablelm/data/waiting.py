@@ -1,0 +1,77 @@
+"""Who waits for a store in this process: told on stderr, and read by the heartbeat and the metrics."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+# Seconds of waiting before the first line on stderr, and between the following ones.
+FIRST_LINE, NEXT_LINES = 10.0, 60.0
+
+
+@dataclass
+class Wait:
+    """A read that failed and is tried again: `since` in seconds since the epoch, `cause` of the last failure."""
+
+    file: str
+    attempt: int
+    since: float
+    cause: str
+
+
+_waits: dict[int, Wait] = {}
+_lock = threading.Lock()
+_watcher: threading.Thread | None = None
+
+
+def waiting() -> list[Wait]:
+    """The reads that wait now, longest first."""
+    with _lock:
+        return sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
+
+
+@contextmanager
+def noted(wait: Wait) -> Iterator[None]:
+    """`wait` is among those that wait inside the with block."""
+    global _watcher
+    with _lock:
+        _waits[id(wait)] = wait
+        # A thread does not survive a fork, but the note of it does.
+        if _watcher is None or not _watcher.is_alive():
+            _watcher = threading.Thread(target=_watch, name="data-waiting", daemon=True)
+            _watcher.start()
+    try:
+        yield
+    finally:
+        with _lock:
+            del _waits[id(wait)]
+
+
+def line(waits: list[Wait]) -> str:
+    """One line about those that wait."""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    wait, *others = waits
+    more = f" and {len(others)} more reads" if others else ""
+    return (
+        f"{rank}waiting for {wait.file}{more}: {time.time() - wait.since:.0f} s, "
+        f"attempt {wait.attempt}, last failure: {wait.cause}"
+    )
+
+
+def _watch() -> None:
+    global _watcher
+    told = float("-inf")
+    while True:
+        waits = waiting()
+        with _lock:
+            if not _waits:
+                _watcher = None
+                return
+        now = time.time()
+        if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
+            told = now
+            print(line(waits), file=sys.stderr, flush=True)
+        time.sleep(min(FIRST_LINE, NEXT_LINES, 1.0) / 2)
