@@ -12,7 +12,7 @@ from support.samples import REPOSITORY
 from support.slurm import PACE, Cluster, reached
 from support.tiny import TinyCorpus
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.timeout(1200)
 PACED = {"PYTHONPATH": str(PACE), "PACE_SECONDS": "0.1"}
 PATIENCE = 400
 
@@ -79,6 +79,7 @@ def test_a_run_survives_preemption_and_a_dead_node(slurm: Cluster, tiny_corpus, 
     assert (tmp_path / "after").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_in_the_job_and_the_time_limit(slurm: Cluster, tiny_corpus, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     arguments = settings(tiny_corpus, "engine.kind=ddp", f"run.dir={run_dir}")
@@ -94,6 +95,7 @@ def test_torchrun_in_the_job_and_the_time_limit(slurm: Cluster, tiny_corpus, und
     assert losses(run_dir) == undisturbed("ddp", 4)
 
 
+@pytest.mark.slow
 def test_accelerate_in_the_job_and_a_signal_to_its_tasks(slurm: Cluster, tiny_corpus, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     job, log = submit(

@@ -8,7 +8,7 @@ import pytest
 from support.samples import REPOSITORY
 from support.slurm import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 # Ends with the next of STUB_CODES in each attempt; + commits a step first, k dies without a word.
 STUB = """
