@@ -18,20 +18,20 @@ DATA_PORT = 8123
 
 
 class DataServer:
-    """Serves the corpus over HTTP from the controller's host, which all nodes reach."""
+    """Serves a folder over HTTP from the controller's host, which all nodes reach; `log` gets a line a request."""
 
-    def __init__(self, cluster: Cluster, folder: Path):
+    def __init__(self, cluster: Cluster, folder: Path, log: Path):
         self._command = [
             str(SCRIPT), "exec", str(cluster.directory), sys.executable, "-m", "http.server", str(DATA_PORT),
             "--bind", DATA_HOST, "--directory", str(folder),
         ]  # fmt: skip
-        self._process: subprocess.Popen | None = None
+        self._log, self._process = log, None
         self.start()
 
     def start(self) -> None:
         if self._process is None:
-            quiet = subprocess.DEVNULL
-            self._process = subprocess.Popen(self._command, stdout=quiet, stderr=quiet, start_new_session=True)
+            with open(self._log, "a") as log:
+                self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -49,8 +49,8 @@ class Target:
     job: str
     server: DataServer
     drawer: Random
-    ranks: int
-    down: set[str] = field(default_factory=set)
+    off: set[str] = field(default_factory=set)
+    """Nodes that are to stay away: powered off or cut off, not yet repaired."""
 
     def processes(self, *words: str) -> list[int]:
         """Pids, as this machine sees them, of the cluster's processes whose command line has all of `words`."""
@@ -80,6 +80,25 @@ class Target:
         found = self.nodes()
         return self.drawer.choice(found) if found else None
 
+    def states(self) -> dict[str, str]:
+        """State by node, as `idle` or `down*`; empty while the controller is away."""
+        try:
+            told = self.cluster.client("sinfo", "--noheader", "--Node", "--format=%N %T")
+        except AssertionError:
+            return {}
+        return dict(line.split() for line in told.splitlines())
+
+    def away(self) -> int:
+        """How many nodes cannot take a job."""
+        return sum(not state.startswith(UP) for state in self.states().values())
+
+    def tend(self) -> None:
+        """What an administrator does: brings nodes back that are sound again."""
+        for node, state in self.states().items():
+            if node not in self.off and state.startswith(("down", "drain")):
+                with contextlib.suppress(AssertionError):
+                    self.cluster.client("scontrol", "update", f"nodename={node}", "state=resume")
+
 
 def _name(pid: int) -> bytes:
     try:
@@ -88,6 +107,7 @@ def _name(pid: int) -> bytes:
         return b"srun"
 
 
+UP = ("idle", "mixed", "allocated")
 Repair = Callable[[], None]
 """What puts the cluster right once the fault has done its work; None from a fault that found nothing to strike."""
 
@@ -121,41 +141,26 @@ def kill_srun(target: Target) -> Repair | None:
 
 
 def power_off(target: Target) -> Repair | None:
-    node = target.one_node()
-    if node is None:
-        return None
-    target.cluster.control("kill-node", node)
-    return lambda: _boot(target, node)
-
-
-def _boot(target: Target, node: str) -> None:
-    target.cluster.control("start-node", node)
-    _resume(target, node)
-
-
-def _resume(target: Target, node: str) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        state = target.cluster.client("sinfo", "--noheader", "--nodes", node, "--format=%T").strip()
-        if state in ("idle", "mixed", "allocated"):
-            return
-        with contextlib.suppress(AssertionError):
-            target.cluster.client("scontrol", "update", f"nodename={node}", "state=resume")
-        time.sleep(1)
+    return _take_away(target, "kill-node", "start-node")
 
 
 def cut_network(target: Target) -> Repair | None:
     """Until Slurm has given the node up: its ranks go on alone beside the next attempt."""
+    return _take_away(target, "cut-node", "heal-node")
+
+
+def _take_away(target: Target, fault: str, mend: str) -> Repair | None:
     node = target.one_node()
     if node is None:
         return None
-    target.cluster.control("cut-node", node)
+    target.off.add(node)
+    target.cluster.control(fault, node)
 
-    def heal() -> None:
-        target.cluster.control("heal-node", node)
-        _resume(target, node)
+    def repair() -> None:
+        target.cluster.control(mend, node)
+        target.off.discard(node)
 
-    return heal
+    return repair
 
 
 def shake_network(target: Target) -> Repair | None:
@@ -175,7 +180,7 @@ def restart_slurmd(target: Target) -> Repair | None:
     target.cluster.control("kill-slurmd", node)
     time.sleep(1)
     target.cluster.control("start-slurmd", node)
-    return lambda: _resume(target, node)
+    return nothing
 
 
 def restart_controller(target: Target) -> Repair | None:
@@ -192,26 +197,37 @@ def lose_data_server(target: Target) -> Repair | None:
     return nothing
 
 
-def preempt(target: Target) -> Repair | None:
-    target.cluster.client("scancel", "--batch", "--signal=USR1", target.job)
+def _ask(target: Target, *command: str) -> Repair | None:
+    """A request that Slurm refuses while the job waits in the queue."""
+    if target.one_rank() is None:
+        return None
+    try:
+        target.cluster.client(*command)
+    except AssertionError:
+        return None
     return nothing
+
+
+def preempt(target: Target) -> Repair | None:
+    return _ask(target, "scancel", "--batch", "--signal=USR1", target.job)
 
 
 def signal_tasks(target: Target) -> Repair | None:
-    if target.one_rank() is None:
-        return None
-    target.cluster.client("scancel", "--signal=TERM", target.job)
-    return nothing
+    return _ask(target, "scancel", "--signal=TERM", target.job)
 
 
 def requeue_by_hand(target: Target) -> Repair | None:
-    target.cluster.client("scontrol", "requeue", target.job)
-    return nothing
+    return _ask(target, "scontrol", "requeue", target.job)
 
 
 def time_limit(target: Target) -> Repair | None:
-    target.cluster.client("scontrol", "update", f"JobId={target.job}", "EndTime=now+80")
-    return nothing
+    if _ask(target, "scontrol", "update", f"JobId={target.job}", "EndTime=now+80") is None:
+        return None
+
+    def repair() -> None:
+        target.cluster.client("scontrol", "update", f"JobId={target.job}", "TimeLimit=60")
+
+    return repair
 
 
 KINDS: dict[str, Callable[[Target], Repair | None]] = {

@@ -1,0 +1,164 @@
+"""How long a run takes to stop and to come back, measured on the test cluster and compared with what we promise.
+
+    python tests/slurm/figures.py [--times 3]
+
+One run of 2 nodes x 2 ranks is signalled, saves and ends with 75; then a node is powered off. Prints a table and ends
+with 1 where a promise is broken. Needs root, namespaces and Slurm (tests/slurm/cluster install); takes some minutes.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from support.programs import TINY
+from support.slurm import PACE, Cluster, cluster, missing, records
+from support.tiny import make_tiny_corpus
+
+PATIENCE = 600
+PACE_SECONDS = 0.5
+COLD_STARTS = 1.5  # times as long a restart may take as the first start
+
+
+@dataclass
+class Run:
+    """The run that is measured."""
+
+    cluster: Cluster
+    job: str
+    folder: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "job.out"
+
+    def seconds_until(self, what: Callable[[], object], since: float) -> float:
+        self.cluster.wait(what, self.job, PATIENCE, self.log)
+        return time.time() - since
+
+    def attempt(self) -> int:
+        return max((record["attempt"] for record in records(self.run_dir)), default=0)
+
+    def told(self, name: str) -> str:
+        return self.cluster.about(self.job).get(name, "")
+
+    def save_seconds(self) -> float:
+        """The longest rehearsal of a save so far: each attempt makes one as it starts."""
+        return max(float(told) for told in re.findall(r"test save of \d+ MiB ([\d.]+) s", self.log.read_text()))
+
+    def step_seconds(self) -> float:
+        return statistics.median(record["step_seconds"] for record in records(self.run_dir))
+
+    def await_steps(self, count: int) -> None:
+        attempt = self.attempt()
+
+        def enough() -> bool:
+            return sum(record["attempt"] == attempt for record in records(self.run_dir)) >= count
+
+        self.cluster.wait(enough, self.job, PATIENCE, self.log)
+
+
+def submit(started: Cluster, folder: Path) -> Run:
+    corpus, config = make_tiny_corpus(folder / "corpus"), folder / "empty.yaml"
+    config.write_text("{}\n")
+    job = started.submit(
+        "-N2", "--ntasks-per-node=2", "--time=60", f"--output={folder}/job.out", "slurm/pretrain.sh", str(config),
+        *TINY, *corpus.overrides(), "train.steps=100000", "checkpoint.every=20", "engine.kind=ddp",
+        f"run.dir={folder}/run", PYTHONPATH=str(PACE), PACE_SECONDS=str(PACE_SECONDS),
+    )  # fmt: skip
+    return Run(started, job, folder)
+
+
+def cold_start(run: Run) -> float:
+    """From the start of the first attempt to its first step."""
+    run.cluster.wait(lambda: run.told("JobState") == "RUNNING", run.job, PATIENCE, run.log)
+    return run.seconds_until(lambda: run.attempt() >= 1, time.time())
+
+
+def stop(run: Run, *options: str) -> tuple[float, float]:
+    """Seconds from a signal to the committed checkpoint, and to the summary that says 75; waits for the next attempt."""
+    run.await_steps(4)
+    before, attempt, signalled = newest_commit(run.run_dir), run.attempt(), time.time()
+    run.cluster.client("scancel", *options, run.job)
+
+    def stopped() -> bool:
+        told = json.loads(summary.read_text()) if summary.exists() else {}
+        return told.get("exit_code") == 75 and told.get("attempts") == attempt
+
+    summary = run.run_dir / "summary.json"
+    run.cluster.wait(stopped, run.job, PATIENCE, run.log)
+    ended = summary.stat().st_mtime
+    last = newest_commit(run.run_dir)
+    assert last is not None and last != before, "the stop left no checkpoint"
+    committed = (last / "COMMITTED").stat().st_mtime
+    run.cluster.wait(lambda: run.attempt() > attempt, run.job, PATIENCE, run.log)
+    return committed - signalled, ended - signalled
+
+
+def newest_commit(run_dir: Path) -> Path | None:
+    return max((path.parent for path in (run_dir / "checkpoints").glob("step-*/COMMITTED")), default=None)
+
+
+def power_off(run: Run) -> tuple[float, float, float]:
+    """Seconds from a node's power-off to the requeue, from there to the start, from there to the next new step."""
+    run.await_steps(4)
+    attempt, restarts = run.attempt(), run.told("Restarts")
+    since = time.time()
+    run.cluster.control("kill-node", run.told("BatchHost"))
+    detected = run.seconds_until(lambda: run.told("Restarts") != restarts, since)
+    held = run.seconds_until(lambda: run.told("JobState") == "RUNNING", since) - detected
+    started = run.seconds_until(lambda: run.attempt() > attempt, since) - detected - held
+    return detected, held, started
+
+
+def measure(times: int) -> list[tuple[str, float, float | None]]:
+    """(what, seconds, promise in seconds or None) of each figure."""
+    folder = Path(tempfile.mkdtemp(prefix="figures."))
+    with cluster(3, STC_CPUS="4") as started:
+        run = submit(started, folder)
+        cold = cold_start(run)
+        ways = {"TERM to its tasks": ("--signal=TERM",), "USR1 to its script": ("--batch", "--signal=USR1")}
+        stops = {name: [stop(run, *options) for _ in range(times)] for name, options in ways.items()}
+        save, step = run.save_seconds(), run.step_seconds()
+        detected, held, back = power_off(run)
+        started.client("scancel", run.job)
+        started.wait_done(run.job, PATIENCE, run.log)
+    rows: list[tuple[str, float, float | None]] = [("a step", step, None), ("a save", save, None)]
+    for name, found in stops.items():
+        rows.append((f"{name}: to the committed checkpoint", statistics.median(s[0] for s in found), save + 2 * step))
+        rows.append((f"{name}: to the end with 75", statistics.median(s[1] for s in found), save + 2 * step))
+    rows += [("cold start, to the first step", cold, None), ("power-off: Slurm's detection", detected, None)]
+    rows += [("power-off: in the queue", held, None), ("power-off: start to the first new step", back, None)]
+    rows.append(("power-off to the first new step", detected + held + back, detected + held + COLD_STARTS * cold))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=3, help="how often the run is stopped in each way")
+    options = parser.parse_args()
+    if missing():
+        print(f"cannot measure here: {missing()}", file=sys.stderr)
+        return 2
+    rows = measure(options.times)
+    print("| seconds | measured | promised at most |\n|---|---|---|")
+    for what, seconds, promise in rows:
+        print(f"| {what} | {seconds:.2f} | {'' if promise is None else f'{promise:.2f}'} |")
+    return int(any(promise is not None and seconds > promise for _, seconds, promise in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
