@@ -89,7 +89,7 @@ def cold_start(run: Run) -> float:
 
 
 def stop(run: Run, *options: str) -> tuple[float, float]:
-    """Seconds from a signal to the committed checkpoint, and to the summary that says 75; waits for the next attempt."""
+    """Seconds from a signal to the committed checkpoint, and to the summary that says 75."""
     run.await_steps(4)
     before, attempt, signalled = newest_commit(run.run_dir), run.attempt(), time.time()
     run.cluster.client("scancel", *options, run.job)
