@@ -13,8 +13,8 @@ if [ "$STABLELM_LAUNCHER" = torchrun ]; then
     launcher=(torch.distributed.run --nnodes "$STABLELM_NODES" --node-rank "$SLURM_NODEID" --max-restarts 0
         --nproc-per-node "$STABLELM_PER_NODE" "${everywhere[@]}")
 else
-    # shellcheck disable=SC2206
-    launcher=(accelerate.commands.launch ${STABLELM_ACCELERATE:---config_file configs/accelerate/fsdp2.yaml}
+    mapfile -d '' -t flags <"${0%/*}/../accelerate" # of the snapshot, which this script is in
+    launcher=(accelerate.commands.launch "${flags[@]}"
         --num_machines "$STABLELM_NODES" --num_processes $((STABLELM_NODES * STABLELM_PER_NODE))
         --machine_rank "$SLURM_NODEID" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
 fi

@@ -86,7 +86,7 @@ read_arguments() { # CONFIG... key=value... or @FILE for an array; sets files, k
 }
 
 take_snapshot() { # sets code to a copy of program, configuration files and arguments, kept in the run directory
-    local copy=$run_dir/slurm/job-$SLURM_JOB_ID new number=0 file arguments=()
+    local copy=$run_dir/slurm/job-$SLURM_JOB_ID new number=0 file kept word arguments=() flags=()
     new=$copy.new
     rm -rf "$new"
     if ! { mkdir -p "$new" && tar -C "$code" --exclude=slurm/.jobs -cf - stablelm launch slurm |
@@ -102,11 +102,16 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
         rm -f "$new/.commit"
     fi
     for file in "${files[@]}"; do
-        number=$((number + 1))
-        cp "$file" "$new/$number-${file##*/}" || return 78
-        arguments+=(--config "$copy/$number-${file##*/}")
+        keep "$file" || return 78
+        arguments+=(--config "$kept")
     done
     printf '%s\0' "${arguments[@]}" "${keys[@]}" >"$new/arguments"
+    for word in ${STABLELM_ACCELERATE:---config_file configs/accelerate/fsdp2.yaml}; do
+        file=${word#--*=}
+        [ ! -f "$file" ] || { keep "$file" && word=${word%"$file"}$kept; } || return 78
+        flags+=("$word")
+    done
+    printf '%s\0' "${flags[@]}" >"$new/accelerate"
     echo "$run_dir" >"$new/run_dir"
     helper environment >"$new/environment.txt"
     # Once here, or every rank would compile it at its start.
@@ -116,6 +121,11 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
     { mkdir -p slurm/.jobs && ln -sfn "$copy" "slurm/.jobs/$SLURM_JOB_ID"; } ||
         say "warning: $PWD/slurm cannot be written: a requeued attempt will take the program as it is then"
     code=$copy
+}
+
+keep() { # FILE: copies it into the snapshot that is being taken; sets kept to where it will lie
+    number=$((number + 1)) kept=$copy/$number-${1##*/}
+    cp "$1" "$new/${kept##*/}"
 }
 
 use_snapshot() { # sets run_dir, arguments; PYTHONPATH so that every process finds the copy first

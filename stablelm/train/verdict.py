@@ -6,6 +6,7 @@ from typing import Any
 REQUEUED = {75: "stopped early", 77: "text unavailable or damaged", 80: "a rank or node was lost", 137: "killed"}
 FINAL = {74: "storage full or unwritable", 76: "diverged", 78: "bad configuration or input"}
 FRUITLESS = 79
+AT_ONCE = {128 + 2: "INT", 128 + 10: "USR1", 128 + 15: "TERM"}  # what a second signal ends with
 FRUITLESS_ATTEMPTS = 3
 LONGEST_WAIT_SECONDS = 3600
 
@@ -51,8 +52,11 @@ def true_code(rc: int, summary: dict[str, Any], *, before: int, started: int, la
 
     `before`: attempts in provenance.json when it began, `started`: now. The launchers turn every code into 1.
     """
-    if summary.get("attempts", 0) > before and isinstance(summary.get("exit_code"), int):
-        return summary["exit_code"], str(summary.get("reason", ""))
+    code = summary.get("exit_code")
+    if summary.get("attempts", 0) > before and isinstance(code, int):
+        if code in AT_ONCE:
+            return 137, f"a second signal ({AT_ONCE[code]}) ended it before its checkpoint was committed"
+        return code, str(summary.get("reason", ""))
     if rc in REQUEUED or rc in FINAL:
         return rc, ""
     if rc in (128 + 1, 128 + 9, 128 + 10, 128 + 15):

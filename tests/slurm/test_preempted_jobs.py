@@ -98,10 +98,14 @@ def test_torchrun_in_the_job_and_the_time_limit(slurm: Cluster, tiny_corpus, und
 @pytest.mark.slow
 def test_accelerate_in_the_job_and_a_signal_to_its_tasks(slurm: Cluster, tiny_corpus, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
+    flags = tmp_path / "flags.yaml"
+    flags.write_text((REPOSITORY / "configs" / "accelerate" / "fsdp2.yaml").read_text())
     job, log = submit(
-        slurm, tmp_path, [], *settings(tiny_corpus, f"run.dir={run_dir}"), STABLELM_LAUNCHER="accelerate"
+        slurm, tmp_path, [], *settings(tiny_corpus, f"run.dir={run_dir}"), STABLELM_LAUNCHER="accelerate",
+        STABLELM_ACCELERATE=f"--config_file={flags}",
     )  # fmt: skip
     slurm.wait(lambda: reached(run_dir, 5), job, PATIENCE, log)
+    flags.unlink()  # the job has its own copy
     slurm.client("scancel", "--signal=TERM", job)
     told = slurm.wait_done(job, PATIENCE, log)
     assert (told["JobState"], told["Restarts"]) == ("COMPLETED", "1"), log.read_text()

@@ -51,6 +51,8 @@ def test_the_summary_is_the_truth_if_it_is_of_this_attempt():
     assert true_code(137, summary, before=2, started=3, launcher="srun") == (77, "gone")
     assert true_code(137, summary, before=3, started=4, launcher="srun")[0] == 137
     assert true_code(143, summary, before=3, started=4, launcher="srun")[0] == 137
+    cut_short = {"exit_code": 143, "reason": "second signal", "attempts": 3}  # by the time limit or a preemption
+    assert true_code(143, cut_short, before=2, started=3, launcher="srun")[0] == 137
     assert true_code(78, {}, before=0, started=0, launcher="srun")[0] == 78
     assert true_code(1, {}, before=0, started=0, launcher="torchrun")[0] == 1
     assert true_code(1, {}, before=0, started=1, launcher="torchrun")[0] == 137
