@@ -44,7 +44,7 @@ def submit(cluster: Cluster, corpus: TinyCorpus, folder: Path, steps: int, backg
     config, files = folder / "empty.yaml", "tiny-train.{00000..00003}-of-00004.json.gz"
     config.write_text("{}\n")
     more = [
-        f"data.path=http://{DATA_HOST}:{DATA_PORT}/train/{files}", "data.retry_budget=20", "observe.hang_seconds=20",
+        f"data.path=http://{DATA_HOST}:{DATA_PORT}/train/{files}", "data.retry_budget=20", "observe.hang_seconds=40",
         "observe.first_step_seconds=120", f"checkpoint.async={str(background).lower()}",
     ]  # fmt: skip
     return cluster.submit(
