@@ -44,6 +44,7 @@ class Run:
     seed: int
     warmup_steps: int
     losses: list[float]
+    """NaN for a step whose update was left out, as in `grad_norms`."""
     grad_norms: list[float]
     val_loss: float
     """NaN where training ended before the evaluation."""
@@ -58,17 +59,18 @@ class Run:
 
     @property
     def final_loss(self) -> float:
-        return statistics.fmean(self.losses[-LAST:])
+        return statistics.fmean(made(self.losses[-LAST:]))
 
     @property
     def diverged(self) -> bool:
         """Not finite, or at the end less than LEARNED nats below the start: it learned nothing that lasted."""
         ended_well = math.isfinite(self.final_loss) and math.isfinite(self.val_loss)
-        return self.broke_off or not ended_well or self.final_loss > self.first_loss - LEARNED
+        return self.broke_off or not ended_well or not self.final_loss <= self.first_loss - LEARNED
 
     @property
     def grad_norms_after_warmup(self) -> list[float]:
-        return self.grad_norms[self.warmup_steps :] or self.grad_norms
+        """Of the steps that were made; a single NaN if there are none."""
+        return made(self.grad_norms[self.warmup_steps :] or self.grad_norms)
 
     def as_dict(self) -> dict[str, Any]:
         norms = self.grad_norms_after_warmup
@@ -85,6 +87,11 @@ class Run:
             "grad_norm_median": statistics.median(norms),
             "diverged": self.diverged,
         }
+
+
+def made(values: Sequence[float]) -> list[float]:
+    """Those of steps whose update was made; a single NaN if there are none."""
+    return [value for value in values if not math.isnan(value)] or [math.nan]
 
 
 def name_of(method: str, lr: float, seed: int) -> str:
@@ -129,6 +136,7 @@ def row_of(runs: Sequence[Run]) -> dict[str, Any]:
     best = best_lr(list(first_seed.values()))
     at_best = [run for run in runs if run.lr == best]
     losses = [run.val_loss for run in at_best]
+    norms = made([norm for run in at_best for norm in run.grad_norms_after_warmup])
     counted = {lr: math.nan if run.diverged else run.val_loss for lr, run in first_seed.items()}
     some = any(not run.diverged for run in first_seed.values())
     return {
@@ -140,8 +148,8 @@ def row_of(runs: Sequence[Run]) -> dict[str, Any]:
         "val_loss_by_lr": {f"{lr:g}": run.val_loss for lr, run in first_seed.items()},
         "diverged_by_lr": {f"{lr:g}": run.diverged for lr, run in first_seed.items()},
         "lr_sensitivity": lr_sensitivity(counted, first_seed[best].first_loss) if some else None,
-        "grad_norm_largest": max(max(run.grad_norms_after_warmup) for run in at_best),
-        "grad_norm_median": statistics.median(norm for run in at_best for norm in run.grad_norms_after_warmup),
+        "grad_norm_largest": max(norms),
+        "grad_norm_median": statistics.median(norms),
         "diverged": sum(run.diverged for run in runs),
         "runs": len(runs),
     }
@@ -270,4 +278,4 @@ def style_of(method: str) -> dict[str, Any]:
 def smoothed(losses: Sequence[float]) -> tuple[list[int], list[float]]:
     """(steps, running means) over the last SMOOTH steps of each."""
     steps = list(range(1, len(losses) + 1))
-    return steps, [statistics.fmean(losses[max(0, step - SMOOTH) : step]) for step in steps]
+    return steps, [statistics.fmean(made(losses[max(0, step - SMOOTH) : step])) for step in steps]

@@ -32,7 +32,7 @@ class StorageError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss is not finite any more."""
+    """Too many updates in a row had to be left out, or spikes went on after all rewinds."""
 
     exit_code = 76
 

@@ -95,6 +95,8 @@ def describe(kind: Any) -> str:
     if origin is list:
         return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
+        if len(set(arguments)) > 1:
+            return f"a list of {' and '.join(describe(part) for part in arguments)}"
         return f"a list of {len(arguments)} {_plural(arguments[0])}"
     assert origin is dict, f"no words for the type {kind}"
     return f"a mapping of names to {describe(arguments[1])}"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import data_rules, engine_rules
+from stablelm.config import data_rules, engine_rules, guard_rules
 from stablelm.config.keys import values
 from stablelm.config.load import parse_duration
 from stablelm.config.ranges import RANGES
@@ -119,6 +119,8 @@ class _Rules:
         for problem, name in data_rules.problems(self.config.data):
             self.broken(problem, name)
         self.precision(accelerate_precision)
+        for problem, names in guard_rules.problems(self.config, world_size):
+            self.broken(problem, *names)
         if sound:  # what follows divides by these numbers
             self.length()
             self.model()

@@ -187,7 +187,10 @@ class DataConfig:
     )
     lanes: int = key(768, "deterministic streams of documents; data-parallel sizes must divide it", identity=True)
     shuffle_block: int = key(64, "rows shuffled together inside a file", unit="documents", identity=True)
-    workers: int = key(1, "threads that read and tokenize ahead of the step; 0: in the step itself")
+    workers: int = key(1, "workers that read and tokenize ahead of the step, a rank; 0: it is done in the step itself")
+    worker_kind: Literal["thread", "process"] = key(
+        "thread", "thread: part of the rank; process: one beside it, for more tokens than a core makes"
+    )
     prefetch: int = key(2, "batches kept ready by the workers")
     text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
     storage: dict[str, str | int | float | bool] = key(
@@ -260,6 +263,10 @@ class ObserveConfig:
     layers_every: int = key(0, "steps between measurements of every layer on a fixed batch; 0: never", unit="steps")
     profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
     memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
+    hang_seconds: float = key(
+        600.0, "a rank that gets no further for this long is hung: the run ends with 80", unit="s"
+    )
+    first_step_seconds: float = key(3600.0, "the same until the first step is finished, which compiles", unit="s")
 
 
 @dataclass(frozen=True)
@@ -272,6 +279,40 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class GuardsConfig:
+    spike: Literal["none", "skip", "rewind"] = key(
+        "none",
+        "on a spike: nothing; leave out updates whose gradient norm is one; or return to the last checkpoint and jump "
+        "over the data around it",
+        identity=True,
+    )
+    window: int = key(128, "finished steps that a spike is compared to, spikes not among them", identity=True)
+    threshold: float = key(
+        10.0,
+        "a spike's loss or gradient norm lies this many spreads (1.4826 MAD) above the window's median",
+        identity=True,
+    )
+    skip_data: int = key(16, "batches jumped over by a rewind, the spike's in their middle", identity=True)
+    max_rewinds: int = key(3, "rewinds of a run, after which a spike ends it with exit code 76")
+    max_skips: int = key(20, "updates left out in a row; one more ends the run with exit code 76", unit="steps")
+    recheck: bool = key(
+        False, "run a batch whose update was left out once more: the same bits speak for bad data, others for hardware"
+    )
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    allow: bool = key(False, "faults on purpose, for tests; every other key here needs it")
+    bad_batch: int | None = key(None, "number of the batch, from 1, whose loss is not finite")
+    spike: float | None = key(None, "what multiplies that batch's loss instead")
+    hang: tuple[int, int] | None = key(None, "[rank, step]: where the first attempt hangs")
+    crash: tuple[int, int] | None = key(None, "[rank, step]: where the first attempt raises an error")
+    slow: tuple[int, float] | None = key(None, "[rank, seconds]: who sleeps in every step, and how long")
+    corrupt_save: int | None = key(None, "step whose checkpoint is damaged once it is committed, in the first attempt")
+    full_disk: int | None = key(None, "step whose save finds the disk full, in the first attempt")
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = key(RunConfig, "the run and its directory")
     model: ModelConfig = key(ModelConfig, "the decoder")
@@ -281,3 +322,5 @@ class Config:
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving")
     observe: ObserveConfig = key(ObserveConfig, "records and traces")
     evaluate: EvaluateConfig = key(EvaluateConfig, "validation")
+    guards: GuardsConfig = key(GuardsConfig, "what is done about updates that would do harm")
+    faults: FaultsConfig = key(FaultsConfig, "faults on purpose")

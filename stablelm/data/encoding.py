@@ -8,7 +8,10 @@ IGNORED = -100  # as a target: no target
 
 
 class Encoder(Protocol):
-    """What the data layer needs of a tokenizer; `sha256` names it in prepared shards."""
+    """What the data layer needs of a tokenizer; `sha256` names it in prepared shards.
+
+    `encode_arrays` gives the tokens of each document and its eos, int32 (length,).
+    """
 
     @property
     def eos(self) -> int: ...
@@ -16,13 +19,9 @@ class Encoder(Protocol):
     @property
     def sha256(self) -> str: ...
 
-    def encode_array(self, text: str) -> np.ndarray: ...
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]: ...
 
 
 def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:
     """Tokens of a document and its eos, int32 (length,)."""
-    ids = tokenizer.encode_array(text)
-    tokens = np.empty(len(ids) + 1, np.int32)
-    tokens[:-1] = ids
-    tokens[-1] = tokenizer.eos
-    return tokens
+    return tokenizer.encode_arrays([text])[0]

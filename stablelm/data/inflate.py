@@ -82,7 +82,7 @@ def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[byt
             yield from _unzstd(file, starts)
         else:
             yield from _plain(file, starts)
-    except (zlib.error, _zstd_error()) as error:
+    except (*deflate.ERRORS, _zstd_error()) as error:
         raise Damaged(
             f"{file.url}: damaged near byte {file.offset} ({words(error)}); "
             "replace it by an intact copy, then run again"
@@ -137,7 +137,7 @@ def _search(member: "_Member", data: bytes, at: int, starts: Starts) -> None:
     if block is None or len(block.window) < min(size + block.before, deflate.WINDOW):
         starts.failed(at)
         return
-    crc = zlib.crc32(memoryview(member.out)[: block.before], crc)
+    crc = deflate.crc32(memoryview(member.out)[: block.before], crc)
     ahead = len(member.out) - block.before
     starts.offer(Start(8 * at + block.bit, ahead, crc, size + block.before, zlib.compress(block.window, 1)))
 
@@ -168,7 +168,7 @@ class _Member:
         if self._bit:
             data, self._bit = deflate.padding(self._bit, data[0]) + data[1:], 0
         self.out = self._inflater.decompress(data)
-        self.crc = zlib.crc32(self.out, self.crc)
+        self.crc = deflate.crc32(self.out, self.crc)
         self.size += len(self.out)
         self.unused = self._inflater.unused_data
         return self.out

@@ -1,15 +1,17 @@
 """What is looked at in a corpus before anything is created: form, completeness, size.
 
-Only local files are opened; those of other stores are read when training starts.
+Local files are all opened; of those in other stores the first and the last are.
 """
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from stablelm.data import parquet
 from stablelm.data.options import ReadOptions
+from stablelm.data.rangefile import RangeFile
 from stablelm.data.source import document_text, documents, is_parquet, rows_from
-from stablelm.data.stores import local_path
+from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
 
@@ -38,7 +40,24 @@ def check(files: list[str], *, key: str, column: str = "text") -> None:
         whole = size <= min(SMALL_FILE, budget)
         budget -= size if whole else 0
         try:
-            _read(path, key, column, whole)
+            _read(path, key, ReadOptions(retry_budget=0, text_column=column), whole)
+        except DataError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
+    """The first and the last of the remote files can be read by ranges and hold text, as `check` finds it.
+
+    A store that does not answer is waited for as in training. Raises ConfigError under `key`.
+    """
+    urls = [file for file in files if local_path(file) is None]
+    options = replace(options, cache_bytes=0)  # a few bytes are no reason to fetch a whole file
+    for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
+        try:
+            with RangeFile(url, options) as file:
+                size, head = file.stamp().size, file.read(4)
+            _check_content(url, size, head or b"", key)
+            _read(url, key, options, whole=size <= SMALL_FILE)
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
 
@@ -100,22 +119,28 @@ def _check_form(path: str, size: int, key: str) -> None:
         raise ConfigError(f"{key}: {path!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
     with open(path, "rb") as file:
         head = file.read(4)
+    _check_content(path, size, head, key)
+
+
+def _check_content(path: str, size: int, head: bytes, key: str) -> None:
     if size == 0:
         raise ConfigError(f"{key}: {path!r} is empty; leave it out or fetch it again")
     content = next((name for magic, name in MAGIC.items() if head.startswith(magic)), "plain")
-    expected = {".gz": "gzip", ".zst": "zstandard", ".parquet": "parquet"}.get(os.path.splitext(path)[1], "plain")
+    expected = {".gz": "gzip", ".zst": "zstandard", ".parquet": "parquet"}.get(
+        os.path.splitext(base_name(path))[1], "plain"
+    )
     if content != expected:
         raise ConfigError(
             f"{key}: {path!r} holds {content} data, but its name says {expected}; rename it or fetch it again"
         )
 
 
-def _read(path: str, key: str, column: str, whole: bool) -> None:
-    rows = rows_from(path, 0, ReadOptions(retry_budget=0, text_column=column))[1]
+def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
+    rows = rows_from(path, 0, options)[1]
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
-    document_text(first, url=path, column=column)
+    document_text(first, url=path, column=options.text_column)
     if whole:
         _count(rows)
 

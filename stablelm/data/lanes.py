@@ -18,11 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelm.data.encoding import Encoder, document_tokens
+from stablelm.data.encoding import Encoder
 from stablelm.data.options import ReadOptions
-from stablelm.data.shards import source_name
+from stablelm.data.shard_format import source_name
 from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
+
+# Streamed documents that are encoded together: fewer at once cost more for each, more come in bursts.
+TOGETHER = 32
+FIRST = 4  # a start waits for these alone
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class Cursor:
 
     def to_list(self) -> list[int]:
         return list(astuple(self))
+
+    def cursor(self) -> "Cursor":
+        """Itself, as of any place."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -188,26 +196,50 @@ class Lane:
         entries = Entries(self._order, self._lane)
         for cursor, url, waiting in self._blocks(start, entries):
             entries.found = entries.found or bool(waiting)
-            index = cursor.index
+            epoch, entry, block, index = cursor.epoch, cursor.entry, cursor.block, cursor.index
             while waiting:
-                yield replace(cursor, index=index), self._text(url, waiting.pop())
+                yield Cursor(epoch, entry, block, index, 0), self._text(url, waiting.pop())
                 index += 1
 
     def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
-        """The tokens of these documents: one a chunk, or with `whole_blocks` the rest of a block.
+        """The tokens of these documents, a few a chunk, or with `whole_blocks` the rest of a block.
 
-        Raises DataError as `documents` does; with `whole_blocks` a document of eos alone counts as none.
+        Raises DataError as `documents` does, after the documents before or with `whole_blocks` the blocks before;
+        a document of eos alone counts as none then.
         """
-        if not whole_blocks:
-            for cursor, text in self.documents(start):
-                tokens = document_tokens(encoder, text)
-                yield Chunk(cursor, tokens, np.array([len(tokens)]))
-        entries = Entries(self._order, self._lane)
+        entries, counts = Entries(self._order, self._lane), self._counts()
         for cursor, url, waiting in self._blocks(start, entries):
-            parts = [document_tokens(encoder, self._text(url, row)) for row in reversed(waiting)]
-            entries.found = entries.found or any(len(part) > 1 for part in parts)
-            if parts:
-                yield Chunk(cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+            index = cursor.index
+            while waiting:
+                limit = len(waiting) if whole_blocks else next(counts)
+                parts, error = self._encoded(url, waiting, encoder, limit=limit)
+                entries.found = entries.found or not whole_blocks or any(len(part) > 1 for part in parts)
+                # Best-fit packing of half a block would give other windows than that of the mended file.
+                if parts and not (whole_blocks and error):
+                    ends = np.cumsum([len(part) for part in parts])
+                    yield Chunk(replace(cursor, index=index), np.concatenate(parts), ends)
+                    index += len(parts)
+                if error is not None:
+                    raise error
+
+    def _counts(self) -> Iterator[int]:
+        """How many documents to encode at a time. The second number differs among lanes, or all would come at once."""
+        yield FIRST
+        yield 1 + (self._lane * 40503 >> 11) % TOGETHER
+        while True:
+            yield TOGETHER
+
+    def _encoded(
+        self, url: str, waiting: list[Row], encoder: Encoder, *, limit: int
+    ) -> tuple[list[np.ndarray], DataError | None]:
+        """Tokens of the next rows, at most `limit`, which are taken from `waiting`, and what is wrong with the next."""
+        texts, wrong = [], None
+        try:
+            while waiting and len(texts) < limit:
+                texts.append(self._text(url, waiting.pop()))
+        except DataError as error:
+            wrong = error
+        return encoder.encode_arrays(texts) if texts else [], wrong
 
     def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
         """(cursor of the next row, file, rows from there on with the next one last) of each block."""

@@ -1,7 +1,7 @@
 """Batches of one rank, in an order that depends on neither world size nor workers.
 
 Sample n = data_step * global_batch_size + row comes from lane n mod Λ. Rank r of W owns the lanes ≡ r
-and so the rows ≡ r mod W. Worker threads each serve some of the rank's lanes, so a lane has one reader.
+and so the rows ≡ r mod W. Workers, threads or processes, each serve some of the rank's lanes, so a lane has one reader.
 """
 
 import time
@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
 from stablelm.data.encoding import IGNORED, Encoder
-from stablelm.data.lanes import Cursor, Order, Place
-from stablelm.data.mixture import Cursors, MixedWindows, Mixture, Places
-from stablelm.data.options import ReadOptions
-from stablelm.data.packing import Windows
-from stablelm.data.producer import Producer, Row, allow_open_files
-from stablelm.data.source_windows import SourceWindows
+from stablelm.data.lanes import Cursor, Place
+from stablelm.data.mixture import Cursors, Places
+from stablelm.data.producer import Producer, allow_open_files
+from stablelm.data.rows import Maker, Row
+from stablelm.data.run_text import RunText, of_source
+from stablelm.data.worker import Task, WorkerProcess
 
 if TYPE_CHECKING:
     import torch
@@ -65,23 +64,17 @@ class Loader:
         assert data.lanes % world_size == 0
         assert global_batch_size % world_size == 0
         self.wait_seconds = 0.0
-        self._tokenizer, self._data = tokenizer, data
-        sources = files if isinstance(files, Mapping) else {"": files}
-        self._orders = {
-            name: Order(
-                own, seed=f"{seed}/{name}" if name else seed, lanes=data.lanes, shuffle_block=data.shuffle_block
-            )
-            for name, own in sources.items()
-        }
-        self._mixture = Mixture.of(mixture.sources(data), seed=seed) if data.mixture else None
-        self._batch = global_batch_size
+        self._data = data
+        sources = dict(files) if isinstance(files, Mapping) else {"": files}
+        self._text = RunText(sources, tokenizer, data, seed, global_batch_size)
+        self._orders = self._text.orders()
         self._lanes = range(rank, data.lanes, world_size)
         self._rows = global_batch_size // world_size
         self._documents = documents
         self._padding = self._given = 0  # tokens and windows
         self._data_step = 0
         self._cursors: dict[int, Cursor | Cursors] = {}  # where it began
-        self._places: dict[int, Place | Places] = {}  # where lanes that have moved since are
+        self._places: dict[int, Place | Places | Cursor | Cursors] = {}  # where lanes that have moved since are
         self._producer: Producer | None = None
         self._closed = False
 
@@ -142,42 +135,36 @@ class Loader:
         if producer is not None:
             producer.close()
 
-    def _start(self) -> "Producer":
+    def _start(self) -> Producer:
         allow_open_files(len(self._lanes) * len(self._orders))
-        # Ahead of the batch being asked for, at least one row must be allowed.
-        ahead = max(self._data.prefetch, 1) * self._rows
-        first = self._data_step * self._rows
-        borders = self._documents or self._data.packing == "best_fit"
+        workers = min(self._data.workers, len(self._lanes))
+        processes = workers > 0 and self._data.worker_kind == "process"
         return Producer(
-            self._packers(),
-            self._lanes,
-            first,
+            self._processes(workers) if processes else self._threads(max(workers, 1)),
+            len(self._lanes),
+            self._data_step * self._rows,
             batch=self._rows,
-            workers=self._data.workers,
-            ahead=ahead,
-            borders=borders,
+            # Ahead of the batch being asked for, at least one row must be allowed.
+            ahead=max(self._data.prefetch, 1) * self._rows,
+            # A process has the next request before its answer is taken, so that it does not stand idle.
+            depth=2 if processes else 1,
+            threads=workers > 0,
         )
 
-    def _packers(self) -> list[Windows]:
-        """The windows of each lane of this rank."""
-        options = ReadOptions.of(self._data, lanes=len(self._lanes) * len(self._orders))
-        shared = {
-            name: SourceWindows(order, self._tokenizer, self._data, lanes=len(self._lanes), options=options)
-            for name, order in self._orders.items()
-        }
-        if self._mixture is None:
-            (source,) = shared.values()
-            return [source.of(lane, _of_source(self._cursors.get(lane), "")) for lane in self._lanes]
-        mixture = self._mixture
-        return [self._mixed(lane, shared, mixture) for lane in self._lanes]
+    def _task(self, mine: range) -> Task:
+        borders = self._documents or self._data.packing == "best_fit"
+        cursors = {self._lanes[place]: self._cursors.get(self._lanes[place]) for place in mine}
+        known = {lane: cursor for lane, cursor in cursors.items() if cursor is not None}
+        return Task(self._text, mine, self._lanes, known, self._data_step, borders)
 
-    def _mixed(self, lane: int, shared: dict[str, SourceWindows], mixture: Mixture) -> MixedWindows:
-        cursors = self._cursors.get(lane) or Cursors()
-        assert isinstance(cursors, Cursors)
-        parts = {name: source.of(lane, cursors.get(name)) for name, source in shared.items()}
-        samples = self._data_step * self._batch
-        given = max(0, -(-(samples - lane) // self._data.lanes))
-        return MixedWindows(parts, mixture, lane=lane, lanes=self._data.lanes, batch=self._batch, given=given)
+    def _threads(self, count: int) -> list[Maker]:
+        """Threads share what they read of files that several lanes need."""
+        everything = self._task(range(len(self._lanes))).maker()
+        return [everything.share(range(index, len(self._lanes), count)) for index in range(count)]
+
+    def _processes(self, count: int) -> list[Maker]:
+        shares = (range(index, len(self._lanes), count) for index in range(count))
+        return [WorkerProcess(self._task(mine)) for mine in shares]
 
     def epochs(self) -> dict[str, float]:
         """How often each source was read, by name ('' for the only one): the mean over this rank's lanes.
@@ -187,19 +174,10 @@ class Loader:
         moved = self._cursors | {lane: place.cursor() for lane, place in self._places.items()}
         told = {}
         for name, order in self._orders.items():
-            cursors = [_of_source(moved.get(lane), name) for lane in self._lanes]
+            cursors = [of_source(moved.get(lane), name) for lane in self._lanes]
             turns = [order.turns(cursor) if cursor else 0.0 for cursor in cursors]
             told[name] = sum(turns) / len(turns)
         return told
-
-
-def _seed(seed: int, name: str) -> int | str:
-    """Of the order of a source: files of several sources may have the same names."""
-    return f"{seed}/{name}" if name else seed
-
-
-def _of_source(cursor: Cursor | Cursors | None, name: str) -> Cursor | None:
-    return cursor.get(name) if isinstance(cursor, Cursors) else cursor
 
 
 def _read_cursor(saved: Any) -> Cursor | Cursors:

@@ -63,6 +63,10 @@ class Cursors(dict[str, Cursor]):
     def to_list(self) -> dict[str, list[int]]:
         return {name: cursor.to_list() for name, cursor in self.items()}
 
+    def cursor(self) -> "Cursors":
+        """Itself, as of any place."""
+        return self
+
 
 class Places(NamedTuple):
     """The places of one lane in each source."""

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from stablelm.data import masks, shards
+from stablelm.data import masks, shard_format
 from stablelm.data.encoding import document_tokens
 from stablelm.data.masks import Features, Filters
 from stablelm.data.options import ReadOptions
@@ -22,7 +22,8 @@ from stablelm.data.output import Output
 from stablelm.data.pool import run_all
 from stablelm.data.rangefile import RangeFile
 from stablelm.data.shard_corpus import MANIFEST
-from stablelm.data.shards import MASK, SUFFIX, Footer, Shard
+from stablelm.data.shard_format import MASK, SUFFIX, Footer
+from stablelm.data.shards import Shard
 from stablelm.data.source import documents
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def prepare(request: Request, message: Callable[[str], None]) -> None:
     for each, left_out in zip(told, _masks(request, footers, message), strict=True):
         each |= {"masked_rows": 0, "mask_sha256": None} if left_out is None else left_out
     manifest = {
-        "version": shards.VERSION,
+        "version": shard_format.VERSION,
         "tokenizer": footers[0].tokenizer,
         "pieces": footers[0].pieces,
         "eos": footers[0].eos,
@@ -116,7 +117,7 @@ def _make(task: Task) -> Made:
         return Made(found, kept=True)
 
     def write(file: IO[bytes]) -> Footer:
-        return shards.write(
+        return shard_format.write(
             file,
             ((document_tokens(tokenizer, text), len(text.encode())) for text in _texts(task)),
             source=name,

@@ -14,11 +14,13 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config, DataConfig
 from stablelm.data import training
 from stablelm.data.embedded import embedded
+from stablelm.data.encoding import document_tokens
 from stablelm.data.lanes import Lane, Order
 from stablelm.data.loader import Batch, Loader
 from stablelm.data.options import ReadOptions
+from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards, is_shard
+from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
@@ -140,7 +142,7 @@ def _documents(order: Order, lane: int, tokenizer: Tokenizer, data: DataConfig) 
         return
     files = SharedFiles(len(order.files), options=options)
     for _, text in Lane(order, lane, files, options=options).documents(start):
-        yield np.append(tokenizer.encode_array(text), tokenizer.eos), text
+        yield document_tokens(tokenizer, text), text
 
 
 def _table(title: str, found: Statistics) -> Table:

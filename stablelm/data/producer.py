@@ -1,56 +1,36 @@
-"""Rows of a rank, made ahead by threads that each serve some of its lanes."""
+"""Rows of a rank, made ahead by threads that each serve some of its lanes or listen to a process that does."""
 
 import threading
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Sequence
 
-import numpy as np
-
-from stablelm.data.lanes import Place
-from stablelm.data.mixture import Places
-from stablelm.data.packing import Windows
+from stablelm.data.rows import Maker, Row
 
 # Descriptors left to everything but the lanes' open files.
 OTHER_FILES = 256
-NO_BORDERS = np.zeros(0, np.int64)
-
-
-class Row(NamedTuple):
-    window: np.ndarray  # (seq_len+1,) integers
-    lane: int
-    place: Place | Places  # after the window
-    filled: int
-    borders: np.ndarray  # only where they are needed
 
 
 class Producer:
-    """Rows of a rank by number: row m is the next window of its lane m mod (lanes of the rank).
+    """Rows of a rank by number.
 
-    Worker i of T serves the rank's lanes ≡ i mod T, in the order of the rows, at most `ahead` rows
-    before the batch that was last asked for ends. Without workers `take` makes the rows itself.
+    Maker i of T serves the rank's lanes ≡ i mod T, and so its rows ≡ i mod T within each turn of the lanes; a thread
+    each keeps it at work, at most `ahead` rows before the batch that was last asked for ends, with `depth` batches
+    asked for at a time. Without threads there is one maker, which works when `take` is called.
     """
 
     def __init__(
-        self,
-        packers: list[Windows],
-        lanes: range,
-        first: int,
-        *,
-        batch: int,
-        workers: int,
-        ahead: int,
-        borders: bool,
+        self, makers: Sequence[Maker], lanes: int, first: int, *, batch: int, ahead: int, depth: int, threads: bool
     ):
-        self._packers, self._lanes, self._borders = packers, lanes, borders
-        self._batch, self._ahead = batch, ahead
+        self._makers, self._lanes = makers, lanes
+        self._batch, self._ahead, self._depth = batch, ahead, depth
         self._ready: dict[int, Row | BaseException] = {}
         self._limit = first + ahead
         self._closed = False
         lock = threading.Lock()
         self._room, self._filled = threading.Condition(lock), threading.Condition(lock)
-        workers = min(workers, len(packers))
         self._threads = [
-            threading.Thread(target=self._work, args=(first, index, workers), name=f"data-{index}", daemon=True)
-            for index in range(workers)
+            threading.Thread(target=self._work, args=(first, index), name=f"data-{index}", daemon=True)
+            for index in range(len(makers) if threads else 0)
         ]
         for thread in self._threads:
             thread.start()
@@ -58,7 +38,9 @@ class Producer:
     def take(self, numbers: range) -> list[Row]:
         """The rows of these numbers; raises what their making raised."""
         if not self._threads:
-            return [self._make(number) for number in numbers]
+            (maker,) = self._makers
+            maker.ask(numbers)
+            return list(maker.receive())
         rows = []
         with self._filled:
             self._limit = numbers.stop + self._ahead
@@ -79,43 +61,48 @@ class Producer:
             self._closed = True
             self._room.notify_all()
             self._filled.notify_all()
+        for maker in self._makers:
+            maker.close()
         for thread in self._threads:
             # One that waits for a store ends by itself later; a daemon does not keep the program alive.
             thread.join(timeout=1.0)
 
-    def _make(self, number: int) -> Row:
-        place = number % len(self._packers)
-        packer = self._packers[place]
-        window = packer.next()
-        borders = packer.borders if self._borders else NO_BORDERS
-        return Row(window, self._lanes[place], packer.place, packer.filled, borders)
-
-    def _work(self, first: int, index: int, workers: int) -> None:
+    def _work(self, first: int, index: int) -> None:
+        maker, asked = self._makers[index], deque[list[int]]()
         while True:
             with self._room:
-                while first >= self._limit and not self._closed:
+                while not asked and first >= self._limit and not self._closed:
                     self._room.wait()
-                if self._closed:
-                    return
-            # The rows of a batch are handed over together: a thread's turn costs more than a row of shards.
-            made: dict[int, Row | BaseException] = {}
-            failed = False
-            for number in range(first, first + self._batch):
-                if self._closed:
-                    return
-                if number % len(self._packers) % workers != index:
-                    continue
-                try:
-                    made[number] = self._make(number)
-                except BaseException as error:
-                    made[number], failed = error, True
-                    break
+                limit = self._limit
+            while len(asked) < self._depth and first < limit:
+                asked.append(self._share(range(first, first + self._batch), index))
+                maker.ask(asked[-1])
+                first += self._batch
+            made = self._receive(maker, asked.popleft()) if asked else {}
             with self._filled:
+                if self._closed:
+                    return
+                # The rows of a batch are handed over together: a thread's turn costs more than a row of shards.
                 self._ready |= made
                 self._filled.notify()
-            if failed or self._closed:
+            if any(isinstance(row, BaseException) for row in made.values()):
                 return
-            first += self._batch
+
+    def _share(self, numbers: range, index: int) -> list[int]:
+        return [number for number in numbers if number % self._lanes % len(self._makers) == index]
+
+    def _receive(self, maker: Maker, numbers: list[int]) -> dict[int, Row | BaseException]:
+        made: dict[int, Row | BaseException] = {}
+        rows = maker.receive()
+        for number in numbers:
+            if self._closed:
+                break
+            try:
+                made[number] = next(rows)
+            except BaseException as error:
+                made[number] = error
+                break
+        return made
 
 
 def allow_open_files(lanes: int) -> None:

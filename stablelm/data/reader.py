@@ -46,9 +46,12 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[R
     return 0, _closing(file, _split(pieces(file, None, starts), starts, 0, 0))
 
 
-def _closing(file: RangeFile, rows: Iterator[Row]) -> Iterator[Row]:
-    with file:
-        yield from rows
+def _closing(file: RangeFile, runs: Iterator[list[Row]]) -> Iterator[Row]:
+    def closing() -> Iterator[list[Row]]:
+        with file:
+            yield from runs
+
+    return chain.from_iterable(closing())
 
 
 def _after(chunks: Iterator[bytes], place: Place) -> Iterator[bytes] | None:
@@ -64,32 +67,27 @@ def _after(chunks: Iterator[bytes], place: Place) -> Iterator[bytes] | None:
     return None
 
 
-def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int) -> Iterator[Row]:
-    """Lines of the chunks; `number` lines and `row` rows came before them."""
+def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int) -> Iterator[list[Row]]:
+    """Lines of the chunks, those that end in one together; `number` lines and `row` rows came before them."""
     carry: list[bytes] = []
     for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        carry.append(first)
-        if not rest:
+        lines = chunk.split(b"\n")
+        begun = len(lines[0]) + 1
+        carry.append(lines[0])
+        if len(lines) == 1:
             starts.passed(len(chunk), None, row, number)
             continue
-        rest.insert(0, b"".join(carry))
-        carry = [rest.pop()]
-        begun = len(first) + 1
-        rest.reverse()
-        while rest:  # each line is let go when it is taken
-            line = rest.pop()
-            number += 1
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            blank = not line or line.isspace()
-            if begun:
-                starts.passed(len(chunk), begun, row + (not blank), number)
-                begun = 0
-            if not blank:
-                row += 1
-                yield number, line
+        lines[0] = b"".join(carry)
+        carry = [lines.pop()]
+        if number == 0:
+            lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+        rows = [(at, line) for at, line in enumerate(lines, number + 1) if line and not line.isspace()]
+        starts.passed(len(chunk), begun, row + (bool(rows) and rows[0][0] == number + 1), number + 1)
+        number += len(lines)
+        row += len(rows)
+        del lines  # rows are let go one by one
+        yield rows
     line = b"".join(carry)
     line = line if number else line.removeprefix(BYTE_ORDER_MARK)
     if line and not line.isspace():
-        yield number + 1, line
+        yield [(number + 1, line)]

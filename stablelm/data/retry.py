@@ -155,5 +155,7 @@ def _mend(error: BaseException) -> str:
 
 def words(error: BaseException) -> str:
     """An error in one short line."""
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return words(error.__cause__)  # see `hopeless`
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return " ".join(str(text).split())[:200]

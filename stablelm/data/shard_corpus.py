@@ -10,7 +10,8 @@ from typing import Any
 from stablelm.data.corpus import braces
 from stablelm.data.options import ReadOptions
 from stablelm.data.pages import RemoteFile
-from stablelm.data.shards import SUFFIX, Shard, read_mask, source_name
+from stablelm.data.shard_format import SUFFIX, source_name
+from stablelm.data.shards import Shard, read_mask
 from stablelm.data.stores import local_path
 from stablelm.errors import ConfigError, DataError
 

@@ -1,131 +1,22 @@
-"""Prepared shards: the tokens of one source file in one file, row by row in the same order.
-
-Layout, little-endian: the tokens of all rows, eos after each (uint16, or uint32 for more than 65,535
-pieces), zeros up to a multiple of 8, the end of each row counted in tokens (uint64), a footer in JSON,
-and a tail of 16 bytes: the footer's length (uint64) and a magic word. A mask beside it (`.mask`) has one
-bit a row, lowest bit first; a row whose bit is 1 is left out, which is the same as a row without tokens.
-"""
+"""Reading prepared shards: rows by number as arrays of tokens, from any store; see `shard_format` for the layout."""
 
 import hashlib
-import json
 import mmap
-import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import IO, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from stablelm.data.options import ReadOptions
 from stablelm.data.pages import Pages, RemoteFile
-from stablelm.data.stores import base_name, local_path
+from stablelm.data.shard_format import MAKE, Content, mask_url, read_footer, source_name
+from stablelm.data.stores import local_path
 from stablelm.errors import DataError
 
-SUFFIX, MASK = ".tokens", ".mask"
-VERSION = 1
-MAGIC = b"LMTOKENS"
-TAIL = struct.Struct("<Q8s")
-LARGEST_SMALL = 65_535  # pieces whose ids fit 16 bits
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
-MAKE = "make it again with data/prepare.py"
-
-
-def is_shard(url: str) -> bool:
-    """Whether a file is a prepared shard, by its name."""
-    return base_name(url).endswith(SUFFIX)
-
-
-def source_name(url: str) -> str:
-    """Base name of a file of text, whether it is given itself or as its shard."""
-    return base_name(url).removesuffix(SUFFIX)
-
-
-def mask_url(url: str) -> str:
-    """Where the mask of a shard lies, if it has one."""
-    head, mark, query = url.partition("?")
-    return head.removesuffix(SUFFIX) + MASK + mark + query
-
-
-@dataclass(frozen=True)
-class Footer:
-    """What a shard says of itself. `text_bytes`: UTF-8 bytes of its documents; `sha256`: of all before the footer."""
-
-    version: int
-    source: str
-    source_size: int
-    tokenizer: str
-    pieces: int
-    eos: int
-    rows: int
-    tokens: int
-    text_bytes: int
-    sha256: str
-
-    @property
-    def dtype(self) -> np.dtype:
-        return token_type(self.pieces)
-
-    @property
-    def index(self) -> int:
-        """Byte at which the ends of the rows begin."""
-        return -(-self.tokens * self.dtype.itemsize // 8) * 8
-
-    @property
-    def start(self) -> int:
-        """Byte at which the footer begins."""
-        return self.index + 8 * self.rows
-
-
-def token_type(pieces: int) -> np.dtype:
-    return np.dtype("<u2" if pieces <= LARGEST_SMALL else "<u4")
-
-
-def write(
-    file: IO[bytes],
-    documents: Iterable[tuple[np.ndarray, int]],
-    *,
-    source: str,
-    source_size: int,
-    tokenizer: str,
-    pieces: int,
-    eos: int,
-) -> Footer:
-    """Writes a shard of `documents`: (tokens with eos, bytes of the text) of each row, in order."""
-    digest, kind = hashlib.sha256(), token_type(pieces)
-    lengths: list[int] = []
-    text_bytes = 0
-
-    def put(data: bytes) -> None:
-        digest.update(data)
-        file.write(data)
-
-    for tokens, size in documents:
-        put(tokens.astype(kind).tobytes())
-        lengths.append(len(tokens))
-        text_bytes += size
-    ends = np.cumsum(lengths, dtype="<u8")
-    total = int(ends[-1]) if lengths else 0
-    put(bytes(-total * kind.itemsize % 8))
-    put(ends.tobytes())
-    footer = Footer(
-        VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, digest.hexdigest()
-    )
-    words = json.dumps(asdict(footer)).encode()
-    file.write(words + TAIL.pack(len(words), MAGIC))
-    return footer
-
-
-class Content(Protocol):
-    """Bytes of a shard, wherever it lies. `size`: all of them."""
-
-    size: int
-
-    def read(self, start: int, stop: int) -> bytes | memoryview: ...
-
-    def unchanged(self) -> None: ...
 
 
 class LocalContent:
@@ -168,7 +59,7 @@ class Shard:
     ):
         self.url = url
         self._content = _open(url, options, pages)
-        self.footer = _footer(self._content, url)
+        self.footer = read_footer(self._content, url)
         if tokenizer is not None and self.footer.tokenizer != tokenizer:
             raise DataError(
                 f"{url}: made with another tokenizer (sha256 {self.footer.tokenizer[:12]}..., the run has "
@@ -296,26 +187,6 @@ def _open(url: str, options: ReadOptions, pages: Pages | None) -> Content:
     if path is not None:
         return LocalContent(path)
     return RemoteFile(url, pages or Pages(1), options=options)
-
-
-def _footer(content: Content, url: str) -> Footer:
-    broken = DataError(f"{url}: no whole shard of tokens; {MAKE}")
-    if content.size < TAIL.size:
-        raise broken
-    length, magic = TAIL.unpack(content.read(content.size - TAIL.size, content.size))
-    if magic != MAGIC or length > content.size - TAIL.size:
-        raise broken
-    try:
-        words = json.loads(bytes(content.read(content.size - TAIL.size - length, content.size - TAIL.size)))
-        version = words["version"]
-        footer = Footer(**words) if version == VERSION else None
-    except (ValueError, TypeError, KeyError):
-        raise broken from None
-    if footer is None:
-        raise DataError(f"{url}: of format {version}, this program reads {VERSION}; {MAKE}")
-    if footer.start + length + TAIL.size != content.size:
-        raise broken
-    return footer
 
 
 def _mask(url: str, rows: int, options: ReadOptions) -> np.ndarray | None:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
 
 import orjson
 
@@ -14,6 +16,8 @@ from stablelm.errors import DataError
 Row = tuple[int, bytes | None]
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
+# Rows read at once: a pass goes on beyond those that are kept.
+TOGETHER = 256
 
 
 def document_text(row: Row, *, url: str, column: str = "text") -> str:
@@ -41,6 +45,7 @@ def document_text(row: Row, *, url: str, column: str = "text") -> str:
     )
 
 
+@lru_cache(4096)  # asked for every document
 def is_parquet(url: str) -> bool:
     return base_name(url).endswith(".parquet")
 
@@ -86,7 +91,7 @@ class FileRows:
             if not self._low <= wanted.start <= reach:
                 return None
             while self._high <= wanted[-1] and not self._ended:
-                self._read_row(wanted.start)
+                self._read(min(wanted[-1] + 1 - self._high, TOGETHER), wanted.start)
             rows = [self._held[number] for number in wanted if number < self._high]
             self._forget(wanted.stop)
             return rows
@@ -97,22 +102,21 @@ class FileRows:
         first, self._rows = rows_from(self._url, max(wanted.start - margin, 0), self._options)
         self._low = self._high = first
 
-    def _read_row(self, needed: int) -> None:
+    def _read(self, count: int, needed: int) -> None:
+        """The next rows, as many as `count` if there are; those from `needed` on are not forgotten."""
         assert self._rows is not None
         if self._error is not None:
             raise self._error
+        rows: list[Row] = []
         try:
             self._begun = True
-            row = next(self._rows, None)
+            rows.extend(islice(self._rows, count))
+            self._ended = len(rows) < count
         except Exception as error:
             self._error = error  # the iterator is over now, which must not pass for the end of the file
-            raise
-        if row is None:
-            self._ended = True
-            return
-        self._held[self._high] = row
-        self._high += 1
-        self._bytes += len(row[1] or b"")
+        self._held.update(zip(range(self._high, self._high + len(rows)), rows, strict=True))
+        self._high += len(rows)
+        self._bytes += sum(len(line or b"") for _, line in rows)
         self._forget(needed)
 
     def _forget(self, below: int) -> None:

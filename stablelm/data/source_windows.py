@@ -8,8 +8,9 @@ from stablelm.data.encoding import Encoder
 from stablelm.data.lanes import Cursor, Lane, Order
 from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Packer, Windows
+from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards, is_shard
+from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
 
 

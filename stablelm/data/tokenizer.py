@@ -14,6 +14,8 @@ from stablelm.errors import ConfigError
 
 # A longer line is cut, so that SentencePiece neither skips it nor slows down on it.
 LONGEST_LINE = 4096
+# Texts from which on a call for them together costs less than one for each.
+FEW = 16
 
 
 class Tokenizer:
@@ -44,9 +46,11 @@ class Tokenizer:
         """Ids of the text alone: no bos, no eos."""
         return self._processor.encode(text)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an int32 array: a fifth cheaper than a list that becomes one."""
-        return self._processor.encode_as_numpy(text)
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text and eos after them, int32 (length,)."""
+        if len(texts) < FEW:
+            return [self._processor.encode_as_numpy(text, add_eos=True) for text in texts]
+        return self._processor.encode_as_numpy(texts, add_eos=True, num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; control pieces such as eos give nothing."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
-from stablelm.data import corpus, inspection, shard_corpus, shards
+from stablelm.data import corpus, inspection, shard_corpus, shard_format, shards
 from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
@@ -87,7 +87,7 @@ def _identity_names(files: list[str], data: DataConfig) -> list[str]:
 
 def token_arrays(files: list[str], tokenizer: Encoder, *, options: ReadOptions) -> Iterator[np.ndarray]:
     """Tokens of all documents, eos included, in base-name and file order, one or more documents at a time."""
-    if all(map(shards.is_shard, files)):
+    if all(map(shard_format.is_shard, files)):
         yield from shards.documents(files, tokenizer.sha256, options=options)
         return
     for text in documents(files, options):

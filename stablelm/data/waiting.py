@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 # Seconds of waiting before the first line on stderr, and between the following ones.
 FIRST_LINE, NEXT_LINES = 10.0, 60.0
@@ -23,6 +24,8 @@ class Wait:
 
 
 _waits: dict[int, Wait] = {}
+_waited, _waits_since = 0.0, float("nan")  # seconds that are over, and since when there have been waits now
+_relayed: dict[int, list[Wait]] = {}  # of worker processes, which tell them on stderr by themselves
 _lock = threading.Lock()
 _watcher: threading.Thread | None = None
 
@@ -30,14 +33,42 @@ _watcher: threading.Thread | None = None
 def waiting() -> list[Wait]:
     """The reads that wait now, longest first."""
     with _lock:
-        return sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
+        own = [Wait(**vars(wait)) for wait in _waits.values()]
+        return sorted(chain(own, *_relayed.values()), key=lambda wait: wait.since)
+
+
+def waited_seconds() -> float:
+    """Seconds since this process began in which one read or more waited."""
+    with _lock:
+        return _waited + (time.monotonic() - _waits_since if _waits or _relayed else 0.0)
+
+
+@contextmanager
+def _changing() -> Iterator[None]:
+    """Holds the lock for a change of what waits, and keeps count of the time."""
+    global _waited, _waits_since
+    with _lock:
+        before, now = bool(_waits or _relayed), time.monotonic()
+        yield
+        if before and not (_waits or _relayed):
+            _waited += now - _waits_since
+        elif not before:
+            _waits_since = now
+
+
+def relay(worker: object, waits: list[Wait]) -> None:
+    """What waits now in a worker process, in place of what it said before."""
+    with _changing():
+        _relayed.pop(id(worker), None)
+        if waits:
+            _relayed[id(worker)] = list(waits)
 
 
 @contextmanager
 def noted(wait: Wait) -> Iterator[None]:
     """`wait` is among those that wait inside the with block."""
     global _watcher
-    with _lock:
+    with _changing():
         _waits[id(wait)] = wait
         # A thread does not survive a fork, but the note of it does.
         if _watcher is None or not _watcher.is_alive():
@@ -46,7 +77,7 @@ def noted(wait: Wait) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock:
+        with _changing():
             del _waits[id(wait)]
 
 
@@ -65,11 +96,11 @@ def _watch() -> None:
     global _watcher
     told = float("-inf")
     while True:
-        waits = waiting()
         with _lock:
             if not _waits:
                 _watcher = None
                 return
+            waits = sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
         now = time.time()
         if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
             told = now

@@ -1,5 +1,6 @@
 """What a training step needs of an engine: the protocol that every way of sharing the work meets."""
 
+import math
 from typing import Protocol
 
 import torch
@@ -33,8 +34,12 @@ class Engine(Protocol):
         """Adds the gradient of `loss`, summed over ranks; `last` marks the step's last micro-batch."""
         ...
 
-    def step(self, lr: float) -> Tensor:
-        """Clips by global norm, updates, clears the gradients; returns the norm before clipping (0-dim, fp32)."""
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
+        """Clips by global norm, updates, clears the gradients; returns the norm before clipping (0-dim).
+
+        Where `gradients.refused(norm, largest_norm)` nothing changes on any rank: weights, moments, step counts and
+        the vectors of spectral norms stay bit for bit.
+        """
         ...
 
     def clear_gradients(self) -> None:

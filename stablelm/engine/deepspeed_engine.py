@@ -15,6 +15,7 @@ from stablelm.checkpoint.portable import clean_name
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings
+from stablelm.engine.gradients import refused
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.recompute import recompute_layers
 from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
@@ -61,6 +62,8 @@ class DeepSpeedEngine:
             names = {parameter: name for name, parameter in self.parameters().items()}
             self._places = zero_shards.places(self._engine.optimizer, self._stage, names)
             zero_shards.make_moments(self.optimizer, self._masters())
+            self._largest_norm = math.inf
+            self.optimizer.register_step_pre_hook(self._refuse)
 
     def _materialise(self, config: Config, ranks: Ranks, deepspeed: Any, wanted: dict[str, Any]) -> None:
         """Gives every parameter and buffer its seeded initial value, under zero3 one after the other in parts."""
@@ -126,14 +129,25 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks; the loss is already divided by the tokens of all ranks.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> Tensor:
-        """As in the protocol; DeepSpeed skips an update whose norm is not finite and gives infinity."""
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
+        """As in the protocol; DeepSpeed itself skips an update whose norm is not finite and gives infinity."""
         assert self.optimizer is not None, "an engine built with train=False cannot step"
         set_learning_rate(self.optimizer, lr)
+        self._largest_norm = largest_norm
         self._engine.step()
-        self.sigma.refresh()
+        norm = self._norm()
+        self.sigma.refresh(refused(norm, largest_norm))
         self.clear_gradients()
-        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device).detach()
+        return norm
+
+    def _norm(self) -> Tensor:
+        """The global norm of the step under way or of the last one, from when DeepSpeed has computed it."""
+        norm = self._engine.optimizer._global_grad_norm
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
+
+    def _refuse(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before each group's update: the norm is known by then, and the fused kernel reads the verdict."""
+        setattr(optimizer, "found_inf", refused(self._norm(), self._largest_norm).float())  # noqa: B010
 
     def clear_gradients(self) -> None:
         zero_shards.forget_gradients(self._engine.optimizer, self._stage)

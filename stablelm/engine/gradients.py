@@ -1,5 +1,7 @@
 """Global norm, clipping and averaging of gradients of which some are split over ranks and some whole on each."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +13,11 @@ def total_norm(module: nn.Module) -> Tensor:
     norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in _kinds(module)]
     plain = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(plain)) if len(plain) > 1 else plain[0]
+
+
+def refused(norm: Tensor, largest: float = math.inf) -> Tensor:
+    """Whether an update is left out, 0-dim bool: its gradient's norm is not finite or above `largest`; no host sync."""
+    return torch.logical_not(norm <= min(largest, torch.finfo(norm.dtype).max))
 
 
 def clip(module: nn.Module, largest: float, norm: Tensor) -> None:

@@ -7,7 +7,8 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from stablelm.checkpoint.agree import Together
 from stablelm.engine.environment import Launch
@@ -26,6 +27,8 @@ class Ranks:
     save_group: dist.ProcessGroup | None = None
     """For saves in the background, whose collectives must not meet those of the loop."""
     nodes: int = 1
+    store: Store | None = None
+    """Of the process group, if there are other ranks."""
 
     @property
     def is_first(self) -> bool:
@@ -67,25 +70,33 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError(f"train.precision=bf16 needs a GPU with bfloat16, which {name} has not; use fp32")
 
 
-def connect(launch: Launch, kind: str, *, timeout_minutes: float = 10) -> Ranks:
-    """Joins the process group (NCCL on GPUs, gloo on CPUs) and three gloo side groups; none for kind `single`."""
+def connect(
+    launch: Launch, kind: str, *, timeout_minutes: float = 10, collective_seconds: float | None = None
+) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and three gloo side groups; none for kind `single`.
+
+    All ranks must come within `timeout_minutes`, and each collective must end within `collective_seconds` (None: as
+    many minutes).
+    """
     device = choose_device(launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if kind == "single":
         return Ranks(0, 1, device, None, None)
-    timeout = timedelta(minutes=timeout_minutes)
-    meet: dict = {"init_method": "env://"}
-    if launch.world_size == 1:
-        meet = {"store": HashStore()}
-    elif launch.launcher == "srun":
-        meet = {"init_method": f"tcp://{launch.master_addr}:{launch.master_port}"}
+    join = timedelta(minutes=timeout_minutes)
+    timeout = join if collective_seconds is None else timedelta(seconds=collective_seconds)
+    store: Store = HashStore()
+    if launch.world_size > 1:
+        meet = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
+        store, _, _ = next(rendezvous(meet, launch.rank, launch.world_size, timeout=join))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meet)
+    own = PrefixStore("process group", store)
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=own)
     # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
     groups = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3))
     nodes = max(1, launch.world_size // launch.local_world_size)
-    return Ranks(launch.rank, launch.world_size, device, *groups, nodes=nodes)
+    shared = store if launch.world_size > 1 else None
+    return Ranks(launch.rank, launch.world_size, device, *groups, nodes=nodes, store=shared)
 
 
 def disconnect(ranks: Ranks) -> None:

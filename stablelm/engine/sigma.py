@@ -28,12 +28,20 @@ class SigmaMatrices:
         self._starts = [_start(part.weight) for part in self._maps.values()]
         self._reduce = _reducer([part.weight for part in self._maps.values()])
 
-    def refresh(self) -> None:
-        """One power iteration for all matrices; call after each optimizer step.
+    def refresh(self, skipped: Tensor | None = None) -> None:
+        """One power iteration for all matrices; call after each optimizer step, with whether it was skipped (0-dim).
 
         No all-reduce if every rank holds whole matrices, one if it holds rows, two if it holds flat ranges (ZeRO-3).
         """
+        if not self._maps:
+            return
+        vectors = [vector for part in self._maps.values() for vector in (part.u, part.v)]
+        kept = torch.cat(vectors)
         spectral.refresh(self._matrices(), self._reduce)
+        if skipped is not None:
+            found = torch.where(skipped.to(kept.device), kept, torch.cat(vectors))
+            parts = found.split([len(vector) for vector in vectors])
+            torch._foreach_copy_(vectors, parts)  # pyright: ignore[reportPrivateImportUsage]
 
     def norms(self) -> dict[str, float]:
         """Tracked sigma of every matrix by name; a collective on sharded weights."""

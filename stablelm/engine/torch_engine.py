@@ -1,5 +1,6 @@
 """The engine on torch alone: one process, DDP, FSDP2 or HSDP, chosen by `kind`."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stablelm.checkpoint.portable import clean_name
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.engine.gradients import average, clip, norms, total_norm
+from stablelm.engine.gradients import average, clip, norms, refused, total_norm
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.recompute import recompute_layers
 from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
@@ -90,14 +91,17 @@ class TorchEngine:
         if last and self._replicated:
             average(self._replicated, self._world_size)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"
         norm = total_norm(self.module)
         if self._grad_clip > 0:
             clip(self.module, self._grad_clip, norm)
         set_learning_rate(self.optimizer, lr)
+        skipped = refused(norm, largest_norm)
+        # The fused kernel reads it on the device, leaves weights and moments alone and takes the count back.
+        setattr(self.optimizer, "found_inf", skipped.float())  # noqa: B010 - torch declares no such attribute
         self.optimizer.step()
-        self.sigma.refresh()
+        self.sigma.refresh(skipped)
         self.clear_gradients()
         return norm.detach()
 

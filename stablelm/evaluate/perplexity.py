@@ -1,6 +1,7 @@
 """Loss, perplexity and bits per byte of a validation set, the same figures in any world size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,14 @@ class Scores:
         }
 
 
-def evaluate(engine: Engine, ranks: Ranks, data: ValidationSet, micro_batch_size: int) -> Scores:
-    """Mean cross-entropy over the set's valid targets.
+def evaluate(
+    engine: Engine,
+    ranks: Ranks,
+    data: ValidationSet,
+    micro_batch_size: int,
+    reached: Callable[[str], None] = lambda place: None,
+) -> Scores:
+    """Mean cross-entropy over the set's valid targets; `reached` hears how far it is.
 
     The set is cut into the same micro-batches in every world size and rank r takes those ≡ r mod W,
     so that only the order of a float64 sum can differ. Ranks without one left run an empty one,
@@ -46,6 +53,7 @@ def evaluate(engine: Engine, ranks: Ranks, data: ValidationSet, micro_batch_size
     engine.module.eval()
     with torch.no_grad():
         for first in range(0, len(parts), ranks.world_size):
+            reached(f"micro-batch {first + 1} of {len(parts)}")
             index = first + ranks.rank
             part_tokens, part_targets = parts[min(index, len(parts) - 1)]
             if index >= len(parts):

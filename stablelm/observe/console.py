@@ -54,8 +54,12 @@ def training_words(record: dict[str, Any], total: int, left: float | None) -> st
         words.append(f"lr {record['lr']:.1e}")
     if "grad_norm" in record:
         words.append(f"grad_norm {record['grad_norm']:.2f}")
+    if record.get("skipped_steps"):
+        words.append(f"skipped {record['skipped_steps']}")
     if "tokens_per_second" in record:
         words.append(f"{short_number(record['tokens_per_second'])} tokens/s")
+    if "slowest_rank" in record:
+        words.append(f"slowest rank {record['slowest_rank']} on {record['slowest_host']}")
     if record.get("step_seconds") and "data_wait_seconds" in record:
         words.append(f"data {record['data_wait_seconds'] / record['step_seconds']:.1%}")
     if left is not None:

@@ -38,6 +38,10 @@ class Profiler:
                 self._end()
         self._start_if_due(finished)
 
+    def interrupt(self) -> None:
+        """Ends a trace that is under way, for steps that will not follow one another. Raises StorageError."""
+        self._end()
+
     def close(self) -> None:
         """Ends a trace that is under way and writes the memory history. Raises StorageError."""
         self._end()

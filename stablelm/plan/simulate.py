@@ -146,13 +146,13 @@ class _Engine(TorchEngine):
         super().backward(loss, last=last)
         self.ledger.book((p.grad for p in self.module.parameters() if p.grad is not None), "gradients")
 
-    def step(self, lr: float):
+    def step(self, lr: float, *, largest_norm: float = math.inf):
         self._end()
         self._start("update")
         self._end()
         # DTensor works out the shapes of the norms on whole fake gradients; the real ones take a number each.
         self.ledger.follows = False
-        return super().step(lr)
+        return super().step(lr, largest_norm=largest_norm)
 
     def _layer_done(self, module: Any, inputs: Any, output: Any) -> None:
         held = self.ledger.current

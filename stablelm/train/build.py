@@ -14,6 +14,8 @@ from stablelm.data.options import ReadOptions
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.observe.layers import rows_for
+from stablelm.train.faults import Faults
+from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
 
@@ -66,12 +68,13 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
     }
 
 
-def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress) -> Saver:
+def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress, faults: Faults) -> Saver:
     """Saves this attempt's steps and keeps as many as configured."""
     checkpoint = prepared.config.checkpoint
 
     def committed(step: int) -> None:
         progress.checkpointed_step = step
+        faults.saved(step)
 
     return Saver(
         fence,
@@ -83,7 +86,15 @@ def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progre
 
 
 def save(
-    prepared: Prepared, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, saver: Saver, *, wait: bool
+    prepared: Prepared,
+    engine: Engine,
+    loader: Loader,
+    ranks: Ranks,
+    progress: Progress,
+    guard: Guard,
+    saver: Saver,
+    *,
+    wait: bool,
 ) -> None:
     """Saves the current step unless that is done; returns before the commit only without `wait`."""
     saver.wait()
@@ -98,5 +109,6 @@ def save(
         "tokens": progress.tokens,
         "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
         "identity": prepared.corpora.identity,
+        "guards": guard.state(),
     }
     saver.save(progress.step, engine.tensors(), state, dump(prepared.config), wait=wait)

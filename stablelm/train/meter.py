@@ -1,20 +1,25 @@
 """From steps to records: sums of the current interval, one reduction over ranks and one host sync a record."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from stablelm.config.schema import Config
+from stablelm.data.waiting import waited_seconds
 from stablelm.engine.mesh import Ranks
-from stablelm.errors import DivergedError
 from stablelm.model.flops import flops_per_token
 from stablelm.observe.metrics import Interval
 from stablelm.plan.accelerators import named_by
 from stablelm.train.progress import Progress
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult
+
+NOTICEABLE = 0.1
+"""Share of a step that the slowest rank must lie behind the median rank to be named."""
 
 
 class Meter:
@@ -27,31 +32,43 @@ class Meter:
         config: Config,
         progress: Progress,
         record: Callable[[dict[str, Any]], None],
+        hosts: Sequence[str] = (),
     ):
         self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
-        self._device = device
-        self._interval = Interval(device)
-        self._tokens_before = progress.tokens
+        self._device, self._hosts = device, hosts
+        self._watches_spikes = config.guards.spike != "none"
         self._peak = peak_flops(device) * ranks.world_size
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.slowest = 0.0
         """Longest step so far, seconds."""
+        self.restart()
 
-    def add(self, result: StepResult, *, wait: float, seconds: float) -> None:
-        """Takes in one step: `wait` for data and `seconds` in all."""
-        self._interval.add("cross_entropy", result.cross_entropy)
-        self._interval.add("valid", result.valid)
-        self._interval.add("grad_norm", result.grad_norm)
+    def restart(self) -> None:
+        """Begins an interval where the run stands now; what was added and not written is dropped."""
+        self._interval = Interval(self._device)
+        self._tokens_before = self._progress.tokens
+        self._own_seconds, self._waited_before = 0.0, waited_seconds()
+
+    def add(self, result: StepResult, *, wait: float, own: float, seconds: float) -> None:
+        """Takes in one step: `wait` for data, `own` until the ranks first meet in it, and `seconds` in all.
+
+        Loss and norm of a step whose update was left out do not count.
+        """
+        counts = ~result.skipped
+        for name in ("cross_entropy", "valid", "grad_norm"):
+            value = getattr(result, name)
+            self._interval.add(name, torch.where(counts.to(value.device), value, 0))
+        self._interval.add("steps", counts)
         self._interval.add("wait", wait)
         self._interval.add("seconds", seconds)
+        self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
     def write(self, epochs: dict[str, float]) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
-        `epochs`: how often each source of text was read, by name.
-
-        Raises DivergedError, on all ranks, when the loss is not finite.
+        `epochs`: how often each source of text was read, by name. An interval of which no update was made has NaN for
+        its loss and norm.
         """
         progress = self._progress
         if progress.tokens == self._tokens_before:
@@ -59,15 +76,18 @@ class Meter:
         steps, sums = self._interval.reduce(self._ranks.cpu_group)
         ranks = self._ranks.world_size
         seconds = sums["seconds"] / ranks
-        progress.loss = sums["cross_entropy"] / max(1.0, sums["valid"])
+        made = sums["steps"] / ranks
+        progress.skipped_steps += steps - round(made)
+        loss = sums["cross_entropy"] / max(1.0, sums["valid"]) if made else math.nan
+        progress.loss = loss if made else progress.loss
         progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
         self._tokens_before = progress.tokens
         self._record(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
-                "loss": progress.loss,
-                "grad_norm": sums["grad_norm"] / ranks / steps,
+                "loss": loss,
+                "grad_norm": sums["grad_norm"] / ranks / made if made else math.nan,
                 "lr": learning_rate(progress.step, self._config.train),
                 "tokens_per_second": progress.tokens_per_second,
                 "step_seconds": seconds / steps,
@@ -75,13 +95,38 @@ class Meter:
                 "memory_bytes": peak_memory(self._device),
                 **self._utilisation(progress.tokens_per_second),
                 **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
+                "skipped_steps": progress.skipped_steps,
+                **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
+                **self._of_each_rank(self._own_seconds / steps, seconds / steps),
             }
         )
-        if not math.isfinite(progress.loss):
-            raise DivergedError(
-                f"the loss is {progress.loss} at step {progress.step};"
-                " start again from an earlier checkpoint with a lower train.lr or a more stable model.method"
-            )
+        self._own_seconds, self._waited_before = 0.0, waited_seconds()
+
+    def _of_each_rank(self, own: float, step_seconds: float) -> dict[str, Any]:
+        """Seconds of the interval in which reads waited for a store, where it was longest, and the slowest rank.
+
+        `own`: this rank's seconds a step until ranks first meet in it.
+        """
+        table = torch.zeros(2, self._ranks.world_size, dtype=torch.float64)
+        table[:, self._ranks.rank] = torch.tensor([own, waited_seconds() - self._waited_before], dtype=torch.float64)
+        if self._ranks.cpu_group is not None:
+            dist.all_reduce(table, group=self._ranks.cpu_group)
+        return {"store_wait_seconds": float(table[1].max()), **self._straggler(table[0], step_seconds)}
+
+    def _straggler(self, own: Tensor, step_seconds: float) -> dict[str, Any]:
+        """The rank that keeps the others waiting longest, with its host and its seconds a step; none if all are even.
+
+        Inside the passes ranks wait for each other, so what counts is a step's time before they first meet.
+        own: (ranks,).
+        """
+        slowest = int(own.argmax())
+        if float(own[slowest] - own.median()) < NOTICEABLE * step_seconds or len(own) == 1:
+            return {}
+        return {
+            "slowest_rank": slowest,
+            "slowest_host": self._hosts[slowest],
+            "slowest_rank_seconds": float(own[slowest]),
+        }
 
     def _utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B); nothing where the peak is not known."""

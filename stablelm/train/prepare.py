@@ -15,8 +15,9 @@ from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, training
+from stablelm.data import corpus, inspection, training
 from stablelm.data.embedded import embedded
+from stablelm.data.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -74,8 +75,23 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     validation = {}
     for name, path in validation_paths(config).items():
         validation[name] = training.text(data, path, key=f"data.validation.{name}", known=known)
+    check_remote(config, train, validation, known)
     names = training.identity_names(train, data)
     return Corpora(train, validation, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
+
+
+def check_remote(
+    config: Config, train: training.Sources, validation: dict[str, list[str]], known: training.Lists
+) -> None:
+    """Looks at remote text. Not at lists the run has begun with: what befalls their store now is no bad input."""
+    data, options = config.data, ReadOptions.of(config.data)
+    asked = {f"data.validation.{name}": (path, validation[name]) for name, path in validation_paths(config).items()}
+    if data.source == "files":
+        for name, path in training.paths(data).items():
+            asked[f"data.mixture.{name}.path" if name else "data.path"] = path, train[name]
+    for key, (path, files) in asked.items():
+        if json.dumps(path) not in known:
+            inspection.check_remote(files, key=key, options=options)
 
 
 def known_files(config: Config) -> dict[str, list[str]]:

@@ -14,3 +14,7 @@ class Progress:
     val_loss: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
     checkpointed_step: int = -1
+    skipped_steps: int = 0
+    """Updates left out, of those steps that count."""
+    spikes: int = 0
+    rewinds: int = 0

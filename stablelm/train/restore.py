@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stablelm.checkpoint import keep
+from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.places import Place, place
 from stablelm.checkpoint.portable import load_tensors
@@ -12,6 +13,8 @@ from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.train.agreement import Outcome
+from stablelm.train.guards import Guard
 from stablelm.train.prepare import refuse_other_run
 from stablelm.train.progress import Progress
 
@@ -57,14 +60,53 @@ def _refuse_other_run(found: Place, identity: dict[str, Any]) -> None:
     refuse_other_run(state["identity"], identity, str(found), step=state["step"])
 
 
-def resume_from(checkpoint: Place, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress) -> None:
-    """Loads weights, moments, position in the data and counters, in place."""
+def resume_from(
+    checkpoint: Place, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
+) -> int:
+    """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
     load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
     engine.loaded()
     state = keep.read_state(checkpoint)
     loader.load(state["data"])
     progress.step, progress.tokens = state["step"], state["tokens"]
     progress.checkpointed_step = state["step"]
+    guard.load(state.get("guards", {}))
+    return int(state["data"]["data_step"])
+
+
+def rewind(
+    spike: Outcome, saver: Saver, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
+) -> bool:
+    """Returns to a checkpoint from before the spike, from where the batches around it are jumped over. Collective.
+
+    It is the newest one that has seen none of these batches, so that the run becomes the same wherever it was saved;
+    the newest of all if every one has seen some. False, and nothing is changed, if there is none. Raises
+    DivergedError if all rewinds are used up.
+    """
+    saver.wait()
+    together = ranks.together()
+    places = together.first(lambda: candidates(saver.fence.root, guard, spike))
+    found = next((path for path in places if not keep.verify_together(path, together)), None)
+    if found is None:
+        return False
+    guard.may_rewind(spike)
+    before = guard.state()
+    guard.rewound(spike, resume_from(found, engine, loader, ranks, progress, guard), before)
+    return True
+
+
+def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
+    """Checkpoints to which a spike may return the run, the best first; not yet verified."""
+    unseen, others = [], []
+    for path in keep.step_directories(root):
+        try:
+            state = keep.read_state(path)
+        except CheckpointError:
+            continue
+        data_step, jumps = state["data"]["data_step"], state.get("guards", {}).get("jumps", [])
+        if state["step"] < spike.step and guard.shares(data_step, jumps):
+            (unseen if data_step <= guard.first_jumped(spike) else others).append(path)
+    return unseen + others
 
 
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:

@@ -2,108 +2,71 @@
 
 import dataclasses
 import math
-import sys
-import time
-import traceback
 from pathlib import Path
-from typing import Any
+from socket import gethostname
 
 from stablelm.checkpoint import keep
-from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.places import Place
 from stablelm.config.load import parse_duration
 from stablelm.config.schema import Config
-from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine
 from stablelm.engine.build import build_engine
 from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
-from stablelm.errors import EXIT_FINISHED, EXIT_RANK_LOST, EXIT_STOPPED_EARLY, UserError
+from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
 from stablelm.train import restore, rundir
 from stablelm.train.build import build_loader, build_saver, layers_batch, read_validation, save
+from stablelm.train.ending import Ending
+from stablelm.train.faults import Faults
+from stablelm.train.guards import Guard
 from stablelm.train.loop import Job, train
 from stablelm.train.prepare import Prepared, files_to_keep
 from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.rehearse import rehearse
 from stablelm.train.report import comparison, where_to_look
-from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
-from stablelm.train.stop import Stop
-from stablelm.train.summary import read_summary, write_summary
+from stablelm.train.stop import Stop, deadline
+from stablelm.train.summary import read_summary
+from stablelm.train.watchdog import Watch
+
+LEAD_SECONDS = 60.0
+SAVES_WAITED = 10
+"""So many times the rehearsed save's length is no hang yet."""
 
 
 def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> int:
     """Runs to the end, an early stop or a failure; returns the exit code, which `summary.json` repeats."""
-    ending = Ending(prepared, Progress())
+    config, ending = prepared.config, Ending(prepared, Progress())
     try:
-        ranks = connect(prepared.launch, prepared.kind)
-        prepared = share_corpora(prepared, ranks)
-        check_precision(str(prepared.config.train.precision), ranks.device)
+        # Longer than the watchdog's patience: it names the rank at fault, which a broken collective cannot.
+        patience = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
+        # While a rank waits for a store the others wait for it.
+        patience += config.data.retry_budget
+        ranks = connect(prepared.launch, prepared.kind, collective_seconds=patience)
+        ending.prepared = prepared = share_corpora(prepared, ranks)
+        check_precision(str(config.train.precision), ranks.device)
         assert prepared.corpora is not None
         ending.progress.attempt = rundir.create(
-            prepared.config,
+            config,
             prepared.corpora.identity,
-            files_to_keep(prepared.config, prepared.corpora),
+            files_to_keep(config, prepared.corpora),
             prepared.tokenizer.path,
             ranks,
             argv,
         )
         ending.created = True
-        reason = _run(prepared, ranks, ending, resume, started)
-    except UserError as error:
-        report(error, prepared.launch)
-        ending.write(error.exit_code, str(error))
-        return _leave(prepared, error.exit_code)
+        ending.watch = Watch(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
+        ending.watch.start()
+        reason = _run(prepared, ranks, ending, ending.watch, resume, started)
+        ending.watch.stop()
     except Exception as error:
-        code, words = 1, f"{type(error).__name__}: {error}"
-        if _lost_a_peer(error):
-            # The rank that failed says why, here and in the summary; its peers only end with it.
-            time.sleep(OTHERS_WAIT_SECONDS)
-            code, words = EXIT_RANK_LOST, f"rank {prepared.launch.rank} lost another rank: {str(error).splitlines()[0]}"
-            print(words, file=sys.stderr, flush=True)
-        else:
-            traceback.print_exc()
-        ending.write(code, words)
-        return _leave(prepared, code)
+        return ending.fail(error)
     code = EXIT_STOPPED_EARLY if reason else EXIT_FINISHED
     if ranks.is_first:
         ending.write(code, reason or "finished")
     disconnect(ranks)
     return code
-
-
-def _leave(prepared: Prepared, code: int) -> int:
-    if prepared.launch.world_size > 1:
-        # Peers wait in a collective that will never come: an orderly exit would wait with them.
-        end_at_once(code)
-    return code
-
-
-def _lost_a_peer(error: Exception) -> bool:
-    words = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
-    return any(word in str(error) for word in words)
-
-
-@dataclasses.dataclass
-class Ending:
-    """What `summary.json` will tell."""
-
-    prepared: Prepared
-    progress: Progress
-    created: bool = False
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def write(self, code: int, reason: str) -> None:
-        """Writes the summary, if there is a run directory to write it to."""
-        if not self.created:
-            return
-        told = dataclasses.asdict(self.progress)
-        summary = {"exit_code": code, "reason": reason, "attempts": told.pop("attempt"), **told, **self.extra}
-        try:
-            write_summary(self.prepared.config.run.dir, summary)
-        except OSError as error:
-            print(f"warning: summary.json cannot be written ({error.strerror})", flush=True)
 
 
 def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
@@ -112,7 +75,7 @@ def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
     return dataclasses.replace(prepared, corpora=found)
 
 
-def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started: float) -> str:
+def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume: str, started: float) -> str:
     config, corpora, progress = prepared.config, prepared.corpora, ending.progress
     assert corpora is not None and config.train.steps is not None
     early: list[str] = []
@@ -123,26 +86,53 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
     loader = build_loader(prepared, ranks)
     engine = build_engine(config, prepared.kind, ranks)
     ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
+    guard = Guard(config.guards, progress, lambda text: records.message(text))
     if found is not None:
-        restore.resume_from(found, engine, loader, ranks, progress)
+        restore.resume_from(found, engine, loader, ranks, progress, guard)
     elif config.run.init_from:
         restore.weights_from(config.run.init_from, engine, ranks)
     records = Records(config, ranks, progress)
     for line in early:
         records.message(line)
     records.message(f"{opening(config, prepared, ending)}; " + (f"resumed from {found}" if found else "new run"))
-    limit = parse_duration(config.run.time_limit)
-    stop = Stop(ranks, deadline=started + limit if limit is not None else None)
+    stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
     stop.listen(lambda code: ending.write(code, "second signal"))
-    saver = build_saver(prepared, fence, ranks, progress)
+    faults = Faults(config, ranks, progress.attempt)
+    saver = build_saver(prepared, fence, ranks, progress, faults)
+    watch.pulse.at("rehearsal", progress.step)
     records.message(rehearse(config, engine, ranks, saver))
+    watch.extra_seconds["save"] = SAVES_WAITED * saver.seconds
     stop.margin_seconds = saver.margin_seconds
-    job = _job(prepared, ranks, engine, loader, progress, stop, saver, records)
+
+    def save_now(wait: bool) -> None:
+        faults.saving(progress.step)
+        save(prepared, engine, loader, ranks, progress, guard, saver, wait=wait)
+
+    job = Job(
+        config=config,
+        engine=engine,
+        ranks=ranks,
+        loader=loader,
+        validation=read_validation(prepared),
+        progress=progress,
+        stop=stop,
+        guard=guard,
+        faults=faults,
+        watch=watch,
+        profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
+        layers=_layers(prepared, engine, ranks, records),
+        records=records,
+        saver=saver,
+        save=save_now,
+        rewind=lambda spike: restore.rewind(spike, saver, engine, loader, ranks, progress, guard),
+    )
     try:
         reason = train(job)
     except BaseException:
         saver.settle()
         raise
+    # What is left takes one rank's time while the others wait for it.
+    watch.stop()
     loader.close()
     job.profiler.close()
     if reason:
@@ -154,38 +144,15 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, resume: str, started:
     return reason
 
 
-def _job(
-    prepared: Prepared,
-    ranks: Ranks,
-    engine: Engine,
-    loader: Loader,
-    progress: Progress,
-    stop: Stop,
-    saver: Saver,
-    records: Records,
-) -> Job:
-    config = prepared.config
-    return Job(
-        config=config,
-        engine=engine,
-        ranks=ranks,
-        loader=loader,
-        validation=read_validation(prepared),
-        progress=progress,
-        stop=stop,
-        profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
-        layers=LayerObserver(
-            engine,
-            engine.sigma,
-            ranks,
-            every=config.observe.layers_every,
-            batch=lambda: layers_batch(prepared),
-            pieces=prepared.tokenizer.pieces,
-            record=records.write,
-        ),
+def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:
+    return LayerObserver(
+        engine,
+        engine.sigma,
+        ranks,
+        every=prepared.config.observe.layers_every,
+        batch=lambda: layers_batch(prepared),
+        pieces=prepared.tokenizer.pieces,
         record=records.write,
-        saver=saver,
-        save=lambda wait: save(prepared, engine, loader, ranks, progress, saver, wait=wait),
     )
 
 

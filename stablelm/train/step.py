@@ -1,5 +1,7 @@
 """One optimizer step: micro-batches in, one update out."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stablelm.engine.base import Engine
+from stablelm.engine.gradients import refused
 from stablelm.engine.mesh import Ranks
 from stablelm.seeds import seed_from
 
@@ -21,16 +24,32 @@ class StepResult:
     """Valid targets of this rank; 0-dim int64."""
     grad_norm: Tensor
     """Global norm before clipping; 0-dim, the same on all ranks."""
+    skipped: Tensor
+    """Whether nothing was updated because of it; 0-dim bool."""
 
 
 def train_step(
-    engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor, *, step: int, lr: float, seed: int, micro: int
+    engine: Engine,
+    ranks: Ranks,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    step: int,
+    lr: float,
+    seed: int,
+    micro: int,
+    largest_norm: float = math.inf,
+    loss_factor: float = 1.0,
+    reached: Callable[[str], None] = lambda place: None,
 ) -> StepResult:
     """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
 
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
-    so that accumulation and world size do not change the gradient.
+    so that accumulation and world size do not change the gradient. Nothing is updated on any rank where the loss of one
+    or the gradient's norm is not finite, or the norm is above `largest_norm`. `loss_factor` is for faults on
+    purpose; `reached` hears how far the step is.
     """
+    reached("batch sizes")
     valid = (targets >= 0).sum().to(engine.device)
     valid_global = valid.clone()
     if ranks.world_size > 1:
@@ -40,11 +59,18 @@ def train_step(
     cross_entropy = torch.zeros((), dtype=torch.float64 if engine.device.type == "cpu" else torch.float32)
     cross_entropy = cross_entropy.to(engine.device)
     for index, (part_tokens, part_targets) in enumerate(parts):
+        reached(f"micro-batch {index + 1} of {len(parts)}")
         seed_dropout(seed, step, index, ranks.rank)
         sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
-        engine.backward(sums.total / valid_global, last=index == len(parts) - 1)
+        if loss_factor != 1.0:
+            sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
+        # 1, or NaN where the loss is not finite: every rank's gradients then tell.
+        sound = 1 + 0 * sums.total.detach()
+        engine.backward(sums.total / valid_global * sound, last=index == len(parts) - 1)
         cross_entropy += sums.cross_entropy
-    return StepResult(cross_entropy, valid, engine.step(lr))
+    reached("update")
+    norm = engine.step(lr, largest_norm=largest_norm)
+    return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm))
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:

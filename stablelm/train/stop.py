@@ -1,13 +1,10 @@
-"""Why and when to stop early: signals, the time limit, `run.stop_after`; agreed by all ranks."""
+"""Why and when to stop early: signals, the time limit, a save that failed."""
 
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-
-import torch
-import torch.distributed as dist
+from collections.abc import Callable, Mapping
 
 from stablelm.engine.mesh import Ranks
 
@@ -16,19 +13,26 @@ LEAST_MARGIN_SECONDS = 5.0  # a save of a tenth of a second takes seconds when i
 REASONS = ("", "signal", "time limit", "failed save")
 
 
-class Stop:
-    """Collects wishes to stop on any rank; all ranks learn of one at the same step.
+def deadline(limit: float | None, started: float, environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the run must have ended, seconds since 1970: `limit` seconds after `started` or at the end of the Slurm job.
 
-    Each step starts an all-reduce of the wish on its own gloo group and reads the previous step's
-    result, so that no step waits for another rank.
+    The earlier of the two counts; None if there is neither. A job's end that is over already is another job's.
     """
+    ends = [] if limit is None else [started + limit]
+    told = environ.get("SLURM_JOB_END_TIME", "")
+    if told.isdecimal() and int(told) > started:
+        ends.append(float(told))
+    return min(ends, default=None)
+
+
+class Stop:
+    """Collects wishes to stop on this rank; `train.agreement` makes them known to all."""
 
     def __init__(self, ranks: Ranks, *, deadline: float | None):
         self._ranks = ranks
         self._deadline = deadline
         self._wish = 0
         self._first_signal: float | None = None
-        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
         self._at_once: Callable[[int], None] = lambda number: None
         self.margin_seconds = 0.0
         """Time to keep for the last checkpoint; the loop raises it to what saves and steps really take."""
@@ -56,36 +60,17 @@ class Stop:
             self._at_once(128 + number)
             os._exit(128 + number)
 
-    def agreed(self, *, failed: bool = False) -> str:
-        """The reason to stop after this step, or ''. Call once a step, on every rank.
+    def wish(self, *, failed: bool = False) -> int:
+        """This rank's wish to stop, a place in `REASONS`; 0: none. It stays. Ask once a step.
 
         `failed`: a save in the background has failed, which the next save of all ranks will raise.
         """
         if failed:
             self._wish = REASONS.index("failed save")
         elif not self._wish and self._too_late():
-            self._wish = 2
-        if self._ranks.stop_group is None:
-            return REASONS[self._wish]
-        reason = self._collect()
-        flag = torch.tensor([self._wish], dtype=torch.int32)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._ranks.stop_group, async_op=True)
-        self._pending = (work, flag)
-        return reason
+            self._wish = REASONS.index("time limit")
+        return self._wish
 
     def _too_late(self) -> bool:
         margin = max(self.margin_seconds, LEAST_MARGIN_SECONDS)
         return self._deadline is not None and time.time() + margin >= self._deadline
-
-    def finish(self) -> str:
-        """Waits for the exchange that is still under way; the loop's last call."""
-        return self._collect()
-
-    def _collect(self) -> str:
-        if self._pending is None:
-            return ""
-        work, flag = self._pending
-        if work is not None:
-            work.wait()
-        self._pending = None
-        return REASONS[int(flag)]

@@ -74,6 +74,16 @@ def test_a_run_in_figures():
     assert told["grad_norm_median"] == 1.0
 
 
+def test_steps_whose_update_was_left_out_do_not_count():
+    skipped = run(losses=[8.0] * 10 + [6.0] * 19 + [math.nan], grad_norms=[100.0] * 3 + [math.nan] + [1.0] * 25 + [4.0])
+    assert (skipped.final_loss, skipped.diverged) == (6.0, False)
+    told, row = skipped.as_dict(), row_of([run(grad_norms=[math.nan] * 30), skipped])
+    assert (told["grad_norm_largest"], told["grad_norm_median"]) == (4.0, 1.0)
+    assert (row["grad_norm_largest"], row["grad_norm_median"]) == (4.0, 1.0)
+    assert math.isnan(run(grad_norms=[math.nan] * 30).as_dict()["grad_norm_largest"])
+    assert smoothed([6.0, math.nan, 6.0])[1] == [6.0] * 3
+
+
 def test_row_of_a_method():
     rows = [run(lr=1e-3, val=5.2), run(lr=3e-3, val=5.0), run(lr=1e-2, val=5.9, losses=[8.0] * 30)]
     rows += [run(lr=3e-3, seed=1, val=5.3), run(lr=3e-3, seed=2, val=5.6, grad_norms=[1.0] * 20 + [7.0] * 10)]

@@ -153,9 +153,9 @@ def test_workers_stay_within_the_prefetch(files):
     encoded = []
 
     class Counting(LetterTokenizer):
-        def encode_array(self, text):
-            encoded.append(text)
-            return np.ones(SEQ_LEN - 1, np.int32)
+        def encode_arrays(self, texts):
+            encoded.extend(texts)
+            return [np.ones(SEQ_LEN, np.int32) for _ in texts]
 
     config = DataConfig(seq_len=SEQ_LEN, lanes=6, shuffle_block=4, workers=2, prefetch=2)
     each = Loader(files, Counting(), config, seed=1, global_batch_size=6)
@@ -231,9 +231,9 @@ def test_remote_and_local_files_are_the_same_data(tmp_path, files, monkeypatch):
 
 def test_wait_seconds_counts_the_last_next(files):
     class Slow(LetterTokenizer):
-        def encode_array(self, text):
+        def encode_arrays(self, texts):
             time.sleep(0.01)
-            return super().encode_array(text)
+            return super().encode_arrays(texts)
 
     config = DataConfig(seq_len=SEQ_LEN, lanes=4, workers=1)
     each = Loader(files, Slow(), config, seed=1, global_batch_size=4)

@@ -15,7 +15,7 @@ from support.letters import write_rows
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.data import shards, tokenizer
+from stablelm.data import shard_format, tokenizer
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
@@ -75,7 +75,7 @@ def test_text_and_shards_show_the_same(model, tmp_path, packing):
     with (tmp_path / "shards" / "a.jsonl.tokens").open("wb") as file:
         rows = ((document_tokens(encoder, text), len(text)) for text in texts)
         named = {"source": "a.jsonl", "source_size": 1, "tokenizer": encoder.sha256}
-        shards.write(file, rows, **named, pieces=encoder.pieces, eos=encoder.eos)
+        shard_format.write(file, rows, **named, pieces=encoder.pieces, eos=encoder.eos)
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps({"files": [{"name": "a.jsonl"}]}))
     common = [f"data={{tokenizer: {model}, lanes: 4, seq_len: 20, packing: {packing}}}"]
     text = show(*common, f"data.path={source}")

@@ -12,7 +12,7 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import pages, retry, shards
+from stablelm.data import pages, retry, shard_format, shards
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
@@ -84,7 +84,7 @@ def test_tokens_take_as_few_bytes_as_the_vocabulary_allows(tmp_path, pieces, kin
     rows = [np.array([1, 2, pieces - 1], np.int32), np.array([7], np.int32)]
     with path.open("wb") as file:
         named = {"source": "a.json", "source_size": 1, "tokenizer": "t", "pieces": pieces, "eos": 0}
-        shards.write(file, ((row, 0) for row in rows), **named)
+        shard_format.write(file, ((row, 0) for row in rows), **named)
     shard = open_shard(str(path), "t")
     assert rows_of(shard, range(2)) == [[1, 2, pieces - 1], [7]]
     assert shard.join(np.array([0]), np.array([1])).dtype == kind
@@ -123,7 +123,7 @@ def test_remote_shards_are_read_by_ranges_and_survive_cuts(tmp_path, monkeypatch
     local = write_shards(files, tmp_path)
     bits = np.zeros(40, bool)
     bits[::3] = True
-    Path(shards.mask_url(local[0])).write_bytes(np.packbits(bits, bitorder="little").tobytes())
+    Path(shard_format.mask_url(local[0])).write_bytes(np.packbits(bits, bitorder="little").tobytes())
     with serve(tmp_path) as server:
         urls = [f"{server.url}/{Path(path).name}" for path in local]
         server.cuts, server.cut_after = 3, 20
@@ -214,7 +214,7 @@ def test_a_shard_cut_short_while_it_is_read_is_an_error_and_no_crash(tmp_path):
 
 def test_a_mask_of_another_size_is_an_error(tmp_path):
     (path,) = write_shards(write_corpus(tmp_path, [9]), tmp_path)
-    Path(shards.mask_url(path)).write_bytes(b"\0")
+    Path(shard_format.mask_url(path)).write_bytes(b"\0")
     with pytest.raises(DataError, match=r"part-00000\.json\.mask: 1 bytes, which does not fit the 9 rows"):
         open_shard(path)
 

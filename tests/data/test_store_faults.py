@@ -1,49 +1,16 @@
 """Bad days of a web server, an object store and the hub: every document exactly once and in order, or DataError."""
 
 import email.utils
-import gzip
 import io
-import json
 import random
 import threading
 import time
-import types
 
 import pytest
-from support.fakehub import COMMIT, FakeHub
-from support.httpserver import FaultyServer, serve
-from support.stores import s3_server
+from support.faulty_stores import STORES, TEXTS, stored
 
 from stablelm.data import retry, waiting
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
 from stablelm.errors import DataError
-
-TEXTS = ["".join(random.Random(n).choices("abcdefghijklmnopqrstuvwxyz", k=120)) + str(n) for n in range(2000)]
-NAME = "en/c4-train.00000-of-00001.json.gz"
-# Its client repeats failed requests by itself, at its own pace.
-STORES = ["http", pytest.param("s3", marks=pytest.mark.slow), "hub"]
-BLOCK = 8 << 10
-
-
-def packed(texts: list[str]) -> bytes:
-    return gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode(), mtime=0)
-
-
-CONTENT = packed(TEXTS)
-
-
-class Store:
-    """A store behind a server that misbehaves; `put` replaces its file."""
-
-    def __init__(self, server: FaultyServer, url: str, storage: dict, put):
-        self.server, self.url, self.storage, self.put = server, url, storage, put
-
-    def options(self, budget: float = 20.0) -> ReadOptions:
-        return ReadOptions(retry_budget=budget, block=BLOCK, storage=self.storage)
-
-    def documents(self, budget: float = 20.0):
-        return documents([self.url], self.options(budget))
 
 
 @pytest.fixture(autouse=True)
@@ -54,38 +21,7 @@ def quick_retries(monkeypatch):
 
 @pytest.fixture(params=STORES)
 def store(request, tmp_path):
-    make = {"http": _http, "s3": _s3, "hub": _hub}[request.param]
-    yield from make(tmp_path, request.getfixturevalue("monkeypatch"))
-
-
-def _http(tmp_path, monkeypatch):
-    path = tmp_path / "a.json.gz"
-    path.write_bytes(CONTENT)
-    with serve(tmp_path) as server:
-        server.tags = True
-        yield Store(server, f"{server.url}/a.json.gz", {}, path.write_bytes)
-
-
-def _s3(tmp_path, monkeypatch):
-    import fsspec
-    import s3fs.core
-
-    with s3_server() as variables, serve(upstream=variables["FSSPEC_S3_ENDPOINT_URL"]) as server:
-        direct = fsspec.filesystem("s3")
-        url = f"s3://bucket/{NAME}"
-        direct.pipe_file(url, CONTENT)
-        monkeypatch.setattr(s3fs.core.S3FileSystem, "retries", 2)
-        yield Store(server, url, {"s3.endpoint_url": server.url}, lambda content: direct.pipe_file(url, content))
-
-
-def _hub(tmp_path, monkeypatch):
-    from huggingface_hub.utils import _http as client
-
-    # The client's own waiting, which has no setting.
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: time.sleep(0.01), time=time.time))
-    with FakeHub({NAME: CONTENT}) as hub, serve(upstream=hub.url) as server:
-        url = f"hf://datasets/allenai/c4@{COMMIT}/{NAME}"
-        yield Store(server, url, {"hf.endpoint": server.url}, lambda content: hub.files.update({NAME: content}))
+    yield from stored(request.param, tmp_path, request.getfixturevalue("monkeypatch"))
 
 
 def test_twenty_random_cuts(store):
@@ -98,7 +34,7 @@ def test_twenty_random_cuts(store):
 
 
 def test_an_object_store_that_fails_a_little(tmp_path, monkeypatch):
-    for store in _s3(tmp_path, monkeypatch):
+    for store in stored("s3", tmp_path, monkeypatch):
         stream = store.documents()
         got = [next(stream)]
         store.server.cuts, store.server.failures = 1, 1
@@ -137,6 +73,19 @@ def test_an_outage(store):
     assert got + list(stream) == TEXTS
 
 
+@pytest.mark.slow
+def test_an_outage_of_half_a_minute(store, monkeypatch):
+    monkeypatch.setattr(retry, "FIRST_DELAY", 0.25)
+    monkeypatch.setattr(retry, "LONGEST_DELAY", 30.0)
+    stream = store.documents(budget=120.0)
+    got = [next(stream)]
+    store.server.down = True
+    threading.Timer(30, lambda: setattr(store.server, "down", False)).start()
+    began = time.monotonic()
+    assert got + list(stream) == TEXTS
+    assert 29 < time.monotonic() - began < 100
+
+
 def test_a_server_that_restarts(store):
     stream = store.documents()
     got = [next(stream)]
@@ -152,29 +101,6 @@ def test_a_spent_budget_names_the_file(store):
     with pytest.raises(DataError, match=rf"{store.url}: unreadable at byte \d+ for 0\.5 s .*data\.retry_budget"):
         got.extend(stream)
     assert got == TEXTS[: len(got)]
-
-
-@pytest.mark.parametrize(
-    "other", [packed(TEXTS[::-1])[: len(CONTENT)].ljust(len(CONTENT), b"\0"), CONTENT[:-5000], packed(TEXTS[:100])]
-)
-def test_a_file_that_is_changed_or_truncated_after_the_start(store, other):
-    """On the hub a commit's files never change: there only what its bytes then say can be found."""
-    stream = store.documents(budget=1.0)
-    got = [next(stream)]
-    store.put(other)
-    with pytest.raises(DataError, match=r"changed|truncated|damaged|unreadable|416"):
-        got.extend(stream)
-    assert got == TEXTS[: len(got)], "what was given before is right"
-
-
-def test_a_file_changed_between_two_epochs(store):
-    if "hf" in store.url:
-        pytest.skip("a commit's files never change")
-    options = store.options()
-    assert list(documents([store.url], options)) == TEXTS
-    store.put(packed(TEXTS[::-1]))
-    with pytest.raises(DataError, match=r"changed from .* while it was read; put the old file back"):
-        list(documents([store.url], options))
 
 
 # --- how long to wait, and saying so ---

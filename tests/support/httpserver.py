@@ -4,7 +4,9 @@ import hashlib
 import http.client
 import random
 import re
+import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +31,7 @@ class FaultyServer:
         self.cut_after = 1000
         self.draw: random.Random | None = None  # cut anywhere instead, and cut and fail only now and then
         self.down = False  # close every connection without an answer
+        self.before: Callable[[str], None] | None = None  # called with each request, and may change the faults
         self.requests: list[str] = []  # "GET /name bytes=0-9"
         server = self
 
@@ -40,7 +43,7 @@ class FaultyServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def _listen(self, port: int) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler)
+        self._server = _Server(("127.0.0.1", port), self._handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -61,6 +64,12 @@ class FaultyServer:
         self._thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client may leave when it likes
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     faults: FaultyServer
@@ -79,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         faults = self.faults
         wanted = self.headers.get("Range")
-        faults.requests.append(f"{self.command} {self.path} {wanted or ''}".strip())
+        request = f"{self.command} {self.path} {wanted or ''}".strip()
+        faults.requests.append(request)
+        if faults.before is not None:
+            faults.before(request)
         if faults.down:
             return self._hang_up()
         if faults.failures > 0 and (faults.draw is None or faults.draw.random() < 0.5):

@@ -15,8 +15,8 @@ class LetterTokenizer:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self.encode(text), np.int32)
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array([*self.encode(text), self.eos], np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))

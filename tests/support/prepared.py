@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm.data import shards
+from stablelm.data import shard_format
 from stablelm.data.encoding import document_tokens
 from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
@@ -21,9 +21,9 @@ def write_shard(source: str, folder: Path, masked: tuple[int, ...] = ()) -> str:
             yield document_tokens(tokenizer, text), len(text.encode())
 
     folder.mkdir(exist_ok=True)
-    path = folder / (Path(source).name + shards.SUFFIX)
+    path = folder / (Path(source).name + shard_format.SUFFIX)
     with path.open("wb") as file:
-        footer = shards.write(
+        footer = shard_format.write(
             file,
             rows(),
             source=Path(source).name,
@@ -35,7 +35,7 @@ def write_shard(source: str, folder: Path, masked: tuple[int, ...] = ()) -> str:
     if masked:
         bits = np.zeros(footer.rows, bool)
         bits[list(masked)] = True
-        Path(shards.mask_url(str(path))).write_bytes(np.packbits(bits, bitorder="little").tobytes())
+        Path(shard_format.mask_url(str(path))).write_bytes(np.packbits(bits, bitorder="little").tobytes())
     return str(path)
 
 

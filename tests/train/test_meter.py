@@ -1,12 +1,18 @@
 """Records of the training loop: what they hold, and model FLOPs utilisation where the peak is known."""
 
+import math
+import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.distributed import run_ranks
 
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
+from stablelm.config.schema import Config
+from stablelm.data.waiting import Wait, noted
 from stablelm.engine.mesh import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.plan.accelerators import ACCELERATORS, named_by
@@ -15,18 +21,25 @@ from stablelm.train.progress import Progress
 from stablelm.train.step import StepResult
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU, None, None)
+
+
+def resolved() -> Config:
+    loaded = load([], ["train.steps=5", "train.global_batch_size=4", "data.seq_len=8", "model.n_layers=2"]).config
+    return resolve(loaded, pieces=100, world_size=1, accelerate_precision=None)
+
+
+def result(cross_entropy: float, valid: int, norm: float, *, skipped: bool = False) -> StepResult:
+    return StepResult(torch.tensor(cross_entropy), torch.tensor(valid), torch.tensor(norm), torch.tensor(skipped))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, peak: float) -> tuple[dict[str, Any], float]:
     """The record of two steps of two seconds, and the FLOPs of one of their tokens."""
     monkeypatch.setattr(meter, "peak_flops", lambda device: peak)
-    loaded = load([], ["train.steps=5", "train.global_batch_size=4", "data.seq_len=8", "model.n_layers=2"]).config
-    config = resolve(loaded, pieces=100, world_size=1, accelerate_precision=None)
-    progress, records = Progress(), []
-    made = meter.Meter(CPU, Ranks(0, 1, CPU, None, None), config, progress, records.append)
+    config, progress, records = resolved(), Progress(), []
+    made = meter.Meter(CPU, ALONE, config, progress, records.append)
     for norm in (1.0, 3.0):
-        result = StepResult(torch.tensor(96.0), torch.tensor(32), torch.tensor(norm))
-        made.add(result, wait=0.5, seconds=2.0)
+        made.add(result(96.0, 32, norm), wait=0.5, own=0.0, seconds=2.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
     made.write({"web": 0.5, "code": 2.25})
     made.write({})  # nothing since: no second record
@@ -45,6 +58,64 @@ def test_a_record_holds_the_means_of_its_interval(monkeypatch: pytest.MonkeyPatc
 def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch):
     record, flops = recorded(monkeypatch, 1e9)
     assert record["mfu"] == pytest.approx(flops * 16.0 / 1e9)
+
+
+def test_records_leave_skipped_steps_out():
+    records: list[dict] = []
+    progress = Progress(step=1, tokens=0)
+    made = meter.Meter(CPU, ALONE, resolved(), progress, records.append)
+    rows = [(6.0, 2, 1.0, False), (math.nan, 5, math.inf, True), (2.0, 2, 3.0, False)]
+    for row in rows:
+        made.add(result(*row[:3], skipped=row[3]), wait=0.0, own=0.0, seconds=1.0)
+    progress.tokens = 12
+    made.write({})
+    assert (records[0]["loss"], records[0]["grad_norm"], records[0]["skipped_steps"]) == (2.0, 2.0, 1)
+    made.add(result(math.nan, 5, math.nan, skipped=True), wait=0.0, own=0.0, seconds=1.0)
+    progress.tokens = 16
+    made.write({})
+    assert math.isnan(records[1]["loss"])
+    assert (records[1]["skipped_steps"], progress.loss) == (2, 2.0)
+
+
+def wait_for_a_store(rank: int, world_size: int) -> tuple[float, dict[str, Any]]:
+    """Rank 1 waits with two reads at a time, after a wait of both ranks before the interval."""
+    group, records, progress = dist.group.WORLD, [], Progress()
+    with noted(Wait("early", 1, 0.0, "gone")):
+        time.sleep(0.3)
+    made = meter.Meter(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records.append)
+    began = time.monotonic()
+    if rank == 1:
+        with noted(Wait("a", 1, 0.0, "gone")), noted(Wait("b", 1, 0.0, "gone")):
+            time.sleep(0.2)
+    seconds = time.monotonic() - began
+    made.add(result(1.0, 1, 1.0), wait=0.0, own=0.0, seconds=1.0)
+    progress.step, progress.tokens = 1, 1
+    made.write({})
+    return seconds, records[0]
+
+
+def test_waits_for_stores_are_told_of_the_rank_where_they_were_longest():
+    (_, of_first), (seconds, of_second) = run_ranks(wait_for_a_store, 2)
+    assert of_first["store_wait_seconds"] == of_second["store_wait_seconds"]
+    assert 0.2 <= of_first["store_wait_seconds"] <= seconds
+
+
+def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
+    group = dist.group.WORLD
+    ranks, records = Ranks(rank, world_size, CPU, group, group), []
+    progress = Progress()
+    made = meter.Meter(CPU, ranks, resolved(), progress, records.append, ["left", "right"])
+    for _ in range(2):
+        made.add(result(1.0, 1, 1.0), wait=0.0, own=own[rank], seconds=1.0)
+    progress.step, progress.tokens = 2, 2
+    made.write({})
+    return {name: value for name, value in records[0].items() if name.startswith("slowest")}
+
+
+def test_the_slowest_rank_is_named_where_it_matters():
+    told = {"slowest_rank": 1, "slowest_host": "right", "slowest_rank_seconds": 0.3}
+    assert run_ranks(straggle, 2, (0.1, 0.3)) == [told, told]
+    assert run_ranks(straggle, 2, (0.1, 0.15)) == [{}, {}]
 
 
 @pytest.mark.parametrize(

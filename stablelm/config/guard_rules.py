@@ -1,0 +1,51 @@
+"""Rules of `guards.*`, `faults.*` and the time-outs of `observe.*`."""
+
+from collections.abc import Iterator
+
+from stablelm.config.keys import values
+from stablelm.config.schema import Config
+
+_LEAST = {
+    "guards.window": 2,
+    "guards.skip_data": 1,
+    "guards.max_rewinds": 0,
+    "guards.max_skips": 0,
+    "faults.bad_batch": 1,
+    "faults.corrupt_save": 1,
+    "faults.full_disk": 1,
+}
+_ABOVE_ZERO = ("guards.threshold", "observe.hang_seconds", "observe.first_step_seconds")
+_ON_A_RANK = ("faults.hang", "faults.crash", "faults.slow")
+
+
+def problems(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A sentence and the keys to blame for each broken rule."""
+    found = values(config)
+    for name, least in _LEAST.items():
+        if found[name] is not None and found[name] < least:
+            yield f"{name}={found[name]} must be at least {least}", (name,)
+    for name in _ABOVE_ZERO:
+        if found[name] <= 0:
+            yield f"{name}={found[name]} must be above 0", (name,)
+    for name in _ON_A_RANK:
+        if found[name] is not None and (not 0 <= found[name][0] < world_size or found[name][1] < 0):
+            yield (
+                f"{name}={list(found[name])} must name a rank from 0 to {world_size - 1} first, and no negative number",
+                (name,),
+            )
+    yield from _faults(config)
+
+
+def _faults(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    faults = config.faults
+    asked = [name for name, value in vars(faults).items() if name != "allow" and value is not None]
+    if asked and not faults.allow:
+        names = tuple(f"faults.{name}" for name in asked)
+        yield f"{', '.join(names)} would break the run on purpose; leave it out, or set faults.allow=true", names
+    if faults.spike is not None and faults.bad_batch is None:
+        yield "faults.spike needs the number of a batch; set faults.bad_batch", ("faults.spike",)
+    if "://" in str(config.checkpoint.dir):
+        for name in ("corrupt_save", "full_disk"):
+            if getattr(faults, name) is not None:
+                key = f"faults.{name}"
+                yield f"{key} needs a local checkpoint.dir, not {config.checkpoint.dir}", (key, "checkpoint.dir")

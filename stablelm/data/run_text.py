@@ -1,0 +1,62 @@
+"""The text of a run: the windows of any of its lanes, from any place, in this process or another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stablelm.config import mixture
+from stablelm.config.schema import DataConfig
+from stablelm.data.encoding import Encoder
+from stablelm.data.lanes import Cursor, Order
+from stablelm.data.mixture import Cursors, MixedWindows, Mixture
+from stablelm.data.options import ReadOptions
+from stablelm.data.packing import Windows
+from stablelm.data.source_windows import SourceWindows
+
+
+@dataclass(frozen=True)
+class RunText:
+    """`files` by source: text, or all of a source prepared shards; the only source is called ''.
+
+    Can be pickled if the tokenizer can.
+    """
+
+    files: Mapping[str, list[str]]
+    tokenizer: Encoder
+    data: DataConfig
+    seed: int
+    global_batch_size: int
+
+    def orders(self) -> dict[str, Order]:
+        """The order of each source."""
+        lanes, block = self.data.lanes, self.data.shuffle_block
+        return {
+            # Files of several sources may have the same names.
+            name: Order(own, seed=f"{self.seed}/{name}" if name else self.seed, lanes=lanes, shuffle_block=block)
+            for name, own in self.files.items()
+        }
+
+    def windows(self, lanes: Sequence[int], cursors: Mapping[int, Cursor | Cursors], data_step: int) -> list[Windows]:
+        """The windows of these lanes from `cursors` on (absent: from a lane's beginning), for a process of its own."""
+        options = ReadOptions.of(self.data, lanes=len(lanes) * len(self.files))
+        shared = {
+            name: SourceWindows(order, self.tokenizer, self.data, lanes=len(lanes), options=options)
+            for name, order in self.orders().items()
+        }
+        if not self.data.mixture:
+            (source,) = shared.values()
+            return [source.of(lane, of_source(cursors.get(lane), "")) for lane in lanes]
+        mixed = Mixture.of(mixture.sources(self.data), seed=self.seed)
+        return [self._mixed(lane, shared, mixed, cursors.get(lane) or Cursors(), data_step) for lane in lanes]
+
+    def _mixed(
+        self, lane: int, shared: dict[str, SourceWindows], mixed: Mixture, cursors: Cursor | Cursors, data_step: int
+    ) -> MixedWindows:
+        parts = {name: source.of(lane, of_source(cursors, name)) for name, source in shared.items()}
+        lanes, batch = self.data.lanes, self.global_batch_size
+        given = max(0, -(-(data_step * batch - lane) // lanes))
+        return MixedWindows(parts, mixed, lane=lane, lanes=lanes, batch=batch, given=given)
+
+
+def of_source(cursor: Cursor | Cursors | None, name: str) -> Cursor | None:
+    """The cursor of one source out of a lane's; there is only one without a mixture."""
+    return cursor.get(name) if isinstance(cursor, Cursors) else cursor

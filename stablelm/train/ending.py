@@ -1,0 +1,82 @@
+"""How an attempt ends: `summary.json`, an exit code, and the reason said once, by one rank for all."""
+
+import dataclasses
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch.distributed as dist
+
+from stablelm.errors import EXIT_RANK_LOST, UserError
+from stablelm.train.prepare import Prepared
+from stablelm.train.progress import Progress
+from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
+from stablelm.train.summary import write_summary
+from stablelm.train.watchdog import Watch
+
+
+@dataclasses.dataclass
+class Ending:
+    """What `summary.json` will tell, and who watches the ranks once there is a run directory."""
+
+    prepared: Prepared
+    progress: Progress
+    created: bool = False
+    watch: Watch | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, code: int, reason: str) -> None:
+        """Writes the summary, if there is a run directory to write it to."""
+        if not self.created:
+            return
+        told = dataclasses.asdict(self.progress)
+        summary = {"exit_code": code, "reason": reason, "attempts": told.pop("attempt"), **told, **self.extra}
+        try:
+            write_summary(self.prepared.config.run.dir, summary)
+        except OSError as error:
+            print(f"warning: summary.json cannot be written ({error.strerror})", flush=True)
+
+    def fail(self, error: Exception) -> int:
+        """Says why, unless another rank does, and makes all ranks end; the exit code of this one."""
+        if isinstance(error, UserError):
+            self._say(error.exit_code, str(error), lambda: self._report(error))
+            return self._leave(error.exit_code)
+        if lost_a_peer(error):
+            # The rank that failed says why; its peers only end with it.
+            time.sleep(OTHERS_WAIT_SECONDS)
+            if self.watch is not None:
+                self.watch.lost()
+            else:
+                words = f"rank {self.prepared.launch.rank} lost another rank: {str(error).splitlines()[0]}"
+                print(words, file=sys.stderr, flush=True)
+                self.write(EXIT_RANK_LOST, words)
+            return self._leave(EXIT_RANK_LOST)
+        self._say(1, f"{type(error).__name__}: {error}", traceback.print_exc)
+        return self._leave(1)
+
+    def _say(self, code: int, reason: str, aloud: Any) -> None:
+        if self.watch is not None and not self.watch.speaks():
+            return
+        aloud()
+        self.write(code, reason)
+        if self.watch is not None:
+            self.watch.said()
+
+    def _report(self, error: UserError) -> None:
+        if self.watch is None:
+            return report(error, self.prepared.launch)
+        rank = self.prepared.launch.rank
+        print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+
+    def _leave(self, code: int) -> int:
+        if self.prepared.launch.world_size > 1:
+            # Peers wait in a collective that will never come: an orderly exit would wait with them.
+            end_at_once(code)
+        return code
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank has gone or does not answer."""
+    words = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Timed out", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
