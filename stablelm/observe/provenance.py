@@ -13,6 +13,7 @@ from typing import Any
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
+COPIED = ".commit"
 
 
 def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str] | None = None) -> int:
@@ -70,7 +71,14 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(directory: Path) -> tuple[str | None, str]:
-    """Commit of the checkout at `directory` and the diff of tracked files; (None, "") where there is none."""
+    """Commit of the checkout at `directory` and the diff of tracked files; (None, "") where there is none.
+
+    A job's copy of the program is no checkout; `slurm/` keeps both beside it.
+    """
+    copied, diff = directory / COPIED, directory / f"{COPIED}.diff"
+    if copied.is_file():
+        changed = diff.read_text(encoding="utf-8", errors="surrogateescape") if diff.is_file() else ""
+        return copied.read_text(encoding="utf-8").strip(), changed
     top = _git(directory, "rev-parse", "--show-toplevel")
     # An installed package may lie inside some other project's checkout.
     if top is None or Path(top.strip()).resolve() != directory.resolve():

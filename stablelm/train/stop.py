@@ -38,13 +38,13 @@ class Stop:
         """Time to keep for the last checkpoint; the loop raises it to what saves and steps really take."""
 
     def listen(self, at_once: Callable[[int], None]) -> None:
-        """Takes over SIGTERM and SIGINT: the first asks for a checkpoint, a second ends the process.
+        """Takes over SIGTERM, SIGINT and SIGUSR1: the first asks for a checkpoint, a second ends the process.
 
         Launchers pass a terminal's Ctrl-C on to workers that already got it, so a repeat within
         `SAME_REQUEST_SECONDS` is the same request. `at_once` runs just before the process ends.
         """
         self._at_once = at_once
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
