@@ -1,16 +1,18 @@
 """Rates of `loader_contestants`: in slices in turns on one core, in passes in turns on two."""
 
+import multiprocessing
 import os
 import random
 import statistics
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
 from loader_contestants import BATCH, SEQ_LEN, Contestant
 
-# Tokens of a slice: about 50 ms, so that what else the machine does falls on all contestants alike.
-SLICE = 12 * BATCH * SEQ_LEN
-SLICES = 24  # of a round
+# Tokens of a slice: under half a second, so that what else the machine does falls on all contestants alike.
+SLICE = 60 * BATCH * SEQ_LEN
+SLICES = 4  # of a round
 # Tokens of a pass that are not counted: processes start, files are opened.
 WARM_UP = 20 * BATCH * SEQ_LEN
 
@@ -24,21 +26,35 @@ def pin(cores: int) -> None:
 
 
 class _Runner:
-    """A contestant which is stopped and goes on, and begins again when its text is over."""
+    """A contestant in a process of its own, which is told when to go on, and begins again when its text is over."""
 
     def __init__(self, contestant: Contestant):
-        self._contestant = contestant
-        self._running: Iterator[int] = iter(())
+        context = multiprocessing.get_context("fork")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(contestant, theirs))
+        self._process.start()
 
-    def run(self, tokens: int) -> int:
-        done = 0
+    def run(self, tokens: int) -> tuple[int, float, float]:
+        """(tokens made, seconds of wall time, seconds of its CPU time) of at least so many tokens."""
+        self._ours.send(tokens)
+        return self._ours.recv()
+
+    def end(self) -> None:
+        self._ours.send(0)
+        self._process.join()
+
+
+def _serve(contestant: Contestant, connection: Connection) -> None:
+    running: Iterator[int] = iter(())
+    while tokens := connection.recv():
+        began, done = (time.perf_counter(), time.process_time()), 0
         while done < tokens:
-            made = next(self._running, None)
+            made = next(running, None)
             if made is None:
-                self._running = self._contestant()
+                running = contestant()
             else:
                 done += made
-        return done
+        connection.send((done, time.perf_counter() - began[0], time.process_time() - began[1]))
 
 
 def in_slices(contestants: dict[str, Contestant], rounds: int) -> tuple[Rates, Rates]:
@@ -50,17 +66,16 @@ def in_slices(contestants: dict[str, Contestant], rounds: int) -> tuple[Rates, R
     wall: Rates = {name: [] for name in contestants}
     cpu: Rates = {name: [] for name in contestants}
     for _ in range(rounds):
-        spent: dict[str, tuple[int, float, float]] = dict.fromkeys(contestants, (0, 0.0, 0.0))
+        spent: dict[str, list[tuple[int, float, float]]] = {name: [] for name in contestants}
         for _ in range(SLICES):
             for name in draw.sample(list(contestants), len(contestants)):
-                began = time.perf_counter(), time.process_time()
-                done = runners[name].run(SLICE)
-                ended = time.perf_counter(), time.process_time()
-                tokens, by_wall, by_cpu = spent[name]
-                spent[name] = tokens + done, by_wall + ended[0] - began[0], by_cpu + ended[1] - began[1]
-        for name, (tokens, by_wall, by_cpu) in spent.items():
+                spent[name].append(runners[name].run(SLICE))
+        for name, slices in spent.items():
+            tokens, by_wall, by_cpu = map(sum, zip(*slices, strict=True))
             wall[name].append(tokens / by_wall)
             cpu[name].append(tokens / by_cpu)
+    for runner in runners.values():
+        runner.end()
     return wall, cpu
 
 
@@ -71,10 +86,9 @@ def in_passes(contestants: dict[str, Contestant], rounds: int, tokens: int) -> R
         for name, contestant in contestants.items():
             runner = _Runner(contestant)
             runner.run(WARM_UP)
-            began = time.perf_counter()
-            done = runner.run(tokens)
-            rates[name].append(done / (time.perf_counter() - began))
-            del runner  # ends what it has started
+            done, seconds, _ = runner.run(tokens)
+            rates[name].append(done / seconds)
+            runner.end()
     return rates
 
 

@@ -75,6 +75,7 @@ def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[byt
     """
     file.seek(place.bit // 8 if place else 0)
     name = base_name(file.url)
+    errors = _zstd_errors() if name.endswith(".zst") else deflate.ERRORS
     try:
         if name.endswith(".gz"):
             yield from _gunzip(file, place, starts)
@@ -82,7 +83,7 @@ def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[byt
             yield from _unzstd(file, starts)
         else:
             yield from _plain(file, starts)
-    except (*deflate.ERRORS, _zstd_error()) as error:
+    except errors as error:
         raise Damaged(
             f"{file.url}: damaged near byte {file.offset} ({words(error)}); "
             "replace it by an intact copy, then run again"
@@ -224,7 +225,7 @@ def _truncated(file: RangeFile) -> Damaged:
     )
 
 
-def _zstd_error() -> type[Exception]:
+def _zstd_errors() -> tuple[type[Exception], ...]:
     import zstandard
 
-    return zstandard.ZstdError
+    return (zstandard.ZstdError,)
