@@ -18,16 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelm.data.encoding import Encoder
 from stablelm.data.options import ReadOptions
 from stablelm.data.shard_format import source_name
 from stablelm.data.source import FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
-
-# Streamed documents that are encoded together: fewer at once cost more for each, more come in bursts.
-TOGETHER = 32
-FIRST = 4  # a start waits for these alone
-NO_TOKENS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,18 @@ class Cursor:
     def cursor(self) -> "Cursor":
         """Itself, as of any place."""
         return self
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for one left out.
+
+    `wrong` says what is wrong with the row after them.
+    """
+
+    cursor: Cursor
+    texts: list[str | None]
+    wrong: DataError | None = None
 
 
 @dataclass(frozen=True)
@@ -204,51 +210,35 @@ class Lane:
                     yield Cursor(epoch, entry, block, index, 0), text
                 index += 1
 
-    def chunks(self, start: Cursor, encoder: Encoder, *, whole_blocks: bool = False) -> Iterator[Chunk]:
-        """The tokens of these documents, a few a chunk, or with `whole_blocks` the rest of a block.
+    def groups(self, start: Cursor, counts: Iterator[int] | None = None) -> Iterator[Group]:
+        """The rows from the document of `start` on, by so many at a time, or (None) the rest of a block.
 
-        Raises DataError as `documents` does, after the documents before or with `whole_blocks` the blocks before;
-        a document of eos alone counts as none then.
+        Raises DataError as `documents` does, but for a row that is wrong: that ends the groups with the last one.
         """
-        entries, counts = Entries(self._order, self._lane), self._counts()
+        entries = Entries(self._order, self._lane)
+        # Best-fit packing, which takes blocks, drops documents without text.
+        counted = _is_document if counts else _has_text
         for cursor, url, waiting in self._blocks(start, entries):
             index = cursor.index
             while waiting:
-                limit = len(waiting) if whole_blocks else next(counts)
-                parts, error = self._encoded(url, waiting, encoder, limit=limit)
-                entries.found = entries.found or any(len(part) > whole_blocks for part in parts)
-                # Best-fit packing of half a block would give other windows than that of the mended file.
-                if parts and not (whole_blocks and error):
-                    ends = np.cumsum([len(part) for part in parts])
-                    yield Chunk(replace(cursor, index=index), np.concatenate(parts), ends)
-                    index += len(parts)
-                if error is not None:
-                    raise error
+                group = self._group(
+                    replace(cursor, index=index), url, waiting, next(counts) if counts else len(waiting)
+                )
+                entries.found = entries.found or any(map(counted, group.texts))
+                yield group
+                if group.wrong is not None:
+                    return
+                index += len(group.texts)
 
-    def _counts(self) -> Iterator[int]:
-        """How many documents to encode at a time. The second number differs among lanes, or all would come at once."""
-        yield FIRST
-        yield 1 + (self._lane * 40503 >> 11) % TOGETHER
-        while True:
-            yield TOGETHER
-
-    def _encoded(
-        self, url: str, waiting: list[Row], encoder: Encoder, *, limit: int
-    ) -> tuple[list[np.ndarray], DataError | None]:
-        """Tokens of the next rows, at most `limit`, and what is wrong with the row after them.
-
-        The rows are taken from `waiting`; one that is left out has no tokens.
-        """
+    def _group(self, cursor: Cursor, url: str, waiting: list[Row], count: int) -> Group:
+        """Of the next rows, which are taken from `waiting`."""
         texts: list[str | None] = []
-        wrong = None
         try:
-            while waiting and len(texts) < limit:
+            while waiting and len(texts) < count:
                 texts.append(self._text(url, waiting.pop()))
         except DataError as error:
-            wrong = error
-        documents = [text for text in texts if text is not None]
-        tokens = iter(encoder.encode_arrays(documents) if documents else ())
-        return [NO_TOKENS if text is None else next(tokens) for text in texts], wrong
+            return Group(cursor, texts, error)
+        return Group(cursor, texts)
 
     def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
         """(cursor of the next row, file, rows from there on with the next one last) of each block."""
@@ -276,3 +266,11 @@ class Lane:
 
     def _text(self, url: str, row: Row) -> str | None:
         return document_text(row, url=url, column=self._options.text_column)
+
+
+def _is_document(text: str | None) -> bool:
+    return text is not None
+
+
+def _has_text(text: str | None) -> bool:
+    return bool(text) and not text.isspace()

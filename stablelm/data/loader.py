@@ -159,7 +159,7 @@ class Loader:
 
     def _threads(self, count: int) -> list[Maker]:
         """Threads share what they read of files that several lanes need."""
-        everything = self._task(range(len(self._lanes))).maker()
+        everything = self._task(range(len(self._lanes))).maker(threads=count)
         return [everything.share(range(index, len(self._lanes), count)) for index in range(count)]
 
     def _processes(self, count: int) -> list[Maker]:

@@ -35,23 +35,30 @@ class RunText:
             for name, own in self.files.items()
         }
 
-    def windows(self, lanes: Sequence[int], cursors: Mapping[int, Cursor | Cursors], data_step: int) -> list[Windows]:
-        """The windows of these lanes from `cursors` on (absent: from a lane's beginning), for a process of its own."""
+    def windows(
+        self, lanes: Sequence[int], cursors: Mapping[int, Cursor | Cursors], data_step: int, *, threads: int = 1
+    ) -> list[Windows]:
+        """The windows of these lanes from `cursors` on (absent: from a lane's beginning), for a process of its own.
+
+        Thread i of so many must be the only one to use the windows ≡ i in the list.
+        """
         options = ReadOptions.of(self.data, lanes=len(lanes) * len(self.files))
         shared = {
             name: SourceWindows(order, self.tokenizer, self.data, lanes=len(lanes), options=options)
             for name, order in self.orders().items()
         }
-        if not self.data.mixture:
-            (source,) = shared.values()
-            return [source.of(lane, of_source(cursors.get(lane), "")) for lane in lanes]
-        mixed = Mixture.of(mixture.sources(self.data), seed=self.seed)
-        return [self._mixed(lane, shared, mixed, cursors.get(lane) or Cursors(), data_step) for lane in lanes]
+        together = [{name: source.together() for name, source in shared.items()} for _ in range(threads)]
+        mixed = Mixture.of(mixture.sources(self.data), seed=self.seed) if self.data.mixture else None
+        made: list[Windows] = []
+        for place, lane in enumerate(lanes):
+            parts = {
+                name: source.of(lane, of_source(cursors.get(lane), name), together[place % threads][name])
+                for name, source in shared.items()
+            }
+            made.append(parts[""] if mixed is None else self._mixed(lane, parts, mixed, data_step))
+        return made
 
-    def _mixed(
-        self, lane: int, shared: dict[str, SourceWindows], mixed: Mixture, cursors: Cursor | Cursors, data_step: int
-    ) -> MixedWindows:
-        parts = {name: source.of(lane, of_source(cursors, name)) for name, source in shared.items()}
+    def _mixed(self, lane: int, parts: dict[str, Windows], mixed: Mixture, data_step: int) -> MixedWindows:
         lanes, batch = self.data.lanes, self.global_batch_size
         given = max(0, -(-(data_step * batch - lane) // lanes))
         return MixedWindows(parts, mixed, lane=lane, lanes=lanes, batch=batch, given=given)

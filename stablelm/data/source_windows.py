@@ -12,6 +12,7 @@ from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
 from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
+from stablelm.data.together import Together, block_chunks
 
 
 class SourceWindows:
@@ -25,7 +26,11 @@ class SourceWindows:
         else:
             self._shared = SharedFiles(len(order.files), options=options)
 
-    def of(self, lane: int, start: Cursor | None) -> Windows:
+    def together(self) -> Together:
+        """What the lanes of one thread share."""
+        return Together(self._tokenizer)
+
+    def of(self, lane: int, start: Cursor | None, together: Together) -> Windows:
         """The windows of a lane, from its beginning or from `start` on."""
         start = start or self._order.start(lane)
         best_fit = self._data.packing == "best_fit"
@@ -33,8 +38,11 @@ class SourceWindows:
         if isinstance(self._shared, SharedShards):
             chunks = ShardLane(self._order, lane, self._shared).chunks(first, whole_blocks=best_fit)
         else:
-            documents = Lane(self._order, lane, self._shared, options=self._options)
-            chunks = documents.chunks(first, self._tokenizer, whole_blocks=best_fit)
+            text = Lane(self._order, lane, self._shared, options=self._options)
+            if best_fit:
+                chunks = block_chunks(text.groups(first), self._tokenizer)
+            else:
+                chunks = together.chunks(text.groups(first, together.counts()))
         if best_fit:
             return BestFitPacker(chunks, self._data.seq_len, self._tokenizer.eos, start)
         return Packer(chunks, self._data.seq_len, start)

@@ -46,9 +46,9 @@ class Task:
     data_step: int
     borders: bool
 
-    def maker(self) -> LocalMaker:
+    def maker(self, *, threads: int = 1) -> LocalMaker:
         lanes = [self.names[place] for place in self.mine]
-        windows = self.text.windows(lanes, self.cursors, self.data_step)
+        windows = self.text.windows(lanes, self.cursors, self.data_step, threads=threads)
         return LocalMaker(windows, self.mine, self.names, borders=self.borders)
 
 
