@@ -10,7 +10,7 @@ IGNORED = -100  # as a target: no target
 class Encoder(Protocol):
     """What the data layer needs of a tokenizer; `sha256` names it in prepared shards.
 
-    `encode_arrays` gives the tokens of each document and its eos, int32 (length,).
+    `encode_arrays` gives the tokens of each document and its eos, int32 (length,), by up to `threads` threads.
     """
 
     @property
@@ -19,7 +19,7 @@ class Encoder(Protocol):
     @property
     def sha256(self) -> str: ...
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]: ...
+    def encode_arrays(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]: ...
 
 
 def document_tokens(tokenizer: Encoder, text: str) -> np.ndarray:

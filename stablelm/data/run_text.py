@@ -1,5 +1,6 @@
 """The text of a run: the windows of any of its lanes, from any place, in this process or another."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from stablelm.data.mixture import Cursors, MixedWindows, Mixture
 from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Windows
 from stablelm.data.source_windows import SourceWindows
+from stablelm.data.together import Together
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class RunText:
             name: SourceWindows(order, self.tokenizer, self.data, lanes=len(lanes), options=options)
             for name, order in self.orders().items()
         }
-        together = [{name: source.together() for name, source in shared.items()} for _ in range(threads)]
+        turn = threading.Lock()
+        together = [
+            {name: Together(self.tokenizer, threads=threads, turn=turn) for name in shared} for _ in range(threads)
+        ]
         mixed = Mixture.of(mixture.sources(self.data), seed=self.seed) if self.data.mixture else None
         made: list[Windows] = []
         for place, lane in enumerate(lanes):

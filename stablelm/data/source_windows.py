@@ -26,10 +26,6 @@ class SourceWindows:
         else:
             self._shared = SharedFiles(len(order.files), options=options)
 
-    def together(self) -> Together:
-        """What the lanes of one thread share."""
-        return Together(self._tokenizer)
-
     def of(self, lane: int, start: Cursor | None, together: Together) -> Windows:
         """The windows of a lane, from its beginning or from `start` on."""
         start = start or self._order.start(lane)

@@ -4,6 +4,7 @@ A tokenizer's tables fill the processor's cache; what is done between two calls 
 documents at once cost a sixth less than some dozen at a time.
 """
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +28,14 @@ class _Member:
 
 
 class Together:
-    """Lanes whose windows are made by one thread. Each has at most one chunk that was not asked for yet."""
+    """Lanes whose windows are made by one thread. Each has at most one chunk that was not asked for yet.
 
-    def __init__(self, encoder: Encoder):
-        self._encoder = encoder
+    `turn` is that of all threads of the process: one encodes at a time, with the strength of `threads` of them, so
+    that the others read meanwhile and the tokenizer's tables are in use once.
+    """
+
+    def __init__(self, encoder: Encoder, *, threads: int, turn: threading.Lock):
+        self._encoder, self._threads, self._turn = encoder, threads, turn
         self._members: list[_Member] = []
 
     def counts(self) -> Iterator[int]:
@@ -72,7 +77,8 @@ class Together:
             if documents >= TOGETHER:
                 break
         texts = [text for _, group in taken for text in group.texts if text is not None]
-        tokens = iter(self._encoder.encode_arrays(texts) if texts else ())
+        with self._turn:
+            tokens = iter(self._encoder.encode_arrays(texts, threads=self._threads) if texts else ())
         for member, group in taken:
             if group.texts:
                 member.ready.append(chunk(group, tokens))

@@ -46,11 +46,11 @@ class Tokenizer:
         """Ids of the text alone: no bos, no eos."""
         return self._processor.encode(text)
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text and eos after them, int32 (length,)."""
+    def encode_arrays(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text and eos after them, int32 (length,), made by so many threads where it is worth it."""
         if len(texts) < FEW:
             return [self._processor.encode_as_numpy(text, add_eos=True) for text in texts]
-        return self._processor.encode_as_numpy(texts, add_eos=True, num_threads=1)
+        return self._processor.encode_as_numpy(texts, add_eos=True, num_threads=threads)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; control pieces such as eos give nothing."""

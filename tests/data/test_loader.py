@@ -153,7 +153,7 @@ def test_workers_stay_within_the_prefetch(files):
     encoded = []
 
     class Counting(LetterTokenizer):
-        def encode_arrays(self, texts):
+        def encode_arrays(self, texts, *, threads=1):
             encoded.extend(texts)
             return [np.ones(SEQ_LEN, np.int32) for _ in texts]
 
@@ -235,7 +235,7 @@ def test_remote_and_local_files_are_the_same_data(tmp_path, files, monkeypatch):
 
 def test_wait_seconds_counts_the_last_next(files):
     class Slow(LetterTokenizer):
-        def encode_arrays(self, texts):
+        def encode_arrays(self, texts, *, threads=1):
             time.sleep(0.01)
             return super().encode_arrays(texts)
 

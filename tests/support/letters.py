@@ -15,7 +15,7 @@ class LetterTokenizer:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_arrays(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]:
         return [np.array([*self.encode(text), self.eos], np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
