@@ -2,14 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-slow lint install clean
 
 # Trains a 24-layer model on text that comes with Python; run it again and it finds nothing to do.
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/pretrain.py --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests
+
+# Tests of minutes rather than seconds.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
-READ_AHEAD = 64 << 20
+READ_AHEAD = 48 << 20
 # Names under which one store is known.
 FAMILIES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "http"}
 

@@ -47,9 +47,13 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[R
 
 
 def _closing(file: RangeFile, runs: Iterator[list[Row]]) -> Iterator[Row]:
-    def closing() -> Iterator[list[Row]]:
+    def closing() -> Iterator[Iterator[Row]]:
         with file:
-            yield from runs
+            for rows in runs:
+                # Each row is let go when it is taken: hundreds of lanes hold one such run each.
+                waiting = [None, *reversed(rows)]
+                rows.clear()
+                yield iter(waiting.pop, None)
 
     return chain.from_iterable(closing())
 
@@ -85,7 +89,7 @@ def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int) -> It
         starts.passed(len(chunk), begun, row + (bool(rows) and rows[0][0] == number + 1), number + 1)
         number += len(lines)
         row += len(rows)
-        del lines  # rows are let go one by one
+        del lines
         yield rows
     line = b"".join(carry)
     line = line if number else line.removeprefix(BYTE_ORDER_MARK)

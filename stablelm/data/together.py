@@ -16,7 +16,7 @@ from stablelm.data.lanes import Chunk, Group
 
 # Documents of one call, if the lanes have as many; those of a lane at its start, and at least afterwards.
 TOGETHER = 256
-FIRST, LEAST = 4, 16
+FIRST, LEAST = 4, 8
 NO_TOKENS = np.empty(0, np.int32)
 
 

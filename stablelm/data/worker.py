@@ -83,6 +83,7 @@ class WorkerProcess:
         while isinstance(message, Waits):
             waiting.relay(self, message)
             message = self._message()
+        waiting.relay(self, Waits())  # what it says next comes with the next rows
         rows, error = message
         yield from rows
         if error is not None:
@@ -150,10 +151,11 @@ def _watch(connection: Connection, lock: threading.Lock, parent: int) -> None:
     """Ends this process with its parent, and tells that one which reads wait."""
     told: list[waiting.Wait] = []
     while os.getppid() == parent:
-        waits = waiting.waiting()
-        if waits != told:
-            told = waits
-            with lock, contextlib.suppress(OSError):
+        with lock, contextlib.suppress(OSError):
+            # Under the lock, so that none is told after the rows for which it waited.
+            waits = waiting.waiting()
+            if waits != told:
+                told = waits
                 connection.send(Waits(waits))
         time.sleep(WATCH)
     os._exit(1)
