@@ -42,9 +42,7 @@ def open_pinned(url: str, options: ReadOptions) -> tuple["HubFile", Stamp]:
     Raises DataError when the hub's client is told to stay offline or the hub refuses the file.
     """
     if constants.HF_HUB_OFFLINE:
-        raise DataError(
-            f"{url}: HF_HUB_OFFLINE forbids to ask the hub; unset it, or give a folder with its files"
-        )
+        raise DataError(f"{url}: HF_HUB_OFFLINE forbids to ask the hub; unset it, or give a folder with its files")
     file = HubFile(url, options)
     return file, options.stamps.get(url) or file.stamp()
 

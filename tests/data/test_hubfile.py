@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from support.fakehub import COMMIT, FakeHub
+from support.fakehub import COMMIT, FORMER_NAME, FakeHub
 from support.faulty_stores import BLOCK, CONTENT, NAME, TEXTS
 from support.httpserver import serve
 from support.samples import REPOSITORY
@@ -79,6 +79,14 @@ def test_any_range_at_one_head(hub: FakeHub):
     assert heads(hub) == 1
     with RangeFile(pinned("en/empty.json"), reading) as empty:
         assert empty.read(10) == b""
+    assert hub.api_calls == []
+
+
+def test_a_data_set_that_was_renamed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+    hub.token = "hf_word"
+    monkeypatch.setenv("HF_TOKEN", "hf_word")
+    url = pinned(NAME).replace("allenai/c4", FORMER_NAME)
+    assert list(documents([url], options(hub.url))) == TEXTS
     assert hub.api_calls == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+FORMER_NAME = "somebody/former"  # of the data set, which the hub answers with a redirect
 # Written in a way that a client would change if it did not follow to the letter.
 SIGNATURE = "response-content-disposition=inline%3B+filename*%3DUTF-8%27%27a&Signature=%41b~c%2F"
 
@@ -117,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json({"error": "GatedRepo"}, 401, **{"X-Error-Code": "GatedRepo"})
             revision, _, name = path.removeprefix(content).partition("/")
             return self._content(name) if revision in ("main", hub.commit) else self._missing("RevisionNotFound")
+        if path.startswith(f"/datasets/{FORMER_NAME}/"):
+            return self._send(b"", 307, {"Location": self.path.replace(FORMER_NAME, hub.name, 1)})
         return self._missing("RepoNotFound")
 
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
