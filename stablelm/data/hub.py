@@ -6,6 +6,8 @@ import re
 from stablelm.errors import ConfigError
 
 PREFIX = "hf://datasets/"
+PINNED = re.compile(re.escape(PREFIX) + r"([^@]+)@([0-9a-f]{40})/(.+)")
+"""(data set, commit, path) of a file whose content never changes."""
 UNREACHABLE = {"ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}
 FORM = "hf://datasets/<owner>/<name>[@<revision>]/<file or pattern>"
 

@@ -7,6 +7,7 @@ import os
 from functools import lru_cache
 from typing import Any
 
+from stablelm.data import hub
 from stablelm.data.options import FAMILIES, ReadOptions, Stamp
 
 # A connection without a byte for so long is given up and retried.
@@ -46,6 +47,10 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     if path is not None:
         local = io.FileIO(path)
         return local, local_stamp(local)
+    if hub.PINNED.fullmatch(url):
+        from stablelm.data import hubfile  # with aiohttp and the hub's client
+
+        return hubfile.open_pinned(url, options)
     store, path = filesystem(url, options)
     extra = {}
     if url.startswith(("http://", "https://")):
@@ -102,7 +107,7 @@ def _shared(process: int, scheme: str, settings: str) -> Any:
 
     given = json.loads(settings)[0]
     if FAMILIES.get(scheme, scheme) == "http":
-        given = {"get_client": _http_client, **given}
+        given = {"get_client": http_client, **given}
     elif FAMILIES.get(scheme, scheme) == "s3":
         given = {"use_listings_cache": False, **given}
         # Retries are ours: those below would hide a wait and spend its budget unseen.
@@ -111,7 +116,8 @@ def _shared(process: int, scheme: str, settings: str) -> Any:
     return fsspec.filesystem(scheme, **given)
 
 
-async def _http_client(**settings: Any) -> Any:
+async def http_client(**settings: Any) -> Any:
+    """A session of aiohttp with our bounds on stalls and connections."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)

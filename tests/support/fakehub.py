@@ -7,40 +7,52 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 COMMIT = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
+FORMER_NAME = "somebody/former"  # of the data set, which the hub answers with a redirect
+# Written in a way that a client would change if it did not follow to the letter.
+SIGNATURE = "response-content-disposition=inline%3B+filename*%3DUTF-8%27%27a&Signature=%41b~c%2F"
 
 
 class FakeHub:
     """Serves `files` (path in the data set -> content) as the data set `name` at `url` inside a with block.
 
     `requests` are the (method, path) seen. `failures` holds HTTP statuses that the next reads of .gz
-    files answer before the server gets well.
+    files answer before the server gets well. `token` is asked for where it is not empty. With `elsewhere`
+    contents are redirected to signed addresses of a second server, which answers to GET alone; `credentials` are
+    the Authorization headers seen by the hub and by that one.
     """
 
-    def __init__(self, files: dict[str, bytes], *, name: str = "allenai/c4", commit: str = COMMIT):
+    def __init__(
+        self, files: dict[str, bytes], *, name: str = "allenai/c4", commit: str = COMMIT, elsewhere: bool = False
+    ):
         self.files, self.name, self.commit = files, name, commit
         self.requests: list[tuple[str, str]] = []
         self.failures: list[int] = []
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self.token = ""
+        self.credentials: dict[str, set[str | None]] = {"hub": set(), "elsewhere": set()}
+        self._servers = [_server(self, _Handler)] + ([_server(self, _Elsewhere)] if elsewhere else [])
+        self.url, *others = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        self.elsewhere = others[0] if others else ""
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers
+        ]
 
     def __enter__(self) -> "FakeHub":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    @property
+    def api_calls(self) -> list[str]:
+        return [path for _, path in self.requests if path.startswith("/api/")]
 
     def entry(self, path: str) -> dict[str, Any]:
         """What the tree API tells of one file."""
@@ -60,6 +72,10 @@ class FakeHub:
 
 def _oid(path: str) -> str:
     return hashlib.sha1(path.encode()).hexdigest()
+
+
+def _server(hub: FakeHub, handler: type["_Handler"]) -> ThreadingHTTPServer:
+    return ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub}))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((self.command, self.path))
+        hub.credentials["hub"].add(self.headers.get("Authorization"))
         api, content = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
         if path == api or re.fullmatch(re.escape(api) + "/revision/[^/]+", path):
             if path.rsplit("/revision/", 1)[-1] not in (path, "main", hub.commit):
@@ -97,8 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
             folder = path.removeprefix(api + "/tree/").partition("/")[2].rstrip("/")
             return self._json(hub.children(folder))
         if path.startswith(content):
+            if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self._json({"error": "GatedRepo"}, 401, **{"X-Error-Code": "GatedRepo"})
             revision, _, name = path.removeprefix(content).partition("/")
             return self._content(name) if revision in ("main", hub.commit) else self._missing("RevisionNotFound")
+        if path.startswith(f"/datasets/{FORMER_NAME}/"):
+            return self._send(b"", 307, {"Location": self.path.replace(FORMER_NAME, hub.name, 1)})
         return self._missing("RepoNotFound")
 
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
@@ -110,10 +131,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, name: str) -> None:
         if name not in self.hub.files:
             return self._missing("EntryNotFound")
+        if self.hub.elsewhere:
+            location = f"{self.hub.elsewhere}/{quote(name)}?{SIGNATURE}"
+            linked = {"X-Linked-Size": str(len(self.hub.files[name])), "X-Linked-ETag": f'"{_oid(name)}"'}
+            return self._send(b"", 302, {"Location": location, **linked})
+        self._serve(name, {"ETag": f'"{_oid(name)}"', "Accept-Ranges": "bytes"})
+
+    def _serve(self, name: str, headers: dict[str, str]) -> None:
         if self.command == "GET" and name.endswith(".gz") and self.hub.failures:
             return self._json({"error": "overloaded"}, self.hub.failures.pop(0))
         data = self.hub.files[name]
-        headers = {"ETag": f'"{_oid(name)}"', "X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if match is None:
             return self._send(data, 200, headers)
@@ -128,3 +155,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class _Elsewhere(_Handler):
+    """Where contents are redirected to: it knows neither the hub's tags nor its tokens."""
+
+    def _answer(self) -> None:
+        path, _, signature = self.path.partition("?")
+        given = self.headers.get("Authorization")
+        self.hub.credentials["elsewhere"].add(given)
+        if self.command != "GET" or signature != SIGNATURE or given is not None:
+            return self._send(b"", 403, {})
+        if "If-Match" in self.headers:
+            return self._send(b"", 412, {})
+        return self._serve(unquote(path.lstrip("/")), {"ETag": '"of-its-own"'})

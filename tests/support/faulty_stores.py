@@ -3,8 +3,6 @@
 import gzip
 import json
 import random
-import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,10 +65,6 @@ def s3_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]
 
 
 def hub_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    from huggingface_hub.utils import _http as client
-
-    # The client's own waiting, which has no setting.
-    monkeypatch.setattr(client, "time", types.SimpleNamespace(sleep=lambda seconds: time.sleep(0.01), time=time.time))
     with FakeHub({NAME: CONTENT}) as hub, serve(upstream=hub.url) as server:
         url = f"hf://datasets/allenai/c4@{COMMIT}/{NAME}"
         yield Store(server, url, {"hf.endpoint": server.url}, lambda content: hub.files.update({NAME: content}))
