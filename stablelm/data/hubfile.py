@@ -24,6 +24,8 @@ from stablelm.data.options import ReadOptions, Stamp
 from stablelm.errors import DataError
 
 REDIRECTS = 5
+# How a store answers to a signature that has run out.
+RUN_OUT = (400, 401, 403, 404, 410)
 # Lengths and ranges are those of the stored bytes.
 PLAIN = {"Accept-Encoding": "identity"}
 
@@ -62,6 +64,7 @@ class HubFile:
         endpoint = (told.get("endpoint") or constants.ENDPOINT).rstrip("/")
         self._url, self._token = url, told.get("token")
         self._address = URL(f"{endpoint}/datasets/{name}/resolve/{commit}/{quote(path)}", encoded=True)
+        self._signed: URL | None = None  # where the last range came from: the hub counts the requests that it redirects
         self._offset = 0
 
     def seek(self, offset: int) -> None:
@@ -107,9 +110,21 @@ class HubFile:
         raise io.UnsupportedOperation("the hub does not tell the size of the file")
 
     async def _range(self, session: aiohttp.ClientSession, start: int, end: int) -> bytes:
+        if self._signed is not None:
+            try:
+                return await self._fetch(session, self._signed, start, end)
+            except Refusal as refusal:
+                if refusal.status not in RUN_OUT:
+                    raise
+                self._signed = None
+        return await self._fetch(session, self._address, start, end)
+
+    async def _fetch(self, session: aiohttp.ClientSession, address: URL, start: int, end: int) -> bytes:
         headers = {**PLAIN, "Range": f"bytes={start}-{end - 1}"}
-        async with session.get(self._address, headers=headers, middlewares=(self._authorize,)) as answer:
+        async with session.get(address, headers=headers, middlewares=(self._authorize,)) as answer:
             self._check(answer)
+            if answer.history:
+                self._signed = answer.url
             whole = start == 0 and (answer.content_length or end + 1) <= end
             if answer.status != 206 and not whole:
                 raise io.UnsupportedOperation("the hub does not serve parts of the file")

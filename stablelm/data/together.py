@@ -15,7 +15,7 @@ from stablelm.data.encoding import Encoder
 from stablelm.data.lanes import Chunk, Group
 
 # Documents of one call, if the lanes have as many; those of a lane at its start, and at least afterwards.
-TOGETHER = 256
+TOGETHER = 512
 FIRST, LEAST = 4, 8
 NO_TOKENS = np.empty(0, np.int32)
 

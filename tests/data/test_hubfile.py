@@ -124,6 +124,17 @@ def test_what_the_hub_asks_for_is_waited_for_and_seen(hub: FakeHub, status: int)
     assert waiting.waited_seconds() - before > 0.6
 
 
+def test_a_signed_address_serves_until_it_has_run_out():
+    with FakeHub(dict(FILES), elsewhere=True) as hub, RangeFile(pinned(NAME), options(hub.url)) as file:
+        for start in range(0, 500, 100):
+            file.seek(start)
+            if start == 300:
+                hub.failures = [403]
+            assert file.read(100) == CONTENT[start : start + 100]
+        assert sum(method == "GET" for method, _ in hub.requests) == 2
+        assert file.retries == 0
+
+
 def test_a_signed_address_is_told_nowhere():
     with FakeHub(dict(FILES), elsewhere=True) as hub:
         hub.failures = [503] * 1000
