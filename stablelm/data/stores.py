@@ -59,7 +59,8 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
         if info["size"] is None or not info.get("partial", True):
             raise io.UnsupportedOperation("the server does not tell the size of the file or serve parts of it")
     file = store.open(path, "rb", block_size=options.block, cache_type="none", **extra)
-    info = info if extra else file.details
+    if not extra:  # what was found in opening the file, where the store keeps it
+        info = getattr(file, "details", None) or store.info(path)
     return file, Stamp(int(info["size"]), _tag(info))
 
 
