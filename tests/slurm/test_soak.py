@@ -11,6 +11,7 @@ from support.slurm import missing
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
 @pytest.mark.timeout(1200)
 def test_a_run_survives_two_faults(tmp_path: Path):
     if reason := missing():
