@@ -118,7 +118,8 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
     "${wrap[@]}" "$python" -m compileall -q "$new/stablelm" >/dev/null
     rm -rf "$copy"
     mv "$new" "$copy"
-    { mkdir -p slurm/.jobs && ln -sfn "$copy" "slurm/.jobs/$SLURM_JOB_ID"; } ||
+    # shellcheck disable=SC2154 # job_link is set by pretrain.sh, which needs it before it can read this file
+    { mkdir -p slurm/.jobs && ln -sfn "$copy" "$job_link"; } ||
         say "warning: $PWD/slurm cannot be written: a requeued attempt will take the program as it is then"
     code=$copy
 }
@@ -263,7 +264,7 @@ settle() { # RC REASON: decides what the attempt's end means, says so and ends t
     leave "$code_"
 }
 finish_job() { # CODE
-    rm -f "slurm/.jobs/$SLURM_JOB_ID"
+    rm -f "$job_link"
     leave "$1"
 }
 

@@ -22,7 +22,9 @@ cd "${SLURM_SUBMIT_DIR:?slurm/pretrain.sh is a batch script: sbatch slurm/pretra
 [ -f slurm/lib.sh ] || { echo "error: submit from the repository: $PWD has no slurm/lib.sh" >&2; exit 78; }
 code=$PWD
 # Slurm keeps a copy of this script; what it calls is kept in the snapshot of the job's first start.
-[ -z "${SLURM_RESTART_COUNT:-}" ] || code=$(readlink "slurm/.jobs/$SLURM_JOB_ID" || echo "$PWD")
+# Clusters that share a home directory give the same job numbers.
+job_link=slurm/.jobs/${SLURM_CLUSTER_NAME:-cluster}-$SLURM_JOB_ID
+[ -z "${SLURM_RESTART_COUNT:-}" ] || code=$(readlink "$job_link" || echo "$PWD")
 # shellcheck source=slurm/lib.sh
 . "$code/slurm/lib.sh"
 
