@@ -7,7 +7,7 @@ from functools import partial
 
 from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
-from stablelm.data.loader import Loader
+from stablelm.data.loader import Batch, Loader
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
@@ -22,7 +22,7 @@ from stablelm.train.progress import Progress
 from stablelm.train.recheck import recheck
 from stablelm.train.records import Records
 from stablelm.train.schedule import learning_rate
-from stablelm.train.step import train_step
+from stablelm.train.step import StepResult, train_step
 from stablelm.train.stop import REASONS, Stop
 from stablelm.train.watchdog import Watch
 
@@ -66,19 +66,7 @@ def train(job: Job) -> str:
         pulse.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
-        take = partial(
-            train_step,
-            job.engine,
-            job.ranks,
-            batch.tokens,
-            batch.targets,
-            step=step,
-            lr=learning_rate(step, config.train),
-            seed=config.run.seed,
-            micro=config.train.micro_batch_size or len(batch.tokens),
-            loss_factor=job.faults.loss_factor(batch.data_step),
-            reached=pulse.reached,
-        )
+        take = update(job, batch, step)
         result = take(largest_norm=job.guard.largest_norm(step))
         if config.guards.recheck:
             recheck(step, result, take, job.ranks, job.watch.hosts, job.records.message)
@@ -114,6 +102,24 @@ def train(job: Job) -> str:
             agreement.settle()
             return reason
     return ""
+
+
+def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
+    """`train_step` of this batch, whose `largest_norm` is left to say."""
+    config = job.config
+    return partial(
+        train_step,
+        job.engine,
+        job.ranks,
+        batch.tokens,
+        batch.targets,
+        step=step,
+        lr=learning_rate(step, config.train),
+        seed=config.run.seed,
+        micro=config.train.micro_batch_size or len(batch.tokens),
+        loss_factor=job.faults.loss_factor(batch.data_step),
+        reached=job.watch.pulse.reached,
+    )
 
 
 def rewound(job: Job, spike: Outcome, agreement: Agreement, interval: Meter) -> bool:

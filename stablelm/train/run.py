@@ -131,17 +131,23 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     except BaseException:
         saver.settle()
         raise
-    # What is left takes one rank's time while the others wait for it.
-    watch.stop()
-    loader.close()
+    _finish(prepared, job, ending, reason)
+    return reason
+
+
+def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
+    """What is left takes one rank's time while the others wait for it."""
+    config, records = job.config, job.records
+    job.watch.stop()
+    job.loader.close()
     job.profiler.close()
     if reason:
-        records.message(f"stopped early ({reason}) at step {progress.step} of {config.train.steps}; run again to go on")
-    elif ranks.is_first:
+        told = f"stopped early ({reason}) at step {job.progress.step} of {config.train.steps}; run again to go on"
+        records.message(told)
+    elif job.ranks.is_first:
         ending.extra |= comparison(prepared, job, records.message)
     records.message(where_to_look(config))
     records.close()
-    return reason
 
 
 def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:
