@@ -26,8 +26,11 @@ class Engine(Protocol):
         """The decoder; its parameters may be shards."""
         ...
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
-        """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode."""
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+        """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
+
+        `last` as its `backward` will say.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -51,7 +54,7 @@ class Engine(Protocol):
 
         Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
         ranks), a DTensor or a `checkpoint.flatshard.FlatShard`; filling them in place restores the state, once
-        `loaded` was called.
+        `loaded` was called. They are the same tensors whatever passes ran before.
         """
         ...
 

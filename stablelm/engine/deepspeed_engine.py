@@ -119,7 +119,7 @@ class DeepSpeedEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
         call = self.module if self._engine is None else self._engine
         return call(tokens, targets, z_loss=self._z_loss)
 

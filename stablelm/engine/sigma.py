@@ -25,8 +25,10 @@ class SigmaMatrices:
             for name, part in module.named_modules()
             if isinstance(part, Linear) and part.gamma is not None
         }
-        self._starts = [_start(part.weight) for part in self._maps.values()]
-        self._reduce = _reducer([part.weight for part in self._maps.values()])
+        # Kept: FSDP2 puts the gathered matrix in the place of its shard for some passes.
+        self._weights: list[Any] = [part.weight for part in self._maps.values()]
+        self._starts = [_start(weight) for weight in self._weights]
+        self._reduce = _reducer(self._weights)
 
     def refresh(self, skipped: Tensor | None = None) -> None:
         """One power iteration for all matrices; call after each optimizer step, with whether it was skipped (0-dim).
@@ -55,10 +57,10 @@ class SigmaMatrices:
         return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
 
     def _matrices(self) -> list[spectral.Matrix] | list[spectral.Slice]:
-        pairs = list(zip(self._maps.values(), self._starts, strict=True))
-        if any(_is_flat(part.weight) for part, _ in pairs):
-            return [spectral.Slice(_local_range(part.weight, part.u), start, part.u, part.v) for part, start in pairs]
-        return [spectral.Matrix(_local(part.weight, part.u), first_row, part.u, part.v) for part, first_row in pairs]
+        held = list(zip(self._weights, self._starts, self._maps.values(), strict=True))
+        if any(map(_is_flat, self._weights)):
+            return [spectral.Slice(_local_range(weight, at.u), start, at.u, at.v) for weight, start, at in held]
+        return [spectral.Matrix(_local(weight, at.u), first_row, at.u, at.v) for weight, first_row, at in held]
 
 
 def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -45,17 +45,16 @@ class TorchEngine:
         self._materialise(config, ranks)
         self._replicated = replicated(self.module) if kind in SHARDED else []
         self.sigma = SigmaMatrices(self.module)
-        self._call: nn.Module = self.module
-        if kind == "ddp":
-            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            # Weights are equal by construction (seeded by name), so nothing needs a broadcast at the start.
-            self._call = DistributedDataParallel(self.module, device_ids=ids, init_sync=False, broadcast_buffers=False)
+        self._ddp = data_parallel(self.module, ranks.device) if kind == "ddp" else None
+        self._call: nn.Module = self._ddp or self.module
         self.module.train(train)
         self.optimizer = adamw(self.parameters(), self._roles, config.train, config.model) if train else None
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
         allocate(self.module, self.device, offloaded=self.kind in SHARDED and offloads(config, self.device))
+        # Kept from here on: after some passes FSDP2's modules show gathered parameters in place of the shards.
+        self._parameters = {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
         named = self.parameters()
         tensors = named | self.buffers()
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
@@ -70,32 +69,34 @@ class TorchEngine:
             _fill(tensors[name], whole)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters (shards under fsdp2) by portable name; a tied head appears once."""
-        return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
+        """Parameters (shards under fsdp2, whatever pass ran last) by portable name; a tied head appears once."""
+        return dict(self._parameters)
 
     def buffers(self) -> dict[str, Tensor]:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> LossSums:
-        return self._call(tokens, targets, z_loss=self._z_loss)
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+        # DDP arranges the reduction of gradients in the forward pass.
+        with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
+            return self._call(tokens, targets, z_loss=self._z_loss)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last)
             # Embedding and head stay gathered from one micro-batch to the next.
             self.module.set_reshard_after_backward(last, recurse=False)
-        with self._call.no_sync() if isinstance(self._call, DistributedDataParallel) and not last else nullcontext():
-            # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
-            (loss * self._world_size).backward()
+        # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
+        (loss * self._world_size).backward()
         if last and self._replicated:
             average(self._replicated, self._world_size)
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"
-        norm = total_norm(self.module)
+        parameters = self._parameters.values()
+        norm = total_norm(parameters)
         if self._grad_clip > 0:
-            clip(self.module, self._grad_clip, norm)
+            clip(parameters, self._grad_clip, norm)
         set_learning_rate(self.optimizer, lr)
         skipped = refused(norm, largest_norm)
         # The fused kernel reads it on the device, leaves weights and moments alone and takes the count back.
@@ -106,7 +107,7 @@ class TorchEngine:
         return norm.detach()
 
     def clear_gradients(self) -> None:
-        for parameter in self.module.parameters():
+        for parameter in self._parameters.values():
             parameter.grad = None
 
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
@@ -115,12 +116,16 @@ class TorchEngine:
         found: dict[str, Tensor] = {f"model.{name}": tensor.detach() for name, tensor in weights.items()}
         if optimizer and self.optimizer is not None:
             for name, parameter in named.items():
-                for moment, value in self.optimizer.state[parameter].items():
+                state = self.optimizer.state.get(parameter)  # not state[parameter]: a missing one would be made
+                assert state, f"the optimizer has no state for {name}"
+                for moment, value in state.items():
                     found[f"optim.{name}.{moment}"] = value
         return found
 
     def loaded(self) -> None:
-        """Nothing to do: `tensors` are what the forward pass reads."""
+        """Drops what an earlier pass left gathered of the values that `tensors` held before."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: _whole(p.grad) for name, p in self.parameters().items() if p.grad is not None}
@@ -130,6 +135,18 @@ class TorchEngine:
 
     def whole(self, name: str) -> Tensor:
         return _whole(self.parameters()[name])
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module wrapped so that its gradients are averaged over ranks."""
+    return DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        # Weights are equal by construction (seeded by name), so nothing needs a broadcast at the start.
+        init_sync=False,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
 
 
 @torch.no_grad()

@@ -131,11 +131,11 @@ class _Engine(TorchEngine):
         with self.mode:
             self.module.to_empty(device=self.device)
 
-    def loss(self, tokens, targets):
+    def loss(self, tokens, targets, *, last: bool = True):
         self.ledger.backward = False
         self._micro += 1
         self._start("forward")
-        sums = super().loss(tokens, targets)
+        sums = super().loss(tokens, targets, last=last)
         self.kept = self.kept or self.ledger.current["activations"]
         return sums
 

@@ -61,12 +61,13 @@ def train_step(
     for index, (part_tokens, part_targets) in enumerate(parts):
         reached(f"micro-batch {index + 1} of {len(parts)}")
         seed_dropout(seed, step, index, ranks.rank)
-        sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
+        last = index == len(parts) - 1
+        sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
         # 1, or NaN where the loss is not finite: every rank's gradients then tell.
         sound = 1 + 0 * sums.total.detach()
-        engine.backward(sums.total / valid_global * sound, last=index == len(parts) - 1)
+        engine.backward(sums.total / valid_global * sound, last=last)
         cross_entropy += sums.cross_entropy
     reached("update")
     norm = engine.step(lr, largest_norm=largest_norm)

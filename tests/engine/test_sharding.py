@@ -65,12 +65,14 @@ def count_collectives(rank: int, world_size: int, kind: str, n_layers: int, unit
         seen.update(p.dtype for p in module.parameters() if p.ndim > 1)
         assert all(p.dtype == torch.float32 for p in module.parameters() if p.ndim < 2)
 
-    engine.module.layers[0].register_forward_pre_hook(look)
+    if kind != "ddp":  # which gathers nothing
+        engine.module.layers[0].register_forward_pre_hook(look)
     parts = list(zip(rows[:, :-1].split(micro), rows[:, 1:].split(micro), strict=True))
     counts: Counter[str] = Counter()
     for index, (tokens, targets) in enumerate(parts):
+        last = index == len(parts) - 1
         with CommDebugMode() as counted:  # one for each: its hooks pile up over several forward passes
-            engine.backward(engine.loss(tokens, targets).total, last=index == len(parts) - 1)
+            engine.backward(engine.loss(tokens, targets, last=last).total, last=last)
         counts += Counter({str(op).rpartition(".")[2]: n for op, n in counted.get_comm_counts().items()})
     return {"counts": dict(counts), "dtypes": seen}
 
@@ -84,3 +86,9 @@ def test_collectives_of_a_step_follow_the_closed_form(kind: str, world_size: int
     assert found["dtypes"] == {torch.bfloat16}
     assert counts["_allgather_base_"] == steps * 2 * n_units + 1
     assert counts["_reduce_scatter_base_"] == n_units + 1
+
+
+def test_ddp_reduces_once_a_step_however_many_micro_batches():
+    one, four = (run_ranks(count_collectives, 2, "ddp", 4, 1, micro)[0]["counts"] for micro in (6, 2))
+    assert set(one) == {"allreduce_"}  # one for each bucket of gradients
+    assert four == one
