@@ -50,7 +50,8 @@ class Bench:
     def __init__(self, state: dict[str, torch.Tensor], directory: Path):
         self.state, self.file, self.root = state, directory / "plain.pt", directory / "checkpoints"
         self.mine = fence.take(self.root, "1")
-        self.saver = Saver(self.mine, None, background=True)
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        self.shapes, self.saver = shapes, Saver(self.mine, None, shapes=shapes, background=True)
         self.saver.rehearse(state)
         self.step = 0
         self.target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
@@ -65,7 +66,7 @@ class Bench:
 
     def save(self) -> None:
         self.step += 1
-        commit.save(self.mine, self.step, self.state, {"step": self.step}, "", group=None)
+        commit.save(self.mine, self.step, self.state, {"step": self.step}, "", shapes=self.shapes, group=None)
 
     def stall(self) -> None:
         self.step += 1

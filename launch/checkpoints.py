@@ -68,11 +68,11 @@ def _name(path) -> str:
 
 
 def check(run_dir: str) -> None:
-    from stablelm.checkpoint import manifest
+    from stablelm.checkpoint import contents, manifest
 
     damaged = []
     for path in _steps(run_dir):
-        problems = manifest.verify(path)
+        problems = manifest.verify(path) or contents.problems(path)
         damaged += [_name(path)] if problems else []
         print(f"{_name(path):<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
     if damaged:

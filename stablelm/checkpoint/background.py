@@ -7,7 +7,7 @@ all ranks together, so every rank finds the same failure when it next waits, whi
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from stablelm.checkpoint.flatshard import FlatShard
 class Saver:
     """Commits steps below `fence.root`; collective over `group` (gloo, used by nothing else; None: one process).
 
-    `committed` is called with the step after each commit, `retain` once on rank 0 after that; both in the background.
+    `shapes` is what each save must hold (see `commit.save`). `committed` is called with the step after each commit,
+    `retain` once on rank 0 after that; both in the background.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class Saver:
         fence: Fence,
         group: dist.ProcessGroup | None,
         *,
+        shapes: Mapping[str, torch.Size],
         background: bool,
         committed: Callable[[int], None] = lambda step: None,
         retain: Callable[[], Any] = lambda: None,
     ):
-        self.fence, self.background = fence, background
+        self.fence, self.background, self._shapes = fence, background, shapes
         self.seconds = 0.0
         """How long the last save or rehearsal took, from the copy to the commit."""
         self._group, self._committed, self._retain = group, committed, retain
@@ -99,7 +101,7 @@ class Saver:
             self._thread.join()
 
     def _commit(self, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, started: float):
-        commit.save(self.fence, step, tensors, state, config_yaml, group=self._group)
+        commit.save(self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=self._group)
         self._committed(step)
         rank = 0 if self._group is None else dist.get_rank(self._group)
         Together(self._group, rank).first(self._retain)

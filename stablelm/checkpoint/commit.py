@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint.contents import few, gaps
 from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
 from stablelm.checkpoint.files import (
     FileRecord,
@@ -49,7 +51,7 @@ from stablelm.checkpoint.manifest import (
     verify,
 )
 from stablelm.checkpoint.places import Place, RemotePath
-from stablelm.checkpoint.portable import save_tensors, tensor_bytes
+from stablelm.checkpoint.portable import read_metadata, save_tensors, tensor_bytes
 from stablelm.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -71,21 +73,25 @@ def save(
     state: dict[str, Any],
     config_yaml: str,
     *,
+    shapes: Mapping[str, torch.Size],
     group: dist.ProcessGroup | None,
 ) -> SaveResult:
     """Commits a step below `fence.root`; collective over `group` (gloo; None: one process).
 
     Tensors are plain (equal on all ranks), DTensors or FlatShards; `state` (JSON values) and `config_yaml` count on
-    rank 0. A step that is committed already and verifies is left as it is; a damaged one is set aside under
+    rank 0. `shapes` is what must be there for the step to be committed: the whole shape of each tensor by name. A step
+    that is committed already and verifies is left as it is; a damaged or incomplete one is set aside under
     `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
-    unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over.
+    unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over, RuntimeError if a tensor
+    of `shapes` is missing or not whole.
     """
     started = time.perf_counter()
     together = Together(group, 0 if group is None else dist.get_rank(group))
-    standing = together.first(lambda: _standing(fence, step))
+    standing = together.first(lambda: _standing(fence, step, shapes))
     if standing.whole is not None:
         return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
     staging, records = _stage(fence, step, tensors, state, config_yaml, together)
+    together.first(lambda: _refuse_incomplete(staging, step, shapes))
     path = together.first(lambda: _publish(fence, staging, step, records, standing))
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
@@ -119,13 +125,13 @@ class _Standing:
     damaged: int | None = None
 
 
-def _standing(fence: Fence, step: int) -> _Standing:
+def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Standing:
     fence.check()
     for path in step_directories(fence.root):
         if step_of(path) != step:
             continue
         inode = path.stat().st_ino if isinstance(path, Path) else None
-        problems = verify(path)
+        problems = verify(path) or gaps(read_metadata(path / TENSORS), shapes)
         if not problems:
             return _Standing(path, _total(read_manifest(path, read_commit(path))))
         logger.warning("%s is damaged (%s): the step will be saved anew", path, problems[0])
@@ -190,6 +196,15 @@ def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[
                 )
         write_new(staging / MANIFEST, manifest_content(records))
         return records
+
+
+def _refuse_incomplete(staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
+    missing = gaps(read_metadata(staging / TENSORS), shapes)
+    if missing:
+        raise RuntimeError(
+            f"step {step} is not committed, its save is incomplete: {few(missing)} missing or not whole; "
+            "this is a fault of the program, please report it"
+        )
 
 
 def _publish(fence: Fence, staging: Place, step: int, records: dict[str, FileRecord], standing: _Standing) -> Place:

@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+Lacks = Callable[[Place], list[str]]
+"""What an undamaged checkpoint lacks, in phrases: `contents.problems`, where it is to hold a model."""
 
 
 def step_directories(root: Place) -> list[Place]:
@@ -48,16 +50,20 @@ def _is_committed(prefix: Place) -> bool:
 
 
 def newest_valid(
-    root: Place, *, on_damaged: Callable[[Place, str], None], together: Together | None = None
+    root: Place,
+    *,
+    on_damaged: Callable[[Place, str], None],
+    together: Together | None = None,
+    lacks: Lacks | None = None,
 ) -> Place | None:
-    """The newest checkpoint of which every byte verifies; None if there is none.
+    """The newest checkpoint of which every byte verifies and that `lacks` nothing; None if there is none.
 
     Damaged ones that are newer go to `on_damaged` (of rank 0) with the reason; they are never deleted. With `together`
     collective: each rank reads its share of the files.
     """
     together = together or Together(None, 0)
     for path in together.first(lambda: step_directories(root)):
-        problems = verify_together(path, together)
+        problems = verify_together(path, together, lacks)
         if not problems:
             return path
         if together.rank == 0:
@@ -65,10 +71,11 @@ def newest_valid(
     return None
 
 
-def verify_together(path: Place, together: Together) -> list[str]:
-    """`verify` with the files shared out over the ranks; the same problems on all of them."""
+def verify_together(path: Place, together: Together, lacks: Lacks | None = None) -> list[str]:
+    """`verify` with the files shared out over the ranks, then `lacks`; the same problems on all of them."""
     found = together.run(lambda: verify(path, share=(together.rank, together.size)))
-    return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+    problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+    return problems or (together.first(lambda: lacks(path)) if lacks else [])
 
 
 def retain(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
@@ -121,22 +128,26 @@ def checkpoints_root(path: Place) -> Place:
 
 
 def resolve_checkpoint(
-    path: Place | str, *, on_damaged: Callable[[Place, str], None] | None = None, together: Together | None = None
+    path: Place | str,
+    *,
+    on_damaged: Callable[[Place, str], None] | None = None,
+    together: Together | None = None,
+    lacks: Lacks | None = None,
 ) -> Place:
     """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
     With `together` collective: each rank reads its share of the files. Raises CheckpointError if there is none, or if
-    the step directory that was named is damaged.
+    the step directory that was named is damaged or `lacks` something.
     """
     path, together = place(path), together or Together(None, 0)
     step = together.first(lambda: step_directory(path))
     if step is not None:
-        problems = verify_together(step, together)
+        problems = verify_together(step, together, lacks)
         if problems:
             raise CheckpointError(f"{path} is damaged ({_summary(problems)}): name another checkpoint")
         return step
     root = together.first(lambda: checkpoints_root(path))
-    found = newest_valid(root, on_damaged=on_damaged or _warn, together=together)
+    found = newest_valid(root, on_damaged=on_damaged or _warn, together=together, lacks=lacks)
     if found is None:
         kind = "only damaged checkpoints" if step_directories(root) else "no checkpoint"
         raise CheckpointError(f"{root} holds {kind}: name the directory of a run that has saved one")

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint.contents import few
 from stablelm.checkpoint.files import FileRecord, sync_directory
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import Reader, Writer, read_metadata
@@ -110,7 +111,7 @@ def _compare(directory: Place, tensors: dict[str, torch.Tensor], description: me
         if name in held and (held[name].size, held[name].properties.dtype) != (tensor.shape, tensor.dtype)
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "different": different}
-    problems = [f"{kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{kind}: {few(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointError(
             f"the tensors in {directory} do not fit this model ({'; '.join(problems)}): "
@@ -120,11 +121,6 @@ def _compare(directory: Place, tensors: dict[str, torch.Tensor], description: me
 
 def _described(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, shape)) or 'scalar'} {str(dtype).removeprefix('torch.')}"
-
-
-def _few(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def _first_failure(error: CheckpointException) -> Exception:

@@ -58,10 +58,7 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
 def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norm of each gradient, 0-dim fp64 on the CPU, equal on all ranks; one collective if there are split ones."""
     split = {name: gradient for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
-    squares = {
-        name: _local(gradient).double().square().sum()
-        for name, gradient in gradients.items()
-    }
+    squares = {name: _local(gradient).double().square().sum() for name, gradient in gradients.items()}
     if split:
         # Copies of the model hold the same parts, so only one copy's are added up.
         summed = torch.stack([squares[name] for name in split])

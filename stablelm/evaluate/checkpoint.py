@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from stablelm.checkpoint import keep
@@ -66,7 +67,9 @@ def evaluate_checkpoint(
 
 
 def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences: int | None, launch: Launch) -> Request:
-    found = keep.resolve_checkpoint(checkpoint)
+    from stablelm.checkpoint import contents
+
+    found = keep.resolve_checkpoint(checkpoint, lacks=partial(contents.problems, optimizer=False))
     state = keep.read_state(found)
     config = _config(found)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)

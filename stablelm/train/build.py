@@ -6,6 +6,7 @@ from torch import Tensor
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
@@ -79,6 +80,7 @@ def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progre
     return Saver(
         fence,
         ranks.save_group,
+        shapes=expected_shapes(prepared.config.model),
         background=checkpoint.async_,
         committed=committed,
         retain=lambda: keep.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),

@@ -1,9 +1,10 @@
 """Where a run begins: at step 0, at its newest valid checkpoint, or with another run's weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from stablelm.checkpoint import keep
+from stablelm.checkpoint import contents, keep
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.places import Place, place
@@ -36,20 +37,22 @@ def find(
     """
     if resume == "none":
         return None
-    together = ranks.together()
+    together, damaged = ranks.together(), []
     if resume == "auto":
         root = place(str(config.checkpoint.dir))
-        found = keep.newest_valid(
-            root,
-            on_damaged=lambda path, why: message(f"warning: {path} is damaged ({why}); trying the one before it"),
-            together=together,
-        )
-        if found is None and together.first(lambda: bool(keep.step_directories(root))):
+
+        def skip(path: Place, why: str) -> None:
+            damaged.append(f"{path} is damaged ({why})")
+            message(f"warning: {damaged[-1]}; trying the one before it")
+
+        found = keep.newest_valid(root, on_damaged=skip, together=together, lacks=contents.problems)
+        if found is None and (newest := together.first(lambda: damaged[:1])):
             raise CheckpointError(
-                f"no checkpoint in {root} is intact; restore one from a copy, or start anew under another run.dir"
+                f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start anew under another "
+                "run.dir"
             )
     else:
-        found = keep.resolve_checkpoint(resume, together=together)
+        found = keep.resolve_checkpoint(resume, together=together, lacks=contents.problems)
     if found is not None:
         together.first(lambda: _refuse_other_run(found, identity))
     return found
@@ -86,7 +89,7 @@ def rewind(
     saver.wait()
     together = ranks.together()
     places = together.first(lambda: candidates(saver.fence.root, guard, spike))
-    found = next((path for path in places if not keep.verify_together(path, together)), None)
+    found = next((path for path in places if not keep.verify_together(path, together, contents.problems)), None)
     if found is None:
         return False
     guard.may_rewind(spike)
@@ -111,7 +114,7 @@ def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
 
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
     """Loads the weights alone, of a run or checkpoint directory, into a new run."""
-    found = keep.resolve_checkpoint(path, together=ranks.together())
+    found = keep.resolve_checkpoint(path, together=ranks.together(), lacks=partial(contents.problems, optimizer=False))
     try:
         load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     except CheckpointError as error:

@@ -9,7 +9,17 @@ import time
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, refused_write, save_toy, toy_tensors
+from support.saved import (
+    CONFIG,
+    STATE,
+    assert_equal,
+    blanks,
+    left_over,
+    refused_write,
+    save_toy,
+    shapes_of,
+    toy_tensors,
+)
 from test_killed_saves import STAGES, inject, newest
 
 from stablelm.checkpoint import commit, fence, manifest, portable, streams
@@ -19,7 +29,8 @@ from stablelm.errors import CheckpointError, StorageError
 
 
 def make(root, **options):
-    return Saver(Fence(root, 1, "a1"), options.pop("group", None), **{"background": True, **options})
+    settings = {"background": True, "shapes": shapes_of(toy_tensors()), **options}
+    return Saver(Fence(root, 1, "a1"), settings.pop("group", None), **settings)
 
 
 def put(saver, step, tensors=None, *, wait=False):
@@ -120,7 +131,7 @@ def test_retention_that_fails_is_not_lost(tmp_path):
 
 
 def test_an_overtaken_attempt_learns_it_in_the_background(tmp_path, gate):
-    older = Saver(fence.take(tmp_path, "old"), None, background=True)
+    older = Saver(fence.take(tmp_path, "old"), None, shapes=shapes_of(toy_tensors()), background=True)
     put(older, 1)
     fence.take(tmp_path, "new")
     gate.set()

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.saved import assert_equal, flip_bit, save_toy, toy_tensors
+from support.saved import assert_equal, flip_bit, save_small, save_toy, toy_tensors
 
 from stablelm.checkpoint.consolidate import consolidate
 from stablelm.errors import CheckpointError, ConfigError
@@ -31,7 +31,10 @@ def test_help_is_quick():
     assert time.perf_counter() - started < 0.5
 
 
-def test_list_and_verify_show_what_is_damaged(run):
+def test_list_and_verify_show_what_is_damaged(tmp_path):
+    run = tmp_path
+    for step in (1, 2, 3):
+        save_small(run / "checkpoints", step)
     shown = call("list", run)
     assert shown.returncode == 0
     assert [line.split()[0] for line in shown.stdout.splitlines()[1:]] == [f"step-0000000{i}" for i in (3, 2, 1)]

@@ -4,7 +4,17 @@ import json
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.saved import CONFIG, STATE, assert_equal, blanks, left_over, refused_write, save_toy, toy_tensors
+from support.saved import (
+    CONFIG,
+    STATE,
+    assert_equal,
+    blanks,
+    left_over,
+    refused_write,
+    save_toy,
+    shapes_of,
+    toy_tensors,
+)
 
 from stablelm.checkpoint import commit, files, keep, manifest, portable, streams
 from stablelm.checkpoint.fence import Fence
@@ -83,8 +93,9 @@ def test_a_step_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
 
 
 def test_values_that_are_no_json_are_an_error_and_leave_nothing(tmp_path):
+    tensors, state = toy_tensors(), {"x": torch.ones(1)}
     with pytest.raises(TypeError):
-        commit.save(Fence(tmp_path, 1, "a"), 1, toy_tensors(), {"x": torch.ones(1)}, "", group=None)
+        commit.save(Fence(tmp_path, 1, "a"), 1, tensors, state, "", shapes=shapes_of(tensors), group=None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from support.distributed import run_ranks
-from support.saved import assert_equal, blanks, left_over, save_toy, toy_tensors
+from support.saved import assert_equal, blanks, left_over, save_toy, shapes_of, toy_tensors
 
 from stablelm.checkpoint import commit, fence, files, keep, manifest, portable, streams
 from stablelm.errors import StorageError
@@ -154,12 +154,12 @@ def test_a_disk_that_is_really_full_keeps_the_older_commit(tmp_path, monkeypatch
         big = {"model.w": torch.ones(100_000)}
         monkeypatch.setattr(commit, "free_bytes", lambda path: 2**40)  # the check before saving is not what is tested
         with pytest.raises(StorageError, match=r"no space left .*No space left on device"):
-            commit.save(fence.Fence(root, 1, "a"), 2, big, {}, "", group=None)
+            commit.save(fence.Fence(root, 1, "a"), 2, big, {}, "", shapes=shapes_of(big), group=None)
         assert newest(root) == older
         assert left_over(root) == []
         monkeypatch.undo()
         with pytest.raises(StorageError, match="free, but a checkpoint needs"):
-            commit.save(fence.Fence(root, 1, "a"), 2, big, {}, "", group=None)
+            commit.save(fence.Fence(root, 1, "a"), 2, big, {}, "", shapes=shapes_of(big), group=None)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with pytest.raises(StorageError, match="Read-only file system"):
             save_toy(root, 3)

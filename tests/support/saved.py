@@ -1,6 +1,7 @@
 """Toy checkpoints for the tests: known tensors, one line to save them, and ways to hurt them."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 
 from stablelm.checkpoint import commit
+from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.places import Place
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.catalogue import apply_method
 
 STATE = {"step": 0, "tokens": 12, "lanes": {"0": [0, 1, 2, 3, 4]}}
 CONFIG = "run:\n  seed: 1\n"
@@ -36,7 +40,32 @@ def blanks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def save_toy(root: Place, step: int, *, group: Any = None, fence: Fence | None = None) -> Any:
     """The SaveResult of committing toy_tensors(step) as `step`, with token 1 where no fence is given."""
     fence = fence or Fence(root, 1, "a1")
-    return commit.save(fence, step, toy_tensors(step), {**STATE, "step": step}, CONFIG, group=group)
+    tensors = toy_tensors(step)
+    return commit.save(
+        fence, step, tensors, {**STATE, "step": step}, CONFIG, shapes=shapes_of(tensors), group=group
+    )  # fmt: skip
+
+
+SIZES = {"n_layers": 1, "d_model": 16, "n_heads": 2, "kv_heads": 2, "d_ff": 32, "max_seq_len": 8, "vocab_size": 64}
+
+
+def save_small(root: Place, step: int, *, without: str = "") -> Any:
+    """The SaveResult of committing a small model's every tensor, but for those whose names begin with `without`.
+
+    Its save asks for what it is given, as saves did that could be incomplete.
+    """
+    model = apply_method(ModelConfig(**SIZES))
+    shapes = {name: shape for name, shape in expected_shapes(model).items() if not name.startswith(without or "-")}
+    tensors = {name: torch.full(shape, float(step)) for name, shape in shapes.items()}
+    state = {"step": step, "tokens": 0, "data": {"data_step": step, "lanes": {}}, "identity": {}}
+    return commit.save(
+        Fence(root, 1, "a1"), step, tensors, state, json.dumps({"model": SIZES}), shapes=shapes, group=None
+    )
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """What a save of whole tensors must hold."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,121 @@
+"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
+from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.tensor_files import read_metadata
+from stablelm.config.load import load
+from stablelm.config.schema import ModelConfig
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.methods.catalogue import apply_method
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+
+
+def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, torch.Size]:
+    """Shape of every tensor that a checkpoint of a resolved model holds, by portable name."""
+    from stablelm.model.decoder import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(model, "fp32")
+    parameters = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    buffers = {name: buffer.shape for name, buffer in decoder.named_buffers()}
+    shapes = {f"model.{name}": shape for name, shape in (parameters | buffers).items()}
+    if optimizer:
+        for name, shape in parameters.items():
+            shapes |= {f"optim.{name}.{moment}": shape for moment in MOMENTS}
+            shapes[f"optim.{name}.{STEP}"] = torch.Size()
+    return shapes
+
+
+def gaps(held: "Metadata", shapes: Mapping[str, torch.Size]) -> list[str]:
+    """Names of the tensors of `shapes` that are missing, of another shape, or not covered exactly once."""
+    return [
+        name
+        for name, shape in shapes.items()
+        if (entry := held.state_dict_metadata.get(name)) is None
+        or getattr(entry, "size", None) != shape
+        or not covered(shape, entry.chunks)  # pyright: ignore[reportAttributeAccessIssue]
+    ]
+
+
+def covered(shape: Sequence[int], chunks: "Sequence[ChunkStorageMetadata]") -> bool:
+    """Whether chunks, each a contiguous range of the row-major order as we write them, cover a tensor exactly once."""
+    reached, strides = 0, [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    starts = {
+        sum(offset * stride for offset, stride in zip(chunk.offsets, strides, strict=True)): chunk.sizes
+        for chunk in chunks
+        if math.prod(chunk.sizes)
+    }
+    for start, sizes in sorted(starts.items()):
+        if start != reached or not _contiguous(sizes, shape):
+            return False
+        reached += math.prod(sizes)
+    return reached == math.prod(shape) == sum(math.prod(chunk.sizes) for chunk in chunks)
+
+
+def _contiguous(sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a block of `sizes` is one range of the row-major order: whole in all axes behind the first long one."""
+    first = next((axis for axis, size in enumerate(sizes) if size > 1), len(sizes))
+    return list(sizes[first + 1 :]) == list(shape[first + 1 :])
+
+
+def problems(path: Place, *, optimizer: bool = True) -> list[str]:
+    """What a checkpoint lacks of the model that its own configuration describes, in a phrase; empty: it is complete.
+
+    Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer.
+    """
+    try:
+        held, model = read_metadata(path / TENSORS), model_of(path)
+    except StoreError:
+        raise
+    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+        return [f"its contents cannot be checked ({error})"]
+    weights = gaps(held, expected_shapes(model, optimizer=False))
+    if weights or not optimizer:
+        return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
+    moments = gaps(held, expected_shapes(model))
+    if not moments:
+        return []
+    return [
+        f"it was saved incomplete: {few(moments)} missing or not whole; its weights are complete: "
+        f"run.init_from={path} starts a new run from them"
+    ]
+
+
+def model_of(path: Place) -> ModelConfig:
+    """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
+
+    Raises OSError, ValueError or ConfigError.
+    """
+    import orjson
+
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / CONFIG
+        local.write_bytes((path / CONFIG).read_bytes())
+        model = load([str(local)], []).config.model
+    derived = orjson.loads((path / STATE).read_bytes()).get("identity", {})
+    unset = [field.name for field in dataclasses.fields(model) if getattr(model, field.name) is None]
+    found = dataclasses.replace(model, **{name: derived.get(f"model.{name}") for name in unset})
+    unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
+    if unknown:
+        raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")
+    return apply_method(found)
+
+
+def few(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
