@@ -41,8 +41,9 @@ def evaluate(
     micro_batch_size: int,
     reached: Callable[[str], None] = lambda place: None,
 ) -> Scores:
-    """Mean cross-entropy over the set's valid targets; `reached` hears how far it is.
+    """Mean cross-entropy over the set's valid targets.
 
+    `reached` hears before each micro-batch how far it is, on all ranks alike; what it raises ends the evaluation.
     The set is cut into the same micro-batches in every world size and rank r takes those ≡ r mod W,
     so that only the order of a float64 sum can differ. Ranks without one left run an empty one,
     because a sharded model is called by all or by none.
@@ -51,17 +52,19 @@ def evaluate(
     total, valid = 0.0, 0
     was_training = engine.module.training
     engine.module.eval()
-    with torch.no_grad():
-        for first in range(0, len(parts), ranks.world_size):
-            reached(f"micro-batch {first + 1} of {len(parts)}")
-            index = first + ranks.rank
-            part_tokens, part_targets = parts[min(index, len(parts) - 1)]
-            if index >= len(parts):
-                part_targets = torch.full_like(part_targets, IGNORED)
-            sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
-            total += float(sums.cross_entropy)
-            valid += int(sums.valid)
-    engine.module.train(was_training)
+    try:
+        with torch.no_grad():
+            for first in range(0, len(parts), ranks.world_size):
+                reached(f"micro-batch {first + 1} of {len(parts)}")
+                index = first + ranks.rank
+                part_tokens, part_targets = parts[min(index, len(parts) - 1)]
+                if index >= len(parts):
+                    part_targets = torch.full_like(part_targets, IGNORED)
+                sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
+                total += float(sums.cross_entropy)
+                valid += int(sums.valid)
+    finally:
+        engine.module.train(was_training)
     gathered = ranks.gather((total, valid))
     total, valid = sum(t for t, _ in gathered), sum(v for _, v in gathered)
     loss = total / max(1, valid)

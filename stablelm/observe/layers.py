@@ -143,6 +143,8 @@ class LayerObserver:
         self._every, self._pieces, self._record = every, pieces, record
         # Read once, by one rank, before the clock starts.
         self._batch = ranks.together().first(batch) if every else None
+        self.slowest = 0.0
+        """Longest measurement so far, seconds."""
 
     def step(self, step: int, tokens: int) -> None:
         """Call after every step on all ranks; `tokens`: trained on so far."""
@@ -153,6 +155,7 @@ class LayerObserver:
         mean, std = embedding_variability(self._engine.whole("embedding.weight"), self._pieces)
         found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
         found["layers_seconds"] = time.perf_counter() - started
+        self.slowest = max(self.slowest, found["layers_seconds"])
         self._record({"step": step, "tokens": tokens, **found})
 
 

@@ -88,12 +88,13 @@ def last_records(path: str | Path) -> dict[int, dict[str, Any]]:
     """What counts of each step, in the order of steps.
 
     An attempt may write several records of a step (training, validation), which add up; a later
-    attempt that repeats a step replaces it, and so do its own later records, name by name.
+    attempt that trains a step again replaces it, one that only evaluates it adds to it, and an attempt's
+    own later records replace its earlier ones, name by name.
     """
     steps: dict[int, dict[str, Any]] = {}
     for record in read_metrics(path):
         earlier = steps.get(record["step"], {})
-        same = earlier.get("attempt") == record.get("attempt")
+        same = earlier.get("attempt") == record.get("attempt") or "loss" not in record
         steps[record["step"]] = {**earlier, **record} if same else record
     return dict(sorted(steps.items()))
 

@@ -46,6 +46,9 @@ class Agreement:
         self._ranks = ranks
         self._rows: deque[_Row] = deque()
         self._under_way: tuple[dist.Work | None, Tensor, _Row | None] | None = None
+        self._asked: tuple[dist.Work, Tensor] | None = None
+        self.known = 0
+        """The highest wish that all ranks know of."""
 
     def exchange(self, step: int, data_step: int, result: StepResult, wish: int) -> tuple[int, list[Outcome]]:
         """The wish that all ranks know of, and the steps whose numbers came in. Call once a step, on every rank.
@@ -58,10 +61,30 @@ class Agreement:
         self._send(wish, self._rows.popleft() if len(self._rows) > late else None)
         if self._ranks.stop_group is None:
             outcomes = self._collect()[1]
-        return agreed, outcomes
+        self.known = max(self.known, agreed)
+        return self.known, outcomes
+
+    def ask(self, wish: int) -> int:
+        """The wish that all ranks know of, inside a step, those of others a call later. Call on all ranks alike."""
+        if self._ranks.stop_group is None:
+            self.known = max(self.known, wish)
+            return self.known
+        self._hear()
+        sums = torch.tensor(_counts(wish), dtype=torch.float64)
+        work = dist.all_reduce(sums, group=self._ranks.stop_group, async_op=True)
+        assert work is not None
+        self._asked = work, sums
+        return self.known
+
+    def _hear(self) -> None:
+        if self._asked is not None:
+            work, sums = self._asked
+            work.wait()
+            self.known, self._asked = max(self.known, _highest(sums.tolist())), None
 
     def settle(self) -> list[Outcome]:
         """The steps whose numbers were still under way, up to the last one; waits for them. On every rank."""
+        self._hear()
         _, outcomes = self._collect()
         while self._rows:
             self._send(0, self._rows.popleft())
@@ -71,9 +94,8 @@ class Agreement:
     def _send(self, wish: int, row: _Row | None) -> None:
         if row is not None and row.ready is not None:
             row.ready.synchronize()  # of a step that is over, or nearly
-        wishes = [float(wish == kind) for kind in range(1, WISHES + 1)]
         numbers = [0.0] * 4 if row is None else row.numbers.tolist()
-        sums, work = torch.tensor([*wishes, *numbers], dtype=torch.float64), None
+        sums, work = torch.tensor([*_counts(wish), *numbers], dtype=torch.float64), None
         if self._ranks.stop_group is not None:
             work = dist.all_reduce(sums, group=self._ranks.stop_group, async_op=True)
         self._under_way = (work, sums, row)
@@ -86,7 +108,7 @@ class Agreement:
             work.wait()
         self._under_way = None
         *wishes, cross_entropy, valid, norm, skipped = sums.tolist()
-        wish = max((kind for kind, count in enumerate(wishes, 1) if count), default=0)
+        wish = _highest(wishes)
         if row is None:
             return wish, []
         ranks = self._ranks.world_size
@@ -96,6 +118,14 @@ class Agreement:
             )
         loss = cross_entropy / max(1.0, valid)
         return wish, [Outcome(row.step, row.data_step, loss, norm / ranks, bool(skipped))]
+
+
+def _counts(wish: int) -> list[float]:
+    return [float(wish == kind) for kind in range(1, WISHES + 1)]
+
+
+def _highest(counts: list[float]) -> int:
+    return max((kind for kind, count in enumerate(counts, 1) if count), default=0)
 
 
 def _row(step: int, data_step: int, result: StepResult) -> _Row:

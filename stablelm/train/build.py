@@ -112,5 +112,6 @@ def save(
         "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
         "identity": prepared.corpora.identity,
         "guards": guard.state(),
+        "evaluation_due": progress.evaluation_due,
     }
     saver.save(progress.step, engine.tensors(), state, dump(prepared.config), wait=wait)

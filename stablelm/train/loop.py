@@ -2,53 +2,17 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
-from stablelm.checkpoint.background import Saver
-from stablelm.config.schema import Config
-from stablelm.data.loader import Batch, Loader
-from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
-from stablelm.evaluate.perplexity import Scores, evaluate
-from stablelm.observe.layers import LayerObserver
-from stablelm.observe.profile import Profiler
+from stablelm.data.loader import Batch
 from stablelm.train.agreement import Agreement, Outcome
-from stablelm.train.faults import Faults
-from stablelm.train.guards import Guard
+from stablelm.train.job import Job
 from stablelm.train.meter import Meter
-from stablelm.train.progress import Progress
 from stablelm.train.recheck import recheck
-from stablelm.train.records import Records
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult, train_step
-from stablelm.train.stop import REASONS, Stop
-from stablelm.train.watchdog import Watch
-
-
-@dataclass
-class Job:
-    """Everything the loop works with, built by `train.run`."""
-
-    config: Config
-    engine: Engine
-    ranks: Ranks
-    loader: Loader
-    validation: dict[str, ValidationSet]
-    progress: Progress
-    stop: Stop
-    guard: Guard
-    faults: Faults
-    watch: Watch
-    profiler: Profiler
-    layers: LayerObserver
-    records: Records
-    saver: Saver
-    save: Callable[[bool], None]
-    """Saves the current state; with True it returns once that is committed, else as soon as training can go on."""
-    rewind: Callable[[Outcome], bool]
-    """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
+from stablelm.train.stop import REASONS
+from stablelm.train.validate import validate
 
 
 def train(job: Job) -> str:
@@ -58,6 +22,8 @@ def train(job: Job) -> str:
     assert steps is not None
     interval = Meter(job.engine.device, job.ranks, config, progress, job.records.write, job.watch.hosts)
     agreement = Agreement(job.ranks)
+    if progress.evaluation_due and not validate(job, agreement):
+        return REASONS[agreement.known]
     while progress.step < steps:
         step = progress.step + 1
         started = time.perf_counter()
@@ -78,9 +44,9 @@ def train(job: Job) -> str:
 
         if due(step, config.observe.every, steps):
             interval.write(job.loader.epochs())
-        if due(step, config.evaluate.every, steps):
-            validate(job)
         job.layers.step(step, progress.tokens)
+        if due(step, config.evaluate.every, steps):
+            validate(job, agreement)
         wish, outcomes = agreement.exchange(step, batch.data_step, result, job.stop.wish(failed=job.saver.failed))
         reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
@@ -88,7 +54,7 @@ def train(job: Job) -> str:
             interval.write(job.loader.epochs())
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)
-        stopping = bool(reason) and step < steps
+        stopping = bool(reason) and (step < steps or progress.evaluation_due)
         if spike is not None and not stopping and rewound(job, spike, agreement, interval):
             continue
         if saving:
@@ -97,7 +63,8 @@ def train(job: Job) -> str:
             # A stop at a spike leaves it to the next attempt, which finds it again.
             if spike is None or not stopping or progress.checkpointed_step < 0:
                 job.save(stopping or step == steps)
-        job.stop.margin_seconds = job.saver.margin_seconds + 3 * interval.slowest
+        job.stop.save_seconds, job.stop.step_seconds = job.saver.margin_seconds, interval.slowest
+        job.stop.layers_seconds = job.layers.slowest
         if stopping:
             agreement.settle()
             return reason
@@ -139,17 +106,3 @@ def rewound(job: Job, spike: Outcome, agreement: Agreement, interval: Meter) -> 
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done each `every` steps (0: never) and at the last one is due."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def validate(job: Job) -> dict[str, Scores]:
-    """Scores of every validation set at the current step, recorded as `val_loss/<set>`."""
-    pulse, scores = job.watch.pulse, {}
-    for name, data in job.validation.items():
-        pulse.at("evaluate", job.progress.step)
-        scores[name] = evaluate(job.engine, job.ranks, data, job.config.evaluate.micro_batch_size, pulse.reached)
-    if scores:
-        job.progress.val_loss = {name: score.loss for name, score in scores.items()}
-        values = {f"val_loss/{name}": score.loss for name, score in scores.items()}
-        values |= {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
-        job.records.write({"step": job.progress.step, "tokens": job.progress.tokens, **values})
-    return scores

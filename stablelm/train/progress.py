@@ -14,6 +14,8 @@ class Progress:
     val_loss: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float | None = None
     checkpointed_step: int = -1
+    evaluation_due: bool = False
+    """Whether the evaluation of this step was cut short by a stop, so that the next attempt makes it."""
     skipped_steps: int = 0
     """Updates left out, of those steps that count."""
     spikes: int = 0

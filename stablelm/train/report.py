@@ -10,7 +10,7 @@ from stablelm.data.mixture import Mixture
 from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.perplexity import bits_per_byte
-from stablelm.train.loop import Job
+from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
 
 UNIGRAM_TOKENS = 2_000_000

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import contents, keep
@@ -14,6 +15,7 @@ from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.observe.sinks import last_records
 from stablelm.train.agreement import Outcome
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import refuse_other_run
@@ -61,6 +63,15 @@ def find(
 def _refuse_other_run(found: Place, identity: dict[str, Any]) -> None:
     state = keep.read_state(found)
     refuse_other_run(state["identity"], identity, str(found), step=state["step"])
+
+
+def evaluation_due(config: Config, found: Place | None) -> bool:
+    """Whether the evaluation of a checkpoint's step was cut short, and no attempt has made it since."""
+    state, records = keep.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
+    if not state.get("evaluation_due", False):
+        return False
+    made = last_records(records).get(state["step"], {}) if records.exists() else {}
+    return not any(name.startswith("val_loss/") for name in made)
 
 
 def resume_from(

@@ -20,7 +20,8 @@ from stablelm.train.build import build_loader, build_saver, layers_batch, read_v
 from stablelm.train.ending import Ending
 from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
-from stablelm.train.loop import Job, train
+from stablelm.train.job import Job
+from stablelm.train.loop import train
 from stablelm.train.prepare import Prepared, files_to_keep
 from stablelm.train.progress import Progress
 from stablelm.train.records import Records
@@ -81,7 +82,8 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     early: list[str] = []
     fence = restore.take_over(config, ranks, progress.attempt)
     found = restore.find(config, corpora.identity, resume, ranks, early.append)
-    if found is not None and keep.read_state(found)["step"] >= config.train.steps:
+    progress.evaluation_due = ranks.together().first(lambda: restore.evaluation_due(config, found))
+    if found is not None and keep.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)
     engine = build_engine(config, prepared.kind, ranks)
@@ -102,7 +104,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     watch.pulse.at("rehearsal", progress.step)
     records.message(rehearse(config, engine, ranks, saver))
     watch.extra_seconds["save"] = SAVES_WAITED * saver.seconds
-    stop.margin_seconds = saver.margin_seconds
+    stop.save_seconds = saver.margin_seconds
 
     def save_now(wait: bool) -> None:
         faults.saving(progress.step)

@@ -34,18 +34,20 @@ class Stop:
         self._wish = 0
         self._first_signal: float | None = None
         self._at_once: Callable[[int], None] = lambda number: None
-        self.margin_seconds = 0.0
-        """Time to keep for the last checkpoint; the loop raises it to what saves and steps really take."""
+        # What may still have to end before the last checkpoint is committed; the loop keeps them up to date.
+        self.save_seconds = self.step_seconds = self.layers_seconds = self.batch_seconds = 0.0
 
     def listen(self, at_once: Callable[[int], None]) -> None:
-        """Takes over SIGTERM, SIGINT and SIGUSR1: the first asks for a checkpoint, a second ends the process.
+        """Takes over SIGTERM, SIGINT, SIGHUP and SIGUSR1: the first asks for a checkpoint, a second ends the process.
 
         Launchers pass a terminal's Ctrl-C on to workers that already got it, so a repeat within
         `SAME_REQUEST_SECONDS` is the same request. `at_once` runs just before the process ends.
         """
         self._at_once = at_once
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            # nohup has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()
@@ -61,7 +63,7 @@ class Stop:
             os._exit(128 + number)
 
     def wish(self, *, failed: bool = False) -> int:
-        """This rank's wish to stop, a place in `REASONS`; 0: none. It stays. Ask once a step.
+        """This rank's wish to stop, a place in `REASONS`; 0: none. It stays.
 
         `failed`: a save in the background has failed, which the next save of all ranks will raise.
         """
@@ -71,6 +73,14 @@ class Stop:
             self._wish = REASONS.index("time limit")
         return self._wish
 
+    @property
+    def margin_seconds(self) -> float:
+        """Time to keep for what cannot be cut short and the last checkpoint.
+
+        Other ranks hear of a wish a step later, or a batch later inside an evaluation.
+        """
+        work = max(3 * self.step_seconds + self.layers_seconds, 3 * self.batch_seconds)
+        return max(self.save_seconds + work, LEAST_MARGIN_SECONDS)
+
     def _too_late(self) -> bool:
-        margin = max(self.margin_seconds, LEAST_MARGIN_SECONDS)
-        return self._deadline is not None and time.time() + margin >= self._deadline
+        return self._deadline is not None and time.time() + self.margin_seconds >= self._deadline

@@ -89,6 +89,12 @@ def test_the_last_record_of_a_step_counts(tmp_path):
     }
 
 
+def test_an_evaluation_that_a_later_attempt_made_adds_to_its_step(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write(path, {"step": 20, "loss": 2.0, "attempt": 1}, {"step": 20, "val_loss/x": 2.5, "attempt": 2})
+    assert last_records(path) == {20: {"step": 20, "loss": 2.0, "val_loss/x": 2.5, "attempt": 2}}
+
+
 def test_training_and_validation_of_a_step_add_up(tmp_path):
     path = tmp_path / "m.jsonl"
     write(
