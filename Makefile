@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint install clean
+.PHONY: quickstart test test-slow combinations lint install clean
 
 # Trains a 24-layer model on text that comes with Python; run it again and it finds nothing to do.
 quickstart: $(VENV)/.installed
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-dev
 # Tests of minutes rather than seconds.
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
+
+# Every pair of what a user can combine, in runs that are killed and resumed: an hour or two; goes on where it stopped.
+combinations: $(VENV)/.installed-dev
+	$(BIN)/python tests/combinations/run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

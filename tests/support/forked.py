@@ -55,10 +55,9 @@ def run_forked(
     """
     line = [script, *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for rank in range(processes):
-            own = environ if processes == 1 else environ | _launcher(rank, processes, port)
-            ranks.append(start_forked(script, arguments, own, cwd=cwd, output=Path(folder)))
+        ranks = start_ranks(
+            script, arguments, environ, processes=processes, port=port, cwd=cwd, output=Path(folder)
+        )  # fmt: skip
         try:
             code = _wait(ranks, time.monotonic() + timeout)
         except TimeoutError:
@@ -69,6 +68,15 @@ def run_forked(
                 process.join()
         out, err = ((Path(folder) / name).read_text() for name in OUTPUTS)
         return subprocess.CompletedProcess(line, code, out, err)
+
+
+def start_ranks(
+    script: str, arguments: list[str], environ: dict[str, str], *, processes: int, port: int, output: Path,
+    cwd: Path | None = None,
+) -> list[Any]:  # fmt: skip
+    """As `start_forked` for each of so many ranks."""
+    environs = [environ if processes == 1 else environ | _launcher(rank, processes, port) for rank in range(processes)]
+    return [start_forked(script, arguments, own, cwd=cwd, output=output) for own in environs]
 
 
 def start_forked(

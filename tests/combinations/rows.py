@@ -1,0 +1,165 @@
+"""What a user can combine, and a pairwise covering array of it: few rows in which every possible pair occurs.
+
+A value is a tuple of `key=value` arguments. A row's run starts under one engine and is resumed under another, so both
+command lines must be legal; a pair of values that no legal row holds is refused by the rules, with a reason.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from support.pairwise import Case, Cover, Pair, cover, pairs_of
+
+from stablelm.config import rules
+from stablelm.config.load import load
+from stablelm.errors import ConfigError
+
+SEED = 11
+QUICK, MORE = 6, 24
+"""Rows of `make test` and of `make test-slow`."""
+STEPS, KILLED_AT = 6, 3
+BATCH = 24  # sequences: two micro-batches of 3 on each of four processes
+ENGINES = {
+    "single x1": ("single", 1),
+    "ddp x2": ("ddp", 2),
+    "ddp x4": ("ddp", 4),
+    "fsdp2 x2": ("fsdp2", 2),
+    "fsdp2 x4": ("fsdp2", 4),
+    "hsdp x4": ("hsdp", 4),
+    "zero1 x2": ("zero1", 2),
+    "zero1 x4": ("zero1", 4),
+    "zero2 x2": ("zero2", 2),
+    "zero3 x2": ("zero3", 2),
+    "zero3 x4": ("zero3", 4),
+}
+# Those that exclude one another come first.
+SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "offload": {kind: (f"engine.offload={kind}",) for kind in ("none", "optimizer", "parameters")},
+    "compile": {"no": (), "yes": ("train.compile=true",)},
+    "precision": {kind: (f"train.precision={kind}",) for kind in ("fp32", "bf16")},
+    "method": {
+        "residual": ("model.method=pre_ln",),
+        "scaled": ("model.method=deepscalelm_pre",),
+        "concat": ("model.method=catformer",),
+        "dense": ("model.method=denseformer",),
+        "sigma": ("model.method=sigma_reparam", "model.sigma.targets=all"),
+        "espa": ("model.method=e_spa",),
+    },
+    "document_mask": {"no": (), "yes": ("data.document_mask=true",)},
+    "source": dict.fromkeys(("files", "shards", "datasets", "mixture"), ()),
+    "packing": {kind: (f"data.packing={kind}",) for kind in ("split", "best_fit")},
+    "workers": {
+        "none": ("data.workers=0",),
+        "thread": ("data.workers=1",),
+        "process": ("data.workers=1", "data.worker_kind=process"),
+    },
+    "head": {"own": ("model.tie_embeddings=false",), "tied": ("model.tie_embeddings=true",)},
+    "evaluate": {"at the end": ("evaluate.every=0",), "at the save": (f"evaluate.every={KILLED_AT}",)},
+    "layers": {"never": (), "at the save": (f"observe.layers_every={KILLED_AT}",)},
+    "save": {"in the step": ("checkpoint.async=false",), "background": ("checkpoint.async=true",)},
+    "accumulation": {"no": (), "yes": ("train.micro_batch_size=3",)},
+    "recompute": {"none": (), "full": ("engine.recompute=full",)},
+    "dropout": {"no": (), "yes": ("model.dropout=0.1",)},
+    "guards": {
+        "none": (),
+        "skip": ("guards.spike=skip", "guards.window=2", "guards.threshold=1000"),
+        "rewind": ("guards.spike=rewind", "guards.window=2", "guards.threshold=1000"),
+        "recheck": ("guards.recheck=true", "faults.allow=true", "faults.bad_batch=2"),
+    },
+}
+AXES: dict[str, tuple[str, ...]] = {
+    "engine": tuple(ENGINES),
+    "resume": tuple(ENGINES),
+    **{axis: tuple(values) for axis, values in SETTINGS.items()},
+}
+COMMON = (
+    *("model.n_layers=3", "model.d_model=32", "model.n_heads=2", "data.seq_len=32", "data.lanes=24"),
+    *(f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "train.lr=3e-4", "train.warmup_steps=100"),
+    *("observe.every=1", "evaluate.batches=1", "engine.unit_bytes=20000"),
+    *(f"checkpoint.every={KILLED_AT}", "checkpoint.keep=9"),
+)
+NEUTRAL = {axis: values[0] for axis, values in AXES.items()}
+
+
+class Sources(NamedTuple):
+    """The same small corpus in each form, as arguments."""
+
+    arguments: Mapping[str, tuple[str, ...]]
+    common: tuple[str, ...]
+
+
+def arguments(case: Mapping, engine: str, sources: Sources) -> list[str]:
+    """The command line of a row under one of its engines."""
+    chosen = [item for axis, values in SETTINGS.items() for item in values[case[axis]]]
+    return [
+        *COMMON, *sources.common, *sources.arguments[case["source"]], *chosen, f"engine.kind={ENGINES[engine][0]}",
+    ]  # fmt: skip
+
+
+def refusal(case: Mapping) -> str:
+    """What the rules say of a row's two command lines; '' if both are legal. Axes left out are as plain as can be."""
+    whole = NEUTRAL | dict(case)
+    if "engine" not in case and "resume" in case:
+        whole["engine"] = case["resume"]
+    if "resume" not in case:
+        whole["resume"] = whole["engine"]
+    if "engine" not in case and "resume" not in case:
+        return _first_legal(tuple(whole[axis] for axis in SETTINGS))
+    chosen = tuple(whole[axis] for axis in SETTINGS)
+    words = _refusal(chosen, whole["engine"]) or _refusal(chosen, whole["resume"])
+    if not words and whole["dropout"] == "yes" and whole["engine"] != whole["resume"]:
+        return "dropout is seeded by rank: only the same engine and size draw the same masks"
+    return words
+
+
+def _first_legal(chosen: tuple[str, ...]) -> str:
+    """'' if any engine takes the settings, else what the first one says."""
+    words = [_refusal(chosen, engine) for engine in ENGINES]
+    return "" if not all(words) else words[0]
+
+
+@lru_cache(None)
+def _refusal(chosen: tuple[str, ...], engine: str) -> str:
+    nowhere = Sources({name: FORMS[name] for name in SETTINGS["source"]}, ())
+    line = arguments(dict(zip(SETTINGS, chosen, strict=True)), engine, nowhere)
+    try:
+        loaded = load([], line)
+        rules.check(loaded.config, ENGINES[engine][1], None, loaded.origins)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+# Arguments of the same forms that name no file: rules look at none.
+FORMS = {
+    "files": ("data.path=a.json.gz",),
+    "shards": ("data.source=shards", "data.path=a"),
+    "datasets": ("data.source=datasets", "data.path=a"),
+    "mixture": ("data.mixture={a: {path: a.json.gz, weight: 0.7}, b: {path: b.json.gz, weight: 0.3}}",),
+}
+
+
+@lru_cache(1)
+def array() -> Cover:
+    """The covering array, the same in every process."""
+    return cover(AXES, lambda case: bool(refusal(case)), SEED)
+
+
+def in_order() -> list[Case]:
+    """All rows; any first few of them hold as many pairs as they can. The `QUICK` first ones compile nothing."""
+    left = list(array().cases)
+    seen: set[Pair] = set()
+    ordered: list[Case] = []
+    while left:
+        eligible = [case for case in left if case["compile"] == "no"] if len(ordered) < QUICK else left
+        best = max(eligible, key=lambda case: len(pairs_of(case) - seen))
+        left.remove(best)
+        seen |= pairs_of(best)
+        ordered.append(best)
+    return ordered
+
+
+def named(case: Case) -> str:
+    """A row in one line: what is not plain."""
+    special = [f"{axis} {case[axis]}" for axis in SETTINGS if case[axis] != NEUTRAL[axis]]
+    return f"{case['engine']} -> {case['resume']}: {', '.join(special) or 'plain'}"

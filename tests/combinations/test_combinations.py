@@ -1,0 +1,32 @@
+"""Part of the covering array in each test run; `make combinations` runs all of it."""
+
+from pathlib import Path
+
+import pytest
+from combinations import rows
+from combinations.rows import MORE, QUICK
+from combinations.run import make_sources, run_row
+from support.pairwise import pairs_of
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> rows.Sources:
+    return make_sources(tmp_path_factory.mktemp("combinations") / "corpus")
+
+
+@pytest.mark.parametrize(
+    "index", [*range(QUICK), *(pytest.param(index, marks=pytest.mark.slow) for index in range(QUICK, QUICK + MORE))]
+)
+def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(index: int, sources: rows.Sources, tmp_path: Path):
+    run_row(rows.in_order()[index], sources, tmp_path / "row")
+
+
+def test_every_pair_is_in_a_row_or_refused_with_a_reason():
+    cover = rows.array()
+    held = {pair for case in cover.cases for pair in pairs_of(case)}
+    assert held >= cover.possible
+    assert not any(rows.refusal(case) for case in cover.cases)
+    for pair in cover.impossible:
+        assert "not possible" in rows.refusal(dict(pair)) or "cuts a sequence" in rows.refusal(dict(pair)), pair
+    values = {item for case in cover.cases for item in case.items()}
+    assert values == {(axis, value) for axis, known in rows.AXES.items() for value in known}
