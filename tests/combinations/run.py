@@ -46,13 +46,17 @@ def make_sources(folder: Path) -> Sources:
     )
     assert done.returncode == 0, done.stderr
     mixture = f"{{web: {{path: [{files[0]}, {files[1]}], weight: 0.7}}, code: {{path: {files[2]}, weight: 0.3}}}}"
+    (folder / "validation").mkdir()
+    shutil.copy(corpus.validation, folder / "validation")
+    validation = f"data.validation_path={corpus.validation}"
+    split = f"data.validation_path={folder / 'validation'}?split=train"  # the one that a folder of files has
     forms = {
-        "files": (f"data.path={corpus.train}",),
-        "shards": ("data.source=shards", f"data.path={folder / 'shards'}"),
-        "datasets": ("data.source=datasets", f"data.path={folder / 'train'}"),
-        "mixture": (f"data.mixture={mixture}",),
+        "files": (f"data.path={corpus.train}", validation),
+        "shards": ("data.source=shards", f"data.path={folder / 'shards'}", validation),
+        "datasets": ("data.source=datasets", f"data.path={folder / 'train'}", split),
+        "mixture": (f"data.mixture={mixture}", validation),
     }
-    return Sources(forms, (f"data.tokenizer={corpus.tokenizer}", f"data.validation_path={corpus.validation}"))
+    return Sources(forms, (f"data.tokenizer={corpus.tokenizer}",))
 
 
 def run_row(case: Case, sources: Sources, folder: Path) -> float:

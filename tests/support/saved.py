@@ -46,7 +46,15 @@ def save_toy(root: Place, step: int, *, group: Any = None, fence: Fence | None =
     )  # fmt: skip
 
 
-SIZES = {"n_layers": 1, "d_model": 16, "n_heads": 2, "kv_heads": 2, "d_ff": 32, "max_seq_len": 8, "vocab_size": 64}
+SIZES: dict[str, Any] = {
+    "n_layers": 1,
+    "d_model": 16,
+    "n_heads": 2,
+    "kv_heads": 2,
+    "d_ff": 32,
+    "max_seq_len": 8,
+    "vocab_size": 64,
+}
 
 
 def save_small(root: Place, step: int, *, without: str = "") -> Any:
