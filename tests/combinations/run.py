@@ -49,11 +49,14 @@ def make_sources(folder: Path) -> Sources:
     (folder / "validation").mkdir()
     shutil.copy(corpus.validation, folder / "validation")
     validation = f"data.validation_path={corpus.validation}"
-    split = f"data.validation_path={folder / 'validation'}?split=train"  # the one that a folder of files has
     forms = {
         "files": (f"data.path={corpus.train}", validation),
         "shards": ("data.source=shards", f"data.path={folder / 'shards'}", validation),
-        "datasets": ("data.source=datasets", f"data.path={folder / 'train'}", split),
+        "datasets": (
+            "data.source=datasets",
+            f"data.path={folder / 'train'}",
+            f"data.validation_path={folder / 'validation'}",
+        ),
         "mixture": (f"data.mixture={mixture}", validation),
     }
     return Sources(forms, (f"data.tokenizer={corpus.tokenizer}",))
