@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     # A log has no width of its own: nothing is cut there.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     return exit_code_of(
-        lambda: prepare(load(options.config, options.overrides)),
+        lambda: prepare(load(options.config, options.overrides, world_size=1)),
         lambda found: preview(*found, documents=options.documents, sequences=options.sequences, console=console),
     )
 

@@ -13,6 +13,7 @@ from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
 from stablelm.errors import CheckpointError
+from stablelm.paths import expand
 
 __all__ = [
     "checkpoints_root",
@@ -163,12 +164,13 @@ def read_state(path: Place) -> dict[str, Any]:
 
 
 def _configured_root(run_dir: Place) -> Place | None:
-    """checkpoint.dir of a run's resolved configuration, if it says one."""
+    """checkpoint.dir of a run's configuration, if it asks for one."""
     import yaml
 
     try:
         config = yaml.safe_load((run_dir / CONFIG).read_bytes())
-        return place(str(config["checkpoint"]["dir"]))
+        asked = config["checkpoint"]["dir"]
+        return place(expand(str(asked), "checkpoint.dir=")) if asked else None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

@@ -111,4 +111,4 @@ def save(
         "identity": prepared.corpora.identity,
         "guards": guard.state(),
     }
-    saver.save(progress.step, engine.tensors(), state, dump(prepared.config), wait=wait)
+    saver.save(progress.step, engine.tensors(), state, dump(prepared.asked), wait=wait)

@@ -22,7 +22,7 @@ def start(
     launch = Launch()
     try:
         launch = detect()
-        loaded = load(files, overrides)
+        loaded = load(files, overrides, world_size=launch.world_size)
         flags = accelerate_flags()
         from stablelm.train.prepare import prepare
 
