@@ -4,8 +4,9 @@ import difflib
 
 from stablelm.config.keys import keys
 
-IN_ITS_SECTION = 0.6
+IN_ITS_SECTION = 0.7
 ELSEWHERE = 0.8
+AMONG_WORDS = 0.6
 
 
 def nearest(name: str) -> str | None:
@@ -33,7 +34,7 @@ def nearest(name: str) -> str | None:
 
 def nearest_word(word: str, words: list[str]) -> str | None:
     """The one of `words` most like `word`, None if none is near."""
-    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=IN_ITS_SECTION)), None)
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=AMONG_WORDS)), None)
 
 
 def _best(last: str, candidates: list[str], bound: float) -> str | None:

@@ -87,8 +87,7 @@ def test_a_checkpoint_moved_by_itself_is_evaluated(first: Path, tmp_path: Path, 
 
 def test_what_the_run_became_is_evaluated_not_what_its_keys_would_become(tiny_corpus: TinyCorpus, tmp_path: Path):
     """accelerate's flag is part of what was asked, and a launcher without it does not take it back."""
-    flag = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    done = run("pretrain", *arguments(tiny_corpus, tmp_path / "run"), **flag)
+    done = run("pretrain", *arguments(tiny_corpus, tmp_path / "run"), ACCELERATE_MIXED_PRECISION="bf16")
     assert done.returncode == 0, done.stderr
     assert section(tmp_path / "run", "config.yaml")["train"]["precision"] == "bf16"
     out = tmp_path / "eval.json"
