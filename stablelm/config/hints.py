@@ -5,7 +5,8 @@ import difflib
 from stablelm.config.keys import keys
 
 IN_ITS_SECTION = 0.7
-ELSEWHERE = 0.8
+WITH_ITS_SECTION = 0.8
+ELSEWHERE = 0.85
 AMONG_WORDS = 0.6
 
 
@@ -29,7 +30,7 @@ def nearest(name: str) -> str | None:
     if best is not None:
         return best
     whole = max(keys(), key=lambda key: _likeness(name, key))
-    return whole if _likeness(name, whole) >= ELSEWHERE else _best(last, list(keys()), ELSEWHERE)
+    return whole if _likeness(name, whole) >= WITH_ITS_SECTION else _best(last, list(keys()), ELSEWHERE)
 
 
 def nearest_word(word: str, words: list[str]) -> str | None:
