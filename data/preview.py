@@ -9,12 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser
+from stablelm.arguments import Parser, path_or_url
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later ones win")
+    parser.add_argument(
+        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
+    )
     parser.add_argument("--documents", type=int, default=1000, help="documents to count; default: 1000")
     parser.add_argument("--sequences", type=int, default=2, help="packed sequences to show; default: 2")
     parser.add_argument(
