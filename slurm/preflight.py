@@ -47,7 +47,7 @@ def check_node(run_dir: Path, now: float, found: Findings) -> None:
         if not mark.parent.is_dir():
             return found.error(f"{run_dir} is not seen here: run.dir must lie on a file system that all nodes share")
         mark.touch()
-        mark.unlink()
+        mark.unlink(missing_ok=True)  # another task of this node may have been here
         if shutil.disk_usage(run_dir).free < LEAST_DISK_BYTES:
             found.warning(f"less than 1 GiB is free for {run_dir}")
     except OSError as error:

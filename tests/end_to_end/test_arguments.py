@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from support.programs import TINY
@@ -62,13 +63,13 @@ def begin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
     def run(program: str, *arguments: str) -> tuple[int, str]:
         main = module(program).main
+        code: Any = 1
         try:
             code = main(list(arguments))
         except SystemExit as end:
             code = end.code
         except Exception as error:  # data/prepare.py and its like turn these into exit codes where they are started
-            code = getattr(error, "exit_code", None)
-            return code or 1, str(error)
+            return getattr(error, "exit_code", code), str(error)
         told = capsys.readouterr()
         return code, told.out + told.err
 
