@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from support.programs import TINY, losses, run, summary
+from support.programs import TINY, environment, losses, run, summary
+from support.samples import REPOSITORY
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import manifest
@@ -137,3 +141,38 @@ def test_checkpoints_of_another_run_are_not_taken_over(first: Path, tmp_path: Pa
     assert done.returncode == 78
     assert f"checkpoint.dir={first}/checkpoints holds checkpoints of another run" in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_odd_names_in_the_home_directory(tiny_corpus: TinyCorpus, tmp_path: Path):
+    """`~` is the home directory in every path, kept as it was asked; the printed command can be pasted."""
+    home = tmp_path / "home"
+    home.mkdir()
+    keys = arguments(tiny_corpus, Path("~/a run #1"), "checkpoint.dir=~/kept: here", "data.cache=~/cache")
+    done = run("pretrain", *keys, cwd=tmp_path, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    run_dir = home / "a run #1"
+    asked = section(run_dir, "config.yaml")
+    assert (asked["run"]["dir"], asked["checkpoint"]["dir"]) == ("~/a run #1", "~/kept: here")
+    assert section(run_dir, "resolved.yaml")["checkpoint"]["dir"] == str(home / "kept: here")
+    assert (home / "kept: here" / "step-00000002").is_dir()
+    assert not list(tmp_path.glob("~*"))
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("evaluate: "))
+    assert shlex.split(printed)[1:] == ["python", "launch/eval.py", "--checkpoint", str(run_dir)]
+    for program, words in (("eval", ["--checkpoint"]), ("checkpoints", ["verify"])):
+        done = run(program, *words, "~/a run #1", cwd=tmp_path, HOME=str(home))
+        assert done.returncode == 0, done.stderr
+    anew = ["--config", "~/a run #1/config.yaml", "run.dir=~/b", "checkpoint.dir=null"]
+    done = run("pretrain", *anew, cwd=tmp_path, HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    assert losses(home / "b") == losses(run_dir)
+
+
+def test_slurms_helper_reads_it(first: Path, tmp_path: Path):
+    def helper(*words: str) -> str:
+        command = [sys.executable, str(REPOSITORY / "slurm" / "attempt.py"), *words]
+        return subprocess.check_output(command, text=True, env=environment(HOME=str(tmp_path))).strip()
+
+    config, step = str(first / "config.yaml"), first / "checkpoints" / "step-00000002"
+    assert helper("where", config) == str(first)
+    assert helper("where", config, "run.dir=~/new #1") == f"{tmp_path}/new #1"
+    assert helper("unevaluated", str(first)) == f"step-00000002 {step}"
