@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ def local_path(text: str) -> Path:
 
 def named_path(text: str) -> str:
     """Type of an argument `[NAME=]PATH`."""
-    name, equals, given = text.partition("=")
-    return name + equals + path_or_url(given) if equals and "/" not in name else path_or_url(text)
+    name, given = re.fullmatch(r"([\w-]+=)?(.*)", text, re.ASCII | re.DOTALL).groups("")  # type: ignore[union-attr]
+    return name + path_or_url(given)
 
 
 class Parser(argparse.ArgumentParser):

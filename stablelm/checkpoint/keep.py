@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
 from stablelm.errors import CheckpointError
-from stablelm.paths import expand
 
 __all__ = [
     "checkpoints_root",
@@ -170,7 +170,7 @@ def _configured_root(run_dir: Place) -> Place | None:
     try:
         config = yaml.safe_load((run_dir / CONFIG).read_bytes())
         asked = config["checkpoint"]["dir"]
-        return place(expand(str(asked), "checkpoint.dir=")) if asked else None
+        return place(os.path.expanduser(str(asked))) if asked else None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

@@ -50,25 +50,8 @@ def load(files: list[str], overrides: list[str], *, world_size: int | None = Non
     problems: list[str] = []
     layers = [read_file(file, problems) for file in files]
     layers += [read_argument(argument, problems) for argument in overrides]
-    return _merge(layers, problems, world_size)
-
-
-def loads(content: str, name: str) -> Config:
-    """The Config of a YAML file's text; `name` stands for the file in messages. Raises ConfigError as `load` does."""
-    problems: list[str] = []
-    return _merge([read_content(content, name, problems)], problems, None).config
-
-
-def _merge(layers: list[dict[str, Given]], problems: list[str], world_size: int | None) -> Loaded:
     readable = not problems
-    merged: dict[str, Given] = {}
-    for layer in layers:
-        for short, given in layer.items():
-            name = in_full(short)
-            if name in sections():
-                problems.append(_no_section(name, given))
-            else:
-                put(merged, name, given)
+    merged = _merge(layers, problems)
     origins = {name: given.origin for name, given in merged.items()}
     leaves, unread = _validate(merged, problems)
     config = assemble(_with_homes(leaves, origins, problems, unread))
@@ -79,6 +62,31 @@ def _merge(layers: list[dict[str, Given]], problems: list[str], world_size: int 
     if problems:
         raise ConfigError("\n".join(problems))
     return Loaded(config, origins, assemble(leaves))
+
+
+def loads(content: str, name: str) -> Config:
+    """The Config of a YAML file's text, its paths as they were written; `name` stands for the file in messages.
+
+    Raises ConfigError with a line for each problem.
+    """
+    problems: list[str] = []
+    leaves, _ = _validate(_merge([read_content(content, name, problems)], problems), problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return assemble(leaves)
+
+
+def _merge(layers: list[dict[str, Given]], problems: list[str]) -> dict[str, Given]:
+    """Values by full name, later layers over earlier ones."""
+    merged: dict[str, Given] = {}
+    for layer in layers:
+        for short, given in layer.items():
+            name = in_full(short)
+            if name in sections():
+                problems.append(_no_section(name, given))
+            else:
+                put(merged, name, given)
+    return merged
 
 
 def _validate(merged: dict[str, Given], problems: list[str]) -> tuple[dict[str, Any], set[str]]:

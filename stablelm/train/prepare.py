@@ -48,7 +48,11 @@ class Prepared:
 def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:
     """Resolves the configuration and checks its inputs; ConfigError with one sentence a problem."""
     config = loaded.config
-    concrete = apply_flags(config, flags, launch.world_size)
+    try:
+        concrete = apply_flags(config, flags, launch.world_size)
+    except ConfigError as error:
+        others = rules.problems(config, launch.world_size, flags.precision, loaded.origins, ())
+        raise ConfigError("\n".join([str(error), *others])) from None
     rules.check(concrete, launch.world_size, flags.precision, loaded.origins)
     # The kind stays as it was written: what is resolved fits other launchers and world sizes too.
     config = replace(config, engine=replace(concrete.engine, kind=config.engine.kind))
