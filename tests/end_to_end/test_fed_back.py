@@ -100,6 +100,16 @@ def test_what_the_run_became_is_evaluated_not_what_its_keys_would_become(tiny_co
     assert json.loads(out.read_text())["sets"]["default"]["loss"] == pytest.approx(logged, rel=1e-6)
 
 
+def test_shapes_that_were_solved_are_known_to_whoever_reads_the_checkpoint(tiny_corpus: TinyCorpus, tmp_path: Path):
+    done = run("pretrain", *arguments(tiny_corpus, tmp_path / "run", "model.method=catformer"))
+    assert done.returncode == 0, done.stderr
+    assert section(tmp_path / "run", "config.yaml")["model"]["catformer"]["growth"] is None
+    assert section(tmp_path / "run", "resolved.yaml")["model"]["catformer"]["growth"] > 0
+    for program, words in (("checkpoints", ["verify"]), ("eval", ["--checkpoint"])):
+        done = run(program, *words, str(tmp_path / "run"))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_checkpoint_whose_config_holds_derived_values_is_evaluated_and_resumed(
     first: Path, tmp_path: Path, tiny_corpus: TinyCorpus
 ):
