@@ -7,7 +7,6 @@ from stablelm.config.keys import keys
 IN_ITS_SECTION = 0.7
 WITH_ITS_SECTION = 0.8
 ELSEWHERE = 0.85
-AMONG_WORDS = 0.6
 
 
 def nearest(name: str) -> str | None:
@@ -31,11 +30,6 @@ def nearest(name: str) -> str | None:
         return best
     whole = max(keys(), key=lambda key: _likeness(name, key))
     return whole if _likeness(name, whole) >= WITH_ITS_SECTION else _best(last, list(keys()), ELSEWHERE)
-
-
-def nearest_word(word: str, words: list[str]) -> str | None:
-    """The one of `words` most like `word`, None if none is near."""
-    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=AMONG_WORDS)), None)
 
 
 def _best(last: str, candidates: list[str], bound: float) -> str | None:
