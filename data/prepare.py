@@ -14,17 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser
+from stablelm.arguments import Parser, path_or_url
 from stablelm.errors import ConfigError, UserError
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", nargs="+", required=True, help="files, globs, folders, URLs, hf:// patterns or 'embedded'"
+        "--source",
+        nargs="+",
+        required=True,
+        type=path_or_url,
+        help="files, globs, folders, URLs, hf:// patterns or 'embedded'",
     )
-    parser.add_argument("--tokenizer", required=True, help="a SentencePiece .model file, or 'embedded'")
-    parser.add_argument("--out", required=True, help="folder or URL (s3://, gs://, az://) for the shards")
+    parser.add_argument(
+        "--tokenizer", required=True, type=path_or_url, help="a SentencePiece .model file, or 'embedded'"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path_or_url, help="folder or URL (s3://, gs://, az://) for the shards"
+    )
     parser.add_argument("--workers", type=int, help="processes, each with a file at a time; default: one a core")
     parser.add_argument("--part", metavar="K/N", help="only the K-th of N shares of the files, and no manifest")
     parser.add_argument("--min-chars", type=int, metavar="N", help="leave shorter documents out; default: none")
@@ -42,7 +50,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--retry-budget", type=float, default=600.0, help="seconds to retry one unreachable read; default: 600"
     )
     parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
-    parser.add_argument("--cache", default="data/cache", help="folder of the embedded corpus; default: data/cache")
+    parser.add_argument(
+        "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
+    )
     return parser.parse_args(argv)
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser
+from stablelm.arguments import Parser, path_or_url
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later ones win")
+    parser.add_argument(
+        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
+    )
     parser.add_argument("--documents", type=int, default=1000, help="documents to count; default: 1000")
     parser.add_argument("--sequences", type=int, default=2, help="packed sequences to show; default: 2")
     parser.add_argument(
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     # A log has no width of its own: nothing is cut there.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     return exit_code_of(
-        lambda: prepare(load(options.config, options.overrides)),
+        lambda: prepare(load(options.config, options.overrides, world_size=1)),
         lambda found: preview(*found, documents=options.documents, sequences=options.sequences, console=console),
     )
 

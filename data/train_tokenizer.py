@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser
+from stablelm.arguments import Parser, path_or_url
 from stablelm.errors import ConfigError, UserError
 
 HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
@@ -26,16 +26,22 @@ HELD_OUT = 1000  # documents held out at most
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--source", nargs="+", required=True, help="files, globs, folders, URLs, hf:// patterns or 'embedded'"
+        "--source",
+        nargs="+",
+        required=True,
+        type=path_or_url,
+        help="files, globs, folders, URLs, hf:// patterns or 'embedded'",
     )
-    parser.add_argument("--out", required=True, help="the .model file to write")
+    parser.add_argument("--out", required=True, type=path_or_url, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, 256 bytes, unknown and eos included")
     parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram", help="default: unigram")
     parser.add_argument(
         "--sentences", type=int, default=500_000, help="lines to train on, drawn from all the text; default: 500000"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw; default: 0")
-    parser.add_argument("--cache", default="data/cache", help="folder of the embedded corpus; default: data/cache")
+    parser.add_argument(
+        "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
+    )
     return parser.parse_args(argv)
 
 

@@ -23,10 +23,13 @@ python launch/pretrain.py --config configs/quickstart.yaml --config mine.yaml tr
   replace what was there. `data.validation={}` empties a mapping, `model.d_ff=null` undoes a key.
 - Values are YAML 1.2: `3e-4` is a number, `on` and `yes` are words, only `true` and `false` are truth values.
 - A whole number may be written `1e9`. Nothing else is converted: `3.7` is no whole number, and `"3"` is no number.
-- Every mistake is reported at once, each with the file and line or the argument it came from, and the program ends with
-  exit code 78 before anything is created.
-- `--print-config` prints the resolved configuration, `run.dir/config.yaml` keeps it, and feeding it back gives the same
-  run.
+- Every mistake in the keys is reported at once, each with the file and line or the argument it came from, and the
+  program ends with exit code 78 before anything is created.
+- `--print-config` prints what every key becomes, as `run.dir/resolved.yaml` keeps it. `run.dir/config.yaml` keeps what
+  was asked: fed back with another `run.dir` it starts the same run anew, and any key of it can still be changed.
+- In a path `~` is the home directory. Variables are not expanded: a `$` in a path is refused.
+- The value of a single key is taken literally unless it is a YAML scalar, or a list or mapping in brackets:
+  `'run.dir=runs/a #b'` names a folder with a `#`.
 - A default of `null` is derived from other keys, as the key's text says.
 - Keys marked **identity** make a run what it is: they must be equal on resume, and those that differ are named.
   `data.path` counts by the files' base names and `data.tokenizer` by its contents. `train.steps` and `train.tokens` may

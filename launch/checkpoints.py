@@ -6,11 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser, local_path, path_or_url
 from stablelm.errors import CheckpointError, ConfigError, UserError
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="checkpoints.py", description=__doc__)
+    parser = Parser(prog="checkpoints.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     where = "a run, its checkpoints, or one step-...; a path or URL"
     for name, text in {
@@ -19,7 +20,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "prune": "deletes superseded checkpoints after hashing all; damaged ones are never deleted",
     }.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("run_dir", metavar="RUN_DIR", help=where)
+        command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
@@ -27,8 +28,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     text = "writes the weights of a checkpoint, verified, to one safetensors file"
     command = commands.add_parser("consolidate", help=text, description=text)
-    command.add_argument("run_dir", metavar="RUN_DIR", help=where)
-    command.add_argument("--out", metavar="FILE.safetensors", type=Path, required=True, help="must not exist yet")
+    command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
+    command.add_argument("--out", metavar="FILE.safetensors", type=local_path, required=True, help="must not exist yet")
     return parser.parse_args(arguments)
 
 

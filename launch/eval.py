@@ -6,27 +6,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser, named_path, path_or_url
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
+    parser = Parser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run (its newest valid checkpoint) or a step directory"
+        "--checkpoint",
+        required=True,
+        type=path_or_url,
+        metavar="DIR",
+        help="a run (its newest valid checkpoint) or a step directory",
     )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
+        type=named_path,
         metavar="[NAME=]PATH",
         help="file, glob, folder or URL of documents; may be repeated; default: the run's validation sets",
     )
-    parser.add_argument("--tokenizer", metavar="FILE.model", help="default: the run's own")
+    parser.add_argument("--tokenizer", type=path_or_url, metavar="FILE.model", help="default: the run's own")
     parser.add_argument(
         "--sequences",
         type=int,
         metavar="N",
         help="at most N sequences a set, 0 for all; default: as many as training used",
     )
-    parser.add_argument("--out", metavar="FILE.json", help="write the figures as JSON")
+    parser.add_argument("--out", type=path_or_url, metavar="FILE.json", help="write the figures as JSON")
     return parser.parse_args(argv)
 
 

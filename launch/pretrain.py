@@ -8,21 +8,27 @@ import sys
 import time
 from pathlib import Path
 
-STARTED = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.arguments import Parser, path_or_url
+
+STARTED = time.time()
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Pretrain a language model. Started again with the same arguments, a run goes on where it was.",
         epilog="All keys: docs/configuration.md. Exit codes: 0 finished, 75 stopped early (run again), 78 bad input.",
     )
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; later ones win")
+    parser.add_argument(
+        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument(
         "--resume",
         default="auto",
+        type=path_or_url,
         metavar="auto|none|PATH",
         help="auto: newest checkpoint of run.dir, if any (default); none: only a new run; PATH: that checkpoint",
     )

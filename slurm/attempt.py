@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm.arguments import Parser, local_path
 from stablelm.checkpoint import keep, manifest
 from stablelm.checkpoint.places import Place, place
 from stablelm.config.load import load
@@ -217,17 +218,17 @@ def environment() -> list[str]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="attempt.py", description=__doc__)
+    parser = Parser(prog="attempt.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("where").add_argument("words", nargs="+")
     commands.add_parser("environment")
-    commands.add_parser("unfinished").add_argument("file", type=Path)
+    commands.add_parser("unfinished").add_argument("file", type=local_path)
     line = commands.add_parser("line")
-    line.add_argument("file", type=Path)
+    line.add_argument("file", type=local_path)
     line.add_argument("number", type=int)
     for name in ("begin", "end", "tell", "state", "unevaluated"):
         command = commands.add_parser(name)
-        command.add_argument("run_dir", type=Path)
+        command.add_argument("run_dir", type=local_path)
         if name == "end":
             command.add_argument("--rc", type=int, required=True)
             command.add_argument("--reason", default="")

@@ -126,7 +126,7 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
 
 keep() { # FILE: copies it into the snapshot that is being taken; sets kept to where it will lie
     number=$((number + 1)) kept=$copy/$number-${1##*/}
-    cp "$1" "$new/${kept##*/}"
+    cp "${1/#\~\//$HOME/}" "$new/${kept##*/}"
 }
 
 use_snapshot() { # sets run_dir, arguments; PYTHONPATH so that every process finds the copy first

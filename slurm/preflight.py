@@ -12,6 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.arguments import Parser, local_path
+
 MEET_SECONDS = 30.0
 SKEW_SECONDS = 20.0
 LEAST_DISK_BYTES = 1 << 30
@@ -43,7 +47,7 @@ def check_node(run_dir: Path, now: float, found: Findings) -> None:
         if not mark.parent.is_dir():
             return found.error(f"{run_dir} is not seen here: run.dir must lie on a file system that all nodes share")
         mark.touch()
-        mark.unlink()
+        mark.unlink(missing_ok=True)  # another task of this node may have been here
         if shutil.disk_usage(run_dir).free < LEAST_DISK_BYTES:
             found.warning(f"less than 1 GiB is free for {run_dir}")
     except OSError as error:
@@ -131,13 +135,16 @@ def reach(head: str, port: int, seconds: float = MEET_SECONDS) -> bool:
     return False
 
 
-def main(run_dir: str, now: str) -> int:
-    found = Findings()
-    check_node(Path(run_dir), float(now), found)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="preflight.py", description=__doc__)
+    parser.add_argument("run_dir", type=local_path)
+    parser.add_argument("now", type=float)
+    options, found = parser.parse_args(argv), Findings()
+    check_node(options.run_dir, options.now, found)
     check_gpus(found)
     check_network(found)
     return 1 if found.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -1,12 +1,91 @@
-"""Arguments of the programs below `data/`: a mistake in them is a bad configuration (torch-free)."""
+"""Arguments of every program: a mistake in them is a bad configuration (torch-free)."""
 
 import argparse
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from stablelm.errors import ConfigError
+from stablelm.paths import expand
+
+KEYS = "overrides"
+"""Destination of positional arguments that are keys of a configuration."""
+
+
+def path_or_url(text: str) -> str:
+    """Type of an argument that is a path or URL: `~` is the home directory, `$` is refused."""
+    try:
+        return expand(text, "")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path(text: str) -> Path:
+    """Type of an argument that is a path of this machine."""
+    return Path(path_or_url(text))
+
+
+def named_path(text: str) -> str:
+    """Type of an argument `[NAME=]PATH`."""
+    name, given = re.fullmatch(r"([\w-]+=)?(.*)", text, re.ASCII | re.DOTALL).groups("")  # type: ignore[union-attr]
+    return name + path_or_url(given)
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with the exit code of a bad configuration."""
+    """Ends with the exit code of a bad configuration, and names the nearest option or command."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; see --help\n")
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        return self._all_known(found, unknown)
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_intermixed_args(args, namespace)
+        return self._all_known(found, unknown)
+
+    def error(self, message: str) -> Any:
+        # Every rank gets the same arguments: one of them tells.
+        first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        self.exit(ConfigError.exit_code, f"error: {message}; see {self.prog} --help\n" if first else None)
+
+    def _all_known(self, found: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if options:
+            self.error("; ".join(f"unknown option {option}{self._hint(option, found)}" for option in options))
+        if unknown:
+            self.error(f"unexpected argument{'s' * (len(unknown) > 1)} {' '.join(unknown)}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        near = _nearest(str(value), choices)
+        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+        self.error(f"unknown {what} {value}{f', did you mean {near}?' if near else ''} (one of {', '.join(choices)})")
+
+    def _hint(self, option: str, found: argparse.Namespace) -> str:
+        name = option.lstrip("-").replace("-", "_")
+        if any(action.dest == KEYS for action in self._actions):
+            from stablelm.config.hints import nearest  # not needed where all is right
+
+            key = nearest(name)
+            if key is not None and ("." in name or key.endswith(f".{name}")):
+                return f", did you mean {key}=...? keys are written without dashes"
+        near = _nearest(option, self._options(found))
+        return f", did you mean {near}?" if near else ""
+
+    def _options(self, found: argparse.Namespace) -> list[str]:
+        """Options of this parser, and of the command that was chosen."""
+        options = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = action.choices.get(getattr(found, action.dest, ""))
+                options += chosen._options(found) if chosen else []
+        return options
+
+
+def _nearest(word: str, words: list[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, words, n=1)), None)

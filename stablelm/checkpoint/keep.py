@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -174,12 +175,13 @@ def read_state(path: Place) -> dict[str, Any]:
 
 
 def _configured_root(run_dir: Place) -> Place | None:
-    """checkpoint.dir of a run's resolved configuration, if it says one."""
+    """checkpoint.dir of a run's configuration, if it asks for one."""
     import yaml
 
     try:
         config = yaml.safe_load((run_dir / CONFIG).read_bytes())
-        return place(str(config["checkpoint"]["dir"]))
+        asked = config["checkpoint"]["dir"]
+        return place(os.path.expanduser(str(asked))) if asked else None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

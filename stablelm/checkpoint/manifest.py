@@ -3,7 +3,7 @@
 step-00001200/
     tensors/        files of torch.distributed.checkpoint
     state.json      everything of the run that is not a tensor; knows no rank and no world size
-    config.yaml     the resolved configuration
+    config.yaml     the configuration as it was asked for; state.json has what its derived keys became
     manifest.json   every file above: size and sha256
     COMMITTED       sha256 of manifest.json, step, attempt and its fencing token, time, and a sha256 over these
 

@@ -27,10 +27,11 @@ def problems(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, 
     for name in _ABOVE_ZERO:
         if found[name] <= 0:
             yield f"{name}={found[name]} must be above 0", (name,)
+    ranks = f"a rank from 0 to {world_size - 1}" if world_size > 1 else "rank 0, the only one,"
     for name in _ON_A_RANK:
         if found[name] is not None and (not 0 <= found[name][0] < world_size or found[name][1] < 0):
             yield (
-                f"{name}={list(found[name])} must name a rank from 0 to {world_size - 1} first, and no negative number",
+                f"{name}={list(found[name])} must name {ranks} first, and no negative number",
                 (name,),
             )
     yield from _faults(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,12 @@ class Key:
     text: str
     unit: str
     identity: bool
+    path: bool | tuple[str, ...] | None
+    """Whether its text is a path; of a mapping: every entry, or the entries that are. None: not said."""
+
+    def holds_path(self, entry: str = "") -> bool:
+        """Whether text that is given for the key, or for an entry of it, is a path."""
+        return entry in self.path if isinstance(self.path, tuple) else bool(self.path)
 
 
 @lru_cache
@@ -43,7 +50,7 @@ def _walk(section: type, prefix: str):
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             told = field.metadata
-            yield Key(name, kind, default, told["text"], told["unit"], told["identity"])
+            yield Key(name, kind, default, told["text"], told["unit"], told["identity"], told["path"])
 
 
 def _sections(section: type, prefix: str):
@@ -67,10 +74,57 @@ def values(config: Config) -> dict[str, Any]:
     return found
 
 
+def find(name: str) -> tuple[Key | None, str]:
+    """The key that `name` sets, and the entry where that key is a mapping of the user's names."""
+    if name in keys():
+        return keys()[name], ""
+    for key in keys().values():
+        if is_mapping(key.type) and name.startswith(key.name + "."):
+            return key, name[len(key.name) + 1 :]
+    return None, ""
+
+
+def assemble(values: Mapping[str, Any]) -> Config:
+    """The Config with these values by dotted name; keys that are left out have their defaults."""
+    return _assemble(Config, values, "")
+
+
+def _assemble(section: type, values: Mapping[str, Any], prefix: str) -> Any:
+    made, hints = {}, get_type_hints(section)
+    for field in dataclasses.fields(section):
+        name = prefix + field.name.rstrip("_")
+        if name in sections():
+            made[field.name] = _assemble(hints[field.name], values, name + ".")
+        elif name in values:
+            made[field.name] = values[name]
+    return section(**made)
+
+
+def value_type(key: Key, entry: str) -> Any:
+    """The type of a key's value, or of an entry's where one is named."""
+    return get_args(key.type)[1] if entry else key.type
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether any text is a value of the type."""
+    return str in _parts(kind)
+
+
+def takes_list(kind: Any) -> bool:
+    return any(get_origin(part) in (list, tuple) for part in _parts(kind))
+
+
+def takes_tuple(kind: Any) -> bool:
+    return any(get_origin(part) is tuple for part in _parts(kind))
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
 def choices(name: str) -> tuple[str, ...]:
     """The values of a key that takes one of a few words, null left out; () for a key of another type."""
-    kind = keys()[name].type
-    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    parts = _parts(keys()[name].type)
     return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
 
 

@@ -47,13 +47,14 @@ def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
         return
     known = sources(data)
     for name, source in known.items():
+        key = f"data.mixture.{name}"
         if not source.path:
-            yield f"data.mixture.{name} has no path; give one, as in data.mixture.{name}.path=...", ""
+            yield f"{key} has no path; give one, as in {key}.path=...", key
         if not source.weights:
-            yield f"data.mixture.{name} has no weight; give one, as in data.mixture.{name}.weight=0.5", ""
+            yield f"{key} has no weight; give one, as in {key}.weight=0.5", key
     for step in sorted({0, *(step for source in known.values() for step in source.weights)}):
         if not any(weight_at(source, step) for source in known.values()):
-            yield f"data.mixture gives no source a weight at step {step}; give one a weight above 0", ""
+            yield f"data.mixture gives no source a weight at step {step}; give one a weight above 0", "data.mixture"
 
 
 def weight_at(source: Source, step: int) -> float:

@@ -1,13 +1,13 @@
 """Rules between keys, and the values of keys that are derived from others."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from stablelm.config import data_rules, engine_rules, guard_rules
-from stablelm.config.keys import values
-from stablelm.config.load import parse_duration
+from stablelm.config.durations import parse_duration
+from stablelm.config.keys import assemble, values
 from stablelm.config.ranges import RANGES
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.errors import ConfigError
@@ -25,6 +25,17 @@ def check(
 ) -> None:
     """All rules that need no tokenizer; raises one ConfigError with a line for each broken one."""
     _Rules(config, origins).check(world_size, accelerate_precision).report()
+
+
+def problems(
+    config: Config,
+    world_size: int,
+    accelerate_precision: str | None,
+    origins: dict[str, str],
+    unread: Iterable[str],
+) -> list[str]:
+    """What `check` would report of the keys that could be read; `unread` ones have their defaults in `config`."""
+    return _Rules(config, origins, unread).check(world_size, accelerate_precision).problems
 
 
 def resolve(
@@ -98,14 +109,21 @@ def _up(value: int, multiple: int) -> int:
 
 
 class _Rules:
-    """Collects a sentence for each broken rule."""
+    """Collects a sentence for each broken rule.
 
-    def __init__(self, config: Config, origins: dict[str, str] | None):
+    A key that is wrong by itself is told once: the rules between keys go on with its default, and what they say of it
+    is left out.
+    """
+
+    def __init__(self, config: Config, origins: dict[str, str] | None, unread: Iterable[str] = ()):
         self.config, self.origins = config, origins or {}
+        self.unread = set(unread)
         self.problems: list[str] = []
 
     def broken(self, problem: str, *names: str) -> None:
         """`names` are the keys to blame; their origins end the sentence."""
+        if any(_same_or_inside(name, wrong) for name in names if name for wrong in self.unread):
+            return
         told = list(dict.fromkeys(self.origins[name] for name in names if name in self.origins))
         self.problems.append(problem + (f" ({', '.join(told)})" if told else ""))
 
@@ -114,50 +132,53 @@ class _Rules:
             raise ConfigError("\n".join(self.problems))
 
     def check(self, world_size: int, accelerate_precision: str | None) -> "_Rules":
-        sound = self.ranges()
+        self.ranges()
         self.validation_sets()
         for problem, name in data_rules.problems(self.config.data):
             self.broken(problem, name)
         self.precision(accelerate_precision)
         for problem, names in guard_rules.problems(self.config, world_size):
             self.broken(problem, *names)
-        if sound:  # what follows divides by these numbers
-            self.length()
-            self.model()
-            self.batches(world_size)
-            for problem, names in engine_rules.problems(self.config, world_size):
-                self.broken(problem, *names)
+        self.length()
+        self.model()
+        self.batches(world_size)
+        for problem, names in engine_rules.problems(self.config, world_size):
+            self.broken(problem, *names)
         return self
 
-    def ranges(self) -> bool:
-        """Numbers on their own; False if one is out of its range."""
-        before, config = len(self.problems), values(self.config)
+    def ranges(self) -> None:
+        """Numbers and words on their own; those out of their range get their defaults for the other rules."""
+        wrong: set[str] = set()
+        config = values(self.config)
         for wanted, holds, names in RANGES:
             for name in names.split():
                 if config[name] is not None and not holds(config[name]):
                     self.broken(f"{name}={_plain(config[name])} must be {wanted}", name)
+                    wrong.add(name)
         try:
             parse_duration(self.config.run.time_limit)
         except ConfigError as error:
             self.broken(str(error), "run.time_limit")
-        train, profile = self.config.train, self.config.observe.profile
+        profile = self.config.observe.profile
+        if profile is not None and not 1 <= profile[0] <= profile[1]:
+            self.broken(
+                f"observe.profile={list(profile)} must be the first and the last step, counted from 1",
+                "observe.profile",
+            )
+        self.unread |= wrong
+        if wrong:
+            self.config = assemble({name: value for name, value in config.items() if name not in wrong})
+
+    def length(self) -> None:
+        train, seq_len = self.config.train, self.config.data.seq_len
+        steps = train.steps
         if train.min_lr is not None and train.min_lr > train.lr:
             self.broken(
                 f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it or leave it out",
                 "train.min_lr",
                 "train.lr",
             )
-        if profile is not None and not 1 <= profile[0] <= profile[1]:
-            self.broken(
-                f"observe.profile={list(profile)} must be the first and the last step, counted from 1",
-                "observe.profile",
-            )
-        return len(self.problems) == before
-
-    def length(self) -> None:
-        train, seq_len = self.config.train, self.config.data.seq_len
-        steps = train.steps
-        if train.tokens is None and steps is None:
+        if train.tokens is None and steps is None and not {"train.steps", "train.tokens"} & self.unread:
             self.broken("train.steps and train.tokens are both missing; set one of them")
         if train.tokens is not None:
             needed = steps_of(train.tokens, train, seq_len)
@@ -182,14 +203,15 @@ class _Rules:
         try:
             whole = apply_method(model)
         except ConfigError as error:
-            return self.broken(str(error), "model.method")
-        position = whole.attention.position
+            self.broken(str(error), "model.method")
+            self.unread.add("model.method")
+            whole = apply_method(replace(model, method=ModelConfig().method))
         for problem, names in compose.problems(whole):
             self.broken(problem, *names, "model.method")
         for problem, names in data_rules.document_problems(self.config.data, whole):
             self.broken(problem, *names)
         self.method_options(whole)
-        even = 2 if position == "rope" else 1
+        even = 2 if whole.attention.position == "rope" and "model.method" not in self.unread else 1
         if whole.stream != "concat" and model.d_model % (model.n_heads * even):
             why = (
                 f"is not divisible by model.n_heads={model.n_heads}"
@@ -197,13 +219,13 @@ class _Rules:
                 else f"gives each of model.n_heads={model.n_heads} heads an odd width, which rope cannot halve"
             )
             fits = _around(model.n_heads, lambda n: model.d_model % (n * even) == 0, model.d_model)
-            mend = f"use {_either(fits)} heads" if fits else "use an even width"
+            mend = f"use {_either(fits, 'head')}" if fits else "use an even width"
             self.broken(f"model.d_model={model.d_model} {why}; {mend}", "model.d_model", "model.n_heads")
         if model.kv_heads is not None and model.n_heads % model.kv_heads:
             fits = _around(model.kv_heads, lambda n: model.n_heads % n == 0, model.n_heads)
             self.broken(
                 f"model.kv_heads={model.kv_heads} does not divide model.n_heads={model.n_heads}; "
-                f"use {_either(fits)} key/value heads",
+                f"use {_either(fits, 'key/value head')}",
                 "model.kv_heads",
                 "model.n_heads",
             )
@@ -241,7 +263,7 @@ class _Rules:
             others = _around(lanes, lambda n: n % world_size == 0, lanes + world_size)
             self.broken(
                 f"data.lanes={lanes} cannot be shared out evenly over {world_size} processes; "
-                f"start {_either(worlds)} processes, or a new run with {_either(others)} lanes",
+                f"start {_either(worlds, 'process')}, or a new run with {_either(others, 'lane')}",
                 "data.lanes",
             )
         if batch % world_size:
@@ -249,7 +271,7 @@ class _Rules:
             worlds = _around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
             self.broken(
                 f"train.global_batch_size={batch} cannot be shared out evenly over {world_size} processes; "
-                f"use {_either(sizes)}, or start {_either(worlds)} processes",
+                f"use {_either(sizes)}, or start {_either(worlds, 'process')}",
                 "train.global_batch_size",
             )
         elif micro is not None and batch // world_size % micro:
@@ -288,9 +310,10 @@ class _Rules:
         if vocab is None or pieces <= vocab <= largest:
             return
         relation = "smaller" if vocab < pieces else "larger"
+        fits = f"{pieces}" if largest == pieces else f"{pieces} to {largest}"
         self.broken(
             f"model.vocab_size={vocab} is {relation} than the tokenizer, which has {pieces} pieces; "
-            f"leave it out or use {pieces} to {largest}",
+            f"leave it out or use {fits}",
             "model.vocab_size",
         )
 
@@ -307,5 +330,12 @@ def _around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:
     return [n for n in (below, above) if n is not None]
 
 
-def _either(numbers: list[int]) -> str:
-    return " or ".join(str(number) for number in numbers)
+def _either(numbers: list[int], noun: str = "") -> str:
+    """`2 or 4 heads`, `1 process`."""
+    plural = "" if numbers[-1] == 1 else "es" if noun.endswith("s") else "s"
+    return " or ".join(str(number) for number in numbers) + (f" {noun}{plural}" if noun else "")
+
+
+def _same_or_inside(one: str, other: str) -> bool:
+    """Whether two dotted names are equal, or one is an entry of the other."""
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")

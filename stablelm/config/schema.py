@@ -12,9 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def key(default: Any, text: str, *, unit: str = "", identity: bool = False) -> Any:
-    """A documented dataclass field; mutable defaults are copied for each instance."""
-    metadata = {"text": text, "unit": unit, "identity": identity}
+def key(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    identity: bool = False,
+    path: bool | tuple[str, ...] | None = None,
+) -> Any:
+    """A documented dataclass field; mutable defaults are copied for each instance.
+
+    `path`: whether text that the key takes is a path, where `~` is the home directory; every key that takes any text
+    says so. Of a mapping: all its entries, or the named ones.
+    """
+    metadata = {"text": text, "unit": unit, "identity": identity, "path": path}
     if isinstance(default, (list, dict, type)):
         make = default if isinstance(default, type) else lambda: default.copy()
         return field(default_factory=make, metadata=metadata)
@@ -23,16 +34,16 @@ def key(default: Any, text: str, *, unit: str = "", identity: bool = False) -> A
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = key("runs/default", "where everything of the run is written")
+    dir: str = key("runs/default", "where everything of the run is written", path=True)
     seed: int = key(0, "seed of weights, dropout and data order", identity=True)
     stop_after: int | None = key(
         None, "stop with a checkpoint and exit code 75 once this step is finished", unit="steps"
     )
     init_from: str | None = key(
-        None, "start a new run from the weights of this run or checkpoint directory", identity=True
+        None, "start a new run from the weights of this run or checkpoint directory", identity=True, path=True
     )
     time_limit: str | float | None = key(
-        None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s"
+        None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s", path=False
     )
 
 
@@ -104,7 +115,9 @@ class CompletepConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    method: str = key("pre_ln", "named point of the method space; keys beside it override it", identity=True)
+    method: str = key(
+        "pre_ln", "named point of the method space; keys beside it override it", identity=True, path=False
+    )
     n_layers: int = key(12, "layers, each an attention and a feed-forward sub-layer", identity=True)
     d_model: int = key(384, "width of the residual stream", identity=True)
     n_heads: int = key(6, "query heads; must divide d_model", identity=True)
@@ -167,23 +180,26 @@ class DataConfig:
         "file, glob, folder, URL or list of these; 'embedded': Python's own documentation; "
         "datasets: name on the hub, folder or builder such as csv; shards: the prepared folder, or *.tokens files",
         identity=True,
+        path=True,
     )
     dataset: dict[str, str | list[str] | int | float | bool] = key(
         dict,
         "source: datasets: arguments of load_dataset for every path, as {name: en, split: train, revision: ...}; "
         "a path may say its own, as allenai/c4?name=en",
         identity=True,
+        path=("data_files", "data_dir"),
     )
     mixture: dict[str, str | list[str] | int | float] = key(
         dict,
         "several sources in place of data.path, as web: {path: ..., weight: 0.8}; weight: {0: 0.2, 9000: 0.5} changes "
         "at a data step",
         identity=True,
+        path=True,
     )
-    validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path")
-    validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'")
+    validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path", path=True)
+    validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'", path=True)
     tokenizer: str = key(
-        "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True
+        "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True, path=True
     )
     seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
     document_mask: bool = key(False, "attention stays within a document, whose positions start at 0", identity=True)
@@ -200,21 +216,30 @@ class DataConfig:
         "thread", "thread: part of the rank; process: one beside it, for more tokens than a core makes"
     )
     prefetch: int = key(2, "batches kept ready by the workers")
-    text_column: str = key("text", "where a row holds its document: a key of JSON, a column of parquet", identity=True)
+    text_column: str = key(
+        "text", "where a row holds its document: a key of JSON, a column of parquet", identity=True, path=False
+    )
     filter: str | None = key(
-        None, "package.module:function from a row (a mapping) to whether it is a document; None: all are", identity=True
+        None,
+        "package.module:function from a row (a mapping) to whether it is a document; None: all are",
+        identity=True,
+        path=False,
     )
     map: str | None = key(
         None,
         "package.module:function from a row that is kept to one with its text under text_column; None: as stored",
         identity=True,
+        path=False,
     )
     storage: dict[str, str | int | float | bool] = key(
         dict,
         "fsspec options of a store, as s3: {endpoint_url: ..., anon: true}; credentials belong in the environment, "
         "for instance AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        path=False,
     )
-    cache: str = key("data/cache", "folder of the embedded corpus, of indexes of text files and other derived files")
+    cache: str = key(
+        "data/cache", "folder of the embedded corpus, of indexes of text files and other derived files", path=True
+    )
     cache_bytes: int = key(0, "largest size of whole remote files kept in the cache; 0: none is kept", unit="bytes")
     retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
 
@@ -266,7 +291,9 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    dir: str | None = key(None, "folder or URL (s3://, gs://, az://) where checkpoints go; None: <run.dir>/checkpoints")
+    dir: str | None = key(
+        None, "folder or URL (s3://, gs://, az://) where checkpoints go; None: <run.dir>/checkpoints", path=True
+    )
     every: int = key(500, "steps between checkpoints; 0: only when the run stops", unit="steps")
     keep: int = key(2, "newest checkpoints kept")
     keep_permanent_every: int | None = key(None, "checkpoints at multiples of this are never deleted", unit="steps")

@@ -1,6 +1,8 @@
 """YAML in and out: the core schema of YAML 1.2, so that 3e-4 is a number and `on` is a word."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import yaml
@@ -53,8 +55,41 @@ class TextError(ValueError):
 
 def read(text: str) -> yaml.Node | None:
     """The node tree of one YAML document, None if it is empty; raises TextError."""
-    try:
+    with _yaml_errors(text):
         return yaml.compose(text, Loader=_Loader)
+
+
+def is_bare(text: str) -> bool:
+    """Whether YAML text is all value: no comment, anchor, alias, tag, directive, document mark or block scalar.
+
+    Raises TextError.
+    """
+    end = 0
+    with _yaml_errors(text):
+        for token in yaml.scan(text, Loader=_Loader):
+            if isinstance(token, _NOT_VALUES) or getattr(token, "style", None) in ("|", ">"):
+                return False
+            if "#" in text[end : token.start_mark.index]:
+                return False
+            end = max(end, token.end_mark.index)
+    return "#" not in text[end:]
+
+
+_NOT_VALUES = (
+    yaml.AnchorToken,
+    yaml.AliasToken,
+    yaml.TagToken,
+    yaml.DirectiveToken,
+    yaml.DocumentStartToken,
+    yaml.DocumentEndToken,
+)
+
+
+@contextmanager
+def _yaml_errors(text: str) -> Iterator[None]:
+    """Turns what PyYAML says of `text` into TextError."""
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise TextError(f"not valid YAML: {error.problem or error.context}", mark.line + 1 if mark else 1) from error

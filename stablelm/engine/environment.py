@@ -92,7 +92,7 @@ def first_host(nodelist: str) -> str:
 
 def accelerate_flags(environ: Mapping[str, str] = os.environ) -> AccelerateFlags:
     """The engine and settings that accelerate's flags name; ConfigError for what we do not have."""
-    if _says(environ, "ACCELERATE_USE_MEGATRON_LM"):
+    if says(environ, "ACCELERATE_USE_MEGATRON_LM"):
         raise ConfigError(
             "accelerate's --use_megatron_lm is not supported; use --use_fsdp, --use_deepspeed or no engine flag"
         )
@@ -100,14 +100,14 @@ def accelerate_flags(environ: Mapping[str, str] = os.environ) -> AccelerateFlags
     if precision not in ("no", "false", "bf16"):
         raise ConfigError(f"accelerate's --mixed_precision {precision} is not supported; use bf16 or no")
     flags = AccelerateFlags(precision="bf16" if precision == "bf16" else None)
-    if _says(environ, "ACCELERATE_USE_DEEPSPEED"):
+    if says(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_flags(environ, flags)
-    return _fsdp_flags(environ, flags) if _says(environ, "ACCELERATE_USE_FSDP") else flags
+    return _fsdp_flags(environ, flags) if says(environ, "ACCELERATE_USE_FSDP") else flags
 
 
 def _fsdp_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> AccelerateFlags:
-    flags = replace(flags, engine="fsdp2", offload="parameters" if _says(environ, "FSDP_OFFLOAD_PARAMS") else None)
-    if _says(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+    flags = replace(flags, engine="fsdp2", offload="parameters" if says(environ, "FSDP_OFFLOAD_PARAMS") else None)
+    if says(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes = {name: int(environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in _DIMENSIONS}
         for name in ("TP", "CP", "SP"):
             if sizes[name] > 1:
@@ -180,7 +180,8 @@ def _number(value: Any, name: str) -> float:
         raise ConfigError(f"accelerate's {name} {value} is no number") from None
 
 
-def _says(environ: Mapping[str, str], name: str) -> bool:
+def says(environ: Mapping[str, str], name: str) -> bool:
+    """Whether a variable is set to something that means yes."""
     return environ.get(name, "false").lower() not in ("", "0", "no", "false")
 
 

@@ -3,16 +3,16 @@
 import json
 import re
 import sys
-import tempfile
 import time
 import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
-from stablelm.config.load import load
+from stablelm.config.saved import in_effect
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
@@ -71,7 +71,7 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
 
     found = keep.resolve_checkpoint(checkpoint, lacks=partial(contents.problems, optimizer=False))
     state = keep.read_state(found)
-    config = _config(found)
+    config = _config(found, state["identity"])
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
@@ -86,12 +86,10 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
     )
 
 
-def _config(checkpoint: Place) -> Config:
-    """The configuration that a checkpoint was saved with."""
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "config.yaml"
-        local.write_bytes((checkpoint / "config.yaml").read_bytes())
-        return load([str(local)], []).config
+def _config(checkpoint: Place, identity: dict[str, Any]) -> Config:
+    """The configuration that was in effect when a checkpoint was saved."""
+    file = checkpoint / "config.yaml"
+    return in_effect(file.read_bytes().decode(), identity, str(file))
 
 
 def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:

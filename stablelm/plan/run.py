@@ -46,7 +46,8 @@ def plan(
     """Prints the plan, writes it as JSON to `out`; returns the exit code."""
 
     def check() -> Request:
-        request = prepare(load(files, overrides), world_size, gpu, gpus_per_node, simulated=simulated)
+        loaded = load(files, overrides, world_size=max(1, world_size))
+        request = prepare(loaded, world_size, gpu, gpus_per_node, simulated=simulated)
         if out is not None:
             _check_out(Path(out))
         return request

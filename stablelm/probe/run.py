@@ -46,7 +46,7 @@ class Request:
 
 def probe(files: list[str], overrides: list[str], *, out: str | None, sequences: int, seq_len: int | None) -> int:
     """Prints the table and the verdict, writes probe.json and probe.png to `out`; returns the exit code."""
-    return exit_code_of(lambda: prepare(load(files, overrides), out, sequences, seq_len), _run)
+    return exit_code_of(lambda: prepare(load(files, overrides, world_size=1), out, sequences, seq_len), _run)
 
 
 def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None) -> Request:
@@ -71,7 +71,8 @@ def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a directory")
     files = training.find(data, tokenizer, tokens=sequences * seq_len + 1)
-    return Request(Prepared(config, "single", Launch(), tokenizer, Corpora(files, {}, {})), sequences, seq_len, folder)
+    prepared = Prepared(config, loaded.asked, "single", Launch(), tokenizer, Corpora(files, {}, {}))
+    return Request(prepared, sequences, seq_len, folder)
 
 
 def _lengths(config: Config, sequences: int, seq_len: int | None) -> int:

@@ -114,4 +114,4 @@ def save(
         "guards": guard.state(),
         "evaluation_due": progress.evaluation_due,
     }
-    saver.save(progress.step, engine.tensors(), state, dump(prepared.config), wait=wait)
+    saver.save(progress.step, engine.tensors(), state, dump(prepared.asked), wait=wait)

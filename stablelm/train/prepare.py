@@ -34,7 +34,10 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Prepared:
+    """`config` is resolved; `asked` is what it came from, with derived keys None."""
+
     config: Config
+    asked: Config
     kind: str
     launch: Launch
     tokenizer: Tokenizer
@@ -45,9 +48,13 @@ class Prepared:
 def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:
     """Resolves the configuration and checks its inputs; ConfigError with one sentence a problem."""
     config = loaded.config
-    concrete = apply_flags(config, flags, launch.world_size)
+    try:
+        concrete = apply_flags(config, flags, launch.world_size)
+    except ConfigError as error:
+        others = rules.problems(config, launch.world_size, flags.precision, loaded.origins, ())
+        raise ConfigError("\n".join([str(error), *others])) from None
     rules.check(concrete, launch.world_size, flags.precision, loaded.origins)
-    # The kind stays as it was written, so that config.yaml fits other launchers and world sizes too.
+    # The kind stays as it was written: what is resolved fits other launchers and world sizes too.
     config = replace(config, engine=replace(concrete.engine, kind=config.engine.kind))
     tokenizer = Tokenizer(
         embedded(config.data.cache).tokenizer if config.data.tokenizer == "embedded" else config.data.tokenizer
@@ -64,7 +71,13 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume)
-    return Prepared(config, concrete.engine.kind, launch, tokenizer, corpora)
+    return Prepared(config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora)
+
+
+def _asked(config: Config, flags: AccelerateFlags) -> Config:
+    """What makes the same run anew under any launcher: the keys, and the flag that is part of a run's identity."""
+    precision: Any = config.train.precision or flags.precision
+    return replace(config, train=replace(config.train, precision=precision))
 
 
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
@@ -137,9 +150,14 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     if resume not in ("auto", "none") and not place(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
     steps = bool(keep.step_directories(place(str(config.checkpoint.dir))))
-    started = steps or _has_text(run_dir / "metrics.jsonl")
-    if not started:
+    begun = _has_text(run_dir / "metrics.jsonl")
+    if not steps and not begun:
         return
+    if not begun and not (run_dir / "identity.json").exists():
+        raise ConfigError(
+            f"checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than run.dir={run_dir}; "
+            "name another checkpoint.dir, or leave it out"
+        )
     if resume == "none":
         raise ConfigError(
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"

@@ -1,6 +1,7 @@
 """What a finished run says of itself: its validation loss beside the simplest model of the same tokens."""
 
 from collections.abc import Callable
+from shlex import quote
 from typing import Any
 
 from stablelm.config import mixture
@@ -49,9 +50,9 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
 
 def where_to_look(config: Config) -> str:
     """Commands that show and use the run."""
-    run_dir = config.run.dir
+    run_dir = config.run.dir.rstrip("/")
     return (
-        f"curves:   tensorboard --logdir {run_dir}/tensorboard\n"
+        f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
-        f"evaluate: python launch/eval.py --checkpoint {run_dir}"
+        f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}"
     )

@@ -7,7 +7,7 @@ from socket import gethostname
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
-from stablelm.config.load import parse_duration
+from stablelm.config.durations import parse_duration
 from stablelm.config.schema import Config
 from stablelm.engine.base import Engine
 from stablelm.engine.build import build_engine
@@ -50,6 +50,7 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
         assert prepared.corpora is not None
         ending.progress.attempt = rundir.create(
             config,
+            prepared.asked,
             prepared.corpora.identity,
             files_to_keep(config, prepared.corpora),
             prepared.tokenizer.path,

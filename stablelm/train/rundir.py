@@ -12,17 +12,21 @@ from stablelm.engine.mesh import Ranks
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
 
+RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
+
 
 def create(
     config: Config,
+    asked: Config,
     identity: dict[str, Any],
     files: dict[str, list[str]],
     tokenizer: str,
     ranks: Ranks,
     argv: list[str],
 ) -> int:
-    """Writes config.yaml, identity.json, the tokenizer and provenance; returns the attempt's number, from 1.
+    """Writes config.yaml, resolved.yaml, identity.json, the tokenizer and provenance; returns the attempt's number.
 
+    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1.
     `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
     Raises StorageError on every rank if rank 0 cannot write.
     """
@@ -33,7 +37,8 @@ def create(
     def write() -> int:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _replace(run_dir / "config.yaml", dump(config))
+            _replace(run_dir / "config.yaml", dump(asked))
+            _replace(run_dir / "resolved.yaml", RESOLVED + dump(config))
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
             shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
             _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")

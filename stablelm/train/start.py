@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from stablelm.engine import unused_flags
 from stablelm.engine.environment import Launch, accelerate_flags, detect
 from stablelm.errors import ConfigError, UserError
 
@@ -22,7 +23,7 @@ def start(
     launch = Launch()
     try:
         launch = detect()
-        loaded = load(files, overrides)
+        loaded = load(files, overrides, world_size=launch.world_size)
         flags = accelerate_flags()
         from stablelm.train.prepare import prepare
 
@@ -36,6 +37,9 @@ def start(
         if launch.rank == 0:
             print(dump(prepared.config), end="")
         return 0
+    unused = unused_flags.warning()
+    if unused and launch.rank == 0:
+        print(unused, file=sys.stderr, flush=True)
     from stablelm.train.run import run
 
     return run(prepared, resume=resume, argv=argv, started=started)

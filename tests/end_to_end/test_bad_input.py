@@ -143,6 +143,9 @@ def test_accelerates_flags_against_the_configuration(begin, monkeypatch: pytest.
     code, said = begin("engine.kind=ddp")
     assert code == 78
     one_sentence(said, "engine.kind=ddp contradicts accelerate's flags, which ask for fsdp2")
+    code, said = begin("engine.kind=ddp", "model.method=pre_nl")
+    assert code == 78
+    one_sentence(said, "engine.kind=ddp contradicts accelerate's flags", "did you mean pre_ln?")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     code, said = begin("train.precision=fp32")
     assert code == 78
