@@ -1,10 +1,7 @@
 """What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
 
-import dataclasses
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +9,7 @@ import torch
 from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import read_metadata
-from stablelm.config.load import load
+from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -102,13 +99,8 @@ def model_of(path: Place) -> ModelConfig:
     """
     import orjson
 
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / CONFIG
-        local.write_bytes((path / CONFIG).read_bytes())
-        model = load([str(local)], []).config.model
-    derived = orjson.loads((path / STATE).read_bytes()).get("identity", {})
-    unset = [field.name for field in dataclasses.fields(model) if getattr(model, field.name) is None]
-    found = dataclasses.replace(model, **{name: derived.get(f"model.{name}") for name in unset})
+    identity = orjson.loads((path / STATE).read_bytes()).get("identity", {})
+    found = in_effect((path / CONFIG).read_bytes().decode(), identity, str(path / CONFIG)).model
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")
