@@ -32,7 +32,7 @@ def make(kind: str, ranks: Ranks) -> Engine:
 
 def score(engine: Engine, ranks: Ranks) -> float:
     rows = text(9)
-    data = ValidationSet(rows[:, :-1].numpy(), rows[:, 1:].numpy(), bytes_per_token=4.0, documents=12)
+    data = ValidationSet(rows[:, :-1], rows[:, 1:], bytes_per_token=4.0, documents=12)
     return evaluate(engine, ranks, data, 3).loss
 
 
