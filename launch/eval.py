@@ -19,6 +19,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="[NAME=]PATH",
         help="file, glob, folder or URL of documents; may be repeated; default: the run's validation sets",
     )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="key or column that holds the text; default: as the run has it"
+    )
     parser.add_argument("--tokenizer", metavar="FILE.model", help="default: the run's own")
     parser.add_argument(
         "--sequences",
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=arguments.tokenizer,
         sequences=arguments.sequences,
         out=arguments.out,
+        text_column=arguments.text_column,
     )
 
 

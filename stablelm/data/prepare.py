@@ -25,7 +25,7 @@ from stablelm.data.rangefile import RangeFile
 from stablelm.data.shard_corpus import MANIFEST
 from stablelm.data.shard_format import MASK, SUFFIX, Footer
 from stablelm.data.shards import Shard
-from stablelm.data.source import documents
+from stablelm.data.source import texts
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import DataError
@@ -180,7 +180,8 @@ def _features(task: Task) -> Features:
 
 
 def _texts(task: Task) -> Iterator[str]:
-    return documents([task.url], task.request.options)
+    """Of every row, so that rows keep their numbers: '' of one without a document."""
+    return (text or "" for text in texts(task.url, task.request.options))
 
 
 @functools.lru_cache(maxsize=1)

@@ -48,7 +48,7 @@ def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
     shards = _open_local(files, None, key)
     held = 0
     for shard in shards:
-        held += shard.all_tokens()
+        held += shard.count(tokens=tokens_needed - held)[0]
         if held >= tokens_needed:
             return
     if len(shards) == len(files):
@@ -59,14 +59,15 @@ def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
 
 
 def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
-    """Each lane gets at least one row of a local shard, else ConfigError under `key` with the most lanes possible."""
+    """Each lane gets a document of a local shard, else ConfigError under `key` with the most lanes possible."""
     shares = -(-lanes // len(files))
     if shares == 1:
         return
-    shortest = min(_open_local(files, None, key), key=lambda shard: shard.footer.rows, default=None)
-    if shortest is not None and (rows := shortest.footer.rows) < shares:
+    counts = {shard.url: shard.count(documents=shares)[1] for shard in _open_local(files, None, key)}
+    shortest = min(counts, key=lambda url: counts[url], default=None)
+    if shortest is not None and (rows := counts[shortest]) < shares:
         raise ConfigError(
-            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest.url!r} "
+            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} "
             f"holds {rows}; set at most {rows * len(files)} lanes, or give more text"
         )
 

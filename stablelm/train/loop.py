@@ -56,7 +56,8 @@ def train(job: Job) -> str:
     config, progress, pulse = job.config, job.progress, job.watch.pulse
     steps = config.train.steps
     assert steps is not None
-    interval = Meter(job.engine.device, job.ranks, config, progress, job.records.write, job.watch.hosts)
+    records = job.records
+    interval = Meter(job.engine.device, job.ranks, config, progress, records.write, job.watch.hosts, records.message)
     agreement = Agreement(job.ranks)
     while progress.step < steps:
         step = progress.step + 1
@@ -77,7 +78,7 @@ def train(job: Job) -> str:
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
-            interval.write(job.loader.epochs())
+            interval.write(job.loader)
         if due(step, config.evaluate.every, steps):
             validate(job)
         job.layers.step(step, progress.tokens)
@@ -85,7 +86,7 @@ def train(job: Job) -> str:
         reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
         if saving:  # nothing that has not been judged
-            interval.write(job.loader.epochs())
+            interval.write(job.loader)
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)
         stopping = bool(reason) and step < steps
@@ -150,6 +151,7 @@ def validate(job: Job) -> dict[str, Scores]:
     if scores:
         job.progress.val_loss = {name: score.loss for name, score in scores.items()}
         values = {f"val_loss/{name}": score.loss for name, score in scores.items()}
-        values |= {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+        bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+        values |= {name: value for name, value in bits.items() if value is not None}
         job.records.write({"step": job.progress.step, "tokens": job.progress.tokens, **values})
     return scores

@@ -16,5 +16,7 @@ class Progress:
     checkpointed_step: int = -1
     skipped_steps: int = 0
     """Updates left out, of those steps that count."""
+    skipped_rows: int = 0
+    """Bad rows that were left out of the text, with `data.bad_rows=skip`."""
     spikes: int = 0
     rewinds: int = 0

@@ -19,7 +19,7 @@ def make(*overrides: str, files: tuple[str, ...] = ("a.json.gz", "b.json.gz"), t
 
 def test_holds_the_identity_keys_as_json():
     found = make()
-    assert set(found) == {name for name, key in keys().items() if key.identity}
+    assert set(found) == {name for name, key in keys().items() if key.identity} | {"data.order"}
     assert json.loads(json.dumps(found)) == found
     assert (found["data.path"], found["data.tokenizer"]) == (["a.json.gz", "b.json.gz"], "1234")
     assert found["train.betas"] == [0.9, 0.95]

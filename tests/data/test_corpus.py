@@ -16,7 +16,7 @@ def find(path: str | list[str], key: str = "data.path") -> list[str]:
 def folder(tmp_path: Path) -> Path:
     for name in ("b.json.gz", "a.jsonl", "c.json.zst", "README.md", ".hidden.json", "d.json"):
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "z.json").mkdir()
+    (tmp_path / "z").mkdir()
     return tmp_path
 
 
@@ -32,7 +32,7 @@ def test_file_glob_braces_and_lists_are_sorted_by_base_name(folder: Path):
     assert find(str(folder / "b.json.gz")) == [str(folder / "b.json.gz")]
     assert names(find(f"{folder}/*.json*")) == ["a.jsonl", "b.json.gz", "c.json.zst", "d.json"]
     assert names(find(f"{folder}/{{d.json,b.json.gz}}")) == ["b.json.gz", "d.json"]
-    other = folder / "z.json" / "aa.json"
+    other = folder / "z" / "aa.json"
     other.write_bytes(b"x")
     assert names(find([str(folder / "d.json"), str(other), f"{folder}/a*"])) == ["a.jsonl", "aa.json", "d.json"]
 
@@ -87,7 +87,7 @@ def test_urls_are_sorted_by_base_name_without_host_and_query():
         ("{tmp}/none/", "there is no file or folder"),
         ("{tmp}/none*.json", "no file matches"),
         ("{tmp}/{{d,none}}.json", "no file matches"),
-        ("{tmp}/z.json", "holds no file named *.json.gz"),
+        ("{tmp}/z", "holds no file named *.json.gz"),
         ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
         ("http://host/text.csv", "is not named like text we read"),
         ("ftp://bucket/a.json", "is in a store we do not read"),
@@ -114,7 +114,7 @@ def test_an_empty_list():
 
 
 def test_equal_base_names_are_refused(folder: Path):
-    copy = folder / "z.json" / "d.json"
+    copy = folder / "z" / "d.json"
     copy.write_bytes(b"x")
     with pytest.raises(ConfigError) as caught:
         find([str(folder / "d.json"), str(copy)])

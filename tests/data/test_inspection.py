@@ -41,7 +41,7 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", GOOD, "is not named like text we read; give files named *.json.gz"),
+        ("a.csv", GOOD, "is of an unsupported file type; give files named *.json.gz"),
         ("a.parquet", b"PAR1", "damaged or no parquet file"),
         ("a.parquet", GOOD, "holds plain data, but its name says parquet"),
         ("a.json.gz", b"", "is empty"),
