@@ -108,6 +108,39 @@ def test_entries_that_match_nothing(path: str, says: str, folder: Path):
     assert caught.value.exit_code == 78
 
 
+@pytest.fixture
+def holes(tmp_path: Path) -> Path:
+    """A folder as download tools and Spark leave it: two of its names are no files."""
+    for name in ("part-0.parquet", "part-1.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "part-2.parquet").symlink_to("gone.parquet")
+    (tmp_path / "part-3.parquet").mkdir()
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{0}", "{0}/*.parquet", "{0}/*", "{0}/**", "{0}/part-{{0..3}}.parquet", "{0}/part-{{0,1,2,3}}.parquet", "list"],
+)
+def test_links_to_nothing_and_folders_named_like_files_are_all_named(holes: Path, form: str):
+    path = [f"{holes}/part-{n}.parquet" for n in range(4)] if form == "list" else form.format(holes)
+    with pytest.raises(ConfigError) as caught:
+        find(path)
+    message = str(caught.value)
+    assert message.startswith("data.path: ") and "; " in message
+    assert f"{holes}/part-2.parquet' (a link to 'gone.parquet', which does not exist)" in message
+    assert f"{holes}/part-3.parquet" in message and "folder" in message
+    assert "part-0" not in message and "part-1" not in message
+
+
+def test_all_that_is_missing_is_named(folder: Path):
+    with pytest.raises(ConfigError) as caught:
+        find([f"{folder}/{{d,none,nil}}.json", f"{folder}/gone.json", f"{folder}/d.json"])
+    message = str(caught.value)
+    assert all(word in message for word in ("none.json", "nil.json", "gone.json")) and "/d.json" not in message
+
+
 def test_an_empty_list():
     with pytest.raises(ConfigError, match=r"^data\.path: the list is empty; give"):
         find([])

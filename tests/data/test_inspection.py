@@ -81,6 +81,17 @@ def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Pa
     assert "\n" not in message
 
 
+def test_every_file_that_is_wrong_is_named(tmp_path: Path):
+    files = [write(tmp_path, f"{n:02}.json", b"" if n % 5 == 1 else GOOD) for n in range(60)]
+    with pytest.raises(ConfigError) as caught:
+        check([*files, write(tmp_path, "cut.json", GOOD + b'{"text": ')], key="data.path")
+    lines = str(caught.value).splitlines()
+    assert [line for line in lines if not line.startswith("data.path: ")] == ["and 5 more problems of this kind"]
+    assert "01.json' is empty" in lines[0] and "36.json' is empty" in lines[7] and len(lines) == 9
+    with pytest.raises(ConfigError, match=r"01\.json' is empty[^\n]*\n[^\n]*cut\.json, line 3"):
+        check([*files[:5], str(tmp_path / "cut.json")], key="data.path")
+
+
 def test_a_file_that_vanished_and_one_that_is_a_folder(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^data\.path: cannot read .*No such file"):
         check([str(tmp_path / "gone.json")], key="data.path")

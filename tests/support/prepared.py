@@ -17,7 +17,7 @@ def write_shard(source: str, folder: Path, masked: tuple[int, ...] = ()) -> str:
     tokenizer = LetterTokenizer()
 
     def rows() -> Iterator[tuple[np.ndarray, int]]:
-        for text in texts(source, ReadOptions(retry_budget=0)):
+        for text in texts(source, ReadOptions(retry_budget=0, bad_rows="skip")):
             yield document_tokens(tokenizer, text), len((text or "").encode())
 
     folder.mkdir(exist_ok=True)
