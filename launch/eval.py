@@ -7,6 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+READING = ("text_column", "text_unit", "bad_rows")
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
     parser.add_argument(
@@ -22,6 +25,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text-column", metavar="NAME", help="key or column that holds the text; default: as the run has it"
     )
+    parser.add_argument("--text-unit", choices=["file", "line"], help="a document in *.txt files; default: as the run")
+    parser.add_argument("--bad-rows", choices=["stop", "skip"], help="a row without a document; default: as the run")
     parser.add_argument("--tokenizer", metavar="FILE.model", help="default: the run's own")
     parser.add_argument(
         "--sequences",
@@ -43,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=arguments.tokenizer,
         sequences=arguments.sequences,
         out=arguments.out,
-        text_column=arguments.text_column,
+        reading={name: value for name in READING if (value := getattr(arguments, name)) is not None},
     )
 
 

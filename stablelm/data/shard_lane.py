@@ -20,8 +20,7 @@ class ShardLane:
         """Tokens from the document of `start` on, endlessly; with `whole_blocks` a chunk is the rest of a block.
 
         Raises DataError when a shard cannot be read, is damaged or of another tokenizer, when the document of
-        `start` is not there any more, or when the lane meets no token in as many entries as an epoch has;
-        with `whole_blocks` the eos of a document is no token.
+        `start` is not there any more, or when the lane meets no document in as many entries as an epoch has.
         """
         order, size = self._order, self._order.shuffle_block
         blocks, limit = (1, None) if whole_blocks else (BLOCKS, PART)
@@ -38,8 +37,7 @@ class ShardLane:
                 resumed, last = False, len(numbers) < size * blocks
                 rows = shard.take(numbers[index:])
                 for first, tokens, ends in rows.parts(limit):
-                    if not entries.found:
-                        entries.found = bool((np.diff(ends, prepend=0) > int(whole_blocks)).any())
+                    entries.found = entries.found or len(tokens) > 0
                     yield Chunk(Cursor(epoch, entry, block, index + first, 0), tokens, ends, size)
                 index, block = 0, block + blocks
 

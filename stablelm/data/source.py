@@ -117,17 +117,19 @@ def _foreign(url: str) -> dataset_rows.Shard | None:
     return shard if shard is not None and shard.builder != dataset_rows.PLAIN else None
 
 
-def texts(url: str, options: ReadOptions) -> Iterator[str | None]:
+def texts(url: str, options: ReadOptions, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str | None]:
     """What each row of a file holds, in file order: its document, or None where that is left out or skipped.
 
-    Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it.
+    Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it, of which
+    `skipped` hears.
     """
     for row in rows_from(url, 0, options)[1]:
         try:
             yield document_text(row, url=url, column=options.text_column)
-        except BadRow:
+        except BadRow as error:
             if options.bad_rows != "skip":
                 raise
+            skipped(error)
             yield None
 
 

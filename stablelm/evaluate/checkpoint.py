@@ -6,8 +6,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
@@ -54,13 +56,16 @@ def evaluate_checkpoint(
     tokenizer: str | None,
     sequences: int | None,
     out: str | None,
-    text_column: str | None = None,
+    reading: Mapping[str, str] | None = None,
 ) -> int:
-    """Prints the figures of each set and writes them to `out`; returns the exit code."""
+    """Prints the figures of each set and writes them to `out`; returns the exit code.
+
+    `reading`: fields of `ReadOptions` that differ from the run's.
+    """
     launch = Launch()
     try:
         launch = detect()
-        request = _prepare(checkpoint, data, tokenizer, sequences, text_column, launch)
+        request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch)
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
@@ -85,7 +90,7 @@ def _prepare(
     data: list[str],
     tokenizer: str | None,
     sequences: int | None,
-    text_column: str | None,
+    reading: Mapping[str, str],
     launch: Launch,
 ) -> Request:
     found = keep.resolve_checkpoint(checkpoint)
@@ -101,7 +106,7 @@ def _prepare(
         config=config,
         kind=kind,
         tokenizer=loaded,
-        sets=_sets(data, config, text_column, loaded, (sequences or WHOLE) * config.data.seq_len + 1),
+        sets=_sets(data, config, reading, loaded, (sequences or WHOLE) * config.data.seq_len + 1),
         sequences=sequences or WHOLE,
     )
 
@@ -127,7 +132,7 @@ def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str
 
 
 def _sets(
-    data: list[str], config: Config, text_column: str | None, tokenizer: Tokenizer, tokens: int
+    data: list[str], config: Config, reading: Mapping[str, Any], tokenizer: Tokenizer, tokens: int
 ) -> dict[str, Texts]:
     paths: dict[str, str | list[str]] = {}
     for item in data:
@@ -143,7 +148,7 @@ def _sets(
     for name, path in paths.items():
         with problems.collecting(key := f"--data {name}" if data else f"data.validation.{name}"):
             options = ReadOptions.of(config.data) if data else validation_options(config, name)
-            options = replace(options, text_column=text_column or options.text_column)
+            options = replace(options, **reading)
             files = corpus.resolve(path, key=key, cache=config.data.cache, options=options)
             inspection.check(files, key=key, options=options)
             if all(map(corpus.is_local, files)):

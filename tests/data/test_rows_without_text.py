@@ -13,7 +13,7 @@ from support.letters import LetterTokenizer, write_rows
 from support.prepared import write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import inspection, shard_corpus
+from stablelm.data import inspection, shard_corpus, shard_format
 from stablelm.data.lanes import Lane, Order
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
@@ -117,3 +117,17 @@ def test_prepared_rows_keep_their_numbers(tmp_path: Path):
     rows = shard.take(np.array([2, 0, 1]))
     assert (rows.ends - rows.begins).tolist() == [5, 5, 0]
     assert shard.count() == (10, 2)
+
+
+def test_shards_that_hold_the_end_of_empty_documents_give_the_same_text(tmp_path: Path):
+    texts = ["" if n % 3 == 1 else f"{n} some text" for n in range(90)]
+    files = [write_rows(tmp_path / "a.json", texts)]
+    (tmp_path / "p").mkdir()
+    with (tmp_path / "p" / "a.json.tokens").open("wb") as file:
+        rows = [(np.array([*map(ord, text), 0], np.int32), len(text)) for text in texts]
+        named = {"source": "a.json", "source_size": 1, "tokenizer": "letters", "pieces": 1 << 16, "eos": 0}
+        shard_format.write(file, iter(rows), **named)
+    text, shards = loader(files), loader([str(tmp_path / "p" / "a.json.tokens")])
+    for _ in range(20):
+        assert np.array_equal(text.next().tokens, shards.next().tokens)
+        assert text.state() == shards.state()
