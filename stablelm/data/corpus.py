@@ -145,7 +145,7 @@ def _local(entry: str, *, key: str) -> list[str]:
             raise ConfigError(
                 f"{key}: the folder {entry!r} holds no file named {SUFFIXES_IN_WORDS}; give the one with the text"
             )
-        return _files_alone(found, key, f"the folder {entry!r} holds")
+        return files_alone(found, key, f"the folder {entry!r} holds")
     if os.path.exists(path):
         return [path]
     here = f"check the path, looked up from {os.getcwd()}"
@@ -163,10 +163,10 @@ def _local(entry: str, *, key: str) -> list[str]:
     missing = [pattern for pattern, matched in found.items() if not matched]
     if missing:
         raise ConfigError(f"{key}: no file matches {listed(missing)}; {here}")
-    return _files_alone([match for matched in found.values() for match in matched], key, f"{entry!r} matches")
+    return files_alone([match for matched in found.values() for match in matched], key, f"{entry!r} matches")
 
 
-def _files_alone(paths: list[str], key: str, where: str) -> list[str]:
+def files_alone(paths: list[str], key: str, where: str) -> list[str]:
     """These paths, sorted. Raises ConfigError naming all that are not files: the run would do without their text."""
     wrong = []
     for path in sorted(paths):

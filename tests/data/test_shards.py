@@ -12,12 +12,12 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import pages, retry, shard_format, shards
+from stablelm.data import pages, retry, shard_corpus, shard_format, shards
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
 from stablelm.data.shards import Shard
-from stablelm.errors import DataError
+from stablelm.errors import ConfigError, DataError
 
 
 def open_shard(url: str, tokenizer: str | None = "letters") -> Shard:
@@ -230,3 +230,27 @@ def test_the_state_of_1024_lanes_is_small(tmp_path):
     # The largest numbers a run meets: a thousand epochs, a million entries, blocks and tokens into a document.
     wide = {lane: [999, 999_999, 999_999, 63, 999_999] for lane in state["lanes"]}
     assert len(json.dumps({**state, "lanes": wide})) < 64 << 10
+
+
+def test_every_shard_that_is_wrong_is_named(tmp_path):
+    files = write_shards(write_corpus(tmp_path, [9, 9, 9, 9]), tmp_path / "p")
+    for path in (files[1], files[3]):
+        Path(path).write_bytes(b"")
+    with pytest.raises(ConfigError) as caught:
+        shard_corpus.check(files, "letters", key="data.path")
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": it")[0].split(": ")[1] for line in lines] == [files[1], files[3]]
+    assert all(line.startswith("data.path: ") and "it is empty" in line for line in lines)
+
+
+@pytest.mark.parametrize("form", ["{0}/*.tokens", "{0}/{{one,two,good}}.tokens", "list"])
+def test_shards_that_are_no_files_are_all_named(tmp_path, form):
+    (tmp_path / "good.tokens").write_bytes(b"x")
+    (tmp_path / "one.tokens").symlink_to("gone")
+    (tmp_path / "two.tokens").mkdir()
+    path = [f"{tmp_path}/{name}.tokens" for name in ("good", "one", "two")] if form == "list" else form.format(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        shard_corpus.resolve(path, key="data.path", options=ReadOptions(retry_budget=0))
+    said = str(caught.value)
+    assert "one.tokens' (a link to 'gone', which does not exist)" in said and "two.tokens' (a folder)" in said
+    assert "good.tokens'" not in said.replace("{one,two,good}", "")
