@@ -90,7 +90,7 @@ def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]
     urls = _remote(entry, key, options)
     for url in urls:
         if not base_name(url).endswith(SUFFIXES):
-            raise ConfigError(f"{key}: {url!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
+            raise ConfigError(f"{key}: {url!r} is of an unsupported file type; give files named {SUFFIXES_IN_WORDS}")
     return urls
 
 

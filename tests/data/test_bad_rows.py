@@ -16,7 +16,7 @@ from stablelm.data import corpus
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
-from stablelm.errors import ConfigError
+from stablelm.errors import ConfigError, DataError
 
 TEXTS = [f"document {n} of some" for n in range(40)]
 AT_ONCE = ReadOptions(retry_budget=0)
@@ -191,3 +191,32 @@ def test_skipped_rows_are_counted_once_however_often_a_run_resumes(tmp_path: Pat
             each.load(state)
     assert counted == resumed > 16
     assert each.state() == whole.state()
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_a_run_that_ended_at_a_bad_row_goes_on_by_skipping_it(tmp_path: Path, packing: str):
+    lines = LINES * 3
+    lines[70:70] = [b'{"text": "cut']
+    files = [file_of(tmp_path / "a.jsonl", lines)]
+
+    def loader(bad_rows: str) -> Loader:
+        data = DataConfig(seq_len=16, lanes=2, shuffle_block=4, packing=packing, bad_rows=bad_rows, workers=0)  # type: ignore[arg-type]
+        return Loader(files, LetterTokenizer(), data, seed=1, global_batch_size=2)
+
+    skipping = loader("skip")
+    whole = [skipping.next().tokens.tolist() for _ in range(160)]
+    stopping, state, steps = loader("stop"), {}, []
+
+    def to_the_end() -> None:
+        nonlocal state
+        for _ in range(160):
+            state = stopping.state()
+            steps.append(stopping.next().tokens.tolist())
+
+    with pytest.raises(DataError, match="line 71: not valid JSON"):
+        to_the_end()
+    assert len(steps) > 20
+    again = loader("skip")
+    again.load(state)
+    steps += [again.next().tokens.tolist() for _ in range(160 - len(steps))]
+    assert steps == whole and again.counts()["skipped_rows"] > 0

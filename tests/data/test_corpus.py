@@ -89,7 +89,7 @@ def test_urls_are_sorted_by_base_name_without_host_and_query():
         ("{tmp}/{{d,none}}.json", "no file matches"),
         ("{tmp}/z", "holds no file named *.json.gz"),
         ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
-        ("http://host/text.csv", "is not named like text we read"),
+        ("http://host/text.csv", "is of an unsupported file type"),
         ("ftp://bucket/a.json", "is in a store we do not read"),
         ("hf://allenai/c4/x.json", "write hf://datasets/<owner>/<name>"),
         ("embedded:test", "is no split"),
