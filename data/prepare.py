@@ -51,6 +51,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
     parser.add_argument(
+        "--bad-rows", choices=["stop", "skip"], default="stop", help="a row without a document; default: stop"
+    )
+    parser.add_argument(
+        "--text-unit", choices=["file", "line"], default="file", help="a document in *.txt files; default: file"
+    )
+    parser.add_argument(
         "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
     )
     return parser.parse_args(argv)
@@ -74,7 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     part = _part(options.part)
     tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
     Tokenizer(tokenizer, key="--tokenizer")
-    reading = ReadOptions(retry_budget=options.retry_budget, text_column=options.text_column)
+    reading = ReadOptions(
+        retry_budget=options.retry_budget,
+        text_column=options.text_column,
+        bad_rows=options.bad_rows,
+        text_unit=options.text_unit,
+    )
     files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
     corpus.check(files, key="--source", options=reading)
     out = Output(options.out)

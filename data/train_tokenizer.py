@@ -39,6 +39,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--sentences", type=int, default=500_000, help="lines to train on, drawn from all the text; default: 500000"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw; default: 0")
+    parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
+    parser.add_argument(
+        "--bad-rows", choices=["stop", "skip"], default="stop", help="a row without a document; default: stop"
+    )
+    parser.add_argument(
+        "--text-unit", choices=["file", "line"], default="file", help="a document in *.txt files; default: file"
+    )
     parser.add_argument(
         "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
     )
@@ -55,12 +62,13 @@ def main(argv: list[str] | None = None) -> None:
 
     if options.sentences < 1:
         raise ConfigError(f"--sentences: {options.sentences} is no number of lines; give at least 1")
-    files = corpus.resolve(options.source, key="--source", cache=options.cache)
-    corpus.check(files, key="--source")
+    reading = ReadOptions(text_column=options.text_column, bad_rows=options.bad_rows, text_unit=options.text_unit)
+    files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
+    corpus.check(files, key="--source", options=reading)
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
-        for text in documents(files, ReadOptions()):
+        for text in documents(files, reading):
             if len(held_out) < HELD_OUT and _number(text) % HELD_OUT_SHARE == 0:
                 held_out.append(text)
             else:

@@ -8,6 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm.arguments import Parser, named_path, path_or_url
 
+READING = ("text_column", "text_unit", "bad_rows")
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
@@ -26,6 +28,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="[NAME=]PATH",
         help="file, glob, folder or URL of documents; may be repeated; default: the run's validation sets",
     )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="key or column that holds the text; default: as the run has it"
+    )
+    parser.add_argument("--text-unit", choices=["file", "line"], help="a document in *.txt files; default: as the run")
+    parser.add_argument("--bad-rows", choices=["stop", "skip"], help="a row without a document; default: as the run")
     parser.add_argument("--tokenizer", type=path_or_url, metavar="FILE.model", help="default: the run's own")
     parser.add_argument(
         "--sequences",
@@ -47,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=arguments.tokenizer,
         sequences=arguments.sequences,
         out=arguments.out,
+        reading={name: value for name in READING if (value := getattr(arguments, name)) is not None},
     )
 
 

@@ -10,6 +10,8 @@ from stablelm.config.schema import Config
 
 # Told, not compared: the axes say what a method's name means, and the steps what the tokens come to.
 DESCRIPTIVE = ("model.method", "train.tokens")
+# How rows are dealt to lanes, see `data.lanes`; 1 in runs that do not say it.
+ORDER, ORDER_KEY = 2, "data.order"
 LENGTH = ("train.steps", "train.cooldown_steps")
 
 
@@ -26,7 +28,7 @@ def identity(
         {name: list(own) for name, own in base_names.items()} if isinstance(base_names, Mapping) else list(base_names)
     )
     weights = {name: value for name, value in config.data.mixture.items() if not name.endswith(".path")}
-    found |= {"data.path": names, "data.mixture": weights, "data.tokenizer": tokenizer_sha256}
+    found |= {"data.path": names, "data.mixture": weights, "data.tokenizer": tokenizer_sha256, ORDER_KEY: ORDER}
     return json.loads(json.dumps(found))
 
 
@@ -42,7 +44,8 @@ def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None
     `step` is the finished step to continue from; None: not known yet, so the earliest.
     """
     # A run saved before a key existed had what is the key's default now.
-    saved = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()} | saved
+    defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
+    saved = {ORDER_KEY: 1} | defaults | saved
     names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
     different = [name for name in names if saved.get(name) != current.get(name)]
     if different and set(different) <= set(LENGTH) and may_extend(saved, current, step or 0):
@@ -67,6 +70,11 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
 
 
 def _sentence(name: str, saved: Any, current: Any) -> str:
+    if name == ORDER_KEY:
+        return (
+            f"{name}: saved by a program that reads the rows of files in order {saved}, now {current}; go on with that "
+            "program, or start a new run from the weights by run.init_from"
+        )
     if isinstance(saved, list) and isinstance(current, list):
         saved, current = _what_only_one_has(saved, current)
     hint = (

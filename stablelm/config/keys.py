@@ -21,11 +21,13 @@ class Key:
     unit: str
     identity: bool
     path: bool | tuple[str, ...] | None
-    """Whether its text is a path; of a mapping: every entry, or the entries that are. None: not said."""
+    """Whether its text is a path; of a mapping: entries NAME and NAME.path, or those listed. None: not said."""
 
     def holds_path(self, entry: str = "") -> bool:
         """Whether text that is given for the key, or for an entry of it, is a path."""
-        return entry in self.path if isinstance(self.path, tuple) else bool(self.path)
+        if isinstance(self.path, tuple):
+            return entry in self.path
+        return bool(self.path) and entry.partition(".")[2] in ("", "path")
 
 
 @lru_cache

@@ -1,11 +1,10 @@
 """Rules between keys, and the values of keys that are derived from others."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import data_rules, engine_rules, guard_rules
+from stablelm.config import data_rules, engine_rules, guard_rules, validation_sets
 from stablelm.config.durations import parse_duration
 from stablelm.config.keys import assemble, values
 from stablelm.config.ranges import RANGES
@@ -285,11 +284,9 @@ class _Rules:
 
     def validation_sets(self) -> None:
         data = self.config.data
-        for name in data.validation:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                key = f"data.validation.{name}"
-                self.broken(f"{key}: the name of a validation set has only letters, digits, _ and -; rename it", key)
-        if data.validation_path is not None and "default" in data.validation:
+        for sentence, key in validation_sets.problems(data):
+            self.broken(sentence, key)
+        if data.validation_path is not None and {"default", "default.path"} & set(data.validation):
             self.broken(
                 "data.validation_path and data.validation.default both give the validation set 'default'; drop one",
                 "data.validation_path",

@@ -196,7 +196,11 @@ class DataConfig:
         identity=True,
         path=True,
     )
-    validation: dict[str, str | list[str]] = key(dict, "validation sets: name -> path", path=True)
+    validation: dict[str, str | list[str]] = key(
+        dict,
+        "validation sets: name -> path, or {path: ..., text_column: ...} where their text is under another name",
+        path=True,
+    )
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'", path=True)
     tokenizer: str = key(
         "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True, path=True
@@ -230,6 +234,14 @@ class DataConfig:
         "package.module:function from a row that is kept to one with its text under text_column; None: as stored",
         identity=True,
         path=False,
+    )
+    bad_rows: Literal["stop", "skip"] = key(
+        "stop",
+        "a row without a document (cut off, not Unicode, null, without the key). stop: ends the run; skip: is left out "
+        "and counted. Rows keep their numbers, so it may change at any time",
+    )
+    text_unit: Literal["file", "line"] = key(
+        "file", "what is a document in *.txt, *.txt.gz and *.txt.zst: the whole file, or each line", identity=True
     )
     storage: dict[str, str | int | float | bool] = key(
         dict,

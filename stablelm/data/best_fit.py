@@ -45,7 +45,7 @@ class BestFitPacker:
     """
 
     def __init__(self, chunks: Iterator[Chunk], seq_len: int, eos: int, start: Cursor):
-        self.borders, self.filled = NONE, 0
+        self.borders, self.filled, self.skipped = NONE, 0, 0
         self.place = _place(start, start.index)
         self._chunks, self._size, self._eos = chunks, seq_len + 1, eos
         self._block = start
@@ -56,6 +56,7 @@ class BestFitPacker:
 
     def next(self) -> np.ndarray:
         """The next window, (seq_len+1,): pieces of documents, then eos as padding."""
+        self.skipped = 0
         while self._next >= len(self._windows):
             self._read()
         pieces = self._windows[self._next]
@@ -75,6 +76,7 @@ class BestFitPacker:
         self._tokens = chunk.tokens
         if not self._resumed:
             self._next = 0
+            self.skipped += chunk.skipped
         elif self._next > len(self._windows):
             raise DataError(
                 f"data.path: a block has {len(self._windows)} windows and no number {self._next} any more, it changed "

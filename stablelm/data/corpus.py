@@ -12,6 +12,8 @@ from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
 from stablelm.data.options import ReadOptions
+from stablelm.data.plain_text import is_plain_text
+from stablelm.data.problems import Problems, listed
 from stablelm.data.retry import persist
 from stablelm.data.stores import base_name, local_path
 from stablelm.errors import ConfigError, DataError
@@ -25,21 +27,26 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions | None = None) -> list[str]:
     """Files of `path`, sorted by base name: local ones as plain paths, all else as URLs for fsspec.
 
-    Each entry is a file, a glob, a folder (all its files with one of SUFFIXES), an http(s) URL, a file,
-    glob or folder in an object store (s3://, gs://, az://), an `hf://datasets/...` pattern, a data set as
-    `datasets://...` (see `dataset_files`) or 'embedded'.
+    Each entry is a file, a glob, a folder (its files with one of SUFFIXES, plain text only where it has no others),
+    an http(s) URL, a file, glob or folder in an object store (s3://, gs://, az://), an `hf://datasets/...` pattern, a
+    data set as `datasets://...` (see `dataset_files`) or 'embedded'.
     Shell braces such as {00000..01023} or {a,b} are expanded everywhere, which is how many files at an
     http server are named. 'embedded' is the training split under TRAINING_KEYS and the validation split
     elsewhere; 'embedded:train' and 'embedded:validation' say it outright. `cache` is where the embedded
     corpus is kept; `options` say how a store is reached that must be asked for its files.
 
-    Raises ConfigError under `key` when an entry matches nothing or two files share a base name, since
-    base names decide the order of the text.
+    Raises ConfigError under `key`, a line for each entry that matches nothing or something other than files, or when
+    two files share a base name, since base names decide the order of the text.
     """
     entries = [path] if isinstance(path, str) else list(path)
     if not entries:
         raise ConfigError(f"{key}: the list is empty; give at least one file, glob, folder or URL")
-    files = [file for entry in entries for file in _expand(entry, key, cache, options or ReadOptions())]
+    problems = Problems()
+    files: list[str] = []
+    for entry in entries:
+        with problems.collecting():
+            files += _expand(entry, key, cache, options or ReadOptions())
+    problems.raise_any()
     by_name: dict[str, list[str]] = defaultdict(list)
     for file in files:
         by_name[base_name(file)].append(file)
@@ -83,7 +90,7 @@ def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]
     urls = _remote(entry, key, options)
     for url in urls:
         if not base_name(url).endswith(SUFFIXES):
-            raise ConfigError(f"{key}: {url!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
+            raise ConfigError(f"{key}: {url!r} is of an unsupported file type; give files named {SUFFIXES_IN_WORDS}")
     return urls
 
 
@@ -116,7 +123,7 @@ def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
         found = persist(lambda: stores.glob(pattern, options), name=pattern, budget=options.retry_budget)
     except DataError as error:
         raise ConfigError(f"{key}: the files of {url!r} cannot be listed: {error}") from error
-    files = [file for file in found if _wanted(base_name(file))]
+    files = _text_of(found)
     if not files:
         raise ConfigError(f"{key}: nothing in the store matches {pattern!r}; give files named {SUFFIXES_IN_WORDS}")
     return files
@@ -133,25 +140,52 @@ def _embedded(entry: str, *, key: str, cache: str) -> list[str]:
 def _local(entry: str, *, key: str) -> list[str]:
     path = os.path.expanduser(entry)
     if os.path.isdir(path):
-        found = [str(p) for p in Path(path).iterdir() if p.is_file() and _wanted(p.name)]
+        found = _text_of([str(p) for p in Path(path).iterdir()])
         if not found:
             raise ConfigError(
                 f"{key}: the folder {entry!r} holds no file named {SUFFIXES_IN_WORDS}; give the one with the text"
             )
-        return found
+        return files_alone(found, key, f"the folder {entry!r} holds")
     if os.path.exists(path):
         return [path]
     here = f"check the path, looked up from {os.getcwd()}"
-    patterns = braces(path)
-    if patterns == [path] and not glob.has_magic(path):
+    patterns = [path] if os.path.lexists(path) else braces(path)
+    if patterns == [path] and not glob.has_magic(path) and not os.path.lexists(path):
         raise ConfigError(f"{key}: there is no file or folder {entry!r}; {here}")
-    found = []
-    for pattern in patterns:
-        matches = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
-        if not matches:
-            raise ConfigError(f"{key}: no file matches {pattern!r}; {here}")
-        found += matches
-    return found
+    matches = {
+        pattern: [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True) for pattern in patterns
+    }
+    # A glob may also match folders that nobody takes for text.
+    found = {
+        pattern: [match for match in matched if not os.path.isdir(match) or _wanted(os.path.basename(match))]
+        for pattern, matched in matches.items()
+    }
+    missing = [pattern for pattern, matched in found.items() if not matched]
+    if missing:
+        raise ConfigError(f"{key}: no file matches {listed(missing)}; {here}")
+    return files_alone([match for matched in found.values() for match in matched], key, f"{entry!r} matches")
+
+
+def files_alone(paths: list[str], key: str, where: str) -> list[str]:
+    """These paths, sorted. Raises ConfigError naming all that are not files: the run would do without their text."""
+    wrong = []
+    for path in sorted(paths):
+        if os.path.islink(path) and not os.path.exists(path):
+            wrong.append(f"{path!r} (a link to {os.readlink(path)!r}, which does not exist)")
+        elif not os.path.isfile(path):
+            wrong.append(f"{path!r} ({'a folder' if os.path.isdir(path) else 'not a regular file'})")
+    if wrong:
+        raise ConfigError(
+            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or name "
+            "the files alone"
+        )
+    return sorted(paths)
+
+
+def _text_of(files: list[str]) -> list[str]:
+    """The files of a folder that are named like text; plain text only where it is all: beside others it is notes."""
+    wanted = [file for file in files if _wanted(base_name(file))]
+    return [file for file in wanted if not is_plain_text(file)] or wanted
 
 
 def _wanted(name: str) -> bool:

@@ -14,12 +14,11 @@ from itertools import takewhile
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
-import orjson
-
 from stablelm.data import hub, reader
+from stablelm.data.bad_rows import BadRow
 from stablelm.data.dataset_rows import PLAIN, Shard, library, storage_options
 from stablelm.data.options import ReadOptions
-from stablelm.data.source import document_text, rows_from
+from stablelm.data.source import record_of, texts
 from stablelm.data.stores import base_name
 from stablelm.errors import ConfigError, DataError
 
@@ -94,12 +93,10 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
             # A card's types matter to datasets' own reading only.
             form, told = (PLAIN, {}) if plain else (str(builder.name), told)
             found = [Shard(form, name, file, told).url for name, file in zip(names, files, strict=True)]
-        first = next(rows_from(found[0], 0, options)[1], None)
-        if first is not None:
-            document_text(first, url=files[0], column=options.text_column)
+        empty = not any(True for _ in texts(found[0], options))
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
-    if first is None:
+    if empty:
         raise ConfigError(f"{key}: {files[0]!r} holds no row; leave it out or fetch it again")
     return found
 
@@ -178,10 +175,13 @@ def _is_plain(builder: str, told: dict[str, Any], files: list[str], options: Rea
         return False
     # The builder also takes files that are one list, or one object over several lines.
     first = next(reader.rows_from(files[0], 0, options)[1], None)
-    try:
-        return first is not None and isinstance(orjson.loads(first[1]), dict)
-    except orjson.JSONDecodeError:
+    if first is None:
         return False
+    try:
+        record_of(*first, files[0])
+    except BadRow:
+        return False
+    return True
 
 
 def _names(files: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 from stablelm.data.options import ReadOptions
-from stablelm.data.parquet import no_value
+from stablelm.data.parquet import cells, check_columns, records
 from stablelm.data.retry import words
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
@@ -80,9 +80,9 @@ def storage_options(options: ReadOptions) -> dict[str, dict[str, Any]]:
 def rows_from(shard: Shard, row: int, options: ReadOptions, *, whole: bool) -> tuple[int, Iterator[tuple[int, Any]]]:
     """(row, rows from there on) of a shard; what comes before is read and passed over.
 
-    A row is (its number from 1, the text), or with `whole` (its number, all columns by name). Raises DataError
-    naming the file when it stays unreadable for `options.retry_budget`, is damaged, or has no text under
-    `options.text_column`.
+    A row is (its number from 1, the text, or what is wrong where there is none), or with `whole` (its number, all
+    columns by name). Raises DataError naming the file when it stays unreadable for `options.retry_budget`, is
+    damaged, or has no column of text named `options.text_column`.
     """
     return row, _rows(shard, row, options, None if whole else options.text_column)
 
@@ -94,25 +94,12 @@ def _rows(shard: Shard, row: int, options: ReadOptions, column: str | None) -> I
             ahead -= table.num_rows
             continue
         table, ahead = table.slice(ahead), 0
-        for value in table.to_pylist() if column is None else _texts(shard, table, column):
-            number += 1
-            if value is None:
-                raise no_value(shard.file, number, column)
-            yield number, value
-
-
-def _texts(shard: Shard, table: Any, column: str) -> list[str | None]:
-    import pyarrow
-
-    if column not in table.column_names:
-        names = ", ".join(map(repr, table.column_names[:20]))
-        raise DataError(
-            f"{shard.file}: has no column {column!r} but {names}; set data.text_column to the one with text"
-        )
-    kind = table.schema.field(column).type
-    if not any(test(kind) for test in (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)):
-        raise DataError(f"{shard.file}: column {column!r} holds {kind}, not text; set data.text_column to another one")
-    return table.column(column).to_pylist()
+        check_columns(table.schema, shard.file, column)
+        if column is None:
+            yield from records(table, shard.file, number)
+        else:
+            yield from cells(table.column(column), shard.file, column, number)
+        number += table.num_rows
 
 
 def _tables(shard: Shard, column: str | None, options: ReadOptions) -> Iterator[Any]:

@@ -14,6 +14,8 @@ from stablelm.errors import DataError
 
 # Slices of a file in which the start of a block is looked for before the search is given up until later.
 TRIES = 16
+# Bytes of text that a zstandard frame may refer back to, which are held in memory: all that `zstd --long=31` asks for.
+LARGEST_WINDOW = 1 << 31
 
 
 class Damaged(DataError):
@@ -208,7 +210,7 @@ def _unzstd(file: RangeFile, starts: Starts) -> Iterator[bytes]:
             if frame is None:
                 if starts.due(at):
                     starts.offer(Start(8 * at))
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             yield frame.decompress(data)
             unused = frame.unused_data
             at += len(data) - len(unused)

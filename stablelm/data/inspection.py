@@ -5,43 +5,44 @@ Local files are all opened; of those in other stores the first and the last are.
 
 import os
 from dataclasses import replace
+from itertools import islice
 
 from stablelm.data import dataset_rows
+from stablelm.data.bad_rows import BadRow
+from stablelm.data.encoding import document_tokens
 from stablelm.data.options import ReadOptions
+from stablelm.data.plain_text import SUFFIXES as TEXT_SUFFIXES
+from stablelm.data.problems import Problems
 from stablelm.data.rangefile import RangeFile
-from stablelm.data.source import document_text, documents, row_count, rows_from
+from stablelm.data.source import document_text, documents, rows_from
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
 
-SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
 SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", b"PAR1": "parquet"}
+# A zstandard file may begin with a frame to skip, of one of 16 kinds.
+SKIPPABLE = {bytes([kind]) + b"\x2a\x4d\x18": "zstandard" for kind in range(0x50, 0x60)}
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard", **SKIPPABLE, b"PAR1": "parquet"}
 SMALL_FILE = 8 * 2**20  # compressed bytes up to which a file is read to its end
+TRIED = 1000  # rows of a large file among which one must hold a document, where bad ones are skipped
 SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
 
 
 def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> None:
     """Each local file can be read, is what its name says and begins with a row that gives a text by `options`.
 
-    Small files are also read to the end, so that a truncated copy is found now rather than in the middle
-    of training. Raises ConfigError under `key` for the first file that is wrong.
+    Small files are also read to the end, so that a truncated copy or a bad row is found now rather than in the
+    middle of training. Raises ConfigError under `key`, a line for each file that is wrong.
     """
-    budget, options = SMALL_CORPUS, _once(options)
+    budget, options, problems = SMALL_CORPUS, _once(options), Problems()
     for path in _local(files):
-        try:
-            size = os.path.getsize(path)
-            _check_form(path, size, key)
-        except OSError as error:
-            raise ConfigError(
-                f"{key}: cannot read {path!r} ({error.strerror}); check the path and its permissions"
-            ) from None
-        whole = size <= min(SMALL_FILE, budget)
-        budget -= size if whole else 0
-        try:
+        with problems.collecting(key):
+            size = _check_form(path, key)
+            whole = size <= min(SMALL_FILE, budget)
+            budget -= size if whole else 0
             _read(path, key, options, whole)
-        except DataError as error:
-            raise ConfigError(f"{key}: {error}") from None
+    problems.raise_any()
 
 
 def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
@@ -52,14 +53,14 @@ def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
     # The shards of a dataset were opened when they were found.
     urls = [file for file in files if local_path(file) is None and not dataset_rows.is_shard(file)]
     options = replace(options, cache_bytes=0)  # a few bytes are no reason to fetch a whole file
+    problems = Problems()
     for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
-        try:
+        with problems.collecting(key):
             with RangeFile(url, options) as file:
                 size, head = file.stamp().size, file.read(4)
             _check_content(url, size, head or b"", key)
             _read(url, key, options, whole=size <= SMALL_FILE)
-        except DataError as error:
-            raise ConfigError(f"{key}: {error}") from None
+    problems.raise_any()
 
 
 def check_enough(
@@ -79,8 +80,9 @@ def check_enough(
     tokens = count = 0
     try:
         for text in documents(paths, _once(options)):
-            tokens += len(tokenizer.encode(text)) + 1
-            count += 1
+            length = len(document_tokens(tokenizer, text))
+            tokens += length
+            count += length > 0
             if tokens >= tokens_needed:
                 return
     except DataError as error:
@@ -93,8 +95,8 @@ def check_enough(
     )
 
 
-def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
-    """Each lane gets at least one document: with F < lanes files each file is cut into ceil(lanes / F) shares.
+def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes", options: ReadOptions | None = None) -> None:
+    """Each lane gets at least one document: with F < lanes files each file is dealt to ceil(lanes / F) of them.
 
     Raises ConfigError under `key` with the largest number of lanes that these files allow. Remote files are passed.
     """
@@ -104,16 +106,18 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> Non
     fewest, shortest = shares, ""
     for path in _near(files):
         try:
-            rows = row_count(path, ReadOptions(retry_budget=0), fewest)
+            count = sum(1 for _ in islice(documents([path], _once(options)), fewest))
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
-        if rows < fewest:
-            fewest, shortest = rows, dataset_rows.stored_at(path)
-    if shortest:
+        if count < fewest:
+            fewest, shortest = count, dataset_rows.stored_at(path)
+    if shortest and fewest:
         raise ConfigError(
             f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} holds "
             f"{fewest}; set at most {fewest * len(files)} lanes, or give more text"
         )
+    if shortest:
+        raise ConfigError(f"{key}: {shortest!r} holds no document for {lanes} lanes; leave it out or give more text")
 
 
 def _local(files: list[str]) -> list[str]:
@@ -125,12 +129,19 @@ def _near(files: list[str]) -> list[str]:
     return [local_path(file) or file for file in files if local_path(dataset_rows.stored_at(file)) is not None]
 
 
-def _check_form(path: str, size: int, key: str) -> None:
+def _check_form(path: str, key: str) -> int:
+    """Bytes of a file whose name and first bytes agree."""
     if not path.endswith(SUFFIXES):
-        raise ConfigError(f"{key}: {path!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
-    with open(path, "rb") as file:
-        head = file.read(4)
+        raise ConfigError(f"{key}: {path!r} is of an unsupported file type; give files named {SUFFIXES_IN_WORDS}")
+    try:
+        with open(path, "rb") as file:
+            head, size = file.read(4), os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: cannot read {path!r} ({error.strerror}); check the path and its permissions"
+        ) from None
     _check_content(path, size, head, key)
+    return size
 
 
 def _check_content(path: str, size: int, head: bytes, key: str) -> None:
@@ -148,16 +159,23 @@ def _check_content(path: str, size: int, head: bytes, key: str) -> None:
 
 def _once(options: ReadOptions | None) -> ReadOptions:
     """These options for local files, which are not tried again and leave nothing in the cache."""
-    options = options or ReadOptions()
-    return ReadOptions(retry_budget=0, text_column=options.text_column, filter=options.filter, map=options.map)
+    return replace(options or ReadOptions(), retry_budget=0, cache=None, cache_bytes=0, storage={}, stamps={})
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
-    rows = rows_from(path, 0, options)[1]
-    first = next(rows, None)
-    if first is None:
+    """The first row gives a text, or is left out; with `whole` all do. With `bad_rows=skip` one row must."""
+    count, found, first_bad = 0, False, None
+    for count, row in enumerate(rows_from(path, 0, options)[1], 1):
+        try:
+            document_text(row, url=path, column=options.text_column)
+            found = True
+        except BadRow as error:
+            if options.bad_rows != "skip":
+                raise
+            first_bad = first_bad or error
+        if not whole and (found or count == TRIED):
+            break
+    if not count:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
-    document_text(first, url=path, column=options.text_column)
-    if whole:
-        for _ in rows:
-            pass
+    if not found:
+        raise ConfigError(f"{key}: {first_bad} (data.bad_rows=skip would leave nothing of this file)")

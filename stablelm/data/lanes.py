@@ -1,10 +1,12 @@
 """The order of documents: which document comes next in which lane.
 
 Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
-keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries, and
-share k of a file holds its rows ≡ k mod S. Rows of a share are shuffled in blocks by a keyed permutation.
+keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries.
+A file's rows are taken in blocks of S * shuffle_block. A keyed permutation mixes the rows of a block and
+deals them out in turn: share k gets those at its places k, k+S, k+2S, ... Rows in a file may have a period,
+such as every second one empty; lanes that took every S-th row could meet nothing else.
 Nothing here knows of ranks or workers, and keys hold base names only (of a prepared shard: its source's),
-so data may move, and be prepared, at any time.
+so data may move, and be prepared, at any time. A row keeps its number whether it holds a document or not.
 
 Keyed permutation: the SHAKE-256 stream of the key gives each item a 64-bit number, and a stable sort by
 it gives the order. It depends on neither platform nor library version.
@@ -14,13 +16,14 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
 
 from stablelm.data.options import ReadOptions
 from stablelm.data.shard_format import source_name
-from stablelm.data.source import FileRows, Row, SharedFiles, document_text
+from stablelm.data.source import BadRow, FileRows, Row, SharedFiles, document_text
 from stablelm.errors import DataError
 
 
@@ -49,12 +52,14 @@ class Cursor:
 class Group:
     """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for one left out.
 
-    `wrong` says what is wrong with the row after them.
+    `wrong` says what is wrong with the row after them. `skipped` of the rows left out are bad ones; of groups that
+    are no whole blocks such a row is the last.
     """
 
     cursor: Cursor
     texts: list[str | None]
     wrong: DataError | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,14 @@ class Chunk:
     """Consecutive documents of an entry, the first one at `cursor` (offset 0).
 
     `tokens` (n,) are theirs, eos of each included; `ends` (documents,) int64 says where each ends in `tokens`.
-    Where they are of several blocks, all but the last block have `block_rows` rows.
+    Where they are of several blocks, all but the last block have `block_rows` rows. `skipped`: as in `Group`.
     """
 
     cursor: Cursor
     tokens: np.ndarray
     ends: np.ndarray
     block_rows: int = sys.maxsize
+    skipped: int = 0
 
 
 class Place(NamedTuple):
@@ -109,6 +115,8 @@ class Order:
         self.shares = -(-lanes // len(files)) if len(files) < lanes else 1
         self.entries = len(files) * self.shares
         self._epochs: dict[int, list[int]] = {}
+        # The lanes of a file take the same blocks at about the same time.
+        self._mixed = lru_cache(16 * len(files) + 8)(self._mix)
 
     def start(self, lane: int) -> Cursor:
         """Where a lane begins."""
@@ -128,14 +136,23 @@ class Order:
         share, place = divmod(entry, len(self.files))
         return self._epoch(epoch)[place], share
 
-    def wanted(self, share: int, block: int, blocks: int = 1) -> range:
-        """Rows of a file that so many blocks of a share consist of, from `block` on."""
-        size = self.shuffle_block * self.shares
-        return range(share + block * size, share + (block + blocks) * size, self.shares)
+    @property
+    def block_rows(self) -> int:
+        """Rows of a file that its shares take from one block together."""
+        return self.shuffle_block * self.shares
 
-    def rows(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
-        """Shuffled order of the `size` rows of a block, (size,)."""
-        return _permuted(size, "rows", self.seed, epoch, source_name(self.files[file]), share, block)
+    def block(self, block: int, blocks: int = 1) -> range:
+        """Numbers of a file's rows in so many blocks, from `block` on."""
+        return range(block * self.block_rows, (block + blocks) * self.block_rows)
+
+    def dealt(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
+        """Places of a share's rows, in its order, in a block in which the file has `size` rows, (rows of it,)."""
+        name = source_name(self.files[file])
+        mixed = self._mix(epoch, name, block, size) if self.shares == 1 else self._mixed(epoch, name, block, size)
+        return mixed[share :: self.shares]
+
+    def _mix(self, epoch: int, name: str, block: int, size: int) -> np.ndarray:
+        return _permuted(size, "rows", self.seed, epoch, name, 0, block)
 
     def _epoch(self, epoch: int) -> list[int]:
         order = self._epochs.get(epoch)
@@ -195,20 +212,17 @@ class Lane:
         self._options = options
 
     def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
-        """(cursor with offset 0, text) from the document of `start` on, endlessly; rows left out are passed over.
+        """(cursor with offset 0, text) from the document of `start` on, endlessly; rows without text are passed over.
 
         Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
         any more, or when the lane meets no document in as many entries as an epoch has.
         """
-        entries = Entries(self._order, self._lane)
-        for cursor, url, waiting in self._blocks(start, entries):
-            epoch, entry, block, index = cursor.epoch, cursor.entry, cursor.block, cursor.index
-            while waiting:
-                text = self._text(url, waiting.pop())
-                if text is not None:
-                    entries.found = True
-                    yield Cursor(epoch, entry, block, index, 0), text
-                index += 1
+        for group in self.groups(start):
+            for place, text in enumerate(group.texts, group.cursor.index):
+                if text:
+                    yield replace(group.cursor, index=place), text
+            if group.wrong is not None:
+                raise group.wrong
 
     def groups(self, start: Cursor, counts: Iterator[int] | None = None) -> Iterator[Group]:
         """The rows from the document of `start` on, by so many at a time, or (None) the rest of a block.
@@ -216,29 +230,32 @@ class Lane:
         Raises DataError as `documents` does, but for a row that is wrong: that ends the groups with the last one.
         """
         entries = Entries(self._order, self._lane)
-        # Best-fit packing, which takes blocks, drops documents without text.
-        counted = _is_document if counts else _has_text
         for cursor, url, waiting in self._blocks(start, entries):
             index = cursor.index
             while waiting:
-                group = self._group(
-                    replace(cursor, index=index), url, waiting, next(counts) if counts else len(waiting)
-                )
-                entries.found = entries.found or any(map(counted, group.texts))
+                group = self._group(replace(cursor, index=index), url, waiting, next(counts) if counts else None)
+                entries.found = entries.found or any(map(_has_text, group.texts))
                 yield group
                 if group.wrong is not None:
                     return
                 index += len(group.texts)
 
-    def _group(self, cursor: Cursor, url: str, waiting: list[Row], count: int) -> Group:
-        """Of the next rows, which are taken from `waiting`."""
+    def _group(self, cursor: Cursor, url: str, waiting: list[Row], count: int | None) -> Group:
+        """Of the next rows, which are taken from `waiting`: up to `count`, or (None) all."""
+        column, skip = self._options.text_column, self._options.bad_rows == "skip"
         texts: list[str | None] = []
-        try:
-            while waiting and len(texts) < count:
-                texts.append(self._text(url, waiting.pop()))
-        except DataError as error:
-            return Group(cursor, texts, error)
-        return Group(cursor, texts)
+        skipped = 0
+        while waiting and (count is None or len(texts) < count):
+            try:
+                texts.append(document_text(waiting.pop(), url=url, column=column))
+            except BadRow as error:
+                if not skip:
+                    return Group(cursor, texts, error, skipped)
+                texts.append(None)
+                skipped += 1
+                if count is not None:
+                    break
+        return Group(cursor, texts, None, skipped)
 
     def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
         """(cursor of the next row, file, rows from there on with the next one last) of each block."""
@@ -248,28 +265,19 @@ class Lane:
             file, share = order.locate(epoch, entry)
             url, own, last = order.files[file], None, False
             while not last:
-                wanted = order.wanted(share, block)
-                rows = self._shared.take(url, wanted) if order.shares > 1 and own is None else None
+                wanted, dealt = order.block(block), partial(order.dealt, epoch, file, share, block)
+                rows = self._shared.take(url, wanted, dealt) if order.shares > 1 and own is None else None
                 if rows is None:
                     own = own or FileRows(url, room=0, options=self._options)
-                    rows = own.take(wanted)
+                    rows = own.take(wanted, dealt)
                     assert rows is not None  # a lane reads its own file forward only
                 if resumed and index >= len(rows):
-                    raise row_is_gone(url, wanted[index])
-                resumed = False
-                shuffled = order.rows(epoch, file, share, block, len(rows))
-                waiting = [rows[place] for place in reversed(shuffled[index:])]
-                last = len(rows) < size
-                del rows
-                yield Cursor(epoch, entry, block, index, 0), url, waiting
+                    raise row_is_gone(url, wanted.start + share + index * order.shares)
+                resumed, last = False, len(rows) < size
+                rows.reverse()
+                del rows[len(rows) - index :]
+                yield Cursor(epoch, entry, block, index, 0), url, rows
                 index, block = 0, block + 1
-
-    def _text(self, url: str, row: Row) -> str | None:
-        return document_text(row, url=url, column=self._options.text_column)
-
-
-def _is_document(text: str | None) -> bool:
-    return text is not None
 
 
 def _has_text(text: str | None) -> bool:

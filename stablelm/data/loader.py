@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Bad rows that were passed over, tokens that no piece of the tokenizer can write, and all tokens.
+COUNTS: tuple[str, ...] = ("skipped_rows", "unknown_tokens", "input_tokens")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one rank for one step: int64 (rows, seq_len); targets are the tokens one place on.
@@ -72,6 +76,7 @@ class Loader:
         self._rows = global_batch_size // world_size
         self._documents = documents
         self._padding = self._given = 0  # tokens and windows
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = 0
         self._cursors: dict[int, Cursor | Cursors] = {}  # where it began
         self._places: dict[int, Place | Places | Cursor | Cursors] = {}  # where lanes that have moved since are
@@ -98,6 +103,7 @@ class Loader:
         # Joined in the type they come in and then widened; tokens and targets are views of the same memory.
         windows = np.concatenate([row.window for row in rows]).astype(np.int64).reshape(len(rows), -1)
         tokens, targets = windows[:, :-1], windows[:, 1:]
+        self._count(rows, tokens)
         if self._data.packing == "best_fit":
             targets = _best_fit_targets(rows, targets)
             self._padding += sum(self._data.seq_len + 1 - row.filled for row in rows)
@@ -106,6 +112,16 @@ class Loader:
         self._given += len(rows)
         self._data_step += 1
         return batch
+
+    def _count(self, rows: "list[Row]", tokens: np.ndarray) -> None:
+        self._counts["skipped_rows"] += sum(row.skipped for row in rows)
+        self._counts["unknown_tokens"] += int(np.count_nonzero(tokens == self._text.tokenizer.unknown))
+        self._counts["input_tokens"] += tokens.size
+
+    def counts(self) -> dict[str, int]:
+        """COUNTS of this rank's batches since they were last asked for, or since `load`."""
+        counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
+        return counts
 
     @property
     def padding_share(self) -> float:
@@ -121,6 +137,7 @@ class Loader:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state whose `lanes` are the union over the ranks of any world size."""
         self._stop()
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = int(state["data_step"])
         saved = ((int(lane), _read_cursor(cursor)) for lane, cursor in state["lanes"].items())
         self._cursors, self._places = {lane: cursor for lane, cursor in saved if lane in self._lanes}, {}

@@ -84,6 +84,7 @@ def left_out(files: Sequence[Features], filters: Filters) -> list[np.ndarray]:
             mask |= file.chars < filters.min_chars
         if filters.max_chars is not None:
             mask |= file.chars > filters.max_chars
+        mask &= file.chars > 0  # what holds no document need not be left out
     if filters.duplicates == "exact":
         _mask_copies(files, masks)
     elif filters.duplicates == "minhash":
@@ -92,7 +93,7 @@ def left_out(files: Sequence[Features], filters: Filters) -> list[np.ndarray]:
 
 
 def _mask_copies(files: Sequence[Features], masks: list[np.ndarray]) -> None:
-    places = [np.flatnonzero(~mask) for mask in masks]
+    places = [np.flatnonzero(~mask & (file.chars > 0)) for mask, file in zip(masks, files, strict=True)]
     digests = np.concatenate([file.digests[rows] for file, rows in zip(files, places, strict=True)])
     # A stable sort: of equal hashes the first row comes first.
     order = np.lexsort((digests[:, 1], digests[:, 0]))
@@ -111,7 +112,7 @@ def _mask_similar(files: Sequence[Features], masks: list[np.ndarray], similarity
     kept: dict[str, np.ndarray] = {}
     for number, (file, mask) in enumerate(zip(files, masks, strict=True)):
         assert file.signatures is not None
-        for row in np.flatnonzero(~mask):
+        for row in np.flatnonzero(~mask & (file.chars > 0)):
             signature = file.signatures[row]
             sketch = _empty_sketch().copy()
             sketch.hashvalues = signature

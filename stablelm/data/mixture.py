@@ -102,6 +102,10 @@ class MixedWindows:
     def borders(self) -> np.ndarray:
         return self._last.borders
 
+    @property
+    def skipped(self) -> int:
+        return self._last.skipped
+
     def next(self) -> np.ndarray:
         sample = self._given * self._lanes + self._lane
         self._last = self._parts[self._mixture.source(sample, sample // self._batch)]

@@ -27,7 +27,8 @@ class ReadOptions:
     """`storage`: 'scheme.option' -> value for fsspec. `cache`: folder of indexes and whole files, None for neither.
 
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
-    `filter`, `map`: import paths of the user's functions over rows.
+    `filter`, `map`: import paths of the user's functions over rows. `bad_rows`: 'stop' or 'skip' at a `BadRow`.
+    `text_unit`: whether a plain text file is one document ('file'), or each of its lines is ('line').
     `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
     """
 
@@ -39,6 +40,8 @@ class ReadOptions:
     block: int = LARGEST_BLOCK
     filter: str | None = None
     map: str | None = None
+    bad_rows: str = "stop"
+    text_unit: str = "file"
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -53,6 +56,8 @@ class ReadOptions:
             block=min(max(READ_AHEAD // lanes, SMALLEST_BLOCK), LARGEST_BLOCK),
             filter=data.filter,
             map=data.map,
+            bad_rows=data.bad_rows,
+            text_unit=data.text_unit,
         )
 
     def settings(self, scheme: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class Windows(Protocol):
     """Windows of one lane. `place` is where the next window begins; its cursor is all there is to save.
 
     Of the window given last: `borders` are its places, from 1 on and ascending, where another document
-    begins; `filled` tokens of it are text, the others padding.
+    begins; `filled` tokens of it are text, the others padding; `skipped` bad rows came before its first token and
+    after that of the window before it.
     """
 
     @property
@@ -29,6 +30,9 @@ class Windows(Protocol):
 
     @property
     def borders(self) -> np.ndarray: ...
+
+    @property
+    def skipped(self) -> int: ...
 
     def next(self) -> np.ndarray: ...
 
@@ -42,7 +46,7 @@ class Packer:
 
     def __init__(self, chunks: Iterator[Chunk], seq_len: int, start: Cursor):
         self.place = Place(start, np.zeros(0, np.int64), sys.maxsize, start.offset)
-        self.filled = seq_len + 1
+        self.filled, self.skipped = seq_len + 1, 0
         self._chunks, self._seq_len = chunks, seq_len
         self._skip = start.offset
         self._waiting: deque[Chunk] = deque()
@@ -56,13 +60,16 @@ class Packer:
             self._read()
         first, begin = self._waiting[0], self._position
         end = begin + self._seq_len
+        self.skipped = 0
         self._given = [(first, -begin)]
         if end < len(first.tokens):
             window = first.tokens[begin : end + 1]
         else:
             window = self._joined(self._seq_len + 1)
             while end >= len(first.tokens):
-                end -= len(self._waiting.popleft().tokens)
+                end -= len(first.tokens)
+                # Bad rows end their chunk: the next window begins behind them.
+                self.skipped += self._waiting.popleft().skipped
                 first = self._waiting[0]
         self._length -= self._seq_len
         self._position = end

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from stablelm.data import masks, shard_format
+from stablelm.data.bad_rows import BadRow
 from stablelm.data.dataset_rows import stored_at
 from stablelm.data.encoding import document_tokens
 from stablelm.data.masks import Features, Filters
@@ -25,7 +26,7 @@ from stablelm.data.rangefile import RangeFile
 from stablelm.data.shard_corpus import MANIFEST
 from stablelm.data.shard_format import MASK, SUFFIX, Footer
 from stablelm.data.shards import Shard
-from stablelm.data.source import documents
+from stablelm.data.source import texts
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import DataError
@@ -53,10 +54,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Made:
-    """A shard that is there now; `kept`: it was there before."""
+    """A shard that is there now; `kept`: it was there before; `skipped`: bad rows that were found when it was made."""
 
     footer: Footer
     kept: bool
+    skipped: int = 0
 
 
 def prepare(request: Request, message: Callable[[str], None]) -> None:
@@ -98,10 +100,9 @@ def _shards(request: Request, files: list[str], message: Callable[[str], None]) 
     try:
         for number, result in run_all(_make, tasks, workers=request.workers):
             made[files[number]] = result
-            footer, kept = result.footer, ", kept" if result.kept else ""
-            message(
-                f"[{len(made)}/{len(files)}] {footer.source}: {footer.rows:,} documents, {footer.tokens:,} tokens{kept}"
-            )
+            footer, more = result.footer, ", kept" if result.kept else ""
+            more += f", {result.skipped:,} bad rows skipped" if result.skipped else ""
+            message(f"[{len(made)}/{len(files)}] {footer.source}: {footer.rows:,} rows, {footer.tokens:,} tokens{more}")
     except BaseException:
         # Workers that were ended could not tidy up.
         request.out.sweep([base_name(url) + SUFFIX for url in files])
@@ -117,10 +118,12 @@ def _make(task: Task) -> Made:
     if found is not None:
         return Made(found, kept=True)
 
+    skipped: list[BadRow] = []
+
     def write(file: IO[bytes]) -> Footer:
         return shard_format.write(
             file,
-            ((document_tokens(tokenizer, text), len(text.encode())) for text in _texts(task)),
+            ((document_tokens(tokenizer, text), len(text.encode())) for text in _texts(task, skipped.append)),
             source=name,
             source_size=size,
             tokenizer=tokenizer.sha256,
@@ -128,7 +131,8 @@ def _make(task: Task) -> Made:
             eos=tokenizer.eos,
         )
 
-    return Made(request.out.put(name + SUFFIX, write), kept=False)
+    footer = request.out.put(name + SUFFIX, write)
+    return Made(footer, kept=False, skipped=len(skipped))
 
 
 def _kept(request: Request, name: str, size: int, tokenizer: str) -> Footer | None:
@@ -179,8 +183,9 @@ def _features(task: Task) -> Features:
     return masks.features(_texts(task), task.request.filters)
 
 
-def _texts(task: Task) -> Iterator[str]:
-    return documents([task.url], task.request.options)
+def _texts(task: Task, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str]:
+    """Of every row, so that rows keep their numbers: '' of one without a document."""
+    return (text or "" for text in texts(task.url, task.request.options, skipped))
 
 
 @functools.lru_cache(maxsize=1)
@@ -211,4 +216,4 @@ def _told(footer: Footer) -> dict[str, Any]:
 def _sum(made: Any) -> str:
     footers = [each.footer for each in made]
     rows, tokens = sum(footer.rows for footer in footers), sum(footer.tokens for footer in footers)
-    return f"{len(footers)} shards, {rows:,} documents, {tokens:,} tokens"
+    return f"{len(footers)} shards, {rows:,} rows, {tokens:,} tokens"

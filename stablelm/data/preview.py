@@ -142,7 +142,9 @@ def _documents(order: Order, lane: int, tokenizer: Tokenizer, data: DataConfig) 
         return
     files = SharedFiles(len(order.files), options=options)
     for _, text in Lane(order, lane, files, options=options).documents(start):
-        yield document_tokens(tokenizer, text), text
+        tokens = document_tokens(tokenizer, text)
+        if len(tokens):
+            yield tokens, text
 
 
 def _table(title: str, found: Statistics) -> Table:

@@ -9,7 +9,7 @@ from stablelm.data.options import ReadOptions
 from stablelm.data.rangefile import RangeFile
 from stablelm.data.stores import base_name, local_path
 
-__all__ = ["base_name", "local_path", "numbered_lines", "open_lines", "rows_from"]
+__all__ = ["base_name", "content", "local_path", "numbered_lines", "open_lines", "rows_from"]
 
 # A row of a file before it is parsed: line number from 1, line.
 Row = tuple[int, bytes]
@@ -29,6 +29,13 @@ def numbered_lines(url: str, options: ReadOptions) -> Iterator[Row]:
     Raises DataError naming the file: unreachable, truncated or damaged.
     """
     yield from rows_from(url, 0, options)[1]
+
+
+def content(url: str, options: ReadOptions) -> bytes:
+    """All of a file, inflated, without a byte order mark. Raises DataError as `numbered_lines` does."""
+    with RangeFile(url, options) as file:
+        starts = Starts(Index(None, url, file.stamp()))
+        return b"".join(pieces(file, None, starts)).removeprefix(BYTE_ORDER_MARK)
 
 
 def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:

@@ -19,6 +19,7 @@ class Row(NamedTuple):
     place: Place | Places | Cursor | Cursors  # after the window
     filled: int
     borders: np.ndarray  # only where they are needed
+    skipped: int  # bad rows, see `packing.Windows`
 
 
 class Maker(Protocol):
@@ -55,7 +56,7 @@ class LocalMaker:
             windows = self._windows[place]
             window = windows.next()
             borders = windows.borders if self._borders else NO_BORDERS
-            yield Row(window, self._names[place], windows.place, windows.filled, borders)
+            yield Row(window, self._names[place], windows.place, windows.filled, borders, windows.skipped)
 
     def share(self, mine: range) -> "LocalMaker":
         """A maker for some of the lanes, to be used in place of this one."""

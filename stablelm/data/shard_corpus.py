@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from stablelm.data.corpus import braces
+from stablelm.data.corpus import braces, files_alone
 from stablelm.data.options import ReadOptions
 from stablelm.data.pages import RemoteFile
+from stablelm.data.problems import Problems
 from stablelm.data.shard_format import SUFFIX, source_name
 from stablelm.data.shards import Shard, read_mask
 from stablelm.data.stores import local_path
@@ -27,7 +28,11 @@ def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[st
     folder is unfinished, or two shards are of the same source.
     """
     entries = [path] if isinstance(path, str) else list(path)
-    files = [file for entry in entries for file in _expand(entry, key, options)]
+    files, problems = [], Problems()
+    for entry in entries:
+        with problems.collecting():
+            files += _expand(entry, key, options)
+    problems.raise_any()
     if not files:
         raise ConfigError(f"{key}: there are no shards; give {FORM}")
     by_name: dict[str, str] = {}
@@ -48,7 +53,7 @@ def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
     shards = _open_local(files, None, key)
     held = 0
     for shard in shards:
-        held += shard.all_tokens()
+        held += shard.count(tokens=tokens_needed - held)[0]
         if held >= tokens_needed:
             return
     if len(shards) == len(files):
@@ -59,14 +64,15 @@ def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
 
 
 def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
-    """Each lane gets at least one row of a local shard, else ConfigError under `key` with the most lanes possible."""
+    """Each lane gets a document of a local shard, else ConfigError under `key` with the most lanes possible."""
     shares = -(-lanes // len(files))
     if shares == 1:
         return
-    shortest = min(_open_local(files, None, key), key=lambda shard: shard.footer.rows, default=None)
-    if shortest is not None and (rows := shortest.footer.rows) < shares:
+    counts = {shard.url: shard.count(documents=shares)[1] for shard in _open_local(files, None, key)}
+    shortest = min(counts, key=lambda url: counts[url], default=None)
+    if shortest is not None and (rows := counts[shortest]) < shares:
         raise ConfigError(
-            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest.url!r} "
+            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} "
             f"holds {rows}; set at most {rows * len(files)} lanes, or give more text"
         )
 
@@ -105,7 +111,12 @@ def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
     if entry.partition(":")[0] == "embedded":
         raise ConfigError(f"{key}: {entry!r} is text, and data.source is shards; give {FORM}")
     if entry.endswith(SUFFIX):
-        return [file for pattern in braces(entry) for file in _matching(pattern, key)]
+        found, problems = [], Problems()
+        for pattern in braces(entry):
+            with problems.collecting():
+                found += _matching(pattern, key)
+        problems.raise_any()
+        return found
     try:
         manifest = read_manifest(entry, options=options)
     except DataError as error:
@@ -120,8 +131,8 @@ def _matching(pattern: str, key: str) -> list[str]:
     path = local_path(pattern)
     if path is not None:
         path = os.path.expanduser(path)
-        found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
-        found = [file for file in found if os.path.isfile(file)]
+        found = glob.glob(path, recursive=True) if glob.has_magic(path) else [path]
+        found = files_alone([file for file in found if os.path.lexists(file)], key, f"{pattern!r} matches")
     elif "*" not in pattern:
         return [pattern]
     elif pattern.startswith(("http://", "https://")):
@@ -142,8 +153,10 @@ def _matching(pattern: str, key: str) -> list[str]:
 
 
 def _open_local(files: list[str], tokenizer: str | None, key: str) -> list[Shard]:
-    try:
-        options = ReadOptions(retry_budget=0.0)
-        return [Shard(file, tokenizer=tokenizer, options=options) for file in files if local_path(file) is not None]
-    except DataError as error:
-        raise ConfigError(f"{key}: {error}") from None
+    options, shards, problems = ReadOptions(retry_budget=0.0), [], Problems()
+    for file in files:
+        if local_path(file) is not None:
+            with problems.collecting(key):
+                shards.append(Shard(file, tokenizer=tokenizer, options=options))
+    problems.raise_any()
+    return shards

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stablelm.data.lanes import Chunk, Cursor, Entries, Order, is_inside, row_is_gone
-from stablelm.data.shards import PART, SharedShards
+from stablelm.data.shards import PART, Shard, SharedShards
 
 BLOCKS = 8  # blocks whose rows are looked up together
 
@@ -20,30 +20,29 @@ class ShardLane:
         """Tokens from the document of `start` on, endlessly; with `whole_blocks` a chunk is the rest of a block.
 
         Raises DataError when a shard cannot be read, is damaged or of another tokenizer, when the document of
-        `start` is not there any more, or when the lane meets no token in as many entries as an epoch has;
-        with `whole_blocks` the eos of a document is no token.
+        `start` is not there any more, or when the lane meets no document in as many entries as an epoch has.
         """
         order, size = self._order, self._order.shuffle_block
         blocks, limit = (1, None) if whole_blocks else (BLOCKS, PART)
         entries, resumed = Entries(order, self._lane), is_inside(start)
         for epoch, entry, block, index in entries.walk(start):
             file, share = order.locate(epoch, entry)
-            url, last = order.files[file], False
+            shard, last = self._shared.shard(order.files[file]), False
             while not last:
-                wanted = order.wanted(share, block, blocks)
-                rows = self._shared.take(url, wanted)
-                count = len(rows)
-                if resumed and index >= count:
-                    raise row_is_gone(url, wanted[index])
-                resumed, last = False, count < size * blocks
-                shuffled = [
-                    order.rows(epoch, file, share, block + first // size, min(size, count - first)) + first
-                    for first in range(0, count, size)
-                ]
-                if shuffled:
-                    rows = rows.pick(np.concatenate(shuffled)[index:])
+                numbers = np.concatenate(
+                    [self._numbers(shard, epoch, file, share, block + each) for each in range(blocks)]
+                )
+                if resumed and index >= len(numbers):
+                    raise row_is_gone(shard.url, order.block(block).start + share + index * order.shares)
+                resumed, last = False, len(numbers) < size * blocks
+                rows = shard.take(numbers[index:])
                 for first, tokens, ends in rows.parts(limit):
-                    if not entries.found:
-                        entries.found = bool((np.diff(ends, prepend=0) > int(whole_blocks)).any())
+                    entries.found = entries.found or len(tokens) > 0
                     yield Chunk(Cursor(epoch, entry, block, index + first, 0), tokens, ends, size)
                 index, block = 0, block + blocks
+
+    def _numbers(self, shard: Shard, epoch: int, file: int, share: int, block: int) -> np.ndarray:
+        """Numbers of a share's rows of a block, in its order, (rows,)."""
+        there = self._order.block(block)
+        count = max(0, min(there.stop, shard.footer.rows) - there.start)
+        return self._order.dealt(epoch, file, share, block, count) + there.start

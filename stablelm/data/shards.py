@@ -1,6 +1,7 @@
 """Reading prepared shards: rows by number as arrays of tokens, from any store; see `shard_format` for the layout."""
 
 import hashlib
+import math
 import mmap
 import threading
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from stablelm.errors import DataError
 
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
+COUNTED = 1 << 16  # rows looked at together
 
 
 class LocalContent:
@@ -71,24 +73,22 @@ class Shard:
             self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<i8")
         self.mask = _mask(url, self.footer.rows, options) if masked else None
 
-    def take(self, wanted: range) -> "ShardRows":
-        """The rows of these numbers that the shard has, in order."""
-        rows = range(wanted.start, min(wanted.stop, self.footer.rows), wanted.step)
-        if not rows:
+    def take(self, rows: np.ndarray | range) -> "ShardRows":
+        """The rows of these numbers, all of which the shard has, in their order; int64 (rows,) as an array.
+
+        One that is masked or has no token but eos has no tokens.
+        """
+        numbers = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+        if not len(numbers):
             return ShardRows(self, np.zeros(0, np.int64), np.zeros(0, np.int64))
         self._content.unchanged()
-        before = self._row_ends(rows.start - 1, rows.start)[0] if rows.start else 0
-        all_ends = self._row_ends(rows.start, rows[-1] + 1)
-        ends = all_ends[:: rows.step].astype(np.int64)
-        begins = np.empty_like(ends)
-        begins[0] = before
-        begins[1:] = all_ends[rows.step - 1 :: rows.step][: len(ends) - 1]
-        if self.mask is not None:
-            numbers = np.arange(rows.start, rows.stop, rows.step)
-            ends = np.where(self.mask[numbers >> 3] >> (numbers & 7) & 1, begins, ends)
-        if (ends < begins).any() or not 0 <= ends[-1] <= self.footer.tokens:
+        begins, ends = self._spans(numbers)
+        if (ends < begins).any() or begins.min() < 0 or ends.max() > self.footer.tokens:
             raise DataError(f"{self.url}: damaged, its rows do not follow one another; {MAKE}")
-        return ShardRows(self, begins, ends)
+        without = ends - begins < 2
+        if self.mask is not None:
+            without |= (self.mask[numbers >> 3] >> (numbers & 7) & 1).astype(bool)
+        return ShardRows(self, begins, np.where(without, begins, ends))
 
     def join(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens begin..end-1 of the shard for each of these pairs, one after the other."""
@@ -100,12 +100,14 @@ class Shard:
             return np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), kind)
         return np.frombuffer(b"".join([self._content.read(begin, end) for begin, end in spans]), kind)
 
-    def all_tokens(self) -> int:
-        """Tokens of the rows that are not left out."""
-        if self.mask is None:
-            return self.footer.tokens
-        rows = self.take(range(self.footer.rows))
-        return int((rows.ends - rows.begins).sum())
+    def count(self, *, tokens: float = math.inf, documents: float = math.inf) -> tuple[int, int]:
+        """(tokens, documents) of the rows that are not left out; counting ends where it reaches either."""
+        counted = found = first = 0
+        while first < self.footer.rows and counted < tokens and found < documents:
+            rows = self.take(range(first, min(first + COUNTED, self.footer.rows)))
+            lengths = rows.ends - rows.begins
+            counted, found, first = counted + int(lengths.sum()), found + int((lengths > 0).sum()), first + len(rows)
+        return counted, found
 
     def check(self) -> None:
         """Reads and hashes everything. Raises DataError when it is not what was written."""
@@ -115,11 +117,19 @@ class Shard:
         if digest.hexdigest() != self.footer.sha256:
             raise DataError(f"{self.url}: damaged, it has another hash than when it was written; {MAKE}")
 
-    def _row_ends(self, first: int, last: int) -> np.ndarray:
+    def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First token and the one after the last of these rows, int64 (rows,) each."""
+        # Rows begin where those before them end.
+        first, last = max(int(numbers.min()) - 1, 0), int(numbers.max()) + 1
         if self._ends is not None:
-            return self._ends[first:last]
-        index = self.footer.index
-        return np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<i8")
+            known, first = self._ends, 0
+        else:
+            index = self.footer.index
+            known = np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<i8")
+        ends = known[numbers - first].astype(np.int64)
+        begins = known[np.maximum(numbers - 1, 0) - first].astype(np.int64)
+        begins[numbers == 0] = 0
+        return begins, ends
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,6 @@ class ShardRows:
 
     def __len__(self) -> int:
         return len(self.begins)
-
-    def pick(self, order: np.ndarray) -> "ShardRows":
-        """These rows in another order."""
-        return ShardRows(self.shard, self.begins[order], self.ends[order])
 
     def parts(self, limit: int | None = PART) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(first row, tokens, end of each row in them) of rows in order, up to `limit` tokens unless one has more."""
@@ -161,8 +167,8 @@ class SharedShards:
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, url: str, wanted: range) -> ShardRows:
-        """The rows of these numbers that the shard has, in order. Raises DataError as `Shard` does."""
+    def shard(self, url: str) -> Shard:
+        """The open shard. Raises DataError as `Shard` does."""
         with self._lock:
             shard = self._open.pop(url, None)
             if shard is None:
@@ -170,7 +176,7 @@ class SharedShards:
             self._open[url] = shard
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
-        return shard.take(wanted)
+        return shard
 
 
 def documents(files: list[str], tokenizer: str, *, options: ReadOptions) -> Iterator[np.ndarray]:
@@ -178,7 +184,7 @@ def documents(files: list[str], tokenizer: str, *, options: ReadOptions) -> Iter
     for url in sorted(files, key=source_name):
         shard = Shard(url, tokenizer=tokenizer, options=options)
         for first in range(0, shard.footer.rows, 1024):
-            for _, tokens, _ in shard.take(range(first, first + 1024)).parts():
+            for _, tokens, _ in shard.take(range(first, min(first + 1024, shard.footer.rows))).parts():
                 yield tokens
 
 

@@ -1,21 +1,25 @@
 """Where documents come from: rows of files, each a document or a JSON object that holds one."""
 
+import json
 import threading
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import orjson
 
-from stablelm.data import dataset_rows, parquet, reader, transform
+from stablelm.data import dataset_rows, parquet, plain_text, reader, transform
+from stablelm.data.bad_rows import BadRow, bad_line, not_unicode
 from stablelm.data.options import ReadOptions
+from stablelm.data.plain_text import is_plain_text
 from stablelm.data.stores import base_name
-from stablelm.errors import DataError
 
-# A row of a file: number from 1 of its line or table row, and what is there: a line of JSON, a document, or None
-# where data.filter leaves the row out.
-Row = tuple[int, bytes | str | None]
+# A row of a file: number from 1 of its line or table row, and what is there: a line of JSON, a document, None where
+# data.filter leaves the row out, or what is wrong with it.
+Row = tuple[int, bytes | str | BadRow | None]
+# From the number of rows that there are to the places of those that are wanted.
+Pick = Callable[[int], Sequence[int] | np.ndarray]
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
 # Rows read at once: a pass goes on beyond those that are kept.
@@ -25,35 +29,52 @@ TOGETHER = 256
 def document_text(row: Row, *, url: str, column: str = "text") -> str | None:
     """The document in a row, None if it is left out; `url` is for the message, `column` the key of the text.
 
-    Raises DataError when the line is not JSON, not an object, or has no string under the key.
+    Raises BadRow when the line is not JSON, not an object, or has no string of Unicode text under the key.
     """
     number, content = row
     if not isinstance(content, bytes):
+        if isinstance(content, BadRow):
+            raise content
         return content
-    text = _record(number, content, url, column).get(column)
-    if isinstance(text, str):
-        return text
-    raise _no_document(number, f"without a string under {column!r}", url, column)
+    try:
+        text = orjson.loads(content)[column]
+        if type(text) is str:
+            return text
+    except (orjson.JSONDecodeError, TypeError, KeyError):
+        pass
+    return _text_of(record_of(number, content, url, column), number, url, column)
 
 
-def _record(number: int, line: bytes, url: str, column: str) -> dict[str, Any]:
+def record_of(number: int, line: bytes, url: str, column: str = "text") -> dict[str, Any]:
+    """The object in a line of JSON, or of what Python's own json takes for it: NaN and halves of surrogate pairs.
+
+    Bytes that are not UTF-8 become such halves, so that only a text that holds one is wrong. Raises BadRow.
+    """
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise _no_document(number, f"not valid JSON ({error.msg})", url, column) from None
+        try:
+            record = json.loads(line.decode("utf-8", "surrogateescape"), strict=False)
+        except (ValueError, RecursionError):
+            raise _bad_line(url, number, f"not valid JSON ({error.msg})", column) from None
     if not isinstance(record, dict):
-        raise _no_document(number, "not a JSON object", url, column)
+        raise _bad_line(url, number, "not a JSON object", column)
     return record
 
 
-def _no_document(number: int, reason: str, url: str, column: str) -> DataError:
-    where = f"{dataset_rows.stored_at(url)}, line {number}"
-    return DataError(
-        f'{where}: {reason}; make every line an object such as {{"{column}": "..."}}, or leave the file out'
-    )
+def _text_of(record: dict[str, Any], number: int, url: str, column: str) -> str:
+    text = record.get(column)
+    if not isinstance(text, str):
+        raise _bad_line(url, number, f"without a string under {column!r}", column)
+    if wrong := not_unicode(text):
+        raise _bad_line(url, number, f"{wrong} under {column!r}", column)
+    return text
 
 
-@lru_cache(4096)  # asked for every document
+def _bad_line(url: str, number: int, reason: str, column: str) -> BadRow:
+    return bad_line(dataset_rows.stored_at(url), number, reason, column)
+
+
 def is_parquet(url: str) -> bool:
     return base_name(url).endswith(".parquet")
 
@@ -64,11 +85,18 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[R
         return stored_rows(url, row, options)
     first, stored = stored_rows(url, row, options, whole=True)
     records = (
-        (number, _record(number, content, url, options.text_column) if isinstance(content, bytes) else content)
+        (number, _record_or_what_is_wrong(number, content, url) if isinstance(content, bytes) else content)
         for number, content in islice(stored, row - first, None)
     )
     # The user's functions see no row before the one asked for.
     return row, transform.documents(records, url=url, options=options)
+
+
+def _record_or_what_is_wrong(number: int, line: bytes, url: str) -> dict[str, Any] | BadRow:
+    try:
+        return record_of(number, line, url)
+    except BadRow as error:
+        return error
 
 
 def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
@@ -78,14 +106,9 @@ def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False
     url = dataset_rows.stored_at(url)
     if is_parquet(url):
         return parquet.rows_from(url, row, options, whole=whole)
+    if is_plain_text(url):
+        return plain_text.rows_from(url, row, options, whole=whole)
     return reader.rows_from(url, row, options)
-
-
-def row_count(url: str, options: ReadOptions, limit: int) -> int:
-    """Rows of a file, at most `limit` of them read; of parquet the footer tells them. Raises DataError."""
-    if is_parquet(url) and not _foreign(url):
-        return parquet.row_count(dataset_rows.stored_at(url), options)
-    return sum(1 for _ in islice(stored_rows(url, 0, options, whole=True)[1], limit))
 
 
 def _foreign(url: str) -> dataset_rows.Shard | None:
@@ -94,16 +117,29 @@ def _foreign(url: str) -> dataset_rows.Shard | None:
     return shard if shard is not None and shard.builder != dataset_rows.PLAIN else None
 
 
-def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
-    """Documents of the files in base-name order, each in file order; those left out are skipped.
+def texts(url: str, options: ReadOptions, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str | None]:
+    """What each row of a file holds, in file order: its document, or None where that is left out or skipped.
 
-    Raises DataError as its parts do.
+    Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it, of which
+    `skipped` hears.
+    """
+    for row in rows_from(url, 0, options)[1]:
+        try:
+            yield document_text(row, url=url, column=options.text_column)
+        except BadRow as error:
+            if options.bad_rows != "skip":
+                raise
+            skipped(error)
+            yield None
+
+
+def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
+    """Documents of the files in base-name order, each in file order; rows without text are passed over.
+
+    Raises DataError as `texts` does.
     """
     for url in sorted(files, key=base_name):
-        for row in rows_from(url, 0, options)[1]:
-            text = document_text(row, url=url, column=options.text_column)
-            if text is not None:
-                yield text
+        yield from filter(None, texts(url, options))
 
 
 class FileRows:
@@ -123,8 +159,8 @@ class FileRows:
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
-    def take(self, wanted: range) -> list[Row] | None:
-        """The rows of these numbers (from 0) that the file has, in order.
+    def take(self, wanted: range, pick: Pick | None = None) -> list[Row] | None:
+        """The rows of these numbers (from 0) that the file has, in order; with `pick` those that it picks of them.
 
         None when they are not kept any more, or so far ahead that others would lose theirs.
         """
@@ -136,7 +172,8 @@ class FileRows:
                 return None
             while self._high <= wanted[-1] and not self._ended:
                 self._read(min(wanted[-1] + 1 - self._high, TOGETHER), wanted.start)
-            rows = [self._held[number] for number in wanted if number < self._high]
+            found = wanted[: len(range(wanted.start, min(wanted.stop, self._high), wanted.step))]
+            rows = [self._held[found[place]] for place in (range(len(found)) if pick is None else pick(len(found)))]
             self._forget(wanted.stop)
             return rows
 
@@ -160,13 +197,18 @@ class FileRows:
             self._error = error  # the iterator is over now, which must not pass for the end of the file
         self._held.update(zip(range(self._high, self._high + len(rows)), rows, strict=True))
         self._high += len(rows)
-        self._bytes += sum(len(line or b"") for _, line in rows)
+        self._bytes += sum(map(_size, rows))
         self._forget(needed)
 
     def _forget(self, below: int) -> None:
         while self._bytes > self._room and self._low < min(below, self._high):
-            self._bytes -= len(self._held.pop(self._low)[1] or b"")
+            self._bytes -= _size(self._held.pop(self._low))
             self._low += 1
+
+
+def _size(row: Row) -> int:
+    content = row[1]
+    return len(content) if isinstance(content, bytes | str) else 0
 
 
 class SharedFiles:
@@ -181,13 +223,13 @@ class SharedFiles:
         self._passes: dict[str, list[FileRows]] = {}
         self._lock = threading.Lock()
 
-    def take(self, url: str, wanted: range) -> list[Row] | None:
+    def take(self, url: str, wanted: range, pick: Pick | None = None) -> list[Row] | None:
         """Like `FileRows.take`; None when no pass has these rows, so that the lane must read by itself."""
         with self._lock:
             passes = self._passes.setdefault(url, [])
             tries = list(passes)
         for rows in tries:
-            found = rows.take(wanted)
+            found = rows.take(wanted, pick)
             if found is not None:
                 return found
         with self._lock:
@@ -196,4 +238,4 @@ class SharedFiles:
                 return None
             rows = FileRows(url, room=self._room, options=self._options)
             passes[:] = [*passes[-1:], rows]
-        return rows.take(wanted)
+        return rows.take(wanted, pick)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stablelm.data.encoding import Encoder
+from stablelm.data.encoding import NO_TOKENS, Encoder, with_text
 from stablelm.data.lanes import Chunk, Group
 
 # Documents of one call, if the lanes have as many; those of a lane at its start, and at least afterwards.
 TOGETHER = 512
 FIRST, LEAST = 4, 8
-NO_TOKENS = np.empty(0, np.int32)
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Together:
             documents += len(group.texts)
             if documents >= TOGETHER:
                 break
-        texts = [text for _, group in taken for text in group.texts if text is not None]
+        texts = [text for _, group in taken for text in group.texts if text]
         with self._turn:
             tokens = iter(self._encoder.encode_arrays(texts, threads=self._threads) if texts else ())
         for member, group in taken:
@@ -87,9 +86,10 @@ class Together:
 
 
 def chunk(group: Group, tokens: Iterator[np.ndarray]) -> Chunk:
-    """The chunk of a group, with the next `tokens` for each of its documents and none for rows left out."""
-    parts = [NO_TOKENS if text is None else next(tokens) for text in group.texts]
-    return Chunk(group.cursor, np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+    """The chunk of a group, with the next `tokens` for each of its documents and none for rows without text."""
+    parts = [with_text(next(tokens)) if text else NO_TOKENS for text in group.texts]
+    ends = np.cumsum([len(part) for part in parts])
+    return Chunk(group.cursor, np.concatenate(parts), ends, skipped=group.skipped)
 
 
 def block_chunks(groups: Iterator[Group], encoder: Encoder) -> Iterator[Chunk]:
@@ -97,5 +97,5 @@ def block_chunks(groups: Iterator[Group], encoder: Encoder) -> Iterator[Chunk]:
     for group in groups:
         if group.wrong is not None:
             raise group.wrong
-        texts = [text for text in group.texts if text is not None]
+        texts = [text for text in group.texts if text]
         yield chunk(group, iter(encoder.encode_arrays(texts) if texts else ()))

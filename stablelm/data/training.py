@@ -10,6 +10,7 @@ from stablelm.config.schema import DataConfig
 from stablelm.data import corpus, dataset_files, inspection, shard_corpus, shard_format, shards
 from stablelm.data.encoding import Encoder, document_tokens
 from stablelm.data.options import ReadOptions
+from stablelm.data.problems import Problems
 from stablelm.data.source import documents
 from stablelm.data.stores import base_name
 from stablelm.data.tokenizer import Tokenizer
@@ -45,10 +46,12 @@ def find(
 
     `known`: lists of paths that were asked for before. Raises ConfigError.
     """
-    found = {}
+    found, problems = {}, Problems()
     for name, path in paths(data).items():
         key = f"data.mixture.{name}.path" if name else "data.path"
-        found[name] = _find(data, path, tokenizer, key=key, tokens=tokens, lanes=lanes, known=known or {})
+        with problems.collecting():
+            found[name] = _find(data, path, tokenizer, key=key, tokens=tokens, lanes=lanes, known=known or {})
+    problems.raise_any()
     return found
 
 
@@ -72,13 +75,20 @@ def _find(
     files = text(data, path, key=key, known=known)
     inspection.check_enough(files, tokenizer, tokens, key=key, options=ReadOptions.of(data))
     if lanes is not None:
-        inspection.check_lanes(files, lanes)
+        inspection.check_lanes(files, lanes, options=ReadOptions.of(data))
     return files
 
 
-def text(data: DataConfig, path: str | list[str], *, key: str, known: Lists | None = None) -> list[str]:
-    """Files of text at a path, each checked. Raises ConfigError under `key`."""
-    options = ReadOptions.of(data)
+def text(
+    data: DataConfig,
+    path: str | list[str],
+    *,
+    key: str,
+    known: Lists | None = None,
+    options: ReadOptions | None = None,
+) -> list[str]:
+    """Files of text at a path, each checked. Raises ConfigError under `key`. `options`: the configuration's if None."""
+    options = options or ReadOptions.of(data)
     files = (known or {}).get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
     inspection.check(files, key=key, options=options)
     return files

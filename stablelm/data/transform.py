@@ -4,20 +4,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from stablelm.config.functions import function
+from stablelm.data.bad_rows import FIX, BadRow, not_unicode
 from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
 
 
 def documents(
-    records: Iterator[tuple[int, dict[str, Any]]], *, url: str, options: ReadOptions
-) -> Iterator[tuple[int, str | None]]:
+    records: Iterator[tuple[int, dict[str, Any] | BadRow]], *, url: str, options: ReadOptions
+) -> Iterator[tuple[int, str | BadRow | None]]:
     """(number, text or None if it is left out) of each row: the filter sees it as stored, the map what is kept.
 
-    Raises DataError naming `url` and the row when a function fails or there is no text under the column.
+    In place of the text is what is wrong with a row that could not be read, or has no text under the column.
+    Raises DataError naming `url` and the row when a function fails.
     """
     keep = function(options.filter) if options.filter is not None else None
     change = function(options.map) if options.map is not None else None
     for number, record in records:
+        if isinstance(record, BadRow):
+            yield number, record
+            continue
         where = f"{url}, row {number}"
         if keep is not None and not _called(keep, record, f"{where}: data.filter={options.filter}"):
             yield number, None
@@ -25,12 +30,17 @@ def documents(
         if change is not None:
             record = _called(change, record, f"{where}: data.map={options.map}")
         text = record.get(options.text_column) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: no text under {options.text_column!r}; let data.map put it there, let data.filter leave "
-                "such rows out, or set data.text_column"
+        wrong = not_unicode(text) if isinstance(text, str) else "no text"
+        if wrong:
+            yield (
+                number,
+                BadRow(
+                    f"{where}: {wrong} under {options.text_column!r}; let data.map put text there, let data.filter "
+                    f"leave such rows out, set data.text_column, {FIX}"
+                ),
             )
-        yield number, text
+        else:
+            yield number, text
 
 
 def _called(function: Any, record: dict[str, Any], what: str) -> Any:
@@ -38,4 +48,4 @@ def _called(function: Any, record: dict[str, Any], what: str) -> Any:
         return function(record)
     # Whatever a user's function raises ends the run with the row's number.
     except Exception as error:
-        raise DataError(f"{what} failed with {type(error).__name__}: {error}; mend it, then run again") from error
+        raise DataError(f"{what} failed with {type(error).__name__}: {error}; fix it, then run again") from error

@@ -1,5 +1,6 @@
 """A fixed set of windows on which a run is measured, the same ones every time."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from stablelm.data.encoding import IGNORED, Encoder, document_tokens
 from stablelm.data.options import ReadOptions
+from stablelm.data.problems import listed
 from stablelm.data.source import documents
 from stablelm.errors import DataError
 
@@ -19,13 +21,33 @@ class ValidationSet:
     """Windows of a corpus: int64 (n, seq_len); a target of -100 is no target.
 
     `bytes_per_token`: UTF-8 bytes a token (eos counted) of the documents that were touched, which turns
-    nats a token into bits a byte: loss / (ln 2 * bytes_per_token). `documents`: how many were touched.
+    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since what it
+    stands for is neither predicted nor given back. `documents`: how many were touched.
     """
 
     tokens: "torch.Tensor"
     targets: "torch.Tensor"
-    bytes_per_token: float
+    bytes_per_token: float | None
     documents: int
+
+
+def touched(
+    files: list[str], tokenizer: Encoder, *, tokens: int, options: ReadOptions
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens with eos, bytes of UTF-8) of the documents that hold the first so many tokens.
+
+    Raises DataError when a file cannot be read or there is not one document.
+    """
+    length = 0
+    for text in documents(files, options):
+        if length >= tokens:
+            return
+        found = document_tokens(tokenizer, text)
+        if len(found):
+            length += len(found)
+            yield found, len(text.encode())
+    if not length:
+        raise DataError(f"{listed(files)}: no text to predict; give files with documents")
 
 
 def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, options: ReadOptions) -> ValidationSet:
@@ -38,15 +60,11 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
 
     needed = sequences * seq_len + 1
     parts: list[np.ndarray] = []
-    length = text_bytes = 0
-    for text in documents(files, options):
-        if length >= needed:
-            break
-        parts.append(document_tokens(tokenizer, text))
-        length += len(parts[-1])
-        text_bytes += len(text.encode())
-    if length < 2:
-        raise DataError(f"data.validation: {', '.join(files)} hold no text to predict; give files with documents")
+    text_bytes, restored = 0, True
+    for tokens_of_one, size in touched(files, tokenizer, tokens=needed, options=options):
+        parts.append(tokens_of_one)
+        text_bytes += size
+        restored = restored and not (tokens_of_one == tokenizer.unknown).any()
     stream = np.concatenate(parts).astype(np.int64)[:needed]
     count = -(-(len(stream) - 1) // seq_len)
     tokens = np.full(count * seq_len, tokenizer.eos, np.int64)
@@ -57,6 +75,6 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
     return ValidationSet(
         torch.from_numpy(tokens.reshape(shape)),
         torch.from_numpy(targets.reshape(shape)),
-        text_bytes / length,
+        text_bytes / sum(map(len, parts)) if restored else None,
         len(parts),
     )

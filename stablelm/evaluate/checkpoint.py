@@ -5,7 +5,8 @@ import re
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,25 @@ from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
 from stablelm.config.saved import in_effect
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection
+from stablelm.data import corpus, inspection, validation
 from stablelm.data.embedded import embedded
 from stablelm.data.options import ReadOptions
+from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
-from stablelm.train.prepare import validation_paths
+from stablelm.train.prepare import validation_options, validation_paths
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 
 WHOLE = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Files of a set, and how they are read."""
+
+    files: list[str]
+    options: ReadOptions
 
 
 @dataclass(frozen=True)
@@ -35,18 +45,27 @@ class Request:
     config: Config
     kind: str
     tokenizer: Tokenizer
-    sets: dict[str, list[str]]
+    sets: dict[str, Texts]
     sequences: int
 
 
 def evaluate_checkpoint(
-    checkpoint: str, *, data: list[str], tokenizer: str | None, sequences: int | None, out: str | None
+    checkpoint: str,
+    *,
+    data: list[str],
+    tokenizer: str | None,
+    sequences: int | None,
+    out: str | None,
+    reading: Mapping[str, str] | None = None,
 ) -> int:
-    """Prints the figures of each set and writes them to `out`; returns the exit code."""
+    """Prints the figures of each set and writes them to `out`; returns the exit code.
+
+    `reading`: fields of `ReadOptions` that differ from the run's.
+    """
     launch = Launch()
     try:
         launch = detect()
-        request = _prepare(checkpoint, data, tokenizer, sequences, launch)
+        request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch)
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
@@ -66,7 +85,14 @@ def evaluate_checkpoint(
         return code
 
 
-def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences: int | None, launch: Launch) -> Request:
+def _prepare(
+    checkpoint: str,
+    data: list[str],
+    tokenizer: str | None,
+    sequences: int | None,
+    reading: Mapping[str, str],
+    launch: Launch,
+) -> Request:
     from stablelm.checkpoint import contents
 
     found = keep.resolve_checkpoint(checkpoint, lacks=partial(contents.problems, optimizer=False))
@@ -75,13 +101,14 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
+    loaded = _tokenizer(tokenizer, found, config, state["identity"]["data.tokenizer"])
     return Request(
         checkpoint=found,
         step=state["step"],
         config=config,
         kind=kind,
-        tokenizer=_tokenizer(tokenizer, found, config, state["identity"]["data.tokenizer"]),
-        sets=_sets(data, config),
+        tokenizer=loaded,
+        sets=_sets(data, config, reading, loaded, (sequences or WHOLE) * config.data.seq_len + 1),
         sequences=sequences or WHOLE,
     )
 
@@ -104,7 +131,9 @@ def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str
     return found
 
 
-def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
+def _sets(
+    data: list[str], config: Config, reading: Mapping[str, Any], tokenizer: Tokenizer, tokens: int
+) -> dict[str, Texts]:
     paths: dict[str, str | list[str]] = {}
     for item in data:
         named = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", item)
@@ -115,21 +144,26 @@ def _sets(data: list[str], config: Config) -> dict[str, list[str]]:
     paths = paths or validation_paths(config)
     if not paths:
         raise ConfigError("the run has no validation set; name text to evaluate on by --data PATH")
-    sets = {}
+    sets, problems = {}, Problems()
     for name, path in paths.items():
-        key = f"--data {name}" if data else f"data.validation.{name}"
-        options = ReadOptions.of(config.data)
-        sets[name] = corpus.resolve(path, key=key, cache=config.data.cache, options=options)
-        inspection.check(sets[name], key=key, options=options)
+        with problems.collecting(key := f"--data {name}" if data else f"data.validation.{name}"):
+            options = ReadOptions.of(config.data) if data else validation_options(config, name)
+            options = replace(options, **reading)
+            files = corpus.resolve(path, key=key, cache=config.data.cache, options=options)
+            inspection.check(files, key=key, options=options)
+            if all(map(corpus.is_local, files)):
+                for _ in validation.touched(files, tokenizer, tokens=tokens, options=options):
+                    pass
+            sets[name] = Texts(files, options)
+    problems.raise_any()
     return sets
 
 
 def _run(request: Request, launch: Launch, out: str | None) -> int:
     from stablelm.checkpoint.portable import load_tensors
-    from stablelm.data import validation
     from stablelm.engine.build import build_engine
     from stablelm.engine.mesh import check_precision, connect, disconnect
-    from stablelm.evaluate.perplexity import evaluate
+    from stablelm.evaluate.perplexity import evaluate, in_words
 
     config = request.config
     ranks = connect(launch, request.kind)
@@ -138,20 +172,20 @@ def _run(request: Request, launch: Launch, out: str | None) -> int:
     load_tensors(request.checkpoint / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     engine.loaded()
     figures = {}
-    for name, files in request.sets.items():
-        texts = validation.read(
-            files,
+    for name, texts in request.sets.items():
+        windows = validation.read(
+            texts.files,
             request.tokenizer,
             seq_len=config.data.seq_len,
             sequences=request.sequences,
-            options=ReadOptions.of(config.data),
+            options=texts.options,
         )
-        scores = evaluate(engine, ranks, texts, config.evaluate.micro_batch_size)
+        scores = evaluate(engine, ranks, windows, config.evaluate.micro_batch_size)
         figures[name] = scores.as_dict()
         if ranks.is_first:
             print(
                 f"{name}: loss {scores.loss:.6f}  perplexity {scores.perplexity:.3f}  "
-                f"bits per byte {scores.bits_per_byte:.4f}  tokens {scores.tokens}",
+                f"{in_words(scores.bits_per_byte)}  tokens {scores.tokens}",
                 flush=True,
             )
     if ranks.is_first and out is not None:

@@ -15,17 +15,17 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Scores:
-    """`loss` in nats a token, `tokens` predicted."""
+    """`loss` in nats a token, `tokens` predicted; `bits_per_byte`: None for text the tokenizer cannot restore."""
 
     loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -71,9 +71,14 @@ def evaluate(
     return Scores(loss=loss, bits_per_byte=bits_per_byte(loss, data.bytes_per_token), tokens=valid)
 
 
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats a token to bits a UTF-8 byte of the text, end-of-document tokens counted as tokens."""
-    return loss / math.log(2) / bytes_per_token
+def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    """Nats a token to bits a UTF-8 byte of the text, end-of-document tokens counted as tokens; None stays None."""
+    return None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+
+
+def in_words(bits: float | None) -> str:
+    """Bits per byte for a reader."""
+    return "no bits per byte (the text has unknown tokens)" if bits is None else f"bits per byte {bits:.4f}"
 
 
 def _micro_batches(tokens: torch.Tensor, targets: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -56,6 +56,8 @@ def training_words(record: dict[str, Any], total: int, left: float | None) -> st
         words.append(f"grad_norm {record['grad_norm']:.2f}")
     if record.get("skipped_steps"):
         words.append(f"skipped {record['skipped_steps']}")
+    if record.get("skipped_rows"):
+        words.append(f"bad rows {record['skipped_rows']}")
     if "tokens_per_second" in record:
         words.append(f"{short_number(record['tokens_per_second'])} tokens/s")
     if "slowest_rank" in record:

@@ -11,13 +11,12 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.observe.layers import rows_for
 from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
-from stablelm.train.prepare import Prepared
+from stablelm.train.prepare import Prepared, validation_options
 from stablelm.train.progress import Progress
 
 
@@ -63,7 +62,7 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
             prepared.tokenizer,
             seq_len=config.data.seq_len,
             sequences=config.evaluate.batches * config.train.global_batch_size,
-            options=ReadOptions.of(config.data),
+            options=validation_options(config, name),
         )
         for name, files in prepared.corpora.validation.items()
     }
@@ -109,6 +108,7 @@ def save(
     state = {
         "step": progress.step,
         "tokens": progress.tokens,
+        "skipped_rows": progress.skipped_rows,
         "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
         "identity": prepared.corpora.identity,
         "guards": guard.state(),

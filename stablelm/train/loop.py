@@ -20,7 +20,8 @@ def train(job: Job) -> str:
     config, progress, pulse = job.config, job.progress, job.watch.pulse
     steps = config.train.steps
     assert steps is not None
-    interval = Meter(job.engine.device, job.ranks, config, progress, job.records.write, job.watch.hosts)
+    records = job.records
+    interval = Meter(job.engine.device, job.ranks, config, progress, records.write, job.watch.hosts, records.message)
     agreement = Agreement(job.ranks)
     if progress.evaluation_due and not validate(job, agreement):
         return REASONS[agreement.known]
@@ -43,7 +44,7 @@ def train(job: Job) -> str:
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
-            interval.write(job.loader.epochs())
+            interval.write(job.loader)
         job.layers.step(step, progress.tokens)
         if due(step, config.evaluate.every, steps):
             validate(job, agreement)
@@ -51,7 +52,7 @@ def train(job: Job) -> str:
         reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
         if saving:  # nothing that has not been judged
-            interval.write(job.loader.epochs())
+            interval.write(job.loader)
             outcomes += agreement.settle()
         spike = job.guard.judge(outcomes)
         stopping = bool(reason) and (step < steps or progress.evaluation_due)

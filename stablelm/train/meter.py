@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,18 @@ NOTICEABLE = 0.1
 """Share of a step that the slowest rank must lie behind the median rank to be named."""
 
 
+class Reading(Protocol):
+    """What a loader says of its text: how often each source was read, and counts since they were last asked for."""
+
+    def epochs(self) -> dict[str, float]: ...
+
+    def counts(self) -> dict[str, int]: ...
+
+
+MANY_UNKNOWN = 0.05
+"""Share of unknown tokens in an interval that is worth a warning."""
+
+
 class Meter:
     """Adds up steps and writes a record of their means (seconds a step, nats a token)."""
 
@@ -33,9 +45,11 @@ class Meter:
         progress: Progress,
         record: Callable[[dict[str, Any]], None],
         hosts: Sequence[str] = (),
+        message: Callable[[str], None] = lambda text: None,
     ):
         self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
-        self._device, self._hosts = device, hosts
+        self._device, self._hosts, self._message = device, hosts, message
+        self._warned = False
         self._watches_spikes = config.guards.spike != "none"
         self._peak = peak_flops(device) * ranks.world_size
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
@@ -64,15 +78,16 @@ class Meter:
         self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
-    def write(self, epochs: dict[str, float]) -> None:
+    def write(self, loader: Reading) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
-        `epochs`: how often each source of text was read, by name. An interval of which no update was made has NaN for
-        its loss and norm.
+        `loader` says what was read. An interval of which no update was made has NaN for its loss and norm.
         """
         progress = self._progress
         if progress.tokens == self._tokens_before:
             return
+        for name, count in loader.counts().items():
+            self._interval.add(name, count)
         steps, sums = self._interval.reduce(self._ranks.cpu_group)
         ranks = self._ranks.world_size
         seconds = sums["seconds"] / ranks
@@ -82,6 +97,7 @@ class Meter:
         progress.loss = loss if made else progress.loss
         progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
         self._tokens_before = progress.tokens
+        progress.skipped_rows += round(sums["skipped_rows"])
         self._record(
             {
                 "step": progress.step,
@@ -94,13 +110,25 @@ class Meter:
                 "data_wait_seconds": sums["wait"] / ranks / steps,
                 "memory_bytes": peak_memory(self._device),
                 **self._utilisation(progress.tokens_per_second),
-                **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in epochs.items()},
+                **{f"data_epoch/{name}" if name else "data_epoch": turns for name, turns in loader.epochs().items()},
+                **self._read(sums),
                 "skipped_steps": progress.skipped_steps,
                 **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
                 **self._of_each_rank(self._own_seconds / steps, seconds / steps),
             }
         )
         self._own_seconds, self._waited_before = 0.0, waited_seconds()
+
+    def _read(self, sums: dict[str, float]) -> dict[str, float]:
+        """What was wrong with the text: bad rows so far, and the share of the interval's tokens that are unknown."""
+        unknown = sums["unknown_tokens"] / max(1.0, sums["input_tokens"])
+        if unknown > MANY_UNKNOWN and not self._warned:
+            self._warned = True
+            self._message(
+                f"warning: {unknown:.1%} of the tokens are unknown: the tokenizer has no pieces for this text; set "
+                "data.tokenizer to one with byte fallback, such as data/train_tokenizer.py makes"
+            )
+        return {"skipped_rows": self._progress.skipped_rows, "unknown_tokens": unknown}
 
     def _of_each_rank(self, own: float, step_seconds: float) -> dict[str, Any]:
         """Seconds of the interval in which reads waited for a store, where it was longest, and the slowest rank.

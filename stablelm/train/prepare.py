@@ -12,12 +12,13 @@ from typing import Any
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import place
 from stablelm.config import identity as identities
-from stablelm.config import rules
+from stablelm.config import rules, validation_sets
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection, training
+from stablelm.data import corpus, inspection, training, validation
 from stablelm.data.embedded import embedded
 from stablelm.data.options import ReadOptions
+from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -84,27 +85,39 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
     known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
-    train = training.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
-    validation = {}
+    problems, train, found = Problems(), {}, {}
+    with problems.collecting():
+        train = training.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
     for name, path in validation_paths(config).items():
-        validation[name] = training.text(data, path, key=f"data.validation.{name}", known=known)
-    check_remote(config, train, validation, known)
+        with problems.collecting(key := f"data.validation.{name}"):
+            options = validation_options(config, name)
+            found[name] = training.text(data, path, key=key, known=known, options=options)
+            if all(map(corpus.is_local, found[name])):
+                needed = config.evaluate.batches * config.train.global_batch_size * data.seq_len + 1
+                for _ in validation.touched(found[name], tokenizer, tokens=needed, options=options):
+                    pass
+    problems.raise_any()
+    check_remote(config, train, found, known)
     names = training.identity_names(train, data)
-    return Corpora(train, validation, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
+    return Corpora(train, found, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
 
 
-def check_remote(
-    config: Config, train: training.Sources, validation: dict[str, list[str]], known: training.Lists
-) -> None:
+def check_remote(config: Config, train: training.Sources, sets: dict[str, list[str]], known: training.Lists) -> None:
     """Looks at remote text. Not at lists the run has begun with: what befalls their store now is no bad input."""
-    data, options = config.data, ReadOptions.of(config.data)
-    asked = {f"data.validation.{name}": (path, validation[name]) for name, path in validation_paths(config).items()}
-    if data.source == "files":
-        for name, path in training.paths(data).items():
-            asked[f"data.mixture.{name}.path" if name else "data.path"] = path, train[name]
-    for key, (path, files) in asked.items():
+    asked = {
+        f"data.validation.{name}": (path, sets[name], validation_options(config, name))
+        for name, path in validation_paths(config).items()
+    }
+    if config.data.source == "files":
+        for name, path in training.paths(config.data).items():
+            key = f"data.mixture.{name}.path" if name else "data.path"
+            asked[key] = path, train[name], ReadOptions.of(config.data)
+    problems = Problems()
+    for key, (path, files, options) in asked.items():
         if json.dumps(path) not in known:
-            inspection.check_remote(files, key=key, options=options)
+            with problems.collecting():
+                inspection.check_remote(files, key=key, options=options)
+    problems.raise_any()
 
 
 def known_files(config: Config) -> dict[str, list[str]]:
@@ -118,20 +131,25 @@ def known_files(config: Config) -> dict[str, list[str]]:
 
 def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
     """What `known_files` is to find: the lists of remote paths, since local ones are looked up at once."""
-    asked, validation = training.paths(config.data), validation_paths(config)
+    asked, sets = training.paths(config.data), validation_paths(config)
     lists = [(asked[name], files) for name, files in corpora.train.items()]
-    lists += [(validation[name], files) for name, files in corpora.validation.items()]
+    lists += [(sets[name], files) for name, files in corpora.validation.items()]
     return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:
     """Validation sets by name; the embedded corpus brings its own."""
-    paths = dict(config.data.validation)
-    if config.data.validation_path is not None:
-        paths["default"] = config.data.validation_path
+    paths = {name: each.path for name, each in validation_sets.sets(config.data).items()}
     if not paths and config.data.path == "embedded" and not config.data.mixture:
         paths["default"] = "embedded"
     return {name: training.asked(config.data, path, split="validation") for name, path in paths.items()}
+
+
+def validation_options(config: Config, name: str) -> ReadOptions:
+    """How the text of a validation set is read."""
+    named = validation_sets.sets(config.data).get(name)
+    options = ReadOptions.of(config.data)
+    return options if named is None else replace(options, text_column=named.text_column)
 
 
 def _remote(config: Config) -> bool:

@@ -18,5 +18,7 @@ class Progress:
     """Whether the evaluation of this step was cut short by a stop, so that the next attempt makes it."""
     skipped_steps: int = 0
     """Updates left out, of those steps that count."""
+    skipped_rows: int = 0
+    """Bad rows that were left out of the text, with `data.bad_rows=skip`."""
     spikes: int = 0
     rewinds: int = 0

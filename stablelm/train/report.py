@@ -10,7 +10,7 @@ from stablelm.data import unigram
 from stablelm.data.mixture import Mixture
 from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
-from stablelm.evaluate.perplexity import bits_per_byte
+from stablelm.evaluate.perplexity import bits_per_byte, in_words
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
 
@@ -38,11 +38,11 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
             )
         except DataError as error:
             # The run is complete and saved: a baseline that cannot be read must not fail it.
-            message(f"validation {name}: loss {loss:.4f}, {bits:.4f} bits per byte (no unigram baseline: {error})")
+            message(f"validation {name}: loss {loss:.4f}, {in_words(bits)} (no unigram baseline: {error})")
             continue
         told["unigram_loss"][name] = baseline
         message(
-            f"validation {name}: loss {loss:.4f}, {bits:.4f} bits per byte; a unigram model of the training "
+            f"validation {name}: loss {loss:.4f}, {in_words(bits)}; a unigram model of the training "
             f"tokens has {baseline:.4f}: {baseline - loss:.4f} nats more"
         )
     return told

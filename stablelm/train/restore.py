@@ -83,7 +83,7 @@ def resume_from(
     state = keep.read_state(checkpoint)
     loader.load(state["data"])
     progress.step, progress.tokens = state["step"], state["tokens"]
-    progress.checkpointed_step = state["step"]
+    progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
     guard.load(state.get("guards", {}))
     return int(state["data"]["data_step"])
 

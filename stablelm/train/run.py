@@ -187,5 +187,5 @@ def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Place) -
         )
         print(where_to_look(config))
     ending.progress.step, ending.progress.tokens = state["step"], state["tokens"]
-    ending.progress.checkpointed_step = state["step"]
+    ending.progress.checkpointed_step, ending.progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
     return ""

@@ -29,7 +29,8 @@ def validate(job: Job, agreement: Agreement) -> bool:
     if scores:
         progress.val_loss = {name: score.loss for name, score in scores.items()}
         values = {f"val_loss/{name}": score.loss for name, score in scores.items()}
-        values |= {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+        bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+        values |= {name: value for name, value in bits.items() if value is not None}
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
     return True
 

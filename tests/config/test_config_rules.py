@@ -176,6 +176,14 @@ def test_resolving_a_resolved_configuration_changes_nothing(tmp_path_factory, to
             ["data.validation={a b: x}"],
             "data.validation.a b: the name of a validation set has only letters, digits, _ and -; rename it",
         ),
+        (
+            ["data.validation={web: {text_column: body}}"],
+            "data.validation.web has no path; give one, as in data.validation.web.path=...",
+        ),
+        (
+            ["data.validation={web: {path: x, column: body}}"],
+            "data.validation.web.column: a validation set has a path and a text_column; give one of these",
+        ),
     ],
 )
 def test_a_broken_rule(overrides, message):

@@ -19,7 +19,7 @@ def make(*overrides: str, files: tuple[str, ...] = ("a.json.gz", "b.json.gz"), t
 
 def test_holds_the_identity_keys_as_json():
     found = make()
-    assert set(found) == {name for name, key in keys().items() if key.identity}
+    assert set(found) == {name for name, key in keys().items() if key.identity} | {"data.order"}
     assert json.loads(json.dumps(found)) == found
     assert (found["data.path"], found["data.tokenizer"]) == (["a.json.gz", "b.json.gz"], "1234")
     assert found["train.betas"] == [0.9, 0.95]
@@ -54,6 +54,8 @@ def test_contract_of_free_keys():
         "data.workers=0",
         "checkpoint.dir=/c",
         "data.path=/other/store/*.gz",
+        "data.bad_rows=skip",
+        "data.validation={web: {path: x.json, text_column: body}}",
         "model.kv_heads=6",
     ],
 )
@@ -71,6 +73,7 @@ def test_free_to_change(override):
         ("model.placement=post", "model.placement: saved with pre, now post"),
         ("train.betas=[0.9, 0.99]", "train.betas: saved with [0.9, 0.95], now [0.9, 0.99]"),
         ("model.tie_embeddings=true", "model.tie_embeddings: saved with false, now true"),
+        ("data.text_unit=line", "data.text_unit: saved with file, now line"),
         ("run.init_from=x", "run.init_from: saved with null, now x"),
     ],
 )
@@ -160,3 +163,12 @@ def test_a_run_saved_before_a_key_existed_had_its_default():
     assert differences(old, make()) == []
     (line,) = differences(old, make("data.packing=best_fit"))
     assert line == "data.packing: saved with split, now best_fit"
+
+
+def test_a_run_that_does_not_say_its_order_has_the_first_one():
+    saved = make()
+    assert saved.pop("data.order") == 2
+    (sentence,) = differences(saved, make())
+    assert sentence.startswith("data.order: saved by a program that reads the rows of files in order 1, now 2; ")
+    assert "run.init_from" in sentence
+    assert identity_hash(saved) != identity_hash(make())

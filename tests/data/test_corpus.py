@@ -16,7 +16,7 @@ def find(path: str | list[str], key: str = "data.path") -> list[str]:
 def folder(tmp_path: Path) -> Path:
     for name in ("b.json.gz", "a.jsonl", "c.json.zst", "README.md", ".hidden.json", "d.json"):
         (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "z.json").mkdir()
+    (tmp_path / "z").mkdir()
     return tmp_path
 
 
@@ -32,7 +32,7 @@ def test_file_glob_braces_and_lists_are_sorted_by_base_name(folder: Path):
     assert find(str(folder / "b.json.gz")) == [str(folder / "b.json.gz")]
     assert names(find(f"{folder}/*.json*")) == ["a.jsonl", "b.json.gz", "c.json.zst", "d.json"]
     assert names(find(f"{folder}/{{d.json,b.json.gz}}")) == ["b.json.gz", "d.json"]
-    other = folder / "z.json" / "aa.json"
+    other = folder / "z" / "aa.json"
     other.write_bytes(b"x")
     assert names(find([str(folder / "d.json"), str(other), f"{folder}/a*"])) == ["a.jsonl", "aa.json", "d.json"]
 
@@ -87,9 +87,9 @@ def test_urls_are_sorted_by_base_name_without_host_and_query():
         ("{tmp}/none/", "there is no file or folder"),
         ("{tmp}/none*.json", "no file matches"),
         ("{tmp}/{{d,none}}.json", "no file matches"),
-        ("{tmp}/z.json", "holds no file named *.json.gz"),
+        ("{tmp}/z", "holds no file named *.json.gz"),
         ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
-        ("http://host/text.csv", "is not named like text we read"),
+        ("http://host/text.csv", "is of an unsupported file type"),
         ("ftp://bucket/a.json", "is in a store we do not read"),
         ("hf://allenai/c4/x.json", "write hf://datasets/<owner>/<name>"),
         ("embedded:test", "is no split"),
@@ -108,13 +108,46 @@ def test_entries_that_match_nothing(path: str, says: str, folder: Path):
     assert caught.value.exit_code == 78
 
 
+@pytest.fixture
+def holes(tmp_path: Path) -> Path:
+    """A folder as download tools and Spark leave it: two of its names are no files."""
+    for name in ("part-0.parquet", "part-1.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "part-2.parquet").symlink_to("gone.parquet")
+    (tmp_path / "part-3.parquet").mkdir()
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{0}", "{0}/*.parquet", "{0}/*", "{0}/**", "{0}/part-{{0..3}}.parquet", "{0}/part-{{0,1,2,3}}.parquet", "list"],
+)
+def test_links_to_nothing_and_folders_named_like_files_are_all_named(holes: Path, form: str):
+    path = [f"{holes}/part-{n}.parquet" for n in range(4)] if form == "list" else form.format(holes)
+    with pytest.raises(ConfigError) as caught:
+        find(path)
+    message = str(caught.value)
+    assert message.startswith("data.path: ") and "; " in message
+    assert f"{holes}/part-2.parquet' (a link to 'gone.parquet', which does not exist)" in message
+    assert f"{holes}/part-3.parquet" in message and "folder" in message
+    assert "part-0" not in message and "part-1" not in message
+
+
+def test_all_that_is_missing_is_named(folder: Path):
+    with pytest.raises(ConfigError) as caught:
+        find([f"{folder}/{{d,none,nil}}.json", f"{folder}/gone.json", f"{folder}/d.json"])
+    message = str(caught.value)
+    assert all(word in message for word in ("none.json", "nil.json", "gone.json")) and "/d.json" not in message
+
+
 def test_an_empty_list():
     with pytest.raises(ConfigError, match=r"^data\.path: the list is empty; give"):
         find([])
 
 
 def test_equal_base_names_are_refused(folder: Path):
-    copy = folder / "z.json" / "d.json"
+    copy = folder / "z" / "d.json"
     copy.write_bytes(b"x")
     with pytest.raises(ConfigError) as caught:
         find([str(folder / "d.json"), str(copy)])

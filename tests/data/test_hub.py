@@ -47,7 +47,7 @@ CARD = b"---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    
 @pytest.fixture(scope="module")
 def hub() -> Iterator[FakeHub]:
     files = {f"en/c4-train.0000{index}-of-00003.json.gz": shard(index) for index in (2, 0, 1)}
-    files |= {"en/c4-validation.00000-of-00001.json.gz": shard(9), "README.md": CARD, "en/notes.txt": b"words"}
+    files |= {"en/c4-validation.00000-of-00001.json.gz": shard(9), "README.md": CARD, "en/notes.csv": b"words"}
     with FakeHub(files) as hub:
         yield hub
 
@@ -82,7 +82,7 @@ WRONG = {
     "hf://datasets/allenai/c4/en/none*.json.gz": "no file on the hub matches",
     "hf://datasets/allenai/c9/en/*.json.gz": "the hub has no data set or revision",
     f"hf://datasets/allenai/c4@{'0' * 40}/en/*.json.gz": "the hub has no data set or revision",
-    "hf://datasets/allenai/c4/en/notes.txt": "is not named like text we read",
+    "hf://datasets/allenai/c4/en/notes.csv": "is of an unsupported file type",
 }
 
 

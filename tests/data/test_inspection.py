@@ -41,7 +41,7 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", GOOD, "is not named like text we read; give files named *.json.gz"),
+        ("a.csv", GOOD, "is of an unsupported file type; give files named *.json.gz"),
         ("a.parquet", b"PAR1", "damaged or no parquet file"),
         ("a.parquet", GOOD, "holds plain data, but its name says parquet"),
         ("a.json.gz", b"", "is empty"),
@@ -79,6 +79,17 @@ def test_files_that_are_wrong(name: str, content: bytes, says: str, tmp_path: Pa
     assert says in message
     assert "; " in message  # the mend
     assert "\n" not in message
+
+
+def test_every_file_that_is_wrong_is_named(tmp_path: Path):
+    files = [write(tmp_path, f"{n:02}.json", b"" if n % 5 == 1 else GOOD) for n in range(60)]
+    with pytest.raises(ConfigError) as caught:
+        check([*files, write(tmp_path, "cut.json", GOOD + b'{"text": ')], key="data.path")
+    lines = str(caught.value).splitlines()
+    assert [line for line in lines if not line.startswith("data.path: ")] == ["and 5 more problems of this kind"]
+    assert "01.json' is empty" in lines[0] and "36.json' is empty" in lines[7] and len(lines) == 9
+    with pytest.raises(ConfigError, match=r"01\.json' is empty[^\n]*\n[^\n]*cut\.json, line 3"):
+        check([*files[:5], str(tmp_path / "cut.json")], key="data.path")
 
 
 def test_a_file_that_vanished_and_one_that_is_a_folder(tmp_path: Path):

@@ -1,5 +1,6 @@
 """One order for every world size, worker count, kind of storage and history of resumes."""
 
+import gzip
 import json
 from typing import Any
 
@@ -20,16 +21,28 @@ SETUP = st.tuples(st.sampled_from(WORLDS), st.sampled_from(WORKERS), st.booleans
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> dict[bool, list[str]]:
-    """The same 119 documents as text (False) and as shards (True): an epoch is some nine steps."""
+    """The same 119 documents as text (False) and as shards (True): an epoch is some nine steps.
+
+    Between them are rows that hold none: in one file every second is empty, in another some are cut off.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     text = write_corpus(folder, [40, 0, 33, 46])
+    for file, other, every in ((text[0], '{"text": ""}', 1), (text[3], '{"text": "cut', 5)):
+        opened = gzip.open if file.endswith(".gz") else open
+        with opened(file, "rt") as before:
+            lines = before.read().splitlines()
+        with opened(file, "wt") as after:
+            for number, line in enumerate(lines):
+                after.write(line + "\n" + (other + "\n" if number % every == 0 else ""))
     return {False: text, True: write_shards(text, folder / "prepared")}
 
 
 def start(files: list[str], world: int, workers: int, packing: Any, state: dict | None) -> list[Loader]:
     loaders = []
     for rank in range(world):
-        data = DataConfig(seq_len=SEQ_LEN, lanes=LANES, shuffle_block=4, workers=workers, packing=packing)
+        data = DataConfig(
+            seq_len=SEQ_LEN, lanes=LANES, shuffle_block=4, workers=workers, packing=packing, bad_rows="skip"
+        )
         each = Loader(
             files, LetterTokenizer(), data, seed=5, global_batch_size=BATCH, rank=rank, world_size=world, documents=True
         )

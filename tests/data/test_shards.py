@@ -12,12 +12,12 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import pages, retry, shard_format, shards
+from stablelm.data import pages, retry, shard_corpus, shard_format, shards
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
 from stablelm.data.options import ReadOptions
 from stablelm.data.shards import Shard
-from stablelm.errors import DataError
+from stablelm.errors import ConfigError, DataError
 
 
 def open_shard(url: str, tokenizer: str | None = "letters") -> Shard:
@@ -49,11 +49,12 @@ def test_rows_are_the_documents(tmp_path_factory, texts, first, step, masked):
     folder = tmp_path_factory.mktemp("shard")
     left_out = tuple(row for row in masked if row < len(texts))
     shard = open_shard(write_shard(write_rows(folder / "a.json", texts), folder, left_out))
-    wanted = range(first, first + 20, step)
+    wanted = range(first, min(first + 20, len(texts)), step)
     expected = [document_tokens(LetterTokenizer(), text).tolist() for text in texts]
+    assert [bool(tokens) for tokens in expected] == [bool(text) for text in texts]
     expected = [[] if row in left_out else tokens for row, tokens in enumerate(expected)]
-    assert rows_of(shard, wanted) == [expected[row] for row in wanted if row < len(texts)]
-    assert shard.all_tokens() == sum(map(len, expected))
+    assert rows_of(shard, wanted) == [expected[row] for row in wanted]
+    assert shard.count() == (sum(map(len, expected)), sum(map(bool, expected)))
     assert shard.footer.text_bytes == sum(len(text.encode()) for text in texts)
     shard.check()
 
@@ -81,12 +82,12 @@ def test_parts_cover_rows_in_order_and_keep_to_the_limit(lengths, limit):
 @pytest.mark.parametrize(("pieces", "kind"), [(65_535, "<u2"), (65_536, "<u4")])
 def test_tokens_take_as_few_bytes_as_the_vocabulary_allows(tmp_path, pieces, kind):
     path = tmp_path / "a.json.tokens"
-    rows = [np.array([1, 2, pieces - 1], np.int32), np.array([7], np.int32)]
+    rows = [np.array([1, 2, pieces - 1], np.int32), np.array([7, 0], np.int32)]
     with path.open("wb") as file:
         named = {"source": "a.json", "source_size": 1, "tokenizer": "t", "pieces": pieces, "eos": 0}
         shard_format.write(file, ((row, 0) for row in rows), **named)
     shard = open_shard(str(path), "t")
-    assert rows_of(shard, range(2)) == [[1, 2, pieces - 1], [7]]
+    assert rows_of(shard, range(2)) == [[1, 2, pieces - 1], [7, 0]]
     assert shard.join(np.array([0]), np.array([1])).dtype == kind
     content = path.read_bytes()
     assert np.frombuffer(content[: 4 * np.dtype(kind).itemsize], kind).tolist() == [1, 2, pieces - 1, 7]
@@ -229,3 +230,27 @@ def test_the_state_of_1024_lanes_is_small(tmp_path):
     # The largest numbers a run meets: a thousand epochs, a million entries, blocks and tokens into a document.
     wide = {lane: [999, 999_999, 999_999, 63, 999_999] for lane in state["lanes"]}
     assert len(json.dumps({**state, "lanes": wide})) < 64 << 10
+
+
+def test_every_shard_that_is_wrong_is_named(tmp_path):
+    files = write_shards(write_corpus(tmp_path, [9, 9, 9, 9]), tmp_path / "p")
+    for path in (files[1], files[3]):
+        Path(path).write_bytes(b"")
+    with pytest.raises(ConfigError) as caught:
+        shard_corpus.check(files, "letters", key="data.path")
+    lines = str(caught.value).splitlines()
+    assert [line.partition(": it")[0].split(": ")[1] for line in lines] == [files[1], files[3]]
+    assert all(line.startswith("data.path: ") and "it is empty" in line for line in lines)
+
+
+@pytest.mark.parametrize("form", ["{0}/*.tokens", "{0}/{{one,two,good}}.tokens", "list"])
+def test_shards_that_are_no_files_are_all_named(tmp_path, form):
+    (tmp_path / "good.tokens").write_bytes(b"x")
+    (tmp_path / "one.tokens").symlink_to("gone")
+    (tmp_path / "two.tokens").mkdir()
+    path = [f"{tmp_path}/{name}.tokens" for name in ("good", "one", "two")] if form == "list" else form.format(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        shard_corpus.resolve(path, key="data.path", options=ReadOptions(retry_budget=0))
+    said = str(caught.value)
+    assert "one.tokens' (a link to 'gone', which does not exist)" in said and "two.tokens' (a folder)" in said
+    assert "good.tokens'" not in said.replace("{one,two,good}", "")

@@ -79,10 +79,10 @@ def test_an_output_that_cannot_be_written_keeps_what_was_there(source: Path, tmp
     assert result.stderr.startswith(f"--out: cannot write '{source}/x.model' (")
 
 
-def test_a_line_that_is_not_json_is_data_that_is_damaged(source: Path, tmp_path: Path):
+def test_a_line_that_is_not_json_is_found_before_anything_is_read(source: Path, tmp_path: Path):
     (tmp_path / "bad.json").write_text('{"text": "one"}\nnot json\n')
     result = call(tmp_path, "--source", "bad.json", "--vocab-size", "290", "--out", "out.model")
-    assert result.returncode == 77
+    assert result.returncode == 78
     assert "bad.json, line 2: not valid JSON" in result.stderr
 
 

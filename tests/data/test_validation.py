@@ -13,7 +13,7 @@ from stablelm.data.validation import IGNORED, read
 from stablelm.errors import DataError
 
 TEXTS = {"b.json": ["abc", "", "dé"], "a.json.gz": ["fghij", "k"]}
-STREAM = [ord(letter) for letter in "fghij\0k\0abc\0\0dé\0"]
+STREAM = [ord(letter) for letter in "fghij\0k\0abc\0dé\0"]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_windows_cover_the_corpus_in_base_name_order(files, seq_len):
     assert found.targets[valid].tolist() == STREAM[1:]
     assert found.tokens[valid].tolist() == STREAM[:-1]
     assert not valid[:-1].logical_not().any(), "padding is in the last window only"
-    assert found.documents == 5
+    assert found.documents == 4
     assert found.bytes_per_token == len("fghijkabcdé".encode()) / len(STREAM)
 
 
@@ -52,7 +52,7 @@ def test_at_most_the_asked_windows_and_the_touched_documents(files):
 
 
 def test_a_set_without_text_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"data\.validation: .*empty\.json hold no text"):
+    with pytest.raises(DataError, match=r"empty\.json'?: no text to predict"):
         read_set([write_rows(tmp_path / "empty.json", [])], 4, 2)
 
 

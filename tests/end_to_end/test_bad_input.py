@@ -213,12 +213,15 @@ def test_damaged_newest_checkpoint_falls_back_and_says_so(finished: list[str], t
     assert list((tmp_path / "run" / "checkpoints").glob("damaged-step-00000004*")), "damaged checkpoints are kept"
 
 
+TOO_LARGE_TO_BE_READ_FIRST = json.dumps({"text": "a row that makes the file larger than a check reads " * (1 << 18)})
+
+
 @pytest.mark.slow
 def test_damage_in_mid_stream_ends_with_77_and_the_last_checkpoint(tiny_corpus: TinyCorpus, tmp_path: Path):
     texts = [json.dumps({"text": text}) for text in synthetic_documents(400, seed=1)]
     texts[390] = '{"text": "cut off he'
     data = tmp_path / "bad.json"
-    data.write_text("\n".join(texts) + "\n")
+    data.write_text("\n".join([*texts, TOO_LARGE_TO_BE_READ_FIRST]) + "\n")
     arguments = [
         *TINY,
         *tiny_corpus.overrides(),
@@ -241,7 +244,7 @@ def test_one_ranks_damaged_file_ends_both_with_one_cause(tiny_corpus: TinyCorpus
     texts = [json.dumps({"text": text}) for text in synthetic_documents(300, seed=1)]
     (tmp_path / "text" / "good.json").write_text("\n".join(texts) + "\n")
     texts[200] = '{"text": "cut off he'
-    (tmp_path / "text" / "bad.json").write_text("\n".join(texts) + "\n")
+    (tmp_path / "text" / "bad.json").write_text("\n".join([*texts, TOO_LARGE_TO_BE_READ_FIRST]) + "\n")
     began = time.monotonic()
     changes = [
         "train.steps=2000",

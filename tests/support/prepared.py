@@ -8,7 +8,7 @@ import numpy as np
 from stablelm.data import shard_format
 from stablelm.data.encoding import document_tokens
 from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.source import texts
 from support.letters import LetterTokenizer
 
 
@@ -17,8 +17,8 @@ def write_shard(source: str, folder: Path, masked: tuple[int, ...] = ()) -> str:
     tokenizer = LetterTokenizer()
 
     def rows() -> Iterator[tuple[np.ndarray, int]]:
-        for text in documents([source], ReadOptions(retry_budget=0)):
-            yield document_tokens(tokenizer, text), len(text.encode())
+        for text in texts(source, ReadOptions(retry_budget=0, bad_rows="skip")):
+            yield document_tokens(tokenizer, text), len((text or "").encode())
 
     folder.mkdir(exist_ok=True)
     path = folder / (Path(source).name + shard_format.SUFFIX)

@@ -24,6 +24,20 @@ CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None, None)
 
 
+class Read:
+    """A loader's account of its text."""
+
+    def __init__(self, epochs: dict[str, float] | None = None, skipped: int = 0, unknown: int = 0, tokens: int = 64):
+        self._epochs = epochs or {}
+        self._counts = {"skipped_rows": skipped, "unknown_tokens": unknown, "input_tokens": tokens}
+
+    def epochs(self) -> dict[str, float]:
+        return self._epochs
+
+    def counts(self) -> dict[str, int]:
+        return self._counts
+
+
 def resolved() -> Config:
     loaded = load([], ["train.steps=5", "train.global_batch_size=4", "data.seq_len=8", "model.n_layers=2"]).config
     return resolve(loaded, pieces=100, world_size=1, accelerate_precision=None)
@@ -41,8 +55,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, peak: float) -> tuple[dict[str, An
     for norm in (1.0, 3.0):
         made.add(result(96.0, 32, norm), wait=0.5, own=0.0, seconds=2.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
-    made.write({"web": 0.5, "code": 2.25})
-    made.write({})  # nothing since: no second record
+    made.write(Read({"web": 0.5, "code": 2.25}))
+    made.write(Read())  # nothing since: no second record
     (record,) = records
     return record, flops_per_token(config.model, config.data.seq_len)
 
@@ -53,6 +67,21 @@ def test_a_record_holds_the_means_of_its_interval(monkeypatch: pytest.MonkeyPatc
     assert (record["step_seconds"], record["data_wait_seconds"], record["tokens_per_second"]) == (2.0, 0.5, 16.0)
     assert "mfu" not in record
     assert (record["data_epoch/web"], record["data_epoch/code"]) == (0.5, 2.25)
+
+
+def test_bad_rows_add_up_and_many_unknown_tokens_are_told_once():
+    records, told = [], []
+    progress = Progress()
+    made = meter.Meter(CPU, ALONE, resolved(), progress, records.append, message=told.append)
+    for unknown in (3, 4, 32):
+        made.add(result(96.0, 32, 1.0), wait=0.0, own=0.0, seconds=1.0)
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
+        made.write(Read(skipped=2, unknown=unknown, tokens=64))
+    assert [record["skipped_rows"] for record in records] == [2, 4, 6] and progress.skipped_rows == 6
+    assert [record["unknown_tokens"] for record in records] == [3 / 64, 4 / 64, 0.5]
+    assert (
+        len(told) == 1 and told[0].startswith("warning: 6.2% of the tokens are unknown") and "data.tokenizer" in told[0]
+    )
 
 
 def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch):
@@ -68,11 +97,11 @@ def test_records_leave_skipped_steps_out():
     for row in rows:
         made.add(result(*row[:3], skipped=row[3]), wait=0.0, own=0.0, seconds=1.0)
     progress.tokens = 12
-    made.write({})
+    made.write(Read())
     assert (records[0]["loss"], records[0]["grad_norm"], records[0]["skipped_steps"]) == (2.0, 2.0, 1)
     made.add(result(math.nan, 5, math.nan, skipped=True), wait=0.0, own=0.0, seconds=1.0)
     progress.tokens = 16
-    made.write({})
+    made.write(Read())
     assert math.isnan(records[1]["loss"])
     assert (records[1]["skipped_steps"], progress.loss) == (2, 2.0)
 
@@ -90,7 +119,7 @@ def wait_for_a_store(rank: int, world_size: int) -> tuple[float, dict[str, Any]]
     seconds = time.monotonic() - began
     made.add(result(1.0, 1, 1.0), wait=0.0, own=0.0, seconds=1.0)
     progress.step, progress.tokens = 1, 1
-    made.write({})
+    made.write(Read())
     return seconds, records[0]
 
 
@@ -108,7 +137,7 @@ def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
     for _ in range(2):
         made.add(result(1.0, 1, 1.0), wait=0.0, own=own[rank], seconds=1.0)
     progress.step, progress.tokens = 2, 2
-    made.write({})
+    made.write(Read())
     return {name: value for name, value in records[0].items() if name.startswith("slowest")}
 
 
