@@ -25,7 +25,7 @@ import torch
 
 from stablelm.checkpoint import commit, fence, keep
 from stablelm.checkpoint.background import Saver
-from stablelm.checkpoint.portable import load_tensors
+from stablelm.checkpoint.format import load_tensors
 
 OURS, PLAIN = "stablelm", "plain-torch-sha256"
 

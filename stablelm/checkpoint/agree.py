@@ -11,12 +11,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class FailedElsewhere(RuntimeError):
+    """Another rank's failure, in its words; `relayed` where that rank had it from a third, in a phase inside a phase."""
+
+    relayed = False
+
+
 class Together:
     """Runs phases on every rank of `group` (None: this process alone); rank is the one inside the group.
 
     After each phase the ranks exchange their results or failures. If any failed, rank 0 calls `undo` and then every
-    rank raises: the first UserError there is, else the failure of the lowest failed rank (on other ranks as a
-    RuntimeError with its words). A rank that dies is not seen here: the collectives themselves raise then.
+    rank raises: the first UserError there is, else the failure of the lowest failed rank (on other ranks as
+    FailedElsewhere with its words). A rank that dies is not seen here: the collectives themselves raise then.
     """
 
     def __init__(self, group: "ProcessGroup | None", rank: int):
@@ -67,11 +73,20 @@ class Together:
             import torch.distributed as dist
 
             dist.barrier(group=self.group)  # nobody returns before the undoing is done
-        chosen = min(failures, key=lambda rank: (not isinstance(failures[rank], UserError), rank))
+
+        def order(rank: int) -> tuple[bool, bool, int]:
+            failure = failures[rank]
+            return not isinstance(failure, UserError), getattr(failure, "relayed", False), rank
+
+        chosen = min(failures, key=order)
         if chosen == self.rank and own is not None:
             raise own
         raise failures[chosen] from own
 
 
-def _described(rank: int, error: Exception) -> RuntimeError:
-    return RuntimeError(f"rank {rank} failed: {type(error).__name__}: {error}")
+def _described(rank: int, error: Exception) -> FailedElsewhere:
+    if isinstance(error, FailedElsewhere):
+        described = FailedElsewhere(str(error))
+        described.relayed = True  # pickled along with the rest of its attributes
+        return described
+    return FailedElsewhere(f"rank {rank} failed: {type(error).__name__}: {error}")

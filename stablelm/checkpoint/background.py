@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from stablelm.checkpoint import commit
 from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
+from stablelm.checkpoint.flatshard import FlatShard, part_of
 
 
 class Saver:
@@ -39,7 +39,7 @@ class Saver:
     ):
         self.fence, self.background, self._shapes = fence, background, shapes
         self.seconds = 0.0
-        """How long the last save or rehearsal took, from the copy to the commit."""
+        """How long the last save took, from the copy to the commit; before the first one, as the rehearsal says."""
         self._group, self._committed, self._retain = group, committed, retain
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
@@ -56,11 +56,12 @@ class Saver:
         return (3 if self.background else 2) * self.seconds
 
     def rehearse(self, tensors: dict[str, torch.Tensor]) -> commit.SaveResult:
-        """All of a save but the commit, here and now; also takes the host memory that saves will need."""
+        """See `commit.rehearse`, here and now; also takes the host memory that saves will need."""
         started = time.perf_counter()
         held = self._host.copy(tensors) if self.background else tensors
-        result = commit.rehearse(self.fence, 0, held, {}, "", group=self._group)
-        self.seconds = time.perf_counter() - started
+        copying = time.perf_counter() - started
+        result = commit.rehearse(self.fence, held, group=self._group)
+        self.seconds = copying + result.seconds
         return result
 
     def save(
@@ -116,34 +117,21 @@ class HostCopy:
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Equal tensors of the same kinds that share nothing with the given ones; the last copy is overwritten."""
+        """Equal tensors that share nothing with the given ones, FlatShards for DTensors; overwrites the last copy."""
         held, on_gpu = {}, False
         for name, tensor in tensors.items():
-            local = _local(tensor)
+            part = part_of(tensor, 0, 1)
+            local = part.local
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
                 self._buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
             on_gpu |= local.is_cuda
-            held[name] = _like(tensor, buffer)
+            # A DTensor's mesh may be of GPUs; the place in the whole is what a save needs.
+            cut = isinstance(tensor, FlatShard | DTensor)
+            place = {"copies": part.copies, "copy": part.copy}
+            held[name] = FlatShard(buffer.view(-1), part.shape, part.start, **place) if cut else buffer
         if on_gpu:
             torch.cuda.synchronize()
         return held
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part."""
-    if isinstance(tensor, FlatShard):
-        return tensor.local
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same kind and place in the whole, made of another local part."""
-    if isinstance(tensor, FlatShard):
-        return FlatShard(local, tensor.shape, tensor.start)
-    if isinstance(tensor, DTensor):
-        # Its mesh may be of GPUs: from_local would move it back there.
-        return DTensor(local, tensor._spec, requires_grad=False)  # type: ignore[call-arg]
-    return local

@@ -34,6 +34,8 @@ from stablelm.checkpoint.files import (
     write_durably,
     write_new,
 )
+from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
+from stablelm.checkpoint.index import read_index
 from stablelm.checkpoint.keep import step_directories
 from stablelm.checkpoint.manifest import (
     COMMITTED,
@@ -51,10 +53,11 @@ from stablelm.checkpoint.manifest import (
     verify,
 )
 from stablelm.checkpoint.places import Place, RemotePath
-from stablelm.checkpoint.portable import read_metadata, save_tensors, tensor_bytes
 from stablelm.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
+SAMPLE_BYTES = 64 << 20
+"""What a rehearsal writes, a rank."""
 
 
 @dataclass(frozen=True)
@@ -90,30 +93,26 @@ def save(
     standing = together.first(lambda: _standing(fence, step, shapes))
     if standing.whole is not None:
         return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
-    staging, records = _stage(fence, step, tensors, state, config_yaml, together)
+    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, together, whole=tensors)
     together.first(lambda: _refuse_incomplete(staging, step, shapes))
     path = together.first(lambda: _publish(fence, staging, step, records, standing))
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
-def rehearse(
-    fence: Fence,
-    step: int,
-    tensors: dict[str, torch.Tensor],
-    state: dict[str, Any],
-    config_yaml: str,
-    *,
-    group: dist.ProcessGroup | None,
-) -> SaveResult:
-    """Does all of a save but the commit, then removes what it wrote: shows early that saving works, and its time.
+def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.ProcessGroup | None) -> SaveResult:
+    """Shows early that saving works, and about its time: checks for the space that a checkpoint of `tensors` needs,
+    writes and removes as much as SAMPLE_BYTES of what each rank would write.
 
-    Collective and failing like `save`; the result's path is `fence.root`.
+    Collective and failing like `save`. The result's path is `fence.root`; its bytes and seconds are those of a whole
+    save, the seconds extrapolated from the sample by its bytes.
     """
     started = time.perf_counter()
     together = Together(group, 0 if group is None else dist.get_rank(group))
-    staging, records = _stage(fence, step, tensors, state, config_yaml, together)
+    taken, times = sample(tensors, SAMPLE_BYTES, group)
+    staging, _, writing = _stage(fence, 0, taken, {}, "", together, whole=tensors)
+    slowest = max(together.run(lambda: writing * (times - 1)))
     together.first(lambda: _discard(staging))
-    return SaveResult(fence.root, time.perf_counter() - started, _total(records))
+    return SaveResult(fence.root, time.perf_counter() - started + slowest, tensor_bytes(tensors))
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
         if step_of(path) != step:
             continue
         inode = path.stat().st_ino if isinstance(path, Path) else None
-        problems = verify(path) or gaps(read_metadata(path / TENSORS), shapes)
+        problems = verify(path) or _lacks(path, shapes)
         if not problems:
             return _Standing(path, _total(read_manifest(path, read_commit(path))))
         logger.warning("%s is damaged (%s): the step will be saved anew", path, problems[0])
@@ -140,16 +139,33 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
     return _Standing()
 
 
+def _lacks(path: Place, shapes: Mapping[str, torch.Size]) -> list[str]:
+    try:
+        return gaps(read_index(path / TENSORS), shapes)
+    except CheckpointError as error:
+        return [str(error)]
+
+
 def _stage(
-    fence: Fence, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, together: Together
-) -> tuple[Place, dict[str, FileRecord]]:
-    """Writes all but COMMITTED; returns the staging place and the records of its manifest."""
+    fence: Fence,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict,
+    config_yaml: str,
+    together: Together,
+    *,
+    whole: dict[str, torch.Tensor],
+) -> tuple[Place, dict[str, FileRecord], float]:
+    """Writes all but COMMITTED, where a checkpoint of `whole` has space.
+
+    Returns the staging place, the records of its manifest and the seconds that writing tensors took.
+    """
     made: list[Place] = []
     together.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
 
     def prepare() -> tuple[Place, dict[str, FileRecord]]:
         with writing_behind(fence):
-            made.append(_make_staging(fence, step, tensors))
+            made.append(_make_staging(fence, step, whole))
             state_json = json.dumps(state, sort_keys=True, indent=1) + "\n"
             texts = {STATE: state_json.encode(), CONFIG: config_yaml.encode()}
             return made[0], {name: write_new(made[0] / name, content) for name, content in texts.items()}
@@ -160,9 +176,11 @@ def _stage(
         with writing_behind(fence):
             return save_tensors(staging / TENSORS, tensors, together.group)
 
+    started = time.perf_counter()
     written = together.run(write_tensors)
+    seconds = time.perf_counter() - started
     records = {f"{TENSORS}/{name}": record for of_rank in written for name, record in of_rank.items()}
-    return staging, together.first(lambda: _seal(fence, staging, {**records, **texts}))
+    return staging, together.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
 
 
 def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> Place:
@@ -171,7 +189,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
         return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
     root.mkdir(parents=True, exist_ok=True)
     sync_directory(root.parent)
-    # 5 % and a page a tensor cover torch's headers and alignment.
+    # 5 % and a page a tensor cover headers, the index and whole blocks.
     needed = int(tensor_bytes(tensors) * 1.05) + 4096 * len(tensors)
     free = free_bytes(root)
     if free < needed:
@@ -199,7 +217,7 @@ def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[
 
 
 def _refuse_incomplete(staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
-    missing = gaps(read_metadata(staging / TENSORS), shapes)
+    missing = gaps(read_index(staging / TENSORS), shapes)
     if missing:
         raise RuntimeError(
             f"step {step} is not committed, its save is incomplete: {few(missing)} missing or not whole; "

@@ -1,34 +1,17 @@
 """A checkpoint's weights in one safetensors file, for programs that know nothing of ours."""
 
-import json
 import math
 import os
-import struct
 import uuid
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch.distributed.checkpoint import metadata
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.files import FULL, UNWRITABLE, sync_directory
+from stablelm.checkpoint.index import Slot, header, read_index
 from stablelm.checkpoint.manifest import TENSORS, read_commit
-from stablelm.checkpoint.portable import load_tensors, read_metadata
-from stablelm.checkpoint.streams import bytes_of
+from stablelm.checkpoint.reader import Reader, bytes_of
 from stablelm.errors import ConfigError, StorageError
 
-# https://github.com/huggingface/safetensors#format: an 8-byte length, a JSON header, then the tensors' bytes in order.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _PREFIX = "model."
 
 
@@ -43,16 +26,17 @@ def consolidate(checkpoint: str, out: Path) -> str:
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     found = keep.resolve_checkpoint(checkpoint)
-    held = cast(dict[str, metadata.TensorStorageMetadata], read_metadata(found / TENSORS).state_dict_metadata)
-    weights = {name: held[name] for name in sorted(held) if name.startswith(_PREFIX)}
+    reader = Reader(found / TENSORS, read_index(found / TENSORS))
+    held = reader.index.tensors
+    slots = {name: Slot(name.removeprefix(_PREFIX), held[name].dtype, held[name].shape) for name in sorted(held)}
+    weights = {name: slot for name, slot in slots.items() if name.startswith(_PREFIX)}
     temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
-            file.write(_header(weights, read_commit(found).step))
-            for name, entry in weights.items():
-                tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-                load_tensors(found / TENSORS, {name: tensor}, None, partial=True)
-                file.write(bytes_of(tensor) if tensor.numel() else b"")  # little-endian, as all that torch runs on
+            file.write(header(weights.values(), {"format": "pt", "step": str(read_commit(found).step)}))
+            for name in weights:
+                tensor = reader.tensor(name)
+                file.write(bytes_of(tensor) if tensor.numel() else b"")
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(out)
@@ -63,18 +47,5 @@ def consolidate(checkpoint: str, out: Path) -> str:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    elements = sum(math.prod(entry.size) for entry in weights.values())
+    elements = sum(math.prod(slot.shape) for slot in weights.values())
     return f"{out}: {len(weights)} tensors, {elements / 1e6:.2f} M elements of {found}"
-
-
-def _header(weights: dict[str, metadata.TensorStorageMetadata], step: int) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step)}}
-    start = 0
-    for name, entry in weights.items():
-        stop = start + math.prod(entry.size) * entry.properties.dtype.itemsize
-        kind = DTYPES[entry.properties.dtype]
-        entries[name.removeprefix(_PREFIX)] = {"dtype": kind, "shape": list(entry.size), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

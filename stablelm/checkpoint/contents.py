@@ -1,21 +1,16 @@
 """What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from stablelm.checkpoint.index import EarlierFormat, Index, read_index
 from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
 from stablelm.checkpoint.places import Place, StoreError
-from stablelm.checkpoint.tensor_files import read_metadata
 from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
-
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
@@ -37,46 +32,24 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, 
     return shapes
 
 
-def gaps(held: "Metadata", shapes: Mapping[str, torch.Size]) -> list[str]:
+def gaps(held: Index, shapes: Mapping[str, torch.Size]) -> list[str]:
     """Names of the tensors of `shapes` that are missing, of another shape, or not covered exactly once."""
     return [
         name
         for name, shape in shapes.items()
-        if (entry := held.state_dict_metadata.get(name)) is None
-        or getattr(entry, "size", None) != shape
-        or not covered(shape, entry.chunks)  # pyright: ignore[reportAttributeAccessIssue]
+        if (entry := held.tensors.get(name)) is None or entry.shape != shape or not entry.whole
     ]
-
-
-def covered(shape: Sequence[int], chunks: "Sequence[ChunkStorageMetadata]") -> bool:
-    """Whether chunks, each a contiguous range of the row-major order as we write them, cover a tensor exactly once."""
-    reached, strides = 0, [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    starts = {
-        sum(offset * stride for offset, stride in zip(chunk.offsets, strides, strict=True)): chunk.sizes
-        for chunk in chunks
-        if math.prod(chunk.sizes)
-    }
-    for start, sizes in sorted(starts.items()):
-        if start != reached or not _contiguous(sizes, shape):
-            return False
-        reached += math.prod(sizes)
-    return reached == math.prod(shape) == sum(math.prod(chunk.sizes) for chunk in chunks)
-
-
-def _contiguous(sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a block of `sizes` is one range of the row-major order: whole in all axes behind the first long one."""
-    first = next((axis for axis, size in enumerate(sizes) if size > 1), len(sizes))
-    return list(sizes[first + 1 :]) == list(shape[first + 1 :])
 
 
 def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     """What a checkpoint lacks of the model that its own configuration describes, in a phrase; empty: it is complete.
 
-    Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer.
+    Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer, EarlierFormat
+    (a CheckpointError) if an earlier version saved it.
     """
     try:
-        held, model = read_metadata(path / TENSORS), model_of(path)
-    except StoreError:
+        held, model = read_index(path / TENSORS), model_of(path)
+    except (StoreError, EarlierFormat):
         raise
     except (CheckpointError, ConfigError, OSError, ValueError) as error:
         return [f"its contents cannot be checked ({error})"]

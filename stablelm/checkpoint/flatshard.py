@@ -1,7 +1,7 @@
-"""A contiguous range of a flattened tensor, which torch.distributed.checkpoint sees as rectangles of the whole.
+"""Which elements of a tensor a rank holds: one range of the row-major order of the whole, however an engine cuts it.
 
-DeepSpeed cuts tensors anywhere in their row-major order. Saved as rectangles of the whole shape, what one rank holds
-can be read back by any engine in any world size, and the other way round.
+DeepSpeed cuts tensors anywhere in that order, FSDP2 between rows. Saved as rectangles of the whole shape, what one
+rank holds can be read back by any engine in any world size, and the other way round.
 """
 
 import math
@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 class Rectangle(NamedTuple):
@@ -58,23 +57,25 @@ def _in_row(rest: Sequence[int], index: int, row: int, start: int, stop: int) ->
 class FlatShard(Tensor):
     """This rank's elements [start, start + len(local)) of a tensor of `shape`; none if `local` is empty.
 
-    `local` is 1-dim and shared, not copied: loading a checkpoint writes into it. Only torch.distributed.checkpoint
-    and those who know `local`, `start` and `shape` can use it; it computes nothing.
+    `local` is 1-dim and shared, not copied: loading a checkpoint writes into it. `copies` ranks hold the same elements,
+    and this one is the `copy`-th of them. Only those who know these attributes can use it; it computes nothing.
     """
 
     local: Tensor
     start: int
+    copies: int
+    copy: int
 
     @staticmethod
-    def __new__(cls, local: Tensor, shape: Sequence[int], start: int) -> "FlatShard":
+    def __new__(cls, local: Tensor, shape: Sequence[int], start: int, *, copies: int = 1, copy: int = 0) -> "FlatShard":
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
         return made  # pyright: ignore[reportReturnType]
 
-    def __init__(self, local: Tensor, shape: Sequence[int], start: int):
+    def __init__(self, local: Tensor, shape: Sequence[int], start: int, *, copies: int = 1, copy: int = 0):
         assert local.ndim == 1
         assert 0 <= start <= start + len(local) <= math.prod(shape)
         self.local, self.start = local.detach(), start
-        self._rectangles = rectangles(shape, start, start + len(local))
+        self.copies, self.copy = copies, copy
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -83,28 +84,41 @@ class FlatShard(Tensor):
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"FlatShard({len(self.local)} elements from {self.start} of {tuple(self.shape)})"
 
-    # The names that torch.distributed.checkpoint looks for.
 
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(part.offsets), index),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=_chunk(part), properties=properties, size=self.shape),
-            )
-            for index, part in enumerate(self._rectangles)
-        ]
+class Part(NamedTuple):
+    """What a rank holds of a tensor: `local`, of any shape, has its elements [start, stop) in row-major order.
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(part) for part in self._rectangles]
+    `copies` ranks hold the same elements; this one is the `copy`-th of them.
+    """
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        for part in self._rectangles:
-            if torch.Size(part.offsets) == index.offset:
-                return self.local[part.start - self.start : part.stop - self.start].view(part.sizes)
-        raise KeyError(index)
+    local: Tensor
+    shape: torch.Size
+    start: int
+    copies: int
+    copy: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.local.numel()
 
 
-def _chunk(part: Rectangle) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(part.offsets), sizes=torch.Size(part.sizes))
+def part_of(tensor: Tensor, rank: int, world_size: int) -> Part:
+    """The part of a plain tensor (equal on all of `world_size` ranks), a FlatShard, or a DTensor sharded in rows."""
+    if isinstance(tensor, FlatShard):
+        return Part(tensor.local, tensor.shape, tensor.start, tensor.copies, tensor.copy)
+    if not isinstance(tensor, DTensor):
+        return Part(tensor.detach(), tensor.shape, 0, world_size, rank)
+    coordinate, mesh = tensor.device_mesh.get_coordinate(), tensor.device_mesh
+    assert coordinate is not None, "a tensor of a mesh that this rank is not in"
+    row, rows, copies, copy = 0, tensor.shape[0] if tensor.ndim else 0, 1, 0
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            copies, copy = copies * mesh.size(axis), copy * mesh.size(axis) + coordinate[axis]
+            continue
+        assert type(placement) is Shard and placement.dim == 0, f"{placement}: only shards of rows can be saved"
+        each = -(-rows // mesh.size(axis))  # as torch.chunk: the last ones may be short or empty
+        skipped = min(coordinate[axis] * each, rows)
+        row, rows = row + skipped, min(each, rows - skipped)
+    local = tensor.to_local().detach()
+    assert not tensor.ndim or local.shape == (rows, *tensor.shape[1:]), f"{local.shape} held, not {rows} rows"
+    return Part(local, tensor.shape, row * math.prod(tensor.shape[1:]), copies, copy)

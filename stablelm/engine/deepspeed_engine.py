@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stablelm.checkpoint.portable import clean_name
+from stablelm.checkpoint.format import clean_name
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings

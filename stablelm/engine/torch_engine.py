@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stablelm.checkpoint.portable import clean_name
+from stablelm.checkpoint.format import clean_name
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.gradients import average, clip, norms, refused, total_norm

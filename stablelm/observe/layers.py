@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablelm.checkpoint.portable import clean_name
+from stablelm.checkpoint.format import clean_name
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.sigma import SigmaMatrices

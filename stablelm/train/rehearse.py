@@ -13,10 +13,10 @@ from stablelm.train.step import seed_dropout
 
 
 def rehearse(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
-    """Runs one full micro-batch forward and backward and a test save; changes nothing.
+    """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
 
-    Returns a line that tells time and memory; `saver` knows how long a save takes. Raises
-    StorageError if the checkpoint directory cannot take a checkpoint.
+    Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
+    checkpoint directory cannot take a checkpoint.
     """
     started = time.perf_counter()
     rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
@@ -30,5 +30,5 @@ def rehearse(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     return (
         f"rehearsal: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
         f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
-        f"test save of {saved.bytes / 2**20:.0f} MiB {saver.seconds:.2f} s"
+        f"a save of {saved.bytes / 2**20:.0f} MiB about {saver.seconds:.2f} s"
     )

@@ -8,8 +8,8 @@ from typing import Any
 from stablelm.checkpoint import contents, keep
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
+from stablelm.checkpoint.format import load_tensors
 from stablelm.checkpoint.places import Place, place
-from stablelm.checkpoint.portable import load_tensors
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.engine.base import Engine

@@ -76,7 +76,7 @@ def test_weights_are_consolidated_into_one_safetensors_file(run):
     with pytest.raises(ConfigError, match="exists already; name a new file"):
         consolidate(str(run), out)
     damaged = run / "checkpoints" / "step-00000001"
-    flip_bit(damaged / "tensors" / "__0_0.distcp", 5)
+    flip_bit(damaged / "tensors" / "rank-00000-0.safetensors", 5)
     with pytest.raises(CheckpointError, match="is damaged"):
         consolidate(str(damaged), run / "other")
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "weights.safetensors"]

@@ -1,8 +1,13 @@
 import errno
 import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from support.disks import small_files
 from support.distributed import run_ranks
 from support.saved import (
     CONFIG,
@@ -10,14 +15,15 @@ from support.saved import (
     assert_equal,
     blanks,
     left_over,
-    refused_write,
     save_toy,
     shapes_of,
     toy_tensors,
 )
 
-from stablelm.checkpoint import commit, files, keep, manifest, portable, streams
+from stablelm.checkpoint import commit, files, keep, manifest
 from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.flatshard import FlatShard
+from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import CheckpointError, StorageError
 
 
@@ -25,8 +31,8 @@ def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
     result = save_toy(tmp_path / "run" / "checkpoints", 1200)
     assert result.path.name == "step-00001200"
     assert manifest.files_below(result.path) == {
-        "tensors/.metadata",
-        "tensors/__0_0.distcp",
+        "tensors/index.json",
+        "tensors/rank-00000-0.safetensors",
         "state.json",
         "config.yaml",
         "manifest.json",
@@ -40,7 +46,7 @@ def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
     assert keep.read_state(result.path) == {**STATE, "step": 1200}
     assert (result.path / "config.yaml").read_text() == CONFIG
     loaded = blanks(toy_tensors(1200))
-    portable.load_tensors(result.path / "tensors", loaded, None)
+    load_tensors(result.path / "tensors", loaded, None)
     assert_equal(loaded, toy_tensors(1200))
     assert left_over(result.path.parent) == []
 
@@ -69,12 +75,31 @@ def test_a_damaged_step_is_set_aside_and_saved_anew(tmp_path, caplog):
     assert "state.json has 2 bytes" in caplog.text
 
 
-def test_a_rehearsal_leaves_nothing_and_counts_the_same_bytes(tmp_path):
-    arguments = (Fence(tmp_path / "new", 1, "a1"), 7, toy_tensors(7), {**STATE, "step": 7}, CONFIG)
-    rehearsed = commit.rehearse(*arguments, group=None)
+def test_a_rehearsal_leaves_nothing_and_tells_bytes_and_time(tmp_path):
+    told = commit.rehearse(Fence(tmp_path / "new", 1, "a1"), toy_tensors(7), group=None)
     assert list((tmp_path / "new").iterdir()) == []
-    assert rehearsed.bytes == save_toy(tmp_path, 7).bytes
-    assert rehearsed.seconds > 0
+    assert told.bytes == sum(tensor.nbytes for tensor in toy_tensors(7).values())
+    assert told.seconds > 0
+
+
+def test_a_rehearsal_writes_a_bounded_part_of_a_large_checkpoint(tmp_path):
+    """Under a limit of 64 MiB and a header a file; the seconds are those of all of it."""
+    tensors = {"model.large": torch.ones(1, 1 << 20).expand(90, -1).contiguous(), "model.small": torch.ones(3)}
+    with small_files(commit.SAMPLE_BYTES + 4096):
+        started = time.perf_counter()
+        told = commit.rehearse(Fence(tmp_path, 1, "a1"), tensors, group=None)
+        took = time.perf_counter() - started
+    assert told.bytes == 4 * 90 * 2**20 + 12
+    assert took < told.seconds < 6 * took
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_asks_for_the_space_of_a_whole_checkpoint(tmp_path):
+    whole = torch.empty(1).expand(2**30, 2**10)  # 4 TiB, of which no byte is written
+    shard = FlatShard(torch.ones(8), whole.shape, 0)
+    with pytest.raises(StorageError, match=r"free, but a checkpoint needs 4300\.80 GiB"):
+        commit.rehearse(Fence(tmp_path, 1, "a1"), {"model.w": shard}, group=None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_step_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
@@ -148,7 +173,7 @@ def test_other_errors_are_not_dressed_up(tmp_path, monkeypatch):
         save_toy(tmp_path, 2)
 
 
-def ranks_save_and_fail(rank, world_size, root):
+def ranks_save_and_fail(rank, world_size, root, elsewhere):
     """Two good saves, then one in which rank 1's disk is full, one where rank 1 has a bug, one unshared disk."""
     import torch.distributed as dist
 
@@ -156,55 +181,47 @@ def ranks_save_and_fail(rank, world_size, root):
     words = []
     path = save_toy(root, 1, group=group).path
     loaded = blanks(toy_tensors(1))
-    portable.load_tensors(path / "tensors", loaded, group)
+    load_tensors(path / "tensors", loaded, group)
     assert_equal(loaded, toy_tensors(1))
 
-    def attempt():
+    def attempt(more=None, root=root):
+        tensors = {**toy_tensors(2), **(more or {})}
         try:
-            save_toy(root, 2, group=group)
+            commit.save(Fence(root, 1, "a"), 2, tensors, STATE, CONFIG, shapes=shapes_of(toy_tensors()), group=group)
         except Exception as error:
-            words.append((type(error).__name__, str(error), left_over(root)))
+            words.append((type(error).__name__, str(error), left_over(root) if root.exists() else []))
 
-    write, save = streams.HashingStream._write, commit.save_tensors
-    if rank == 1:
-        streams.HashingStream._write = refused_write()
-    attempt()
-    streams.HashingStream._write = write
-    if rank == 1:
-        commit.save_tensors = lambda *arguments: save(*arguments) and {}["bug"]
-    attempt()
-    if rank == 1:
-        commit.save_tensors = lambda *arguments: {
-            **save(*arguments),
-            "__9_0.distcp": files.FileRecord(1, "0"),
-        }
-    attempt()
-    commit.save_tensors = save
+    with small_files(1000) if rank == 1 else nullcontext():
+        attempt()
+    attempt({"model.bug": 3} if rank == 1 else {})
+    os.chdir(root if rank == 0 else elsewhere)
+    attempt(root=Path("unshared"))
     again = save_toy(root, 2, group=group)
     return words, again.bytes
 
 
 @pytest.mark.slow
 def test_two_ranks_share_the_work_and_fail_together(tmp_path):
-    (first, bytes_0), (second, bytes_1) = run_ranks(ranks_save_and_fail, 2, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (first, bytes_0), (second, bytes_1) = run_ranks(ranks_save_and_fail, 2, tmp_path / "shared", elsewhere)
     assert bytes_0 == bytes_1
     full, bug, unshared = zip(first, second, strict=True)
     assert full[0] == full[1]
     assert full[0][0] == "StorageError"
     assert str(tmp_path) in full[0][1]
-    assert [kind for kind, *_ in bug] == ["RuntimeError", "KeyError"]
-    assert "rank 1 failed: KeyError" in bug[0][1]
+    assert "no space left" in full[0][1]
+    assert [kind for kind, *_ in bug] == ["FailedElsewhere", "AssertionError"]
+    assert "rank 1 failed: AssertionError: model.bug is no tensor" in bug[0][1]
     assert unshared[0] == unshared[1]
     assert unshared[0][0] == "StorageError"
-    assert "__9_0.distcp" in unshared[0][1]
+    assert "rank 0 does not see the file tensors/rank-00001-0.safetensors" in unshared[0][1]
     assert [staging for _, _, staging in first + second] == [[]] * 6
     for step in (1, 2):
-        path = tmp_path / manifest.step_name(step)
+        path = tmp_path / "shared" / manifest.step_name(step)
         assert manifest.verify(path) == []
         # Replicated tensors are written once, and by both ranks.
-        pieces = {piece.name: piece.stat().st_size for piece in (path / "tensors").glob("*.distcp")}
-        assert pieces.keys() == {"__0_0.distcp", "__1_0.distcp"}
-        assert (
-            sum(pieces.values())
-            < 1.5 * (save_toy(tmp_path / "alone", step).path / "tensors").joinpath("__0_0.distcp").stat().st_size
-        )
+        pieces = {piece.name: piece.stat().st_size for piece in (path / "tensors").glob("*.safetensors")}
+        assert pieces.keys() == {"rank-00000-0.safetensors", "rank-00001-0.safetensors"}
+        alone = save_toy(tmp_path / "alone", step).path / "tensors/rank-00000-0.safetensors"
+        assert sum(pieces.values()) < 1.5 * alone.stat().st_size

@@ -9,25 +9,21 @@ import pytest
 import torch
 from support.distributed import run_ranks
 from support.saved import left_over, save_small, shapes_of, toy_tensors
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from stablelm.checkpoint import commit, contents, keep
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.flatshard import FlatShard
+from stablelm.checkpoint.index import Entry, Piece
 from stablelm.config.schema import ModelConfig, SigmaConfig
 from stablelm.methods.catalogue import apply_method
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
 
 
-def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-
-
 @pytest.mark.parametrize(
-    ("shape", "chunks", "covers"),
+    ("shape", "pieces", "covers"),
     [
         ((4, 3), [((0, 0), (4, 3))], True),
         ((4, 3), [((2, 0), (2, 3)), ((0, 0), (2, 3))], True),
@@ -35,7 +31,6 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetad
         ((4, 3), [((0, 0), (3, 3))], False),
         ((4, 3), [((0, 0), (2, 3)), ((0, 0), (2, 3))], False),  # as many elements, half of them twice
         ((4, 3), [((0, 0), (3, 3)), ((2, 0), (2, 3))], False),
-        ((4, 3), [((0, 0), (4, 2)), ((0, 2), (4, 1))], False),  # columns, which nothing of ours writes
         ((4, 3), [], False),
         ((), [((), ())], True),
         ((), [], False),
@@ -43,8 +38,11 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetad
         ((0, 4), [((0, 0), (0, 4))], True),
     ],
 )
-def test_chunks_cover_a_tensor_once(shape: tuple[int, ...], chunks: list, covers: bool):
-    assert contents.covered(shape, [chunk(*each) for each in chunks]) == covers
+def test_pieces_cover_a_tensor_once(shape: tuple[int, ...], pieces: list, covers: bool):
+    file = "rank-00000-0.safetensors"
+    made = tuple(Piece(file=file, offsets=offsets, sizes=sizes) for offsets, sizes in pieces)
+    entry = Entry(dtype="F32", shape=shape, pieces=made)
+    assert entry.whole == covers
 
 
 def test_every_tensor_of_the_model_is_expected():

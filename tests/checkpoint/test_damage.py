@@ -7,17 +7,17 @@ import pickle
 import random
 import shutil
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.disks import watch
 from support.distributed import run_ranks
-from support.saved import blanks, flip_bit, save_toy, toy_tensors
+from support.saved import blanks, flip_bit, save_toy, seal_anew, toy_tensors
 
-from stablelm.checkpoint import keep, manifest, portable, tensor_files
+from stablelm.checkpoint import keep, manifest
 from stablelm.checkpoint.agree import Together
-from stablelm.checkpoint.files import record_of_file
+from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import CheckpointError
 
 
@@ -55,20 +55,8 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def seal_anew(path):
-    """Makes manifest and COMMITTED fit whatever the files are now, as a forger would."""
-    commit = manifest.read_commit(path)
-    records = {
-        name: record_of_file(path / name) for name in manifest.files_below(path) - {"manifest.json", "COMMITTED"}
-    }
-    (path / "manifest.json").write_bytes(manifest.manifest_content(records))
-    fitting = record_of_file(path / "manifest.json").sha256
-    forged = manifest.Commit(commit.step, commit.attempt, commit.token, commit.time, fitting)
-    (path / "COMMITTED").write_bytes(manifest.commit_content(forged))
-    assert manifest.verify(path) == []
-
-
-NAMES = ["tensors/.metadata", "tensors/__0_0.distcp", "state.json", "config.yaml", "manifest.json", "COMMITTED"]
+TENSORS = ["tensors/index.json", "tensors/rank-00000-0.safetensors"]
+NAMES = [*TENSORS, "state.json", "config.yaml", "manifest.json", "COMMITTED"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,23 +66,18 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
     """Sealed: whoever made it also wrote a manifest and COMMITTED that fit, so that hashes do not save us."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     target = tmp_path / "executed"
-    description = portable.read_metadata(path / "tensors")
     if form == "pickle":
         (path / name).write_bytes(pickle.dumps(Malicious(target)))
     else:
         torch.save(Malicious(target), buffer := io.BytesIO())
         (path / name).write_bytes(buffer.getvalue())
-    if name.endswith("distcp"):
-        for place in description.storage_data.values():
-            place.offset, place.length = 0, (path / name).stat().st_size
-        (path / "tensors/.metadata").write_bytes(pickle.dumps(description))
     if sealed and name not in ("manifest.json", "COMMITTED"):
         seal_anew(path)
 
     def whole_way():
         found = keep.resolve_checkpoint(path)
         keep.read_state(found)
-        portable.load_tensors(found / "tensors", blanks(toy_tensors()), None)
+        load_tensors(found / "tensors", blanks(toy_tensors()), None)
 
     if sealed and name == "config.yaml":
         whole_way()  # resuming never reads it; evaluation does, as YAML without tags
@@ -102,7 +85,7 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
         with pytest.raises(CheckpointError):
             whole_way()
     for read in (
-        lambda: portable.load_tensors(path / "tensors", blanks(toy_tensors()), None),
+        lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
         lambda: keep.read_state(path),
         lambda: yaml.safe_load((path / "config.yaml").read_bytes()),
         lambda: manifest.read_manifest(path, manifest.read_commit(path)),
@@ -151,10 +134,8 @@ def one_rank_dies_loading(rank, world_size, path):
     import torch.distributed as dist
 
     if rank == 1:
-        read = tensor_files.Reader.read_data
-        dying: Any = lambda self, *arguments: (read(self, *arguments), os._exit(9))  # noqa: E731
-        tensor_files.Reader.read_data = dying
-    portable.load_tensors(path / "tensors", blanks(toy_tensors()), dist.group.WORLD)
+        watch(lambda event, name, mode: os._exit(9) if name.endswith(".safetensors") else None)
+    load_tensors(path / "tensors", blanks(toy_tensors()), dist.group.WORLD)
 
 
 @pytest.mark.slow
@@ -166,6 +147,6 @@ def test_a_rank_that_dies_during_load_ends_the_others(path):
 
 
 def test_extra_tensor_files_are_refused(path):
-    shutil.copy(path / "tensors/__0_0.distcp", path / "tensors/__1_0.distcp")
-    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is not in the manifest"):
+    shutil.copy(path / "tensors/rank-00000-0.safetensors", path / "tensors/rank-00001-0.safetensors")
+    with pytest.raises(CheckpointError, match=r"rank-00001-0\.safetensors is not in the manifest"):
         keep.resolve_checkpoint(path)

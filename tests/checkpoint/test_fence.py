@@ -7,8 +7,9 @@ import threading
 import pytest
 from support.saved import STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
 
-from stablelm.checkpoint import commit, fence, keep, manifest, portable
+from stablelm.checkpoint import commit, fence, keep, manifest
 from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import CheckpointError, StorageError
 
 TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this attempt holds 1\).*commits nothing more"
@@ -146,7 +147,7 @@ def test_two_attempts_racing_in_threads_leave_one_history(tmp_path):
         assert by_whom == {s: "old" if s <= start else "new" for s in range(1, start + 4)}
         path = keep.resolve_checkpoint(root)
         loaded = blanks(toy_tensors())
-        portable.load_tensors(path / "tensors", loaded, None)
+        load_tensors(path / "tensors", loaded, None)
         assert_equal(loaded, toy_tensors(start + 3))
 
 

@@ -9,7 +9,7 @@ import torch
 from support.distributed import run_ranks
 
 from stablelm.checkpoint.flatshard import FlatShard, rectangles
-from stablelm.checkpoint.portable import load_tensors, save_tensors
+from stablelm.checkpoint.format import load_tensors, save_tensors
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "cube": (3, 4, 5), "scalar": (), "short": (2,)}
 

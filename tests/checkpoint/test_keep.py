@@ -7,7 +7,8 @@ from support.saved import flip_bit, left_over, save_toy
 from stablelm.checkpoint import fence, keep, manifest
 from stablelm.errors import CheckpointError, StorageError
 
-KINDS = ["tensors/.metadata", "tensors/__0_0.distcp", "state.json", "config.yaml", "manifest.json", "COMMITTED"]
+TENSORS = ["tensors/index.json", "tensors/rank-00000-0.safetensors"]
+KINDS = [*TENSORS, "state.json", "config.yaml", "manifest.json", "COMMITTED"]
 
 
 def sweep_all(root):
@@ -57,7 +58,7 @@ def test_truncated_and_missing_files_are_found(two, kind, harm):
     assert path.name in reports[0][1]
 
 
-@pytest.mark.parametrize("name", ["tensors/__1_0.distcp", "extra", "deep/er/file"])
+@pytest.mark.parametrize("name", ["tensors/rank-00001-0.safetensors", "extra", "deep/er/file"])
 def test_extra_files_are_found(two, name):
     path = two / "step-00000020" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def test_retention_counts_only_valid_ones_and_deletes_no_damaged_one(tmp_path):
 
 
 def test_retention_with_hashes_keeps_the_only_valid_one(two):
-    flip_bit(two / "step-00000020" / "tensors/__0_0.distcp", 99)
+    flip_bit(two / "step-00000020" / "tensors/rank-00000-0.safetensors", 99)
     assert keep.retain(two, 1, None, hashes=True) == []
     assert newest(two)[0] == two / "step-00000010"
 

@@ -2,72 +2,21 @@
 
 import multiprocessing
 import os
-import resource
-import signal
 import subprocess
 
 import pytest
 import torch
+from support.disks import KILLED, STAGES, kill_at, small_files
 from support.distributed import run_ranks
 from support.saved import assert_equal, blanks, left_over, save_toy, shapes_of, toy_tensors
 
-from stablelm.checkpoint import commit, fence, files, keep, manifest, portable, streams
+from stablelm.checkpoint import commit, fence, keep, manifest
+from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import StorageError
-
-STAGES = [
-    "staging made",
-    "tensors half written",
-    "tensors written",
-    "before state.json",
-    "half of state.json",
-    "before config.yaml",
-    "before manifest.json",
-    "half of manifest.json",
-    "before COMMITTED",
-    "half of COMMITTED",
-    "before the rename",
-    "after the rename",
-]
-
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def inject(stage):
-    """Makes this process kill itself when it reaches a stage of saving."""
-    write, write_tensor, save = files.write_durably, streams.HashingStream._write, commit.save_tensors
-    verb, _, name = stage.partition(" of ") if " of " in stage else stage.partition(" ")
-
-    def dying_write(path, content):
-        if path.name == name:
-            if verb == "half":
-                path.write_bytes(content[: len(content) // 2])
-            die()
-        return write(path, content)
-
-    def dying_tensor(self, content):
-        if self.size > 1000:
-            die()
-        return write_tensor(self, content)
-
-    if stage == "staging made":
-        commit.save_tensors = die
-    elif stage == "tensors half written":
-        streams.HashingStream._write = dying_tensor
-    elif stage == "tensors written":
-        commit.save_tensors = lambda *arguments: (save(*arguments), die())
-    elif stage == "before the rename":
-        commit.rename_to_new = die
-    elif stage == "after the rename":
-        rename = files.rename_to_new
-        commit.rename_to_new = lambda *arguments: (rename(*arguments), die())
-    else:
-        commit.write_durably = files.write_durably = dying_write
 
 
 def killed_save(stage, root):
-    inject(stage)
+    kill_at(stage)
     save_toy(root, 2)
 
 
@@ -89,7 +38,7 @@ def newest(root):
 @pytest.mark.parametrize("stage", STAGES)
 def test_sigkill_at_any_stage_loses_nothing(tmp_path, stage):
     older = save_toy(tmp_path, 1).path
-    assert in_a_fork(killed_save, stage, tmp_path) == -signal.SIGKILL
+    assert in_a_fork(killed_save, stage, tmp_path) in KILLED
     committed = stage == "after the rename"
     assert newest(tmp_path) == (tmp_path / "step-00000002" if committed else older)
     assert bool(left_over(tmp_path)) != committed
@@ -98,7 +47,7 @@ def test_sigkill_at_any_stage_loses_nothing(tmp_path, stage):
     path = save_toy(tmp_path, 2).path
     assert newest(tmp_path) == path
     loaded = blanks(toy_tensors(2))
-    portable.load_tensors(path / "tensors", loaded, None)
+    load_tensors(path / "tensors", loaded, None)
     assert_equal(loaded, toy_tensors(2))
 
 
@@ -107,7 +56,7 @@ def ranks_die(rank, world_size, stage, victims, root):
 
     save_toy(root, 1, group=dist.group.WORLD)
     if rank in victims:
-        inject(stage)
+        kill_at(stage)
     save_toy(root, 2, group=dist.group.WORLD)
 
 
@@ -120,21 +69,21 @@ def test_ranks_left_behind_end_too_and_the_older_commit_stays(tmp_path, stage, v
     with pytest.raises(RuntimeError) as caught:
         run_ranks(ranks_die, 2, stage, victims, tmp_path, timeout=60)
     for rank in (0, 1):
-        assert f"rank {rank}: {'died with exit code -9' if rank in victims else 'Traceback'}" in str(caught.value)
+        assert f"rank {rank}: {'died with exit code -' if rank in victims else 'Traceback'}" in str(caught.value)
     assert newest(tmp_path) == tmp_path / "step-00000001"
     fence.sweep(tmp_path, 2)
     assert left_over(tmp_path) == []
 
 
 def save_under_a_file_limit(root, limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        save_toy(root, 2)
-    except StorageError as error:
-        os._exit(74 if "File too large" in str(error) else 1)
+    with small_files(limit):
+        try:
+            save_toy(root, 2)
+        except StorageError as error:
+            os._exit(74 if "File too large" in str(error) else 1)
 
 
-@pytest.mark.parametrize("limit", [100, 3000, 10_000])
+@pytest.mark.parametrize("limit", [100, 1000, 3000, 4700])
 def test_writes_cut_off_in_mid_tensor_are_a_storage_error(tmp_path, limit):
     older = save_toy(tmp_path, 1).path
     assert in_a_fork(save_under_a_file_limit, tmp_path, limit) == 74

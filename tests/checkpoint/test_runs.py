@@ -44,7 +44,7 @@ def test_flipped_bits_are_not_resumed_from(tiny_corpus: TinyCorpus, tmp_path: Pa
     assert run("pretrain", *line).returncode == 75
     newest, *older = keep.step_directories(tmp_path / "checkpoints")
     draw = random.Random(3)
-    for path, name in ((newest, "tensors/__0_0.distcp"), (older[0], "COMMITTED")):
+    for path, name in ((newest, "tensors/rank-00000-0.safetensors"), (older[0], "COMMITTED")):
         flip_bit(Path(str(path / name)), draw.randrange(8 * (path / name).stat().st_size))
     done = run("pretrain", *line)
     assert done.returncode == 75, done.stderr

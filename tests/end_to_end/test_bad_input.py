@@ -200,7 +200,7 @@ def test_run_directory_of_another_configuration(finished: list[str], tmp_path: P
 @pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_and_says_so(finished: list[str], tmp_path: Path):
     newest = tmp_path / "run" / "checkpoints" / "step-00000004"
-    part = next((newest / "tensors").glob("*.distcp"))
+    part = next((newest / "tensors").glob("*.safetensors"))
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 1
     part.write_bytes(content)
@@ -288,7 +288,7 @@ def on_small_disk(options: str, place: Path, line: list[str]) -> subprocess.Comp
 def test_full_disk_keeps_the_last_commit(tiny_corpus: TinyCorpus, tmp_path: Path):
     place = tmp_path / "disk"
     place.mkdir()
-    # Room for two checkpoints of about 0.9 MB, the rehearsal's included, but not for four.
+    # Room for two checkpoints of about 0.9 MB, what the start writes included, but not for four.
     line = command(
         "pretrain", *TINY, *tiny_corpus.overrides(), f"run.dir={place}/run", "checkpoint.every=2", "checkpoint.keep=9"
     )

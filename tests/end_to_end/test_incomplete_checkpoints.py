@@ -11,14 +11,15 @@ from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import commit, keep
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.portable import load_tensors, read_metadata
+from stablelm.checkpoint.format import load_tensors
+from stablelm.checkpoint.index import read_index
 
 
 def strip(step: Path, left_out: str) -> None:
     """Saves a committed step anew, without the tensors whose names begin with `left_out`."""
-    described = read_metadata(step / "tensors").state_dict_metadata
+    described = read_index(step / "tensors").tensors
     tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        name: torch.empty(entry.shape, dtype=entry.torch_dtype)
         for name, entry in described.items()
         if not name.startswith(left_out)
     }

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from support.distributed import run_ranks
 
-from stablelm.checkpoint.portable import load_tensors, save_tensors
+from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config

@@ -11,7 +11,7 @@ import torch
 from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
-from stablelm.checkpoint.portable import load_tensors, save_tensors
+from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config

@@ -21,7 +21,6 @@ PRELOADED = [
     "sentencepiece",
     "torch",
     "torch._dynamo",
-    "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",

@@ -1,16 +1,15 @@
 """Toy checkpoints for the tests: known tensors, one line to save them, and ways to hurt them."""
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stablelm.checkpoint import commit
+from stablelm.checkpoint import commit, manifest
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.files import record_of_file
 from stablelm.checkpoint.places import Place
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
@@ -95,12 +94,14 @@ def left_over(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if not path.name.startswith(("step-", "fence")))
 
 
-def refused_write(code: int = errno.ENOSPC) -> Any:
-    """What to put in place of `HashingStream._write`: the disk refuses with this error, full by default."""
-
-    def write(stream: Any, content: bytes) -> None:
-        failure = OSError(code, os.strerror(code))
-        stream._failed(failure)
-        raise failure
-
-    return write
+def seal_anew(path: Path) -> None:
+    """Makes manifest and COMMITTED fit whatever the files are now, as a forger would."""
+    commit = manifest.read_commit(path)
+    records = {
+        name: record_of_file(path / name) for name in manifest.files_below(path) - {"manifest.json", "COMMITTED"}
+    }
+    (path / "manifest.json").write_bytes(manifest.manifest_content(records))
+    fitting = record_of_file(path / "manifest.json").sha256
+    forged = manifest.Commit(commit.step, commit.attempt, commit.token, commit.time, fitting)
+    (path / "COMMITTED").write_bytes(manifest.commit_content(forged))
+    assert manifest.verify(path) == []

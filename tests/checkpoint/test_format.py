@@ -1,6 +1,4 @@
-import os
-import pickle
-import shutil
+import json
 from typing import Any
 
 import pytest
@@ -9,8 +7,11 @@ from support.distributed import run_ranks
 from support.saved import assert_equal, blanks, toy_tensors
 from torch import nn
 
-from stablelm.checkpoint import portable
+from stablelm.checkpoint.format import clean_name, load_tensors, save_tensors
+from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES
 from stablelm.errors import CheckpointError
+
+FILE = "rank-00000-0.safetensors"
 
 
 def toy_model():
@@ -39,7 +40,7 @@ def save_on_two_load_on_one_and_three(rank, world_size, directory):
     import torch.distributed as dist
 
     groups: Any = {size: dist.new_group(list(range(size))) for size in (1, 2, 3)}
-    records = portable.save_tensors(directory, sharded_tensors(groups[2]), groups[2]) if rank < 2 else {}
+    records = save_tensors(directory, sharded_tensors(groups[2]), groups[2]) if rank < 2 else {}
     dist.barrier()
     loaded = []
     for size in (1, 3):
@@ -48,13 +49,13 @@ def save_on_two_load_on_one_and_three(rank, world_size, directory):
             with torch.no_grad():
                 for tensor in tensors.values():
                     tensor.fill_(-1)
-            portable.load_tensors(directory, tensors, groups[size])
+            load_tensors(directory, tensors, groups[size])
             full = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
             loaded.append({name: tensor.detach().clone() for name, tensor in full.items()})
     refusal = ""
     try:  # rank 1 alone finds the checkpoint unreadable; every rank must learn of it
         wrong = directory / "elsewhere" if rank == 1 else directory
-        portable.load_tensors(wrong, {"optim.step": torch.zeros(())}, groups[3], partial=True)
+        load_tensors(wrong, {"optim.step": torch.zeros(())}, groups[3], partial=True)
     except CheckpointError as error:
         refusal = str(error)
     return sorted(records), loaded, refusal
@@ -63,14 +64,14 @@ def save_on_two_load_on_one_and_three(rank, world_size, directory):
 @pytest.mark.slow
 def test_shards_of_two_ranks_load_on_one_and_three(tmp_path):
     records, loaded, refusals = zip(*run_ranks(save_on_two_load_on_one_and_three, 3, tmp_path / "tensors"), strict=True)
-    assert records == ([".metadata", "__0_0.distcp"], ["__1_0.distcp"], [])
+    assert records == (["index.json", "rank-00000-0.safetensors"], ["rank-00001-0.safetensors"], [])
     wanted = {f"model.{name}": parameter.detach() for name, parameter in toy_model().named_parameters()}
     wanted["optim.step"] = torch.tensor(3.0)
     assert [len(of_rank) for of_rank in loaded] == [2, 1, 1]
     for tensors in (tensors for of_rank in loaded for tensors in of_rank):
         assert_equal(tensors, wanted)
     plain = blanks(wanted)
-    portable.load_tensors(tmp_path / "tensors", plain, None)
+    load_tensors(tmp_path / "tensors", plain, None)
     assert_equal(plain, wanted)
     assert len(set(refusals)) == 1
     assert "elsewhere" in refusals[0]
@@ -78,14 +79,14 @@ def test_shards_of_two_ranks_load_on_one_and_three(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    portable.save_tensors(tmp_path / "tensors", toy_tensors(), None)
+    save_tensors(tmp_path / "tensors", toy_tensors(), None)
     return tmp_path / "tensors"
 
 
 def test_records_are_those_of_the_files(saved, tmp_path):
     from stablelm.checkpoint.files import record_of_file
 
-    records = portable.save_tensors(tmp_path / "again", toy_tensors(), None)
+    records = save_tensors(tmp_path / "again", toy_tensors(), None)
     assert records == {path.name: record_of_file(path) for path in (tmp_path / "again").iterdir()}
 
 
@@ -94,7 +95,7 @@ def test_parameters_are_filled_in_place(saved):
     view = torch.zeros(16, 33).t()  # not contiguous
     wanted = toy_tensors()
     targets = {"model.embedding.weight": parameter, "optim.embedding.weight.exp_avg": view}
-    portable.load_tensors(saved, targets, None, partial=True)
+    load_tensors(saved, targets, None, partial=True)
     assert torch.equal(parameter, wanted["model.embedding.weight"])
     assert torch.equal(view, wanted["optim.embedding.weight.exp_avg"])
     assert parameter.requires_grad
@@ -104,9 +105,9 @@ def test_model_tensors_load_alone_only_if_partial(saved):
     wanted = {name: tensor for name, tensor in toy_tensors().items() if name.startswith("model.")}
     loaded = blanks(wanted)
     with pytest.raises(CheckpointError, match=r"unexpected: optim\.count, optim\..*exp_avg, optim\..*step"):
-        portable.load_tensors(saved, loaded, None)
+        load_tensors(saved, loaded, None)
     assert_equal(loaded, blanks(wanted))
-    portable.load_tensors(saved, loaded, None, partial=True)
+    load_tensors(saved, loaded, None, partial=True)
     assert_equal(loaded, wanted)
 
 
@@ -118,7 +119,7 @@ def test_every_difference_is_named_before_anything_is_loaded(saved):
         "optim.count": torch.zeros(2),
     }
     with pytest.raises(CheckpointError) as caught:
-        portable.load_tensors(saved, wanted, None, partial=True)
+        load_tensors(saved, wanted, None, partial=True)
     assert "missing: model.new.0, model.new.1, model.new.2 and 2 more" in str(caught.value)
     assert "model.layers.0.gain (5x3 float64 in the checkpoint, 3x5 float64 here)" in str(caught.value)
     assert "optim.count (2 int64 in the checkpoint, 2 float32 here)" in str(caught.value)
@@ -127,9 +128,9 @@ def test_every_difference_is_named_before_anything_is_loaded(saved):
 
 def test_only_clean_tensors_are_saved(tmp_path):
     with pytest.raises(AssertionError, match="no tensor"):
-        portable.save_tensors(tmp_path / "a", {"step": 3}, None)  # type: ignore[dict-item]
+        save_tensors(tmp_path / "a", {"step": 3}, None)  # type: ignore[dict-item]
     with pytest.raises(AssertionError, match="prefix"):
-        portable.save_tensors(tmp_path / "a", {"model._orig_mod.w": torch.ones(1)}, None)
+        save_tensors(tmp_path / "a", {"model._orig_mod.w": torch.ones(1)}, None)
 
 
 @pytest.mark.parametrize(
@@ -142,85 +143,34 @@ def test_only_clean_tensors_are_saved(tmp_path):
     ],
 )
 def test_wrapper_prefixes_go(name, clean):
-    assert portable.clean_name(name) == clean
+    assert clean_name(name) == clean
 
 
-def test_stock_tools_read_it(saved, tmp_path):
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+def test_stock_tools_read_it(saved):
+    from safetensors.torch import load_file
 
-    dcp_to_torch_save(saved, tmp_path / "all.pt")
-    assert_equal(torch.load(tmp_path / "all.pt", weights_only=True), toy_tensors())
-
-
-class Malicious:
-    """Unpickling it creates the file that it names."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+    whole = toy_tensors()
+    del whole["model.layers.0.none"]  # empty: the index alone tells of it
+    assert_equal(load_file(saved / FILE), whole)
 
 
-def refused(saved, reason):
-    tensors = blanks(toy_tensors())
-    with pytest.raises(CheckpointError, match=reason):
-        portable.load_tensors(saved, tensors, None)
+def test_data_is_aligned(tmp_path):
+    save_tensors(tmp_path / "tensors", {f"model.{kind}": torch.ones(3, dtype=kind) for kind in DTYPE_NAMES}, None)
+    content = (tmp_path / "tensors" / FILE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    del header["__metadata__"]
+    assert len(header) == len(DTYPE_NAMES)
+    for entry in header.values():
+        assert entry["data_offsets"][0] % DTYPES[entry["dtype"]].itemsize == 0
 
 
-@pytest.mark.parametrize("module", ["os", "nt", "posix", "builtins", "torch.serialization"])
-def test_metadata_that_asks_for_anything_else_is_refused_unexecuted(saved, tmp_path, module):
-    (saved / ".metadata").write_bytes(f"c{module}\nload\n(S'x'\ntR.".encode())
-    refused(saved, f"{module}.load, which no checkpoint needs")
-
-
-def test_malicious_metadata_is_refused_unexecuted(saved, tmp_path):
-    content = pickle.dumps(Malicious(tmp_path / "executed"))
-    pickle.loads(content)
-    os.rmdir(tmp_path / "executed")  # the attack works where nobody watches
-    (saved / ".metadata").write_bytes(content)
-    refused(saved, "mkdir, which no checkpoint needs")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_malicious_tensor_file_is_refused_unexecuted(saved, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    description = portable.read_metadata(saved)
-    torch.save(Malicious(tmp_path / "executed"), saved / "__0_0.distcp")
-    size = (saved / "__0_0.distcp").stat().st_size
-    for place in description.storage_data.values():
-        place.offset, place.length = 0, size
-    (saved / ".metadata").write_bytes(pickle.dumps(description))
-    refused(saved, "are damaged .*Weights only load failed")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_byte_blobs_are_refused(tmp_path):
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with pytest.warns(UserWarning, match=r"torch\.distributed is disabled"):
-        save({"model.w": torch.ones(2), "extra": {"any": "object"}}, checkpoint_id=tmp_path / "t", no_dist=True)
-    with pytest.raises(CheckpointError, match="refused to read"):
-        portable.load_tensors(tmp_path / "t", {"model.w": torch.zeros(2)}, None, partial=True)
-
-
-@pytest.mark.parametrize("path", ["../outside.distcp", "/etc/passwd", "state.json"])
-def test_metadata_that_points_elsewhere_is_refused(saved, path):
-    description = portable.read_metadata(saved)
-    next(iter(description.storage_data.values())).relative_path = path
-    (saved / ".metadata").write_bytes(pickle.dumps(description))
-    refused(saved, "is no tensor file")
-
-
-def test_metadata_with_a_hole_is_refused(saved):
-    description = portable.read_metadata(saved)
-    description.state_dict_metadata["model.embedding.weight"].chunks.clear()  # type: ignore[union-attr]
-    (saved / ".metadata").write_bytes(pickle.dumps(description))
-    refused(saved, "model.embedding.weight is not whole")
-
-
-def test_absent_files_are_named(saved):
-    shutil.move(saved / "__0_0.distcp", saved / "away")
-    refused(saved, "__0_0.distcp")
-    (saved / ".metadata").unlink()
-    refused(saved, "cannot read .*metadata .*incomplete")
+def test_order_and_threads_change_no_byte(tmp_path):
+    tensors = {f"model.{index}": torch.full((1 << 20,), float(index)) for index in range(20)}
+    for name, order in (("a", 1), ("b", -1)):
+        save_tensors(tmp_path / name, dict(list(tensors.items())[::order]), None)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["index.json", FILE, "rank-00000-1.safetensors"]
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -1,0 +1,159 @@
+"""Reading from the files of `tensors/` what a rank needs, and nothing that they do not hold."""
+
+import struct
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, NamedTuple
+
+import torch
+from pydantic import Field, TypeAdapter
+
+from stablelm.checkpoint.flatshard import Part, part_of
+from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, distinct, name_in_file, reason
+from stablelm.checkpoint.places import Place, StoreError
+from stablelm.errors import CheckpointError
+
+THREADS = 2
+"""Files read side by side."""
+BUFFER = 1 << 16
+LARGEST_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses longer headers too."""
+
+
+class Reader:
+    """Reads the tensors of a directory's index. Raises CheckpointError where the files do not agree with it."""
+
+    def __init__(self, directory: Place, index: Index):
+        self.directory, self.index = directory, index
+        self._starts: dict[str, dict[str, int]] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, on the CPU; nothing is allocated before the files prove that they hold it."""
+        entry = self.index.tensors[name]
+        with _damaged(self.directory):
+            for file in {piece.file for piece in entry.pieces}:
+                with self._open(file):
+                    pass
+        tensor = torch.empty(entry.shape, dtype=entry.torch_dtype)
+        self.read({name: part_of(tensor, 0, 1)})
+        return tensor
+
+    def read(self, parts: dict[str, Part]) -> None:
+        """Fills `local` of every part: several files side by side, each in the order of its bytes."""
+        wanted: dict[str, list[_Read]] = {}
+        scattered = []
+        for name, part in parts.items():
+            flat = part.local.reshape(-1)
+            if not part.local.is_contiguous():
+                scattered.append((part.local, flat))
+            for file, read in self._reads(name, part, flat):
+                wanted.setdefault(file, []).append(read)
+        with _damaged(self.directory), ThreadPoolExecutor(THREADS) as pool:
+            for thread in [pool.submit(self._read_file, file, reads) for file, reads in wanted.items()]:
+                thread.result()
+        for local, flat in scattered:
+            local.copy_(flat.view(local.shape))
+
+    def _reads(self, name: str, part: Part, flat: torch.Tensor) -> "Iterator[tuple[str, _Read]]":
+        entry = self.index.tensors[name]
+        for piece in entry.pieces:
+            begin = piece.start(entry.shape)
+            first, stop = max(begin, part.start), min(begin + piece.count, part.stop)
+            if first < stop:
+                slot = name_in_file(name, entry.shape, piece.offsets, piece.sizes)
+                skipped = (first - begin) * entry.torch_dtype.itemsize
+                yield piece.file, _Read(slot, skipped, flat[first - part.start : stop - part.start])
+
+    def _read_file(self, name: str, reads: "list[_Read]") -> None:
+        with self._open(name) as file:
+            starts = self._starts[name]
+            for read in sorted(reads, key=lambda read: starts[read.slot] + read.skipped):
+                file.seek(starts[read.slot] + read.skipped)
+                target = read.target if read.target.is_cpu else torch.empty_like(read.target, device="cpu")
+                _fill(file, bytes_of(target), name)
+                if target is not read.target:
+                    read.target.copy_(target)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        """A tensor file whose header was compared with the index."""
+        path = self.directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{name} does not exist, or is not a file")
+        with path.open("rb", buffering=BUFFER) if isinstance(path, Path) else path.open("rb") as file:
+            if name not in self._starts:
+                try:
+                    self._starts[name] = read_header(file, path.stat().st_size, self.index.files[name])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {reason(error)}") from error
+            yield file
+
+
+class _Read(NamedTuple):
+    """What to read of one piece: from `skipped` bytes behind its start on, into contiguous elements."""
+
+    slot: str
+    skipped: int
+    target: torch.Tensor
+
+
+def _fill(file: IO[bytes], rest: memoryview, name: str) -> None:
+    while rest:
+        count = file.readinto(rest)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError(f"{name} is cut short")
+        rest = rest[count:]
+
+
+@contextmanager
+def _damaged(directory: Place) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"the tensors in {directory} are damaged ({reason(error)}): load another checkpoint"
+        ) from error
+
+
+class _HeaderEntry(Checked):
+    dtype: Dtype
+    shape: Annotated[list[Count], Field(max_length=16)]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+_HEADER = TypeAdapter(dict[str, _HeaderEntry])
+
+
+def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str, int]:
+    """Where each tensor of a safetensors file of `size` bytes begins in it, by name.
+
+    Raises ValueError unless it holds exactly `wanted`, with no byte left over.
+    """
+    length = struct.unpack("<Q", head)[0] if len(head := file.read(8)) == 8 else size
+    if not 0 < length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError("its header is longer than it or the format allows")
+    held = distinct(file.read(length))
+    if not isinstance(held, dict):
+        raise ValueError("its header is no object")
+    held.pop("__metadata__", None)
+    entries = _HEADER.validate_python(held)
+    if {Slot(name, each.dtype, tuple(each.shape)) for name, each in entries.items()} != set(wanted):
+        raise ValueError(f"its header does not agree with {INDEX}")
+    reached = 0
+    for name, each in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, stop = each.data_offsets
+        if start != reached or stop - start != Slot(name, each.dtype, tuple(each.shape)).nbytes:
+            raise ValueError(f"the bytes of {name} are not where they must be")
+        reached = stop
+    if 8 + length + reached != size:
+        raise ValueError(f"it has {size} bytes instead of {8 + length + reached}")
+    return {name: 8 + length + each.data_offsets[0] for name, each in entries.items()}
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor of the CPU that is not empty."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
