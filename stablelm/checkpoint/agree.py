@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FailedElsewhere(RuntimeError):
-    """Another rank's failure, in its words; `relayed` where that rank had it from a third, in a phase inside a phase."""
+    """Another rank's failure, in its words; `relayed` where that rank had it from a third, by a phase in a phase."""
 
     relayed = False
 

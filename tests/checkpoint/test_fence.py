@@ -17,7 +17,8 @@ TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this 
 
 def stage(mine, step):
     """All of a save but its commit."""
-    staged = commit._stage(mine, step, toy_tensors(step), {**STATE, "step": step}, "", Together(None, 0))
+    tensors, state = toy_tensors(step), {**STATE, "step": step}
+    staged = commit._stage(mine, step, tensors, state, "", Together(None, 0), whole=tensors)
     return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Standing())
 
 
