@@ -143,7 +143,7 @@ def test_two_attempts_racing_in_threads_leave_one_history(tmp_path):
             save_toy(root, step, fence=newer)
         thread.join()
         if ended:
-            assert "has taken over" in ended[0]
+            assert "has taken over" in ended[0], ended
         by_whom = {manifest.step_of(p): manifest.read_commit(p).attempt for p in keep.step_directories(root)}
         assert by_whom == {s: "old" if s <= start else "new" for s in range(1, start + 4)}
         path = keep.resolve_checkpoint(root)
