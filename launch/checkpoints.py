@@ -73,7 +73,10 @@ def check(run_dir: str) -> None:
 
     damaged = []
     for path in _steps(run_dir):
-        problems = manifest.verify(path) or contents.problems(path)
+        try:
+            problems = manifest.verify(path) or contents.problems(path)
+        except CheckpointError as error:  # of an earlier version
+            problems = [str(error)]
         damaged += [_name(path)] if problems else []
         print(f"{_name(path):<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
     if damaged:

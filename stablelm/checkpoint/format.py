@@ -124,6 +124,10 @@ class _Written(NamedTuple):
     elements: torch.Tensor
 
     @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * self.elements.itemsize
+
+    @property
     def slot(self) -> Slot:
         name = name_in_file(self.tensor, self.shape, self.offsets, self.sizes)
         return Slot(name, DTYPE_NAMES[self.elements.dtype], self.sizes)
@@ -159,12 +163,12 @@ def _pieces(parts: dict[str, Part]) -> Iterator[_Written]:
 
 def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
     """A few files of about equal size, each in the order in which its bytes are aligned without gaps."""
-    size = sum(piece.elements.nbytes for piece in pieces)
+    size = sum(piece.nbytes for piece in pieces)
     count = min(len(pieces), max(1, min(THREADS, size // BYTES_A_FILE)))
     heap, files = [(0, index) for index in range(count)], [[] for _ in range(count)]
-    for piece in sorted(pieces, key=lambda piece: (-piece.elements.nbytes, piece.tensor, piece.offsets)):
+    for piece in sorted(pieces, key=lambda piece: (-piece.nbytes, piece.tensor, piece.offsets)):
         load, index = heap[0]
-        heapq.heapreplace(heap, (load + piece.elements.nbytes, index))
+        heapq.heapreplace(heap, (load + piece.nbytes, index))
         files[index].append(piece)
     for file in files:
         file.sort(key=lambda piece: (-piece.elements.itemsize, piece.tensor, piece.offsets))
@@ -212,13 +216,12 @@ def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> Index:
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
     for name, dtype, shape, piece in sorted(written):
         assert kinds.setdefault(name, (dtype, shape)) == (dtype, shape), f"{name} differs between ranks"
-        pieces.setdefault(name, []).append(Piece(offsets=piece[0], sizes=piece[1], file=piece[2]))
-    return Index(
-        tensors={
-            name: Entry.model_validate({"dtype": kinds[name][0], "shape": kinds[name][1], "pieces": tuple(found)})
-            for name, found in sorted(pieces.items())
-        }
-    )
+        pieces.setdefault(name, []).append(Piece.model_construct(offsets=piece[0], sizes=piece[1], file=piece[2]))
+    entries = {
+        name: Entry.model_construct(dtype=kinds[name][0], shape=kinds[name][1], pieces=tuple(found))
+        for name, found in sorted(pieces.items())
+    }
+    return Index.model_construct(tensors=entries)  # checked where it is read, as before a commit
 
 
 def load_tensors(

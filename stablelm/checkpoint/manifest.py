@@ -1,7 +1,7 @@
 """What makes a directory a checkpoint: the manifest of its files and the COMMITTED mark over the manifest.
 
 step-00001200/
-    tensors/        files of torch.distributed.checkpoint
+    tensors/        safetensors files of the pieces of tensors, and their index.json
     state.json      everything of the run that is not a tensor; knows no rank and no world size
     config.yaml     the configuration as it was asked for; state.json has what its derived keys became
     manifest.json   every file above: size and sha256

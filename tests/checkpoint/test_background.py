@@ -26,6 +26,7 @@ from test_killed_saves import newest
 from stablelm.checkpoint import fence, manifest
 from stablelm.checkpoint.background import HostCopy, Saver
 from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import CheckpointError, StorageError
 
@@ -185,8 +186,6 @@ def sharded(group, seed, fill=None):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from stablelm.checkpoint.flatshard import FlatShard
-
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     whole = torch.arange(35.0).reshape(5, 7) + seed
     cuts = [0, 11, 35] if size == 2 else [0, 35]
@@ -208,7 +207,9 @@ def ranks_save_in_the_background(rank, world_size, root):
     saver = make(root, group=save_group)
     tensors, whole = sharded(dist.group.WORLD, 1)
     held = HostCopy().copy(tensors)
-    assert torch.equal(held["model.sharded"].local, tensors["model.sharded"].to_local().flatten())
+    shard = held["model.sharded"]
+    assert isinstance(shard, FlatShard)
+    assert torch.equal(shard.local, tensors["model.sharded"].to_local().flatten())
     put(saver, 1, tensors)
     for local in (tensors["model.sharded"].to_local(), tensors["model.flat"].local):
         local.fill_(-7)

@@ -3,12 +3,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.distributed import run_ranks
 from support.saved import assert_equal, blanks, toy_tensors
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from stablelm.checkpoint.background import HostCopy
 from stablelm.checkpoint.format import clean_name, load_tensors, save_tensors
-from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES
+from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES, read_index
 from stablelm.errors import CheckpointError
 
 FILE = "rank-00000-0.safetensors"
@@ -75,6 +79,52 @@ def test_shards_of_two_ranks_load_on_one_and_three(tmp_path):
     assert_equal(plain, wanted)
     assert len(set(refusals)) == 1
     assert "elsewhere" in refusals[0]
+
+
+MESHES = {
+    "replicas": [Replicate(), Shard(0)],
+    "replicas within": [Shard(0), Replicate()],
+    "shards of shards": [Shard(0), Shard(0)],
+    "copies": [Replicate(), Replicate()],
+}
+
+
+def save_on_a_mesh(rank, world_size, directory):
+    """Seven rows on 2 x 2 ranks, saved and loaded back on them; some ranks of three rows hold none."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    tensors = {
+        f"model.{name}.{rows}": distribute_tensor(values(rows), mesh, placements, src_data_rank=None)
+        for name, placements in MESHES.items()
+        for rows in (7, 3, 0)
+    }
+    tensors |= {f"model.plain.{index}": values(7) for index in range(12)}
+    records = save_tensors(directory, tensors, torch.distributed.group.WORLD)
+    held = HostCopy().copy(tensors)
+    again = save_tensors(directory.with_name("copied"), held, torch.distributed.group.WORLD)
+    loaded = {name: tensor.clone().fill_(-1) for name, tensor in tensors.items()}
+    load_tensors(directory, loaded, torch.distributed.group.WORLD)
+    same = all(torch.equal(getattr(t, "full_tensor", lambda t=t: t)(), values(t.shape[0])) for t in loaded.values())
+    return {name: record.size for name, record in records.items()}, again == records, same
+
+
+def values(rows):
+    return torch.arange(5.0 * rows).reshape(rows, 5)
+
+
+@pytest.mark.slow
+def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(tmp_path):
+    results = run_ranks(save_on_a_mesh, 4, tmp_path / "tensors")
+    assert [(copied, same) for _, copied, same in results] == [(True, True)] * 4
+    plain = {name: values(entry.shape[0]) for name, entry in read_index(tmp_path / "tensors").tensors.items()}
+    assert len(plain) == 24
+    loaded = blanks(plain)
+    load_tensors(tmp_path / "tensors", loaded, None)
+    assert_equal(loaded, plain)
+    tensors = {path.name: load_file(path) for path in (tmp_path / "tensors").glob("*.safetensors")}
+    assert len(tensors) == 4
+    written = [sum(tensor.nbytes for tensor in held.values()) for held in tensors.values()]
+    assert sum(written) == sum(tensor.nbytes for tensor in plain.values())
+    assert max(written) < 2 * min(written)
 
 
 @pytest.fixture
@@ -147,8 +197,6 @@ def test_wrapper_prefixes_go(name, clean):
 
 
 def test_stock_tools_read_it(saved):
-    from safetensors.torch import load_file
-
     whole = toy_tensors()
     del whole["model.layers.0.none"]  # empty: the index alone tells of it
     assert_equal(load_file(saved / FILE), whole)

@@ -247,7 +247,7 @@ def test_checkpoints_of_the_earlier_format_are_named(tmp_path, saved):
     words = "was saved by stablelm 0.1, .*with stablelm 0.1.0, the last version that does"
     for look in (
         lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
-        lambda: keep.newest_valid(path.parent, on_damaged=pytest.fail, lacks=problems),
+        lambda: keep.newest_valid(path.parent, on_damaged=lambda path, why: pytest.fail(why), lacks=problems),
         lambda: keep.resolve_checkpoint(path, lacks=problems),
         lambda: consolidate(str(path), tmp_path / "out.safetensors"),
     ):
