@@ -33,7 +33,7 @@ from stablelm.train.watchdog import Watch
 
 LEAD_SECONDS = 60.0
 SAVES_WAITED = 10
-"""So many times the rehearsed save's length is no hang yet."""
+"""A save that takes up to this many times its expected length is not a hang."""
 
 
 def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> int:

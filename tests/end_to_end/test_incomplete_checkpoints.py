@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.programs import TINY, run, summary
+from support.saved import seal_anew
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import commit, keep
@@ -62,3 +63,19 @@ def test_where_all_are_incomplete_their_weights_are_offered(trained: list[str], 
     fresh = run("pretrain", *trained, offer, f"run.dir={tmp_path / 'fresh'}")
     assert fresh.returncode == 0, fresh.stderr
     assert summary(tmp_path / "fresh")["step"] == 6
+
+
+def test_checkpoints_of_the_earlier_format_are_one_sentence(trained: list[str], tmp_path: Path):
+    for step in keep.step_directories(tmp_path / "run" / "checkpoints"):
+        path = Path(str(step))
+        (path / "tensors" / "index.json").rename(path / "tensors" / ".metadata")
+        seal_anew(path)
+    newest, _ = keep.step_directories(tmp_path / "run" / "checkpoints")
+    for done in (run("pretrain", *trained), run("eval", "--checkpoint", str(newest))):
+        assert done.returncode == 78
+        assert f"{newest} was saved by stablelm 0.1" in done.stderr
+        assert "stablelm 0.1.0, the last version" in done.stderr
+        assert done.stderr.count("\n") == 1
+    verified = run("checkpoints", "verify", str(tmp_path / "run"))
+    assert verified.returncode == 78
+    assert verified.stdout.count("was saved by stablelm 0.1") == 2
