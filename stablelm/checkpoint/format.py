@@ -44,6 +44,8 @@ THREADS = 2
 """Files that a rank writes or reads side by side: hashing and the disk do not wait for each other."""
 SYNC_BYTES = 16 << 20
 """Forced to the disk as soon as there are so many, while other threads hash."""
+WRITE_BUFFER = 1 << 16
+"""Smaller pieces are gathered to so many bytes; larger ones are not copied."""
 _Row = tuple[str, str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], str]]
 """A piece in a file: tensor, dtype, whole shape, (offsets, sizes, file)."""
 _WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|module)\.")
@@ -178,7 +180,7 @@ def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
 def _write_file(path: Place, pieces: list[_Written]) -> FileRecord:
     """Writes, hashes and forces to the disk as it goes."""
     digest, size, synced = sha256(), 0, 0
-    with path.open("xb", buffering=1 << 20) if isinstance(path, Path) else path.open("wb") as file:
+    with path.open("xb", buffering=WRITE_BUFFER) if isinstance(path, Path) else path.open("wb") as file:
         for content in _contents(pieces):
             file.write(content)
             digest.update(content)
