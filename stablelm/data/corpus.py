@@ -113,7 +113,12 @@ def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
         return [url]
     pattern = url if glob.has_magic(url) else url.rstrip("/") + "/*"
     try:
-        found = persist(lambda: stores.glob(pattern, options), name=pattern, budget=options.retry_budget)
+        found = persist(
+            lambda: stores.glob(pattern, options),
+            name=pattern,
+            budget=options.retry_budget,
+            first_answer=options.first_answer,
+        )
     except DataError as error:
         raise ConfigError(f"{key}: the files of {url!r} cannot be listed: {error}") from error
     files = [file for file in found if _wanted(base_name(file))]

@@ -4,7 +4,6 @@ Local files are all opened; of those in other stores the first and the last are.
 """
 
 import os
-from dataclasses import replace
 
 from stablelm.data import dataset_rows
 from stablelm.data.options import ReadOptions
@@ -47,11 +46,12 @@ def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> 
 def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
     """The first and the last of the remote files can be read by ranges and hold text, as `check` finds it.
 
-    A store that does not answer is waited for as in training. Raises ConfigError under `key`.
+    A store must answer within seconds; one that says that it is busy is waited for as in training.
+    Raises ConfigError under `key`.
     """
     # The shards of a dataset were opened when they were found.
     urls = [file for file in files if local_path(file) is None and not dataset_rows.is_shard(file)]
-    options = replace(options, cache_bytes=0)  # a few bytes are no reason to fetch a whole file
+    options = options.first_look()
     for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
         try:
             with RangeFile(url, options) as file:

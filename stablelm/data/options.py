@@ -1,7 +1,7 @@
 """How text is read: what a run's configuration tells every reader of files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 # Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
 READ_AHEAD = 48 << 20
+# Seconds in which a store must answer before the run has begun with it.
+FIRST_ANSWER = 7.0
 # Names under which one store is known.
 FAMILIES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "http"}
 
@@ -27,11 +29,13 @@ class ReadOptions:
     """`storage`: 'scheme.option' -> value for fsspec. `cache`: folder of indexes and whole files, None for neither.
 
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
+    `first_answer`: seconds for a request, and for retries of one without an answer; None where the store has answered.
     `filter`, `map`: import paths of the user's functions over rows.
     `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
     """
 
     retry_budget: float = 600.0
+    first_answer: float | None = None
     text_column: str = "text"
     storage: Mapping[str, Any] = field(default_factory=dict)
     cache: str | None = None
@@ -54,6 +58,10 @@ class ReadOptions:
             filter=data.filter,
             map=data.map,
         )
+
+    def first_look(self) -> "ReadOptions":
+        """For files that no attempt of the run has read yet: a mistyped address is no outage to wait for."""
+        return replace(self, first_answer=FIRST_ANSWER, block=SMALLEST_BLOCK, cache_bytes=0)
 
     def settings(self, scheme: str) -> dict[str, Any]:
         """fsspec options of a store; 'a.b' below a scheme is b inside a."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from stablelm.data import filecache
 from stablelm.data.options import ReadOptions, Stamp
+from stablelm.data.ranges import changed
 from stablelm.data.retry import persist
 from stablelm.data.stores import local_path, local_stamp, open_file
 from stablelm.errors import DataError
@@ -89,6 +90,7 @@ class RangeFile(io.RawIOBase):
             attempt,
             name=self.url,
             budget=self._options.retry_budget,
+            first_answer=self._options.first_answer,
             place=lambda: f" at byte {self.offset}",
             failed=self._failed,
         )
@@ -97,11 +99,16 @@ class RangeFile(io.RawIOBase):
         file, stamp = self._opened()
         if self.offset >= stamp.size:
             return b""
-        data = file.read(min(size, stamp.size - self.offset))
+        wanted = min(size, stamp.size - self.offset)
+        data = file.read(wanted)
         if self._local is not None and (now := local_stamp(file)) != self._local:
-            raise self._changed(self._local, now)
+            raise changed(self.url, self._local, now)
         if not data:
             raise OSError(errno.EIO, "the store sent nothing where bytes must be")
+        if len(data) > wanted:
+            raise DataError(
+                f"{self.url}: the store sent {len(data)} bytes where {wanted} were requested; fetch it again"
+            )
         return data
 
     def _opened(self) -> tuple[Any, Stamp]:
@@ -113,7 +120,7 @@ class RangeFile(io.RawIOBase):
             self._file, stamp = open_file(self.url, self._options)
             known = self._options.stamps.setdefault(self.url, stamp)
             if stamp != known:
-                raise self._changed(known, stamp)
+                raise changed(self.url, known, stamp)
             if self._keeps:
                 self._open_kept(stamp)
         self._local = local_stamp(self._file) if isinstance(self._file, io.FileIO) else None
@@ -139,10 +146,6 @@ class RangeFile(io.RawIOBase):
         self.offset = offset
         if self._file is not None:
             self._file.seek(offset)
-
-    def _changed(self, old: Stamp, new: Stamp) -> DataError:
-        how = f"from {old.size} to {new.size} bytes" if old.size != new.size else f"from {old.tag} to {new.tag}"
-        return DataError(f"{self.url}: changed {how} while it was read; put the old file back, or start a new run")
 
     def _failed(self) -> None:
         self.retries += 1

@@ -23,11 +23,13 @@ def persist(
     *,
     name: str,
     budget: float,
+    first_answer: float | None = None,
     place: Callable[[], str] = lambda: "",
     failed: Callable[[], None] = lambda: None,
 ) -> T:
     """What `attempt` returns; it is repeated for at most `budget` seconds after its first failure.
 
+    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken.
     Waits as long as the store asks (Retry-After, RateLimit), else with a jittered exponential back-off.
     `failed` runs after each failure; `place` says where, for the message. Raises DataError naming the file
     and the cause when the budget is spent, and at once when another try cannot help.
@@ -39,18 +41,17 @@ def persist(
     except Exception as error:
         first = error
     wait = Wait(name, 1, time.time(), words(first))
-    deadline, delay, error = time.monotonic() + budget, FIRST_DELAY, first
+    began, delay, error = time.monotonic(), FIRST_DELAY, first
     with noted(wait):
         while True:
             failed()
             if cause := hopeless(error):
                 raise DataError(f"{name}: {cause}; {_mend(error)}") from error
-            now = time.monotonic()
+            unknown = first_answer is not None and http_status(error) is None
+            allowed = min(budget, first_answer) if first_answer is not None and unknown else budget
+            now, deadline = time.monotonic(), began + allowed
             if now >= deadline:
-                raise DataError(
-                    f"{name}: unreadable{place()} for {budget:g} s ({words(error)}); "
-                    "run again once the store answers, or raise data.retry_budget"
-                ) from error
+                raise DataError(_gave_up(f"{name}: unreadable{place()} for {allowed:g} s", error, unknown)) from error
             asked = asked_seconds(error)
             pause = delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
             time.sleep(min(pause, deadline - now))
@@ -63,6 +64,11 @@ def persist(
             except Exception as again:
                 error = again
                 wait.cause = words(error)
+
+
+def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
+    fix = "run again once the store answers, or raise data.retry_budget"
+    return f"{what} ({words(error)}); {'check the address and that this machine reaches it' if unknown else fix}"
 
 
 def hopeless(error: BaseException) -> str | None:
