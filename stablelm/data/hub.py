@@ -46,7 +46,7 @@ def expand(url: str, *, key: str) -> list[str]:
 
 
 def reach(url: str, *, key: str) -> None:
-    """Raises ConfigError under `key` unless the hub answers anything within seconds: its clients try for half a minute."""
+    """Raises ConfigError under `key` unless the hub answers within seconds; its own client tries for half a minute."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:

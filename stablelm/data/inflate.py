@@ -83,7 +83,11 @@ def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[byt
             yield from _unzstd(file, starts)
         else:
             yield from _plain(file, starts)
+    except Damaged:
+        file.forget()
+        raise
     except errors as error:
+        file.forget()
         raise Damaged(
             f"{file.url}: damaged near byte {file.offset} ({words(error)}); "
             "replace it by an intact copy, then run again"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stablelm.config.schema import DataConfig
+    from stablelm.data.seen_files import SeenFiles
 
 # Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
@@ -31,6 +32,7 @@ class ReadOptions:
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
     `first_answer`: seconds for a request, and for retries of one without an answer; None where the store has answered.
     `filter`, `map`: import paths of the user's functions over rows.
+    `seen`: what earlier attempts of the run read, None outside of a run.
     `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
     """
 
@@ -43,6 +45,7 @@ class ReadOptions:
     block: int = LARGEST_BLOCK
     filter: str | None = None
     map: str | None = None
+    seen: "SeenFiles | None" = None
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod

@@ -90,4 +90,5 @@ def no_value(url: str, number: int, column: str | None) -> DataError:
 
 
 def _damaged(file: RangeFile, error: Exception) -> DataError:
+    file.forget()
     return DataError(f"{file.url}: damaged or no parquet file ({words(error)}); replace it by an intact copy")

@@ -81,6 +81,11 @@ class RangeFile(io.RawIOBase):
                 yield start, part
                 start += len(part)
 
+    def forget(self) -> None:
+        """Says that the file is damaged: the run may go on with another copy."""
+        if self._options.seen is not None:
+            self._options.seen.forget(self.url)
+
     def close(self) -> None:
         self._drop()
         super().close()
@@ -118,6 +123,8 @@ class RangeFile(io.RawIOBase):
             return self._file, known
         if known is None or not self._keeps or not self._open_kept(known):
             self._file, stamp = open_file(self.url, self._options)
+            if known is None and self._options.seen is not None:
+                self._options.seen.confirm(self.url, stamp)
             known = self._options.stamps.setdefault(self.url, stamp)
             if stamp != known:
                 raise changed(self.url, known, stamp)

@@ -8,6 +8,7 @@ from typing import Any
 
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
+from stablelm.data import seen_files
 from stablelm.engine.mesh import Ranks
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
@@ -38,6 +39,7 @@ def create(
             shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
             _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             _replace(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
+            seen_files.gather(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts)
         except OSError as error:
             raise storage_error(run_dir, error) from error
