@@ -20,6 +20,8 @@ from stablelm.errors import DataError
 
 # Compressed bytes held by one open local file; a remote one holds options.block.
 LOCAL_BLOCK = 64 << 10
+# Bytes that two requests for neighbouring ranges have in common.
+OVERLAP = 64
 # Compressed bytes inflated at once, which bounds the inflated lines that wait in memory: least and most.
 SLICES = 16 << 10, 64 << 10
 
@@ -36,6 +38,7 @@ class RangeFile(io.RawIOBase):
         self.url = url
         self.block = options.block if local_path(url) is None else LOCAL_BLOCK
         self.offset = 0
+        self._tail = b""  # what was read before this offset
         self.retries = 0
         self._options = options
         self._file: Any = None
@@ -67,6 +70,7 @@ class RangeFile(io.RawIOBase):
         data = self._persist(lambda: self._attempt(len(buffer)))
         buffer[: len(data)] = data
         self.offset += len(data)
+        self._tail = bytes(data[-OVERLAP:])
         return len(data)
 
     def slices(self) -> Iterator[tuple[int, bytes]]:
@@ -100,20 +104,31 @@ class RangeFile(io.RawIOBase):
             failed=self._failed,
         )
 
-    def _attempt(self, size: int) -> bytes:
+    def _attempt(self, size: int) -> memoryview:
         file, stamp = self._opened()
         if self.offset >= stamp.size:
-            return b""
-        wanted = min(size, stamp.size - self.offset)
-        data = file.read(wanted)
+            return memoryview(b"")
+        # What was read last is asked for again: the headers of a server that sends other bytes may say nothing of it.
+        before = self._tail if self._local is None else b""
+        if before:
+            file.seek(self.offset - len(before))
+        wanted = len(before) + min(size, stamp.size - self.offset)
+        data = memoryview(file.read(wanted))
         if self._local is not None and (now := local_stamp(file)) != self._local:
             raise changed(self.url, self._local, now)
-        if not data:
-            raise OSError(errno.EIO, "the store sent nothing where bytes must be")
         if len(data) > wanted:
             raise DataError(
-                f"{self.url}: the store sent {len(data)} bytes where {wanted} were requested; fetch it again"
+                f"{self.url}: the store sent {len(data)} bytes where {wanted} were requested; use another server or "
+                "mirror, or download the files"
             )
+        if data[: len(before)] != before:
+            raise DataError(
+                f"{self.url}: changed while it was read, the store sent other bytes before byte {self.offset} than the "
+                "first time; put the old file back, or use another server or mirror"
+            )
+        data = data[len(before) :]
+        if not data:
+            raise OSError(errno.EIO, "the store sent nothing where bytes must be")
         return data
 
     def _opened(self) -> tuple[Any, Stamp]:
@@ -150,6 +165,8 @@ class RangeFile(io.RawIOBase):
         return True
 
     def _moved(self, offset: int) -> None:
+        if offset != self.offset:
+            self._tail = b""
         self.offset = offset
         if self._file is not None:
             self._file.seek(offset)
