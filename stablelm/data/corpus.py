@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from stablelm.config.secret_rules import advice
 from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
@@ -15,6 +16,7 @@ from stablelm.data.options import ReadOptions
 from stablelm.data.retry import persist
 from stablelm.data.stores import base_name, local_path
 from stablelm.errors import ConfigError, DataError
+from stablelm.redaction import carries_secret, redacted
 
 __all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
 
@@ -89,6 +91,11 @@ def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]
 
 def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
     scheme = entry.partition("://")[0]
+    if carries_secret(entry):
+        raise ConfigError(
+            f"{key}: {redacted(entry)!r} has a password, token or signature in it, which would be written where files "
+            f"are named; set {advice(entry)} in the environment"
+        )
     if scheme == "hf":
         return [file for url in braces(entry) for file in hub.expand(url, key=key)]
     if scheme in OBJECT_STORES:

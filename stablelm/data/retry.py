@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from stablelm.data.waiting import Wait, noted
 from stablelm.errors import DataError
+from stablelm.redaction import redacted
 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 30.0
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def persist(
         raise
     except Exception as error:
         first = error
-    wait = Wait(name, 1, time.time(), words(first))
+    wait = Wait(redacted(name), 1, time.time(), redacted(words(first)))
     began, delay, error = time.monotonic(), FIRST_DELAY, first
     with noted(wait):
         while True:
@@ -63,7 +64,7 @@ def persist(
                 raise
             except Exception as again:
                 error = again
-                wait.cause = words(error)
+                wait.cause = redacted(words(error))
 
 
 def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
@@ -154,6 +155,8 @@ def _mend(error: BaseException) -> str:
         return "download the files, or use a server that supports ranges"
     if http_status(error) == 412:
         return "put the old file back, or start a new run"
+    if http_status(error) in (401, 403):
+        return "make it readable with the credentials that the environment gives for this store, then run again"
     if "credentials" in type(error).__name__.lower():
         return "set the variables or files with which the store's own tools find its credentials"
     return "put the file back and make it readable, then run again"

@@ -12,6 +12,7 @@ from stablelm.data import seen_files
 from stablelm.engine.mesh import Ranks
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
+from stablelm.redaction import redacted
 
 
 def create(
@@ -49,5 +50,5 @@ def create(
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
+    temporary.write_text(redacted(text))
     temporary.replace(path)

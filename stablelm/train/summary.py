@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stablelm.redaction import redacted
+
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     """Replaces the file in one step; a failing rank's word about this attempt is not overwritten.
@@ -16,7 +18,7 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
         return
     temporary = path.with_name(f".summary-{os.getpid()}.json")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.write_text(redacted(json.dumps(summary, indent=2)) + "\n")
     temporary.replace(path)
 
 

@@ -39,7 +39,10 @@ class FaultyServer:
         self.twist: Twist | None = None  # what is sent instead
         self.trickle = (0, 0.0)  # bytes a piece of a body, and seconds between pieces
         self.before: Callable[[str], None] | None = None  # called with each request, and may change the faults
+        self.moved: tuple[int, str] | None = None  # a redirect that answers everything: status and address
+        self.wanted: tuple[str, str] | None = None  # a header without which all answers are 401
         self.requests: list[str] = []  # "GET /name bytes=0-9"
+        self.headers: list[dict[str, str]] = []
         server = self
 
         class Handler(_Handler):
@@ -98,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         request = f"{self.command} {self.path} {wanted or ''}".strip()
         faults.requests.append(request)
+        faults.headers.append(dict(self.headers))
         if faults.before is not None:
             faults.before(request)
         if faults.ask is not None and body:
@@ -112,6 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.failures > 0 and (faults.draw is None or faults.draw.random() < 0.5):
             faults.failures -= 1
             return self._empty(faults.status, faults.failure_headers)
+        if faults.wanted is not None and self.headers.get(faults.wanted[0]) != faults.wanted[1]:
+            return self._empty(401)
+        if faults.moved is not None:
+            return self._empty(faults.moved[0], {"Location": faults.moved[1]})
         if faults.upstream:
             return self._forward(body=body)
         assert faults.folder is not None
