@@ -4,14 +4,17 @@ Local files are all opened; of those in other stores the first and the last are.
 """
 
 import os
+import time
+from contextlib import suppress
 
 from stablelm.data import dataset_rows
 from stablelm.data.options import ReadOptions
-from stablelm.data.rangefile import RangeFile
+from stablelm.data.rangefile import LookEnded, RangeFile
 from stablelm.data.source import document_text, documents, row_count, rows_from
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
+from stablelm.small_files import open_regular
 
 SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet")
 SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
@@ -54,7 +57,7 @@ def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
     options = options.first_look()
     for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
         try:
-            with RangeFile(url, options) as file:
+            with RangeFile(url, options.for_a_while()) as file:
                 size, head = file.stamp().size, file.read(4)
             _check_content(url, size, head or b"", key)
             _read(url, key, options, whole=size <= SMALL_FILE)
@@ -128,7 +131,7 @@ def _near(files: list[str]) -> list[str]:
 def _check_form(path: str, size: int, key: str) -> None:
     if not path.endswith(SUFFIXES):
         raise ConfigError(f"{key}: {path!r} is not named like text we read; give files named {SUFFIXES_IN_WORDS}")
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         head = file.read(4)
     _check_content(path, size, head, key)
 
@@ -153,11 +156,16 @@ def _once(options: ReadOptions | None) -> ReadOptions:
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
+    """Reads the first row, then with `whole` all others as far as a look's time goes."""
+    options = options.for_a_while()
+    assert options.until is not None
     rows = rows_from(path, 0, options)[1]
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
     document_text(first, url=path, column=options.text_column)
     if whole:
-        for _ in rows:
-            pass
+        with suppress(LookEnded):
+            for _ in rows:
+                if time.monotonic() > options.until:
+                    return

@@ -1,5 +1,6 @@
 """How text is read: what a run's configuration tells every reader of files."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ if TYPE_CHECKING:
 # Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
 READ_AHEAD = 48 << 20
-# Seconds in which a store must answer before the run has begun with it.
-FIRST_ANSWER = 7.0
+# Seconds in which a store must answer before the run has begun with it, and for all that is looked at of one file.
+FIRST_ANSWER, LONGEST_LOOK = 7.0, 12.0
 # Names under which one store is known.
 FAMILIES = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "https": "http"}
 
@@ -30,6 +31,7 @@ class ReadOptions:
     """`storage`: 'scheme.option' -> value for fsspec. `cache`: folder of indexes and whole files, None for neither.
 
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
+    `until`: the time of time.monotonic() at which a look at a file ends, None for readers that go on.
     `first_answer`: seconds for a request, and for retries of one without an answer; None where the store has answered.
     `filter`, `map`: import paths of the user's functions over rows.
     `seen`: what earlier attempts of the run read, None outside of a run.
@@ -38,6 +40,7 @@ class ReadOptions:
 
     retry_budget: float = 600.0
     first_answer: float | None = None
+    until: float | None = None
     text_column: str = "text"
     storage: Mapping[str, Any] = field(default_factory=dict)
     cache: str | None = None
@@ -65,6 +68,10 @@ class ReadOptions:
     def first_look(self) -> "ReadOptions":
         """For files that no attempt of the run has read yet: a mistyped address is no outage to wait for."""
         return replace(self, first_answer=FIRST_ANSWER, block=SMALLEST_BLOCK, cache_bytes=0)
+
+    def for_a_while(self) -> "ReadOptions":
+        """For a look at one file, which ends with DataError after LONGEST_LOOK."""
+        return replace(self, until=time.monotonic() + LONGEST_LOOK)
 
     def settings(self, scheme: str) -> dict[str, Any]:
         """fsspec options of a store; 'a.b' below a scheme is b inside a."""

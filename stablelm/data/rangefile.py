@@ -6,6 +6,7 @@ same offset, so what reads above never sees a hole.
 
 import errno
 import io
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,10 @@ LOCAL_BLOCK = 64 << 10
 OVERLAP = 64
 # Compressed bytes inflated at once, which bounds the inflated lines that wait in memory: least and most.
 SLICES = 16 << 10, 64 << 10
+
+
+class LookEnded(DataError):
+    """What is raised where a look at a file has taken as long as it may."""
 
 
 class RangeFile(io.RawIOBase):
@@ -67,6 +72,11 @@ class RangeFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
+        if self._options.until is not None and time.monotonic() > self._options.until:
+            raise LookEnded(
+                f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
+                "holds text, and that its store is fast enough"
+            )
         data = self._persist(lambda: self._attempt(len(buffer)))
         buffer[: len(data)] = data
         self.offset += len(data)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from stablelm.data.waiting import Wait, noted
 from stablelm.errors import DataError
 from stablelm.redaction import redacted
+from stablelm.small_files import NOT_REGULAR
 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 30.0
 T = TypeVar("T")
@@ -78,6 +79,8 @@ def hopeless(error: BaseException) -> str | None:
         return "the server does not serve parts of a file (HTTP range requests)"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "too many open files"
+    if isinstance(error, OSError) and error.strerror == NOT_REGULAR:
+        return NOT_REGULAR
     status = http_status(error)
     if status == 412:
         return "changed while it was read"

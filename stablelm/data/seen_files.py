@@ -12,6 +12,7 @@ from pathlib import Path
 from stablelm.data.options import Stamp
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
+from stablelm.small_files import read_small
 
 FOLDER = "data_seen"
 # Bytes at each end of a local file that are hashed: a time of change does not outlive a copy.
@@ -85,7 +86,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, Stamp]]:
     forgotten = set()
     for piece in _pieces(folder):
         with suppress(OSError):
-            for line in piece.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_small(piece).decode(errors="replace").splitlines():
                 with suppress(ValueError, TypeError, KeyError):
                     entry = json.loads(line)
                     url, stamp = str(entry["file"]), Stamp(int(entry["size"]), str(entry["tag"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 from stablelm.data import hub
 from stablelm.data.options import FAMILIES, ReadOptions, Stamp
+from stablelm.small_files import open_regular
 
 # A connection without a byte for so long is given up and retried.
 STALL_SECONDS = 30.0
@@ -45,7 +46,7 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead."""
     path = local_path(url)
     if path is not None:
-        local = io.FileIO(path)
+        local = io.FileIO(open_regular(path))
         return local, local_stamp(local)
     if hub.PINNED.fullmatch(url):
         from stablelm.data import hubfile  # with aiohttp and the hub's client

@@ -19,6 +19,7 @@ from stablelm.data.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
+from stablelm.small_files import read_small
 from stablelm.train.prepare import validation_paths
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 
@@ -87,7 +88,7 @@ def _config(checkpoint: Place) -> Config:
     """The configuration that a checkpoint was saved with."""
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "config.yaml"
-        local.write_bytes((checkpoint / "config.yaml").read_bytes())
+        local.write_bytes(read_small(checkpoint / "config.yaml"))
         return load([str(local)], []).config
 
 

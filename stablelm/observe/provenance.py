@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.redaction import redacted
+from stablelm.small_files import read_small
 
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
     """The attempts so far; none where the file is missing or not ours."""
     try:
-        attempts = json.loads((Path(run_dir) / "provenance.json").read_text(encoding="utf-8"))
+        attempts = json.loads(read_small(Path(run_dir) / "provenance.json"))
     except (OSError, ValueError):
         return []
     return [told for told in attempts if isinstance(told, dict)] if isinstance(attempts, list) else []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.redaction import redacted
+from stablelm.small_files import read_small
 
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
@@ -25,6 +26,6 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The last attempt's summary; empty where there is none or it is torn."""
     try:
-        return json.loads((Path(run_dir) / "summary.json").read_text())
+        return json.loads(read_small(Path(run_dir) / "summary.json"))
     except (OSError, ValueError):
         return {}

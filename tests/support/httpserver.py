@@ -37,7 +37,7 @@ class FaultyServer:
         self.down = False  # close every connection without an answer
         self.ask: Callable[[str | None], str | None] | None = None  # the Range header that is served instead
         self.twist: Twist | None = None  # what is sent instead
-        self.trickle = (0, 0.0)  # bytes a piece of a body, and seconds between pieces
+        self.trickle: tuple[int, float] = (0, 0.0)  # bytes a piece of a body, and seconds between pieces
         self.before: Callable[[str], None] | None = None  # called with each request, and may change the faults
         self.moved: tuple[int, str] | None = None  # a redirect that answers everything: status and address
         self.wanted: tuple[str, str] | None = None  # a header without which all answers are 401
