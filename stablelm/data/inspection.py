@@ -152,7 +152,13 @@ def _check_content(path: str, size: int, head: bytes, key: str) -> None:
 def _once(options: ReadOptions | None) -> ReadOptions:
     """These options for local files, which are not tried again and leave nothing in the cache."""
     options = options or ReadOptions()
-    return ReadOptions(retry_budget=0, text_column=options.text_column, filter=options.filter, map=options.map)
+    return ReadOptions(
+        retry_budget=0,
+        max_document_bytes=options.max_document_bytes,
+        text_column=options.text_column,
+        filter=options.filter,
+        map=options.map,
+    )
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
 READ_AHEAD = 48 << 20
+LONGEST_DOCUMENT = 64 << 20
 # Seconds in which a store must answer before the run has begun with it, and for all that is looked at of one file.
 FIRST_ANSWER, LONGEST_LOOK = 7.0, 12.0
 # Names under which one store is known.
@@ -33,6 +34,7 @@ class ReadOptions:
     `retry_budget`: seconds that one read may be retried. `block`: compressed bytes of one remote request.
     `until`: the time of time.monotonic() at which a look at a file ends, None for readers that go on.
     `first_answer`: seconds for a request, and for retries of one without an answer; None where the store has answered.
+    `max_document_bytes`: of a line, of a document and of blank lines in a row.
     `filter`, `map`: import paths of the user's functions over rows.
     `seen`: what earlier attempts of the run read, None outside of a run.
     `stamps` fills with the files seen, so that one that changes in the middle of a run is noticed.
@@ -41,6 +43,7 @@ class ReadOptions:
     retry_budget: float = 600.0
     first_answer: float | None = None
     until: float | None = None
+    max_document_bytes: int = LONGEST_DOCUMENT
     text_column: str = "text"
     storage: Mapping[str, Any] = field(default_factory=dict)
     cache: str | None = None
@@ -56,6 +59,7 @@ class ReadOptions:
         """Options of a configuration, for a process that reads so many lanes."""
         return cls(
             retry_budget=data.retry_budget,
+            max_document_bytes=data.max_document_bytes,
             text_column=data.text_column,
             storage=data.storage,
             cache=data.cache,

@@ -8,11 +8,14 @@ from typing import Any
 
 from stablelm.data.options import ReadOptions
 from stablelm.data.rangefile import RangeFile
+from stablelm.data.reader import Bound
 from stablelm.data.retry import words
 from stablelm.errors import DataError
 
-# Rows decoded at once.
-ROWS = 256
+# Rows decoded at once: a value that a dictionary holds once takes its whole length in each of them.
+ROWS = 8
+# Bytes that these may take together, as far as the footer tells.
+AT_ONCE = 256 << 20
 
 
 def rows_from(
@@ -30,7 +33,8 @@ def rows_from(
     starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
     group = max(bisect_right(starts, row) - 1, 0)
     column = None if whole else options.text_column
-    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, column)
+    bound = Bound(url, options.max_document_bytes)
+    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, column, bound)
 
 
 def row_count(url: str, options: ReadOptions) -> int:
@@ -64,18 +68,23 @@ def _table(file: RangeFile, options: ReadOptions) -> Any:
     return table
 
 
-def _rows(file: RangeFile, table: Any, group: int, starts: list[int], column: str | None) -> Iterator[tuple[int, Any]]:
+def _rows(
+    file: RangeFile, table: Any, group: int, starts: list[int], column: str | None, bound: Bound
+) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     number = starts[min(group, len(starts) - 1)]
     columns = None if column is None else [column]
     try:
         for following in range(group, len(starts) - 1):
-            for batch in table.iter_batches(ROWS, row_groups=[following], columns=columns, use_threads=False):
+            rows = max(1, min(ROWS, AT_ONCE // max(table.metadata.row_group(following).total_byte_size, 1)))
+            for batch in table.iter_batches(rows, row_groups=[following], columns=columns, use_threads=False):
                 for value in batch.to_pylist() if column is None else batch.column(0).to_pylist():
                     number += 1
                     if value is None:
                         raise no_value(file.url, number, column)
+                    if column is not None:
+                        bound.check_line(len(value), number)
                     yield number, value
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
