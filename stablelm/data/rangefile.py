@@ -9,6 +9,7 @@ import io
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from stablelm.data.options import ReadOptions, Stamp
 from stablelm.data.ranges import changed
 from stablelm.data.retry import persist
 from stablelm.data.stores import local_path, local_stamp, open_file
+from stablelm.data.waiting import reading
 from stablelm.errors import DataError
 
 # Compressed bytes held by one open local file; a remote one holds options.block.
@@ -123,7 +125,8 @@ class RangeFile(io.RawIOBase):
         if before:
             file.seek(self.offset - len(before))
         wanted = len(before) + min(size, stamp.size - self.offset)
-        data = memoryview(file.read(wanted))
+        with nullcontext() if self._local is not None else reading(self.url):
+            data = memoryview(file.read(wanted))
         if self._local is not None and (now := local_stamp(file)) != self._local:
             raise changed(self.url, self._local, now)
         if len(data) > wanted:

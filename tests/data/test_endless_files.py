@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from support.programs import TINY, run
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import manifest
-from stablelm.data import corpus, inspection, options
+from stablelm.data import corpus, inspection, options, waiting
 from stablelm.data.options import ReadOptions
 from stablelm.data.source import documents
 from stablelm.errors import ConfigError, DataError
@@ -95,3 +96,26 @@ def test_a_slow_server_without_a_document(tmp_path, content):
         server.trickle = (16384, 0.05)
         with pytest.raises(ConfigError, match=r"a\.json: no document in its first \d+ bytes, and no time"):
             look(f"{server.url}/a.json")
+
+
+def test_a_read_that_is_slow_is_said_like_one_that_fails(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(waiting, "FIRST_LINE", 0.3)
+    monkeypatch.setattr(waiting, "NEXT_LINES", 0.5)
+    (tmp_path / "a.json").write_bytes(LINE * 40)
+    seen = []
+    with serve(tmp_path) as server:
+        server.trickle = (256, 0.2)
+        url = f"{server.url}/a.json"
+
+        def watch() -> None:
+            for _ in range(15):
+                seen.extend(waiting.waiting())
+                time.sleep(0.1)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        assert len(list(documents([url], ReadOptions(retry_budget=60)))) == 40
+        watcher.join()
+    assert {(wait.file, wait.cause) for wait in seen} == {(url, "none, but the store is slow")}
+    assert f"waiting for {url}: " in capfd.readouterr().err
+    assert waiting.waiting() == []
