@@ -33,6 +33,8 @@ USERINFO = re.compile(r"(?<=://)(?<!hf://)(?<!datasets://)[^/\s?#@'\"]+@")
 QUERY = re.compile(r"(\w[\w+.-]*)(://[^\s?#'\"]*\?)([^\s#'\"]+)")
 # What nobody chose by hand: long, and of letters and digits.
 RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w%+/=~-]{16,}")
+# What says which content is meant is random and public.
+PUBLIC = {"versionid", "version", "revision", "generation", "commit", "etag", "sha256", "md5", "hash"}
 _NAMED = r"((?<![A-Za-z])(?:{words}))"
 ASSIGNED = re.compile(
     _NAMED.format(words=_WORDS) + r"(\s*=\s*)(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^\s,;&'\"\])}]+)", re.IGNORECASE
@@ -74,7 +76,8 @@ def _query(scheme: str, query: str) -> str:
     parts = []
     for part in query.split("&"):
         name, equals, value = part.partition("=")
-        secret = NAME.fullmatch(name) or (scheme in ("http", "https") and RANDOM.fullmatch(value))
+        random = scheme in ("http", "https") and name.lower() not in PUBLIC and RANDOM.fullmatch(value)
+        secret = NAME.fullmatch(name) or random
         parts.append(f"{name}{equals}{HIDDEN}" if equals and secret else part)
     return "&".join(parts)
 

@@ -92,7 +92,7 @@ def test_what_is_taken_out(monkeypatch, text, kept):
         "data.seq_len=32 train.tokens=1000 model.sigma.gamma=one",
         "hf://datasets/allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/a.json.gz",
         "datasets://allenai/c4?revision=1588ec454efa1a09f29cd18ddd04fe05fc8653a2&split=train",
-        "https://host/a.json.gz?download=true",
+        "https://host/a.json.gz?download=true&versionId=3sL4kqtJlcpXroDTDmJ9rmSpXd3dIbrHY",
         "s3://bucket/a@b/c.json.gz: changed from 10 to 12 bytes while it was read",
     ],
 )
