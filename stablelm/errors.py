@@ -1,10 +1,16 @@
 """What a user can cause, each with the exit code that scripts rely on."""
 
+from stablelm.redaction import redacted
+
 
 class UserError(Exception):
     """A mistake or mishap outside the program: printed as one sentence, never as a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The sentence, without any credential that a cause or a path brought into it."""
+        return redacted(super().__str__())
 
 
 class ConfigError(UserError):

@@ -13,6 +13,7 @@ from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
+from stablelm.small_files import read_small
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
@@ -99,8 +100,8 @@ def model_of(path: Place) -> ModelConfig:
     """
     import orjson
 
-    identity = orjson.loads((path / STATE).read_bytes()).get("identity", {})
-    found = in_effect((path / CONFIG).read_bytes().decode(), identity, str(path / CONFIG)).model
+    identity = orjson.loads(read_small(path / STATE)).get("identity", {})
+    found = in_effect(read_small(path / CONFIG).decode(), identity, str(path / CONFIG)).model
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

@@ -14,6 +14,7 @@ from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
 from stablelm.errors import CheckpointError
+from stablelm.small_files import read_small
 
 __all__ = [
     "checkpoints_root",
@@ -167,7 +168,7 @@ def step_directory(path: Place) -> Place | None:
 def read_state(path: Place) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((path / STATE).read_bytes())
+        return json.loads(read_small(path / STATE))
     except StoreError:
         raise
     except (OSError, ValueError) as error:
@@ -179,7 +180,7 @@ def _configured_root(run_dir: Place) -> Place | None:
     import yaml
 
     try:
-        config = yaml.safe_load((run_dir / CONFIG).read_bytes())
+        config = yaml.safe_load(read_small(run_dir / CONFIG))
         asked = config["checkpoint"]["dir"]
         return place(os.path.expanduser(str(asked))) if asked else None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):

@@ -254,6 +254,9 @@ class DataConfig:
     )
     cache_bytes: int = key(0, "largest size of whole remote files kept in the cache; 0: none is kept", unit="bytes")
     retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
+    max_document_bytes: int = key(
+        64 << 20, "longest document, line or run of blank lines; a longer one is an error in its file", unit="bytes"
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from stablelm.data.corpus import braces, files_alone
@@ -15,6 +16,7 @@ from stablelm.data.shard_format import SUFFIX, source_name
 from stablelm.data.shards import Shard, read_mask
 from stablelm.data.stores import local_path
 from stablelm.errors import ConfigError, DataError
+from stablelm.small_files import read_small
 
 MANIFEST = "manifest.json"
 FORM = f"the folder that data/prepare.py wrote, or its *{SUFFIX} files"
@@ -95,8 +97,7 @@ def read_manifest(folder: str, *, options: ReadOptions) -> dict[str, Any] | None
         if path is None:
             content = RemoteFile.whole(url, options=options)
         else:
-            with open(os.path.expanduser(path), "rb") as file:
-                content = file.read()
+            content = read_small(Path(path).expanduser())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -22,6 +22,7 @@ from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
+from stablelm.small_files import read_small
 from stablelm.train.prepare import validation_options, validation_paths
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 
@@ -116,7 +117,7 @@ def _prepare(
 def _config(checkpoint: Place, identity: dict[str, Any]) -> Config:
     """The configuration that was in effect when a checkpoint was saved."""
     file = checkpoint / "config.yaml"
-    return in_effect(file.read_bytes().decode(), identity, str(file))
+    return in_effect(read_small(file).decode(), identity, str(file))
 
 
 def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:

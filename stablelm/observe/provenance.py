@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stablelm.redaction import redacted
+from stablelm.small_files import read_small
+
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
@@ -28,14 +31,14 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
     commit, diff = git_state(REPOSITORY)
     diff_file = f"provenance-{attempt}.diff" if diff else None
     if diff_file:
-        (run_dir / diff_file).write_text(diff, encoding="utf-8", errors="surrogateescape")
+        (run_dir / diff_file).write_text(redacted(diff), encoding="utf-8", errors="surrogateescape")
     attempts.append(
         {
             "attempt": attempt,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit,
             "diff": diff_file,
-            "argv": argv,
+            "argv": [redacted(argument) for argument in argv],
             "world_size": world_size,
             "hosts": hosts or [socket.gethostname()],
             "python": platform.python_version(),
@@ -53,7 +56,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
     """The attempts so far; none where the file is missing or not ours."""
     try:
-        attempts = json.loads((Path(run_dir) / "provenance.json").read_text(encoding="utf-8"))
+        attempts = json.loads(read_small(Path(run_dir) / "provenance.json"))
     except (OSError, ValueError):
         return []
     return [told for told in attempts if isinstance(told, dict)] if isinstance(attempts, list) else []

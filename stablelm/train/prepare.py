@@ -22,6 +22,7 @@ from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
+from stablelm.small_files import read_small
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def check_remote(config: Config, train: training.Sources, sets: dict[str, list[s
 def known_files(config: Config) -> dict[str, list[str]]:
     """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
     try:
-        found = json.loads((Path(config.run.dir) / "data_files.json").read_text())
+        found = json.loads(read_small(Path(config.run.dir) / "data_files.json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -181,7 +182,7 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
         )
     try:
-        saved = json.loads((run_dir / "identity.json").read_text())
+        saved = json.loads(read_small(run_dir / "identity.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"run.dir={run_dir} holds a run without a readable identity.json; name another run.dir"

@@ -8,9 +8,11 @@ from typing import Any
 
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
+from stablelm.data import seen_files
 from stablelm.engine.mesh import Ranks
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
+from stablelm.redaction import redacted
 
 RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 
@@ -43,6 +45,7 @@ def create(
             shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
             _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             _replace(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
+            seen_files.gather(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts)
         except OSError as error:
             raise storage_error(run_dir, error) from error
@@ -52,5 +55,5 @@ def create(
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text)
+    temporary.write_text(redacted(text))
     temporary.replace(path)

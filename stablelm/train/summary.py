@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stablelm.redaction import redacted
+from stablelm.small_files import read_small
+
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     """Replaces the file in one step; a failing rank's word about this attempt is not overwritten.
@@ -16,13 +19,13 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
         return
     temporary = path.with_name(f".summary-{os.getpid()}.json")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.write_text(redacted(json.dumps(summary, indent=2)) + "\n")
     temporary.replace(path)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The last attempt's summary; empty where there is none or it is torn."""
     try:
-        return json.loads((Path(run_dir) / "summary.json").read_text())
+        return json.loads(read_small(Path(run_dir) / "summary.json"))
     except (OSError, ValueError):
         return {}
