@@ -4,7 +4,6 @@ Local files are all opened; of those in other stores the first and the last are.
 """
 
 import os
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -180,7 +179,7 @@ def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
     With `bad_rows=skip` one row must.
     """
     count, found, first_bad = 0, False, None
-    with suppress(LookEnded):
+    try:
         for count, row in enumerate(rows_from(path, 0, options.for_a_while())[1], 1):
             try:
                 document_text(row, url=path, column=options.text_column)
@@ -191,6 +190,9 @@ def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
                 first_bad = first_bad or error
             if not whole and (found or count == TRIED):
                 break
+    except LookEnded:
+        if not found:
+            raise
     if not count:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
     if not found:

@@ -1,5 +1,7 @@
 """Credentials: refused in a configuration with what to set instead, and taken out of whatever is printed or written."""
 
+from pathlib import Path
+
 import pytest
 
 from stablelm.config.load import load
@@ -38,9 +40,11 @@ def test_a_secret_in_a_configuration(argument, variable):
     assert "hush" not in text
 
 
-def test_a_secret_of_a_kind_that_no_option_takes():
+def test_a_secret_of_a_kind_that_no_option_takes(tmp_path: Path):
+    file = tmp_path / "a.yaml"
+    file.write_text("data: {storage: {http.client_kwargs.auth: [somebody, hush-hush]}}")
     with pytest.raises(ConfigError, match=r"client_kwargs\.auth=\*\*\* must be") as caught:
-        load([], ["data.storage.http.client_kwargs.auth=[somebody, hush-hush]"])
+        load([str(file)], [])
     assert "hush" not in str(caught.value)
 
 
