@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stablelm.checkpoint import configuration
 from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import read_metadata
-from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -95,12 +95,9 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
 def model_of(path: Place) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
-    Raises OSError, ValueError or ConfigError.
+    Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    import orjson
-
-    identity = orjson.loads((path / STATE).read_bytes()).get("identity", {})
-    found = in_effect((path / CONFIG).read_bytes().decode(), identity, str(path / CONFIG)).model
+    found = configuration.read(path).config.model
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

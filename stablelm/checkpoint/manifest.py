@@ -21,12 +21,14 @@ from pathlib import Path
 
 from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
 from stablelm.checkpoint.places import Place, RemotePath, StoreError
+from stablelm.small_files import read_small
 
 TENSORS = "tensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+COMMITTED_BYTES = 64 << 10
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
 
@@ -73,7 +75,7 @@ def commit_content(commit: Commit) -> bytes:
 
 def read_commit(path: Place) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
-    content = (path / COMMITTED).read_bytes()
+    content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
         fields = json.loads(content)
         commit = Commit(**{name: kind(fields[name]) for name, kind in Commit.__annotations__.items()})
@@ -86,7 +88,7 @@ def read_commit(path: Place) -> Commit:
 
 def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
     """manifest.json of a checkpoint. Raises OSError if unreadable, ValueError if it is not the committed one."""
-    content = (path / MANIFEST).read_bytes()
+    content = read_small(path / MANIFEST)
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     return {name: FileRecord(**fields) for name, fields in json.loads(content)["files"].items()}

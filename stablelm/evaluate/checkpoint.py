@@ -8,11 +8,10 @@ import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
-from stablelm.config.saved import in_effect
+from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection
 from stablelm.data.embedded import embedded
@@ -20,6 +19,7 @@ from stablelm.data.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
+from stablelm.evaluate import consent
 from stablelm.train.prepare import validation_paths
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 
@@ -40,13 +40,24 @@ class Request:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, *, data: list[str], tokenizer: str | None, sequences: int | None, out: str | None
+    checkpoint: str,
+    *,
+    data: list[str],
+    tokenizer: str | None,
+    sequences: int | None,
+    out: str | None,
+    config: list[str] | None = None,
+    trusted: bool = False,
 ) -> int:
-    """Prints the figures of each set and writes them to `out`; returns the exit code."""
+    """Prints the figures of each set and writes them to `out`; returns the exit code.
+
+    `config`: files of the user's own configuration; `trusted`: the checkpoint's is used like it.
+    """
     launch = Launch()
     try:
         launch = detect()
-        request = _prepare(checkpoint, data, tokenizer, sequences, launch)
+        own = consent.own_configuration(config or [])
+        request = _prepare(checkpoint, data, tokenizer, sequences, launch, own, trusted)
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
@@ -66,12 +77,25 @@ def evaluate_checkpoint(
         return code
 
 
-def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences: int | None, launch: Launch) -> Request:
+def _prepare(
+    checkpoint: str,
+    data: list[str],
+    tokenizer: str | None,
+    sequences: int | None,
+    launch: Launch,
+    own: Loaded | None,
+    trusted: bool,
+) -> Request:
     from stablelm.checkpoint import contents
 
-    found = keep.resolve_checkpoint(checkpoint, lacks=partial(contents.problems, optimizer=False))
+    found = keep.resolve_checkpoint(
+        checkpoint,
+        lacks=partial(contents.problems, optimizer=False),
+        elsewhere=consent.elsewhere(checkpoint, own, trusted),
+    )
     state = keep.read_state(found)
-    config = _config(found, state["identity"])
+    first = launch.rank == 0
+    config = consent.configuration_for(found, has_data=bool(data), own=own, trusted=trusted, first_rank=first)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
@@ -86,16 +110,12 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
     )
 
 
-def _config(checkpoint: Place, identity: dict[str, Any]) -> Config:
-    """The configuration that was in effect when a checkpoint was saved."""
-    file = checkpoint / "config.yaml"
-    return in_effect(file.read_bytes().decode(), identity, str(file))
-
-
 def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:
     """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
     kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
     path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
+    if not path:
+        raise ConfigError(f"{checkpoint} comes without its tokenizer; name the one it was trained with by --tokenizer")
     found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
     if found.sha256 != sha256:
         raise ConfigError(
