@@ -11,8 +11,9 @@ from stablelm.checkpoint.places import Place, StoreError
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.saved import in_effect
-from stablelm.config.trust import Believed, believed
-from stablelm.errors import CheckpointError
+from stablelm.config.schema import Config, ModelConfig
+from stablelm.config.trust import Believed, believed, excesses
+from stablelm.errors import CheckpointError, ConfigError
 from stablelm.small_files import read_small
 
 CONFIG_BYTES = 4 << 20
@@ -23,16 +24,32 @@ def read(path: Place, *, own: Loaded | None = None, trusted: bool = False) -> Be
 
     `own` is the user's own configuration, whose keys win but for the model's. With `trusted` all of the checkpoint's
     configuration is taken, and `withheld` is what it asks for beyond what is believed of any checkpoint. Raises
-    CheckpointError or ConfigError in a sentence where it can be no configuration.
+    CheckpointError or ConfigError in a sentence where it can be no configuration, or would fill the memory.
     """
-    saved = in_effect(_text(path), _identity(path), str(path / CONFIG))
-    found = believed(saved)
+    whole = saved(path)
+    found = believed(whole)
     if trusted:
-        found = Believed(saved, found.withheld)
+        found = Believed(whole, found.withheld)
     if own is not None:
         found = found.with_own(own)
     rules.check_saved(found.config)
+    if not trusted and (beyond := excesses(found.config, own.origins if own is not None else ())):
+        raise ConfigError(
+            f"{path / CONFIG}: {'; '.join(beyond)}; give your own configuration by --config, or --trust-checkpoint"
+        )
     return found
+
+
+def model_of(path: Place) -> ModelConfig:
+    """The model section alone, checked. Raises CheckpointError or ConfigError."""
+    config = believed(saved(path)).config
+    rules.check_saved(config)
+    return config.model
+
+
+def saved(path: Place) -> Config:
+    """All of it, as it was written, by whomever. Raises CheckpointError or ConfigError."""
+    return in_effect(_text(path), _identity(path), str(path / CONFIG))
 
 
 def _text(path: Place) -> str:

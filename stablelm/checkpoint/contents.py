@@ -76,11 +76,14 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     """
     try:
         held, model = read_metadata(path / TENSORS), model_of(path)
+        # What is no checkpoint of ours may name a model that is too large even to be described.
+        if model.n_layers > len(held.state_dict_metadata):
+            return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
+        weights = gaps(held, expected_shapes(model, optimizer=False))
     except StoreError:
         raise
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (CheckpointError, ConfigError, OSError, ValueError, RuntimeError, OverflowError) as error:
         return [f"its contents cannot be checked ({error})"]
-    weights = gaps(held, expected_shapes(model, optimizer=False))
     if weights or not optimizer:
         return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
     moments = gaps(held, expected_shapes(model))
@@ -97,7 +100,7 @@ def model_of(path: Place) -> ModelConfig:
 
     Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    found = configuration.read(path).config.model
+    found = configuration.model_of(path)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

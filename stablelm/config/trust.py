@@ -9,7 +9,7 @@ is believed; a key that they do not name is not.
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,16 @@ NAMES = frozenset({"model.method"})
 """A name of our own; an import path is not one."""
 LOCAL = frozenset({"data.tokenizer", "data.validation", "data.validation_path"})
 """Paths: 'embedded' or plain local ones (see `is_plain`)."""
+MOST = {
+    "model.max_seq_len": 1 << 20,
+    "data.seq_len": 1 << 20,
+    "train.global_batch_size": 1 << 20,
+    "evaluate.batches": 1 << 20,
+    "evaluate.micro_batch_size": 1 << 20,
+}
+"""Numbers that weights and files do not bound: beyond these a model of any size would fill the memory."""
+MOST_AT_ONCE = 1 << 20
+"""Tokens of a micro-batch."""
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EMBEDDED = ("embedded", "embedded:train", "embedded:validation")
 
@@ -72,6 +82,23 @@ def believed(saved: Config) -> Believed:
         else:
             withheld[name] = value
     return Believed(assemble(taken), withheld)
+
+
+def excesses(config: Config, given: Collection[str] = ()) -> list[str]:
+    """A sentence for each number that would fill the memory; `given`: keys whose value is the user's own."""
+    found = [
+        f"{name}={value} is above {MOST[name]}, the most that is believed of a checkpoint"
+        for name, value in values(config).items()
+        if name in MOST and name not in given and value is not None and value > MOST[name]
+    ]
+    tokens = config.evaluate.micro_batch_size * config.data.seq_len
+    both = {"evaluate.micro_batch_size", "data.seq_len"}
+    if not found and tokens > MOST_AT_ONCE and not both <= set(given):
+        found.append(
+            f"evaluate.micro_batch_size={config.evaluate.micro_batch_size} with data.seq_len={config.data.seq_len} is "
+            f"above {MOST_AT_ONCE} tokens at once, the most that is believed of a checkpoint"
+        )
+    return found
 
 
 def is_plain(path: str) -> bool:

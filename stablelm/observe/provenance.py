@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stablelm.new_files import replace_file
+
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
@@ -28,7 +30,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
     commit, diff = git_state(REPOSITORY)
     diff_file = f"provenance-{attempt}.diff" if diff else None
     if diff_file:
-        (run_dir / diff_file).write_text(diff, encoding="utf-8", errors="surrogateescape")
+        replace_file(run_dir / diff_file, diff)
     attempts.append(
         {
             "attempt": attempt,
@@ -44,9 +46,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    temporary = run_dir / ".provenance.json.new"
-    temporary.write_text(json.dumps(attempts, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "provenance.json")
+    replace_file(run_dir / "provenance.json", json.dumps(attempts, indent=1) + "\n")
     return attempt
 
 

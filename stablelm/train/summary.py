@@ -1,9 +1,10 @@
 """`summary.json`: how an attempt ended, for programs that decide whether to start another."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from stablelm.new_files import replace_file
 
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
@@ -15,9 +16,7 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     earlier = read_summary(run_dir)
     if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
         return
-    temporary = path.with_name(f".summary-{os.getpid()}.json")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
