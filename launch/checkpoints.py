@@ -99,8 +99,11 @@ def check(options: argparse.Namespace) -> None:
 
 def prune(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import fence, keep
+    from stablelm.checkpoint.places import place
 
     root = _root(options)
+    if not keep.step_directories(root) and not options.unfinished:
+        raise keep.no_checkpoint(root, place(options.run_dir))
     kept, permanent = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")

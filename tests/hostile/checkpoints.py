@@ -99,18 +99,24 @@ class Harm:
 
 
 def _keys(name: str, refused: bool = True, **keys: Any) -> Harm:
-    """A harm of the configuration; `{outside}` in a value is that folder."""
+    """A harm of the configuration; `{outside}` and `{run}` in a value are these folders."""
 
-    def value_of(value: Any, outside: Path) -> Any:
-        return value.replace("{outside}", str(outside)) if isinstance(value, str) else value
+    def do(run: Path, outside: Path, draw: random.Random) -> None:
+        def filled(value: Any) -> Any:
+            words = isinstance(value, str)
+            return value.replace("{outside}", str(outside)).replace("{run}", str(run)) if words else value
 
-    return Harm(
-        name, lambda run, outside, draw: set_keys(run, **{k: value_of(v, outside) for k, v in keys.items()}), refused
-    )  # fmt: skip
+        (run / "row.json").write_text(COMMAND)
+        set_keys(run, **{key: filled(value) for key, value in keys.items()})
+
+    return Harm(name, do, refused)
 
 
+COMMAND = '{"touch": 1, "made-by-a-function": 2, "text": "a document"}\n'
+"""A row whose keys are a command line to whatever takes the words of one."""
 FOREIGN = [
-    _keys("filter-runs-a-command", data__filter="subprocess:run"),
+    _keys("filter-runs-a-command", data__filter="subprocess:run", data__validation_path="{run}/row.json"),
+    _keys("map-runs-a-command", data__map="subprocess:check_output", data__validation_path="{run}/row.json"),
     _keys("filter-removes-a-tree", data__filter="shutil:rmtree"),
     _keys("map-evaluates", data__map="builtins:eval"),
     _keys("map-of-a-module-beside", data__map="sitecustomize:main"),

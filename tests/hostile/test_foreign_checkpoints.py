@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hostile.checker import attempt
-from hostile.checkpoints import FOREIGN, HARMS, Harm, make_run, random_damage
+from hostile.checkpoints import FOREIGN, HARMS, Harm, make_run, random_damage, set_keys
 from support.tiny import TinyCorpus
 
 READERS = (["eval", "--checkpoint"], ["checkpoints", "list"], ["checkpoints", "verify"])
@@ -67,3 +67,57 @@ def test_as_a_program_of_its_own(harm: Harm, place: Path):
     outcome = tried(place, "eval", "--checkpoint", str(place / "run"), fresh=True, seconds=30)
     assert outcome.faults({0, 77, 78}) == []
     assert (outcome.code == 78) == harm.refused
+
+
+@pytest.mark.slow
+def test_a_cache_that_a_checkpoint_names_is_not_made(place: Path):
+    set_keys(place / "run", data__validation_path="embedded", data__cache=str(place / "outside" / "made"))
+    outcome = tried(place, "eval", "--checkpoint", str(place / "run"), seconds=120)
+    assert outcome.faults({0}) == []
+    assert list((place / "data" / "cache").glob("embedded-*"))
+
+
+def test_functions_run_by_the_users_word_alone(place: Path):
+    """With --data they are left out and said; --config and --trust-checkpoint run them, which is said too."""
+    run = place / "run"
+    HARMS["filter-runs-a-command"].do(run, place / "outside", random.Random(0))
+    line = ["eval", "--checkpoint", str(run)]
+    unasked = tried(place, *line)
+    assert unasked.faults({78}) == []
+    for words in ("data.filter=subprocess:run", "--data", f"--config ({run / 'config.yaml'}", "--trust-checkpoint"):
+        assert words in unasked.err
+    named = tried(place, *line, "--data", str(run / "row.json"))
+    assert named.faults({0}) == []
+    assert "not used" in named.err and "data.filter=subprocess:run" in named.err
+    for consent in (["--trust-checkpoint"], ["--config", str(run / "config.yaml")]):
+        ran = tried(place, *line, *consent)
+        assert ran.changed, ran
+        assert ("is trusted, with data.filter=subprocess:run" in ran.err) == (consent == ["--trust-checkpoint"])
+        for name in ("made-by-a-function", "text"):
+            (place / name).unlink()
+
+
+def test_keys_of_the_users_own_configuration_win_but_for_the_model(place: Path, tiny_corpus: TinyCorpus):
+    run, own = place / "run", place / "own.yaml"
+    set_keys(run, data__validation_path="http://127.0.0.1:9/a.json.gz", data__filter="os:system")
+    plain = f"data: {{validation_path: {tiny_corpus.validation}, filter: null}}\nmodel: {{d_model: 64}}\n"
+    own.write_text(plain)
+    outcome = tried(place, "eval", "--checkpoint", str(run), "--config", str(own))
+    assert outcome.faults({0}) == []
+    own.write_text(f"data: {{validation_path: {tiny_corpus.validation}}}\n")
+    outcome = tried(place, "eval", "--checkpoint", str(run), "--config", str(own))
+    assert outcome.faults({78}) == []
+    assert "data.filter=os:system" in outcome.err and "127.0.0.1" not in outcome.err
+
+
+def test_checkpoints_elsewhere_by_the_users_word_alone(place: Path):
+    """A run with checkpoint.dir: named by --config, or trusted; else its place is said and not looked at."""
+    run, kept = place / "run", place / "kept"
+    set_keys(run, checkpoint__dir=str(kept))
+    shutil.move(run / "checkpoints", kept)
+    line = ["eval", "--checkpoint", str(run), "--tokenizer", str(run / "tokenizer.model")]
+    unasked = tried(place, *line)
+    assert unasked.faults({78}) == []
+    assert f"says checkpoint.dir='{kept}'" in unasked.err
+    for consent in (["--trust-checkpoint"], ["--config", str(run / "config.yaml")]):
+        assert tried(place, *line, *consent).faults({0}) == []
