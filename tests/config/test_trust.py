@@ -1,6 +1,7 @@
 """What of a checkpoint's configuration is believed: named key by key, and nothing that reaches outside."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.config.trust import LOCAL, MOST, NAMES, VALUES, believed, excesses
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
 COMPARED = {"data.text_column"}
 """Keys whose free text is only compared with names in a row."""
 
@@ -84,3 +86,12 @@ def test_numbers_that_would_fill_the_memory_need_the_users_word():
     assert excesses(large, given=["data.seq_len", "evaluate.batches", "evaluate.micro_batch_size"]) == []
     assert "tokens at once" in excesses(assemble({"data.seq_len": 1 << 18}))[0]
     assert excesses(assemble({"data.seq_len": 1 << 17})) == []
+
+
+def test_the_page_names_what_is_believed():
+    text = PAGE.read_text()
+    listed = text[text.index("Of its configuration are taken") : text.index("The list is in")]
+    named = set(re.findall(r"`([a-z]+\.[a-z_]+)`", listed))
+    assert named == {name for name in VALUES | LOCAL if not name.startswith("model.")}
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert "://" in link or (PAGE.parent / link).exists(), link

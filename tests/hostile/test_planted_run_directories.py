@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hostile.checker import attempt
 from hostile.checkpoints import SMALL, make_run, steps
+from support.samples import REPOSITORY
 from support.tiny import TinyCorpus
 
 REPLACED = (
@@ -156,3 +157,17 @@ def test_prune_stays_inside_what_it_was_given(tiny_corpus: TinyCorpus, place: Pa
     own = [place / "elsewhere"]
     assert attempt("checkpoints", *named, "--keep", "1", watched=place, own=own, cwd=place).faults({0}) == []
     assert [path.name for path in (place / "elsewhere").glob("step-*")] == ["step-00000002"]
+
+
+def test_a_job_looks_for_checkpoints_outside_for_the_users_own_run_alone(tiny_corpus: TinyCorpus, place: Path):
+    """`slurm/evaluate.sh` asks for them with --own where `slurm/pretrain.sh` started the run."""
+    other = make_run(place / "outside", tiny_corpus)
+    (place / "run" / "config.yaml").write_text(f"checkpoint: {{dir: {other / 'checkpoints'}}}\n")
+    helper, line = str(REPOSITORY / "slurm" / "attempt.py"), ["unevaluated", str(place / "run")]
+    for words, found in (
+        ([], []),
+        (["--own"], [f"step-0000000{step} {path}" for step, path in enumerate(steps(other), 1)]),
+    ):
+        outcome = attempt(helper, *line, *words, watched=place, cwd=place)
+        assert outcome.faults({0}) == []
+        assert outcome.out.split("\n")[:-1] == (found or [""])
