@@ -242,7 +242,16 @@ def _left_over_links(run: Path, outside: Path, draw: random.Random) -> None:
         (run / "checkpoints" / name).symlink_to(outside / "other" / "checkpoints")
 
 
+def _kept_tokenizer(make: Callable[[Path, Path], None]) -> Callable[[Path, Path, random.Random], None]:
+    def do(run: Path, outside: Path, draw: random.Random) -> None:
+        (run / "tokenizer.model").unlink()
+        make(run / "tokenizer.model", outside)
+
+    return do
+
+
 LINKS = [
+    *(Harm(f"kept-tokenizer-{name}", _kept_tokenizer(make)) for name, make in _THINGS.items()),
     Harm("a-step-is-a-link", _step_is_a_link),
     Harm("checkpoints-is-a-link", _checkpoints_is_a_link),
     Harm("left-over-links", _left_over_links),
