@@ -21,18 +21,24 @@ from stablelm.checkpoint import keep, manifest
 from stablelm.checkpoint.places import Place, place
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
+from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
-def checkpoints(run_dir: Path) -> list[Place]:
-    """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer."""
+def checkpoints(run_dir: Path, own: bool = True) -> list[Place]:
+    """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer.
+
+    `own`: the run is the caller's, so that they may lie where its configuration says.
+    """
     try:
-        return keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
+        found = keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
     except CheckpointError:
         return []
+    asked = keep.configured_root(run_dir) if own and not found else None
+    return keep.step_directories(place(asked)) if asked else found
 
 
 def committed_step(run_dir: Path) -> int | None:
@@ -60,10 +66,11 @@ class History:
         return [line for line in told if line.get("job") == self.job]
 
     def add(self, **values: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         told = {"job": self.job, "restart": self.restart, "time": int(time.time()), **values}
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(told) + "\n")
+        with open_to_append(self.path) as stream:
+            stream.write((json.dumps(told) + "\n").encode())
 
     def fruitless(self, step: int | None) -> int:
         """Attempts in a row, up to the last one begun, that left the newest commit at `step`."""
@@ -147,19 +154,18 @@ def state(run_dir: Path) -> str:
     return "has finished" if code == 0 else f"has ended with {code} ({summary.get('reason', '')})"
 
 
-def unevaluated(run_dir: Path) -> list[str]:
+def unevaluated(run_dir: Path, own: bool) -> list[str]:
     """`name path` of each committed checkpoint without a file in evaluations/, the oldest first."""
     done = {path.stem for path in (run_dir / "evaluations").glob("step-*.json")}
-    steps = {manifest.step_name(manifest.step_of(path) or 0): path for path in reversed(checkpoints(run_dir))}
+    steps = {manifest.step_name(manifest.step_of(path) or 0): path for path in reversed(checkpoints(run_dir, own))}
     return [f"{name} {path}" for name, path in steps.items() if name not in done]
 
 
 def amend_summary(run_dir: Path, found: Verdict) -> None:
     """Lets `summary.json` say what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
-    new = path.with_name(".summary-job.json")
-    new.write_text(json.dumps(read_json(path) | {"exit_code": found.code, "reason": found.words}, indent=2) + "\n")
-    new.replace(path)
+    told = read_json(path) | {"exit_code": found.code, "reason": found.words}
+    replace_file(path, json.dumps(told, indent=2) + "\n")
 
 
 def tell(run_dir: Path) -> None:
@@ -229,6 +235,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("begin", "end", "tell", "state", "unevaluated"):
         command = commands.add_parser(name)
         command.add_argument("run_dir", type=local_path)
+        if name == "unevaluated":
+            command.add_argument("--own", action="store_true", help="look where the run's configuration says, too")
         if name == "end":
             command.add_argument("--rc", type=int, required=True)
             command.add_argument("--reason", default="")
@@ -256,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.command == "state":
             print(state(options.run_dir))
         elif options.command == "unevaluated":
-            print("\n".join(unevaluated(options.run_dir)))
+            print("\n".join(unevaluated(options.run_dir, options.own)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import metadata
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.files import FULL, UNWRITABLE, sync_directory
 from stablelm.checkpoint.manifest import TENSORS, read_commit
+from stablelm.checkpoint.places import place
 from stablelm.checkpoint.portable import load_tensors, read_metadata
 from stablelm.checkpoint.streams import bytes_of
 from stablelm.errors import ConfigError, StorageError
@@ -32,8 +33,10 @@ DTYPES = {
 _PREFIX = "model."
 
 
-def consolidate(checkpoint: str, out: Path) -> str:
+def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> str:
     """Writes the weights, named as in the decoder, to a new file; returns a line that says what is in it.
+
+    `elsewhere`: where a run has its checkpoints, if not in its directory.
 
     Tensors go through memory one at a time. Raises CheckpointError for a missing or damaged checkpoint, ConfigError
     where `out` cannot be made, StorageError where it cannot be written to the end.
@@ -42,7 +45,7 @@ def consolidate(checkpoint: str, out: Path) -> str:
         raise ConfigError(f"--out {out} exists already; name a new file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist; create it first")
-    found = keep.resolve_checkpoint(checkpoint)
+    found = keep.resolve_checkpoint(checkpoint, elsewhere=place(elsewhere) if elsewhere else None)
     held = cast(dict[str, metadata.TensorStorageMetadata], read_metadata(found / TENSORS).state_dict_metadata)
     weights = {name: held[name] for name in sorted(held) if name.startswith(_PREFIX)}
     temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex}")

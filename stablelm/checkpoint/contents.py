@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stablelm.checkpoint import configuration
 from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import read_metadata
-from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
-from stablelm.small_files import read_small
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
@@ -77,11 +76,14 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     """
     try:
         held, model = read_metadata(path / TENSORS), model_of(path)
+        # What is no checkpoint of ours may name a model that is too large even to be described.
+        if model.n_layers > len(held.state_dict_metadata):
+            return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
+        weights = gaps(held, expected_shapes(model, optimizer=False))
     except StoreError:
         raise
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (CheckpointError, ConfigError, OSError, ValueError, RuntimeError, OverflowError) as error:
         return [f"its contents cannot be checked ({error})"]
-    weights = gaps(held, expected_shapes(model, optimizer=False))
     if weights or not optimizer:
         return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
     moments = gaps(held, expected_shapes(model))
@@ -96,12 +98,9 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
 def model_of(path: Place) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
-    Raises OSError, ValueError or ConfigError.
+    Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    import orjson
-
-    identity = orjson.loads(read_small(path / STATE)).get("identity", {})
-    found = in_effect(read_small(path / CONFIG).decode(), identity, str(path / CONFIG)).model
+    found = configuration.model_of(path)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

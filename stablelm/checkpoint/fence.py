@@ -34,6 +34,7 @@ from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
 from stablelm.checkpoint.places import Place, RemotePath
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.new_files import make_folder
 from stablelm.small_files import read_small
 
 FENCE = "fence"
@@ -110,7 +111,8 @@ def _next_token(root: Place, attempt: str) -> int:
     content = json.dumps({**told, "id": uuid.uuid4().hex}).encode()
     folder = root / FENCE
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         sync_directory(folder.parent)
     while True:
         token = max(_tokens(root), default=0) + 1

@@ -26,6 +26,14 @@ def check(
     _Rules(config, origins).check(world_size, accelerate_precision).report()
 
 
+def check_saved(config: Config) -> None:
+    """The rules for the numbers and the model of a saved configuration; raises one ConfigError."""
+    found = _Rules(config, None)
+    found.ranges()
+    found.model()
+    found.report()
+
+
 def problems(
     config: Config,
     world_size: int,

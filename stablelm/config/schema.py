@@ -42,6 +42,7 @@ class RunConfig:
     init_from: str | None = key(
         None, "start a new run from the weights of this run or checkpoint directory", identity=True, path=True
     )
+    allow_foreign_dir: bool = key(False, "write to a run.dir that belongs to another user")
     time_limit: str | float | None = key(
         None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s", path=False
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from stablelm.data.options import Stamp
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
+from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.small_files import read_small
 
 FOLDER = "data_seen"
@@ -55,9 +56,9 @@ class SeenFiles:
         own = Path(self.folder) / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         line = json.dumps({"file": url, "size": stamp.size, "tag": stamp.tag}) + "\n"
         with suppress(OSError):  # a directory that cannot be written is reported where it matters
-            own.parent.mkdir(exist_ok=True)
-            with open(own, "a", encoding="utf-8") as file:
-                file.write(line)
+            make_folder(own.parent)
+            with open_to_append(own) as file:
+                file.write(line.encode())
 
 
 def gather(run_dir: Path) -> None:
@@ -67,9 +68,7 @@ def gather(run_dir: Path) -> None:
     if len(pieces) < 2:
         return
     lines = [json.dumps({"file": url, "size": stamp.size, "tag": stamp.tag}) + "\n" for url, stamp in _entries(folder)]
-    whole = folder / ".known.new"
-    whole.write_text("".join(lines), encoding="utf-8")
-    whole.replace(folder / "known.jsonl")
+    replace_file(folder / "known.jsonl", "".join(lines).encode())
     for piece in pieces:
         if piece.name != "known.jsonl":
             piece.unlink(missing_ok=True)

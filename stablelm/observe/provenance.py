@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stablelm.new_files import replace_file
 from stablelm.redaction import redacted
 from stablelm.small_files import read_small
 
@@ -31,7 +32,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
     commit, diff = git_state(REPOSITORY)
     diff_file = f"provenance-{attempt}.diff" if diff else None
     if diff_file:
-        (run_dir / diff_file).write_text(redacted(diff), encoding="utf-8", errors="surrogateescape")
+        replace_file(run_dir / diff_file, diff)
     attempts.append(
         {
             "attempt": attempt,
@@ -47,9 +48,7 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    temporary = run_dir / ".provenance.json.new"
-    temporary.write_text(json.dumps(attempts, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "provenance.json")
+    replace_file(run_dir / "provenance.json", json.dumps(attempts, indent=1) + "\n")
     return attempt
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.errors import StorageError
+from stablelm.new_files import make_folder, open_to_append
 from stablelm.observe.console import Console as Console  # the third sink
 
 COUNTERS = ("step", "tokens", "attempt")
@@ -37,8 +38,8 @@ class MetricsFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left to be written at the close.
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
-            os.truncate(self._path, _whole_lines(self._path))
+            self._file = open_to_append(self._path)
+            os.ftruncate(self._file.fileno(), _whole_lines(self._path))
         except OSError as error:
             raise storage_error(self._path, error) from error
 
@@ -110,6 +111,7 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._directory = Path(directory)
+        self._guard(lambda: make_folder(self._directory))
         self._writer = self._guard(lambda: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10))
 
     def write(self, record: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
 from stablelm.small_files import read_small
+from stablelm.train import run_place
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def _remote(config: Config) -> bool:
 def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run.dir={run_dir} is a file; name a directory")
+    run_place.check(config)
     if config.run.init_from is not None and not place(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not place(resume).exists():

@@ -1,7 +1,6 @@
 """The run directory: created once by rank 0, its failures known to all ranks."""
 
 import json
-import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from stablelm.config.load import dump
 from stablelm.config.schema import Config
 from stablelm.data import seen_files
 from stablelm.engine.mesh import Ranks
+from stablelm.new_files import replace_file
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
-from stablelm.redaction import redacted
 
 RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 
@@ -39,21 +38,15 @@ def create(
     def write() -> int:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            _replace(run_dir / "config.yaml", dump(asked))
-            _replace(run_dir / "resolved.yaml", RESOLVED + dump(config))
+            replace_file(run_dir / "config.yaml", dump(asked))
+            replace_file(run_dir / "resolved.yaml", RESOLVED + dump(config))
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
-            shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
-            _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
-            _replace(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
+            replace_file(run_dir / "tokenizer.model", Path(tokenizer).read_bytes())
+            replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
+            replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             seen_files.gather(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts)
         except OSError as error:
             raise storage_error(run_dir, error) from error
 
     return ranks.together().first(write)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(redacted(text))
-    temporary.replace(path)

@@ -1,11 +1,10 @@
 """`summary.json`: how an attempt ended, for programs that decide whether to start another."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from stablelm.redaction import redacted
+from stablelm.new_files import replace_file
 from stablelm.small_files import read_small
 
 
@@ -18,9 +17,7 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
     earlier = read_summary(run_dir)
     if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
         return
-    temporary = path.with_name(f".summary-{os.getpid()}.json")
-    temporary.write_text(redacted(json.dumps(summary, indent=2)) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:

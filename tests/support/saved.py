@@ -67,7 +67,13 @@ def save_small(root: Place, step: int, *, without: str = "") -> Any:
     tensors = {name: torch.full(shape, float(step)) for name, shape in shapes.items()}
     state = {"step": step, "tokens": 0, "data": {"data_step": step, "lanes": {}}, "identity": {}}
     return commit.save(
-        Fence(root, 1, "a1"), step, tensors, state, json.dumps({"model": SIZES}), shapes=shapes, group=None
+        Fence(root, 1, "a1"),
+        step,
+        tensors,
+        state,
+        json.dumps({"model": SIZES, "data": {"seq_len": SIZES["max_seq_len"]}}),
+        shapes=shapes,
+        group=None,
     )
 
 
