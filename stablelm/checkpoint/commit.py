@@ -169,7 +169,8 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     root, token = fence.root, f"{fence.token:08d}"
     if isinstance(root, RemotePath):
         return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
-    root.mkdir(parents=True, exist_ok=True)
+    # A run directory that was removed stays removed.
+    root.mkdir(parents=not fence.taken, exist_ok=True)
     sync_directory(root.parent)
     # 5 % and a page a tensor cover torch's headers and alignment.
     needed = int(tensor_bytes(tensors) * 1.05) + 4096 * len(tensors)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
+from stablelm.checkpoint.keep import read_state
+from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import read_metadata
 from stablelm.config.saved import in_effect
@@ -75,6 +76,9 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer.
     """
     try:
+        state, commit = read_state(path), read_commit(path)
+        if state["step"] != commit.step:
+            return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_metadata(path / TENSORS), model_of(path)
     except StoreError:
         raise
@@ -97,9 +101,7 @@ def model_of(path: Place) -> ModelConfig:
 
     Raises OSError, ValueError or ConfigError.
     """
-    import orjson
-
-    identity = orjson.loads((path / STATE).read_bytes()).get("identity", {})
+    identity = read_state(path)["identity"]
     found = in_effect((path / CONFIG).read_bytes().decode(), identity, str(path / CONFIG)).model
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:

@@ -1,6 +1,5 @@
 """Which checkpoint to load and which ones to keep."""
 
-import json
 import logging
 import os
 import shutil
@@ -13,7 +12,9 @@ from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
-from stablelm.errors import CheckpointError
+from stablelm.checkpoint.state import State
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.json_text import parse
 
 __all__ = [
     "checkpoints_root",
@@ -167,7 +168,7 @@ def step_directory(path: Place) -> Place | None:
 def read_state(path: Place) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((path / STATE).read_bytes())
+        return parse((path / STATE).read_bytes(), State)  # type: ignore[return-value]
     except StoreError:
         raise
     except (OSError, ValueError) as error:
@@ -181,8 +182,8 @@ def _configured_root(run_dir: Place) -> Place | None:
     try:
         config = yaml.safe_load((run_dir / CONFIG).read_bytes())
         asked = config["checkpoint"]["dir"]
-        return place(os.path.expanduser(str(asked))) if asked else None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return place(os.path.expanduser(asked)) if asked and isinstance(asked, str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError, yaml.YAMLError):
         return None
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stablelm.config.keys import assemble, keys, values
-from stablelm.config.load import loads
+from stablelm.config.load import dump, loads
 from stablelm.config.schema import Config
 
 
@@ -16,4 +16,4 @@ def in_effect(config_yaml: str, identity: dict[str, Any], name: str) -> Config:
     """
     asked = values(loads(config_yaml, name))
     became = {key: value for key, value in identity.items() if key in keys() and asked[key] is None}
-    return assemble(asked | became)
+    return loads(dump(assemble(asked | became)), name)  # what an identity says is checked like any other value

@@ -80,7 +80,7 @@ def _prepare(checkpoint: str, data: list[str], tokenizer: str | None, sequences:
         step=state["step"],
         config=config,
         kind=kind,
-        tokenizer=_tokenizer(tokenizer, found, config, state["identity"]["data.tokenizer"]),
+        tokenizer=_tokenizer(tokenizer, found, config, state["identity"].get("data.tokenizer", "")),
         sets=_sets(data, config),
         sequences=sequences or WHOLE,
     )

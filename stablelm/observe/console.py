@@ -5,6 +5,8 @@ import sys
 import time
 from typing import Any, TextIO
 
+from stablelm.printable import printable
+
 
 class Console:
     """Prints training records and messages to `stream` (default: standard output).
@@ -33,6 +35,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
+        text = printable(text)
         if self._bar is not None:
             self._bar.message(text)
         else:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from stablelm.json_text import load
+
 STORE_SECONDS = 2.0
 """How long the process group's store, or the folder, may take for one note."""
 
@@ -60,7 +62,7 @@ class FileBoard:
 
     def get(self, name: str) -> Any:
         try:
-            return json.loads(self._path(name).read_text())
+            return load(self._path(name).read_bytes())
         except (OSError, ValueError):
             return None
 

@@ -11,6 +11,7 @@ from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
+from stablelm.train import attempts
 
 RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 
@@ -23,12 +24,14 @@ def create(
     tokenizer: str,
     ranks: Ranks,
     argv: list[str],
+    attempt: int,
 ) -> int:
     """Writes config.yaml, resolved.yaml, identity.json, the tokenizer and provenance; returns the attempt's number.
 
-    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1.
+    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
+    number that was free when this one began (see `attempts.take`).
     `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
-    Raises StorageError on every rank if rank 0 cannot write.
+    Raises StorageError on every rank if rank 0 cannot write, ConfigError if another start holds the run.
     """
     run_dir = Path(config.run.dir)
 
@@ -36,14 +39,14 @@ def create(
 
     def write() -> int:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            number = attempts.take(run_dir, attempt)
             _replace(run_dir / "config.yaml", dump(asked))
             _replace(run_dir / "resolved.yaml", RESOLVED + dump(config))
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
             shutil.copyfile(tokenizer, run_dir / "tokenizer.model")
             _replace(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             _replace(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
-            return provenance.write(run_dir, argv, ranks.world_size, hosts)
+            return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
         except OSError as error:
             raise storage_error(run_dir, error) from error
 

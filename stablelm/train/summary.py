@@ -5,24 +5,48 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from stablelm.json_text import Count, Number, as_number, parse
+from stablelm.train import attempts
+
+
+class Summary(TypedDict, total=False):
+    """What is read back of a summary; the rest may be anything."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    exit_code: int | None
+    reason: str
+    attempts: Count
+    step: Count
+    tokens: Count
+    loss: Number | str | None
+    val_loss: dict[str, Number | str] | None
+    tokens_per_second: Number | str | None
+    params: Count
+
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
-    """Replaces the file in one step; a failing rank's word about this attempt is not overwritten.
+    """Replaces the file in one step. Some words are not written: those of an attempt that a later one has followed,
+    which may have ended already, and a second word of an attempt.
 
     When one rank fails, its peers fail after it for lack of it: the first cause is the true one.
     """
-    path = Path(run_dir) / "summary.json"
+    path, attempt = Path(run_dir) / "summary.json", summary.get("attempts", 0)
     earlier = read_summary(run_dir)
-    if earlier.get("attempts") == summary.get("attempts") and earlier.get("exit_code") is not None:
+    if earlier.get("attempts") == attempt and earlier.get("exit_code") is not None:
+        return
+    if attempts.newest(Path(run_dir)) > attempt:
         return
     temporary = path.with_name(f".summary-{os.getpid()}.json")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.write_text(json.dumps(as_number(summary), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The last attempt's summary; empty where there is none or it is torn."""
+    """The last attempt's summary; empty where there is none, or it is not as we write it."""
     try:
-        return json.loads((Path(run_dir) / "summary.json").read_text())
+        return dict(parse((Path(run_dir) / "summary.json").read_bytes(), Summary))
     except (OSError, ValueError):
         return {}
