@@ -91,7 +91,7 @@ def save(
     if standing.whole is not None:
         return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
     staging, records = _stage(fence, step, tensors, state, config_yaml, together)
-    together.first(lambda: _refuse_incomplete(staging, step, shapes))
+    together.first(lambda: _refuse_incomplete(fence, staging, step, shapes))
     path = together.first(lambda: _publish(fence, staging, step, records, standing))
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
@@ -199,8 +199,12 @@ def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[
         return records
 
 
-def _refuse_incomplete(staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
-    missing = gaps(read_metadata(staging / TENSORS), shapes)
+def _refuse_incomplete(fence: Fence, staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
+    try:
+        missing = gaps(read_metadata(staging / TENSORS), shapes)
+    except CheckpointError:
+        fence.check()  # a newer attempt may have swept it away
+        raise
     if missing:
         raise RuntimeError(
             f"step {step} is not committed, its save is incomplete: {few(missing)} missing or not whole; "
