@@ -25,6 +25,8 @@ from stablelm.checkpoint.places import Place, place
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.observe import provenance
+from stablelm.printable import printable
+from stablelm.small_files import read_small
 from stablelm.train import attempts
 from stablelm.train.summary import read_summary
 from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
@@ -72,7 +74,7 @@ class History:
 
     def lines(self) -> list[dict[str, Any]]:
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = read_small(self.path).splitlines()
         except OSError:
             return []
         told = [line for line in map(_entry, lines) if line is not None]
@@ -173,7 +175,7 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     )
     if found.code == FRUITLESS:
         amend_summary(run_dir, found)
-    print(found.code, found.action, found.wait, " ".join(found.words.split()), sep="\t")
+    print(found.code, found.action, found.wait, printable(" ".join(found.words.split())), sep="\t")
 
 
 def state(run_dir: Path) -> str:
@@ -214,7 +216,7 @@ def tell(run_dir: Path) -> None:
         return
     for name in ("exit_code", "reason", "step", "tokens", "loss", "val_loss", "tokens_per_second"):
         if summary.get(name) not in (None, {}):
-            print(f"     {name:<13} {summary[name]}")
+            print(printable(f"     {name:<13} {summary[name]}"))
 
 
 def where(words: list[str]) -> str:
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.command == "tell":
             tell(options.run_dir)
         elif options.command == "state":
-            print(state(options.run_dir))
+            print(printable(state(options.run_dir)))
         elif options.command == "unevaluated":
             print("\n".join(unevaluated(options.run_dir)))
     except UserError as error:

@@ -35,6 +35,8 @@ from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
 from stablelm.checkpoint.places import Place, RemotePath
 from stablelm.errors import CheckpointError, ConfigError, StorageError
+from stablelm.json_text import parse
+from stablelm.small_files import read_small
 
 FENCE = "fence"
 STAGING = ".staging-"
@@ -104,7 +106,7 @@ def sweep(root: Place, token: int) -> list[Place]:
 def read_token(root: Place, token: int) -> dict[str, str]:
     """Who took a token, and when; empty if that cannot be read."""
     try:
-        return json.loads((root / FENCE / f"{token:08d}").read_bytes())
+        return dict(parse(read_small(root / FENCE / f"{token:08d}"), dict[str, str]))
     except (OSError, ValueError):
         return {}
 

@@ -15,6 +15,8 @@ from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
 from stablelm.checkpoint.state import State
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.json_text import parse
+from stablelm.printable import printable
+from stablelm.small_files import read_small
 
 __all__ = [
     "checkpoints_root",
@@ -168,7 +170,7 @@ def step_directory(path: Place) -> Place | None:
 def read_state(path: Place) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return parse((path / STATE).read_bytes(), State)  # type: ignore[return-value]
+        return parse(read_small(path / STATE), State)  # type: ignore[return-value]
     except StoreError:
         raise
     except (OSError, ValueError) as error:
@@ -180,7 +182,7 @@ def _configured_root(run_dir: Place) -> Place | None:
     import yaml
 
     try:
-        config = yaml.safe_load((run_dir / CONFIG).read_bytes())
+        config = yaml.safe_load(read_small(run_dir / CONFIG))
         asked = config["checkpoint"]["dir"]
         return place(os.path.expanduser(asked)) if asked and isinstance(asked, str) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError, yaml.YAMLError):
@@ -193,4 +195,4 @@ def _summary(problems: list[str], shown: int = 3) -> str:
 
 
 def _warn(path: Place, reason: str) -> None:
-    logger.warning("%s is damaged (%s): skipped", path, reason)
+    logger.warning("%s", printable(f"{path} is damaged ({reason}): skipped"))

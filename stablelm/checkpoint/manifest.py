@@ -25,12 +25,14 @@ from typing_extensions import TypedDict
 from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
 from stablelm.checkpoint.places import Place, RemotePath, StoreError
 from stablelm.json_text import Count, parse
+from stablelm.small_files import read_small
 
 TENSORS = "tensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+COMMITTED_BYTES = 64 << 10
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
 
@@ -100,7 +102,7 @@ def commit_content(commit: Commit) -> bytes:
 
 def read_commit(path: Place) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
-    content = (path / COMMITTED).read_bytes()
+    content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
         fields = parse(content, Committed)
     except ValueError as error:
@@ -113,7 +115,7 @@ def read_commit(path: Place) -> Commit:
 
 def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
     """manifest.json of a checkpoint. Raises OSError if unreadable, ValueError if it is not the committed one."""
-    content = (path / MANIFEST).read_bytes()
+    content = read_small(path / MANIFEST)
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     try:

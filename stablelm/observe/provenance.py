@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.json_text import Count, parse
+from stablelm.small_files import read_small
 
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,7 +68,7 @@ def write(
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
     """The attempts so far; none where the file is missing or not ours."""
     try:
-        return parse((Path(run_dir) / "provenance.json").read_bytes(), list[Attempt])  # type: ignore[return-value]
+        return parse(read_small(Path(run_dir) / "provenance.json"), list[Attempt])  # type: ignore[return-value]
     except (OSError, ValueError):
         return []
 

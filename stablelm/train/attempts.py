@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from stablelm.errors import ConfigError
 from stablelm.json_text import Count, parse
+from stablelm.small_files import read_small
 
 FOLDER = "attempts"
 _NAME = re.compile(r"([0-9]{8,18})\.json")
@@ -48,7 +49,7 @@ def newest(run_dir: Path) -> int:
 def holder(run_dir: Path, number: int) -> Holder | None:
     """Who took a number, None where that cannot be read."""
     try:
-        return parse(_path(run_dir, number).read_bytes(), Holder)
+        return parse(read_small(_path(run_dir, number)), Holder)
     except (OSError, ValueError):
         return None
 

@@ -23,6 +23,7 @@ from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
 from stablelm.json_text import parse
 from stablelm.observe import provenance
+from stablelm.small_files import read_small
 from stablelm.train import attempts
 
 
@@ -122,7 +123,7 @@ def check_remote(
 def known_files(config: Config) -> dict[str, list[str]]:
     """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
     try:
-        return parse((Path(config.run.dir) / "data_files.json").read_bytes(), dict[str, list[str]])
+        return parse(read_small(Path(config.run.dir) / "data_files.json"), dict[str, list[str]])
     except (OSError, ValueError):
         return {}
 
@@ -174,7 +175,7 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
         )
     try:
-        saved = dict(parse((run_dir / "identity.json").read_bytes(), identities.Identity))
+        saved = dict(parse(read_small(run_dir / "identity.json"), identities.Identity))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(

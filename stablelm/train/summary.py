@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.json_text import Count, Number, as_number, parse
+from stablelm.small_files import read_small
 from stablelm.train import attempts
 
 
@@ -47,6 +48,6 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
     """The last attempt's summary; empty where there is none, or it is not as we write it."""
     try:
-        return dict(parse((Path(run_dir) / "summary.json").read_bytes(), Summary))
+        return dict(parse(read_small(Path(run_dir) / "summary.json"), Summary))
     except (OSError, ValueError):
         return {}

@@ -21,7 +21,25 @@ from stablelm.checkpoint.files import record_of
 from stablelm.data import shard_format
 
 RAW = [
-    *("[1]", "{}", "[]", '""', "null", "true", "-1", "0.5", "1e400", "-1e400", "NaN", "Infinity", "1e308", "0"),
+    *(
+        "[1]",
+        "{}",
+        "[]",
+        '""',
+        "null",
+        "true",
+        "-1",
+        "0.5",
+        "1e400",
+        "-1e400",
+        "NaN",
+        "Infinity",
+        "1e308",
+        "0",
+        "1",
+        "3",
+        "7",
+    ),
     *(str(2**63), "9" * 400, "9" * 5000, "[" * 100_000, '{"a":' * 100_000, "[" * 500 + "]" * 500),
     *(json.dumps("\x1b[31m\u202e\r"), json.dumps("../../../etc/passwd"), json.dumps("x" * 300_000), '"\\ud800"'),
     *(json.dumps("/dev/zero"), '{"a": 1, "a": 2}', "[[[1, 2], 3], {}]", '{"0": [1]}', '"3"', "tru", '"'),
@@ -71,7 +89,7 @@ def inputs(healthy: Path, folder: Path, *, seed: int, count: int, resume: list[s
 
 RUN_FILES = [
     *("run/summary.json", "run/identity.json", "run/provenance.json", "run/data_files.json", "run/metrics.jsonl"),
-    *("run/attempts/00000001.json", "run/slurm/attempts.jsonl", "run/heartbeat/rank-0.json"),
+    *("run/attempts/00000001.json", "run/slurm/attempts.jsonl"),
 ]
 STEP_FILES = [
     *(f"run/{STEP}/COMMITTED", f"run/{STEP}/manifest.json", f"run/{STEP}/state.json"),
@@ -91,9 +109,11 @@ def _reader(file: str, copy: Path, resume: list[str], draw: random.Random) -> tu
         script = str(LAUNCH / "checkpoints.py")
         evaluates = (str(LAUNCH / "eval.py"), "--checkpoint", run_dir, "--sequences", "2")
         return draw.choice([goes_on, goes_on, (script, "verify", run_dir), (script, "list", run_dir), evaluates])
+    if file.endswith(("identity.json", "data_files.json", "metrics.jsonl")):
+        return goes_on
     attempt = str(REPOSITORY / "slurm" / "attempt.py")
-    asks = [(attempt, "state", run_dir), (attempt, "begin", run_dir), (attempt, "tell", run_dir)]
-    return draw.choice([goes_on, goes_on, *asks, (attempt, "end", run_dir, "--rc", "1")])
+    asks = [(attempt, command, run_dir) for command in ("state", "begin", "tell", "unevaluated")]
+    return draw.choice([goes_on, *asks, (attempt, "end", run_dir, "--rc", "1")])
 
 
 def _damage(copy: Path, file: str, draw: random.Random) -> str:
@@ -105,7 +125,7 @@ def _damage(copy: Path, file: str, draw: random.Random) -> str:
     path.write_bytes(changed)
     if file in STEP_FILES[:3] and draw.random() < 0.7:
         what += ", sealed again"
-        _seal(path, changed)
+        seal(path, changed)
     return what
 
 
@@ -171,7 +191,7 @@ def _flipped(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _seal(path: Path, content: bytes) -> None:
+def seal(path: Path, content: bytes) -> None:
     """Makes the hashes of a step fit what a file of it holds now."""
     step = path.parent
     if path.name == "COMMITTED":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hostile.checker import MEMORY, Outcome, attempt, differences, tree
-from hostile.small_files import Input, inputs
+from hostile.small_files import STEP, Input, inputs, seal
 from support.forked import run_forked
 from support.programs import TINY, environment, free_port, run
 from support.tiny import TinyCorpus
@@ -29,6 +29,10 @@ def healthy(resume: list[str], tiny_corpus: TinyCorpus, tmp_path_factory: pytest
     done = run("pretrain", *resume, f"run.dir={folder / 'run'}", "run.stop_after=2")
     assert done.returncode == 75, done.stderr
     shutil.rmtree(folder / "run" / "tensorboard")
+    # As after a stop within an evaluation, so that the records are read back too.
+    state = folder / "run" / STEP / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"evaluation_due": True}))
+    seal(state, state.read_bytes())
     (folder / "run" / "slurm").mkdir()
     begun = {"job": "", "restart": 0, "time": int(time.time()), "from_step": -1, "begun": 0}
     (folder / "run" / "slurm" / "attempts.jsonl").write_text((json.dumps(begun) + "\n") * 2)
