@@ -22,7 +22,11 @@ def parse(content: bytes | str, kind: type[T]) -> T:
 
     Raises ValueError with what is wrong in a phrase.
     """
-    value = load(content)
+    return checked(load(content), kind)
+
+
+def checked(value: Any, kind: type[T]) -> T:
+    """`value`, if it is of exactly the type `kind`. Raises ValueError as `parse` does."""
     try:
         return _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:

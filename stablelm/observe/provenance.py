@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from stablelm.json_text import Count, parse
+from stablelm.json_text import Count, checked, parse
 from stablelm.small_files import read_small
 
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
@@ -66,11 +66,20 @@ def write(
 
 
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The attempts so far; none where the file is missing or not ours."""
+    """The attempts so far, without entries that are damaged; none where the file is missing or not ours."""
     try:
-        return parse(read_small(Path(run_dir) / "provenance.json"), list[Attempt])  # type: ignore[return-value]
+        found = parse(read_small(Path(run_dir) / "provenance.json"), list[Any])
     except (OSError, ValueError):
         return []
+    return [entry for entry in found if _is_whole(entry)]
+
+
+def _is_whole(entry: Any) -> bool:
+    try:
+        checked(entry, Attempt)
+    except ValueError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.json_text import Count, Number, as_number, parse
 from stablelm.small_files import read_small
 from stablelm.train import attempts
@@ -29,16 +30,18 @@ class Summary(TypedDict, total=False):
 
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
-    """Replaces the file in one step. Some words are not written: those of an attempt that a later one has followed,
-    which may have ended already, and a second word of an attempt.
+    """Replaces the file in one step, but not the word of a later attempt, nor an attempt's own.
 
-    When one rank fails, its peers fail after it for lack of it: the first cause is the true one.
+    When one rank fails, its peers fail after it for lack of it: the first cause is the true one. Nor does an attempt
+    tell of a failure once a later one has begun, which it may fail for.
     """
     path, attempt = Path(run_dir) / "summary.json", summary.get("attempts", 0)
     earlier = read_summary(run_dir)
-    if earlier.get("attempts") == attempt and earlier.get("exit_code") is not None:
+    told = earlier.get("attempts", 0)
+    if told > attempt or (told == attempt and earlier.get("exit_code") is not None):
         return
-    if attempts.newest(Path(run_dir)) > attempt:
+    succeeded = summary.get("exit_code") in (EXIT_FINISHED, EXIT_STOPPED_EARLY)
+    if attempts.newest(Path(run_dir)) > attempt and not succeeded:
         return
     temporary = path.with_name(f".summary-{os.getpid()}.json")
     temporary.write_text(json.dumps(as_number(summary), indent=2, allow_nan=False) + "\n")
