@@ -75,10 +75,14 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
     True if it does not shrink and its learning rate up to `step` does not depend on its length: the
     schedule is constant, or wsd before its cooldown.
     """
+    if saved["train.steps"] is None:  # a damaged one, which does not say
+        return False
     if current["train.schedule"] != saved["train.schedule"] or current["train.steps"] < saved["train.steps"]:
         return False
     if saved["train.schedule"] == "constant":
         return True
+    if None in (saved["train.cooldown_steps"], current["train.cooldown_steps"]):
+        return False
     starts = [
         max(told["train.warmup_steps"], told["train.steps"] - told["train.cooldown_steps"]) for told in (saved, current)
     ]

@@ -87,6 +87,14 @@ def test_other_data_or_tokenizer():
     assert differences(make(), make(tokenizer="99")) == ["data.tokenizer: saved with 1234, now 99"]
 
 
+@pytest.mark.parametrize("name", ["train.schedule", "train.steps", "train.cooldown_steps", "train.warmup_steps"])
+def test_a_saved_identity_without_a_key_is_told_and_no_crash(name):
+    current = {"train.schedule": "wsd", "train.steps": 10, "train.cooldown_steps": 2, "train.warmup_steps": 1}
+    saved = {key: value for key, value in current.items() if key != name}
+    (sentence,) = differences(saved, current)
+    assert sentence.startswith(f"{name}: saved with ")
+
+
 def test_long_lists_show_what_differs():
     many = tuple(f"{i}.gz" for i in range(50))
     (sentence,) = differences(make(files=many), make(files=many[1:]))

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 IMPORTED = [
     *("stablelm.train.run", "stablelm.train.start", "stablelm.evaluate.checkpoint", "stablelm.data.loader"),
     *("stablelm.checkpoint.contents", "stablelm.train.report", "fsspec", "deepspeed"),

@@ -6,6 +6,7 @@ seals a file, some damages are sealed again, as by somebody who means harm.
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -121,11 +122,24 @@ def _damage(copy: Path, file: str, draw: random.Random) -> str:
         return _damage_shard(next((copy / "prepared").glob("*.tokens")), file == "prepared/footer", draw)
     path = copy / file
     data = path.read_bytes()
+    if not file.endswith(LINES) and draw.random() < 0.1:
+        path.unlink()
+        return _put_in_place(path, draw.choice(["a FIFO", "an endless device", "a directory", "a dangling link"]))
     changed, what = _changed(data, draw, lines=file.endswith(LINES))
     path.write_bytes(changed)
     if file in STEP_FILES[:3] and draw.random() < 0.7:
         what += ", sealed again"
         seal(path, changed)
+    return what
+
+
+def _put_in_place(path: Path, what: str) -> str:
+    if what == "a FIFO":
+        os.mkfifo(path)
+    elif what == "a directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if what == "an endless device" else "nothing")
     return what
 
 
