@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import ConfigDict, Field
@@ -17,6 +18,7 @@ from stablelm.data.shards import Shard, read_mask
 from stablelm.data.stores import local_path
 from stablelm.errors import ConfigError, DataError
 from stablelm.json_text import parse
+from stablelm.small_files import read_small
 
 MANIFEST = "manifest.json"
 
@@ -109,8 +111,7 @@ def read_manifest(folder: str, *, options: ReadOptions) -> "Manifest | None":
         if path is None:
             content = RemoteFile.whole(url, options=options)
         else:
-            with open(os.path.expanduser(path), "rb") as file:
-                content = file.read()
+            content = read_small(Path(path).expanduser())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

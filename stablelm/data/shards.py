@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from stablelm.data.pages import Pages, RemoteFile
 from stablelm.data.shard_format import BLOCK, MAKE, Content, crc32, mask_url, read_footer, source_name
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
+from stablelm.small_files import open_regular, read_small
 
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
@@ -25,7 +27,7 @@ class LocalContent:
     def __init__(self, path: str):
         self._path = path
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             reason = getattr(error, "strerror", None) or "it is empty"
@@ -239,8 +241,7 @@ def read_mask(url: str, *, options: ReadOptions) -> bytes | None:
     if path is None:
         return RemoteFile.whole(where, options=options)
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_small(Path(path))
     except FileNotFoundError:
         return None
     except OSError as error:
