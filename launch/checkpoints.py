@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm.arguments import Parser, local_path, path_or_url
 from stablelm.errors import CheckpointError, ConfigError, UserError
+from stablelm.printable import printable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,12 +72,12 @@ def show(options: argparse.Namespace) -> None:
     for path in _steps(options):
         problems = manifest.verify(path, hashes=False)
         if problems:
-            print(f"{_name(path):<16} damaged: {'; '.join(problems)}")
+            print(printable(f"{_name(path):<16} damaged: {'; '.join(problems)}"))
             continue
         commit = manifest.read_commit(path)
         size = sum(record.size for record in manifest.read_manifest(path, commit).values())
         time, size = commit.time[:19], size / 2**20
-        print(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}")
+        print(printable(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}"))
 
 
 def _name(path) -> str:
@@ -92,7 +93,7 @@ def check(options: argparse.Namespace) -> None:
     for path in _steps(options):
         problems = manifest.verify(path) or contents.problems(path)
         damaged += [_name(path)] if problems else []
-        print(f"{_name(path):<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
+        print(f"{_name(path):<16} {printable('damaged: ' + '; '.join(problems)) if problems else 'whole'}", flush=True)
     if damaged:
         raise CheckpointError(f"damaged checkpoints in {options.run_dir}: {', '.join(damaged)}; resume skips them")
 

@@ -12,16 +12,24 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm import json_text
 from stablelm.arguments import Parser, local_path
 from stablelm.checkpoint import keep, manifest
 from stablelm.checkpoint.places import Place, place
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.new_files import make_folder, open_to_append, replace_file
+from stablelm.observe import provenance
+from stablelm.printable import printable
+from stablelm.small_files import read_small
+from stablelm.train import attempts
+from stablelm.train.summary import read_summary
 from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
@@ -50,6 +58,18 @@ def committed_step(run_dir: Path) -> int | None:
     return (manifest.step_of(steps[0]) or 0) if steps else -1
 
 
+class Entry(TypedDict):
+    """A line of attempts.jsonl."""
+
+    job: str
+    time: int
+    restart: NotRequired[int]
+    from_step: NotRequired[int | None]
+    begun: NotRequired[int]
+    code: NotRequired[int]
+    step: NotRequired[int | None]
+
+
 class History:
     """`run.dir/slurm/attempts.jsonl`: a line at the start and at the end of each attempt of this job."""
 
@@ -60,10 +80,11 @@ class History:
 
     def lines(self) -> list[dict[str, Any]]:
         try:
-            told = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-        except (OSError, ValueError):
+            lines = read_small(self.path).splitlines()
+        except OSError:
             return []
-        return [line for line in told if line.get("job") == self.job]
+        told = [line for line in map(_entry, lines) if line is not None]
+        return [line for line in told if line["job"] == self.job]
 
     def add(self, **values: Any) -> None:
         self.path.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -86,16 +107,33 @@ class History:
         return next((count for count, code in enumerate(reversed(codes)) if code != 77), len(codes))
 
 
-def read_json(path: Path) -> Any:
+def _entry(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+        return dict(json_text.parse(line, Entry))
+    except ValueError:  # torn, as by a dead node
+        return None
 
 
 def attempts_begun(run_dir: Path) -> int:
-    told = read_json(run_dir / "provenance.json")
-    return max((one.get("attempt", 0) for one in told), default=0) if isinstance(told, list) else 0
+    """The number of the newest attempt; runs that began before attempts had files have them in provenance.json."""
+    return max([attempts.newest(run_dir), *(told["attempt"] for told in provenance.read(run_dir))])
+
+
+def follower(run_dir: Path, before: int, job: str) -> str:
+    """In words: the newest attempt after number `before`, if it is not this job's; else empty."""
+    number = attempts.newest(run_dir)
+    found = attempts.holder(run_dir, number) if number > before else None
+    if found is None or found["slurm_job"] in (None, job):
+        return ""
+    who = f"attempt {number} of job {found['slurm_job']} on {found['host']}"
+    return f"{who} holds {run_dir} since {found['time'][:19]} UTC"
+
+
+def own_summary(run_dir: Path, job: str) -> dict[str, Any]:
+    """The summary, unless it is of another job's attempt."""
+    summary = read_summary(run_dir)
+    found = attempts.holder(run_dir, summary.get("attempts", 0))
+    return summary if found is None or found["slurm_job"] in (None, job) else {}
 
 
 def limit() -> int:
@@ -123,12 +161,14 @@ def begin(run_dir: Path) -> int:
 
 def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     """Prints code, action, wait and words, separated by tabs."""
-    history, summary = History(run_dir), read_json(run_dir / "summary.json")
+    history = History(run_dir)
+    summary = own_summary(run_dir, history.job)
     begun = [line["begun"] for line in history.lines() if "begun" in line]
     started = attempts_begun(run_dir)
-    code, said = true_code(
-        rc, summary, before=begun[-1] if begun else started, started=started, launcher=launcher
-    )  # fmt: skip
+    before = begun[-1] if begun else started
+    code, said = true_code(rc, summary, before=before, started=started, launcher=launcher)
+    if summary.get("attempts", 0) <= before and (other := follower(run_dir, before, history.job)):
+        code, reason, said = 78, "", f"{other}: let that one go on, or give this one another run.dir"
     step = committed_step(run_dir)
     history.add(code=code, step=step)
     found = verdict(
@@ -142,12 +182,12 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     )
     if found.code == FRUITLESS:
         amend_summary(run_dir, found)
-    print(found.code, found.action, found.wait, " ".join(found.words.split()), sep="\t")
+    print(found.code, found.action, found.wait, printable(" ".join(found.words.split())), sep="\t")
 
 
 def state(run_dir: Path) -> str:
     """going, or how the run ended for good; an attempt that began after the last summary keeps it going."""
-    summary = read_json(run_dir / "summary.json")
+    summary = read_summary(run_dir)
     code = summary.get("exit_code")
     if code is None or code in REQUEUED or attempts_begun(run_dir) > summary.get("attempts", 0):
         return "going"
@@ -164,13 +204,13 @@ def unevaluated(run_dir: Path, own: bool) -> list[str]:
 def amend_summary(run_dir: Path, found: Verdict) -> None:
     """Lets `summary.json` say what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
-    told = read_json(path) | {"exit_code": found.code, "reason": found.words}
+    told = read_summary(run_dir) | {"exit_code": found.code, "reason": found.words}
     replace_file(path, json.dumps(told, indent=2) + "\n")
 
 
 def tell(run_dir: Path) -> None:
     """The summary at the end of a job's log."""
-    history, summary = History(run_dir), read_json(run_dir / "summary.json")
+    history, summary = History(run_dir), read_summary(run_dir)
     starts = [line for line in history.lines() if "from_step" in line]
     print(f"---- run {run_dir}: attempt {history.restart + 1} of job {history.job}")
     if starts:
@@ -181,7 +221,7 @@ def tell(run_dir: Path) -> None:
         return
     for name in ("exit_code", "reason", "step", "tokens", "loss", "val_loss", "tokens_per_second"):
         if summary.get(name) not in (None, {}):
-            print(f"     {name:<13} {summary[name]}")
+            print(printable(f"     {name:<13} {summary[name]}"))
 
 
 def where(words: list[str]) -> str:
@@ -207,7 +247,7 @@ def unfinished(file: Path) -> list[int]:
         if run_dir in seen:
             raise ConfigError(f"{file}:{number}: run.dir={run_dir} is that of line {seen[run_dir]}; give it its own")
         seen[run_dir] = number
-        if read_json(Path(run_dir) / "summary.json").get("exit_code") != 0:
+        if read_summary(run_dir).get("exit_code") != 0:
             left.append(number)
     return left
 
@@ -262,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.command == "tell":
             tell(options.run_dir)
         elif options.command == "state":
-            print(state(options.run_dir))
+            print(printable(state(options.run_dir)))
         elif options.command == "unevaluated":
             print("\n".join(unevaluated(options.run_dir, options.own)))
     except UserError as error:

@@ -1,5 +1,6 @@
 """What a user can cause, each with the exit code that scripts rely on."""
 
+from stablelm.printable import printable
 from stablelm.redaction import redacted
 
 
@@ -9,8 +10,8 @@ class UserError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """The sentence, without any credential that a cause or a path brought into it."""
-        return redacted(super().__str__())
+        """The sentence, without credentials and control characters that a path or an answer brought into it."""
+        return printable(redacted(super().__str__()))
 
 
 class ConfigError(UserError):
@@ -46,3 +47,9 @@ class DivergedError(UserError):
 EXIT_FINISHED = 0
 EXIT_STOPPED_EARLY = 75
 EXIT_RANK_LOST = 80
+
+
+class ProcessLostError(UserError):
+    """A process of the run was ended from outside, as by the kernel for want of memory."""
+
+    exit_code = EXIT_RANK_LOST

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from stablelm.checkpoint import configuration
-from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
+from stablelm.checkpoint.keep import read_state
+from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.checkpoint.tensor_files import read_metadata
 from stablelm.config.schema import ModelConfig
@@ -75,6 +76,9 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer.
     """
     try:
+        state, commit = read_state(path), read_commit(path)
+        if state["step"] != commit.step:
+            return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_metadata(path / TENSORS), model_of(path)
         # What is no checkpoint of ours may name a model that is too large even to be described.
         if model.n_layers > len(held.state_dict_metadata):

@@ -1,6 +1,5 @@
 """Which checkpoint to load and which ones to keep."""
 
-import json
 import logging
 import os
 import shutil
@@ -14,7 +13,10 @@ from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
-from stablelm.errors import CheckpointError
+from stablelm.checkpoint.state import State
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.json_text import parse
+from stablelm.printable import printable
 from stablelm.small_files import read_small
 
 __all__ = [
@@ -208,7 +210,7 @@ def step_directory(path: Place) -> Place | None:
 def read_state(path: Place) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads(read_small(path / STATE))
+        return parse(read_small(path / STATE), State)  # type: ignore[return-value]
     except StoreError:
         raise
     except (OSError, ValueError) as error:
@@ -222,7 +224,7 @@ def configured_root(run_dir: Place) -> str | None:
     try:
         config = yaml.safe_load(read_small(run_dir / CONFIG))
         asked = config["checkpoint"]["dir"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError, yaml.YAMLError):
         return None
     return os.path.expanduser(asked) if isinstance(asked, str) and asked else None
 
@@ -233,4 +235,4 @@ def _summary(problems: list[str], shown: int = 3) -> str:
 
 
 def _warn(path: Place, reason: str) -> None:
-    logger.warning("%s is damaged (%s): skipped", path, reason)
+    logger.warning("%s", printable(f"{path} is damaged ({reason}): skipped"))

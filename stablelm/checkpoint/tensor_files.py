@@ -176,7 +176,7 @@ class _HashingFiles(filesystem.FileSystem):
 
     def mkdir(self, path: Any) -> None:
         if isinstance(path, Path):
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(exist_ok=True)
 
     def exists(self, path: Any) -> bool:
         return path.exists()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
+from stablelm.printable import printable
+
 # Seconds of waiting before the first line on stderr, and between the following ones.
 FIRST_LINE, NEXT_LINES = 10.0, 60.0
 
@@ -129,5 +131,5 @@ def _watch() -> None:
         now = time.time()
         if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
             told = now
-            print(line(waits), file=sys.stderr, flush=True)
+            print(printable(line(waits)), file=sys.stderr, flush=True)
         time.sleep(min(FIRST_LINE, NEXT_LINES, 1.0) / 2)

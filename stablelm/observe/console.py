@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+from stablelm.printable import printable
 from stablelm.redaction import redacted
 
 
@@ -35,7 +36,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
-        text = redacted(text)
+        text = printable(redacted(text))
         if self._bar is not None:
             self._bar.message(text)
         else:

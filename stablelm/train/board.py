@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from stablelm.json_text import load
 from stablelm.new_files import replace_file
+from stablelm.small_files import read_small
 
 STORE_SECONDS = 2.0
 """How long the process group's store, or the folder, may take for one note."""
@@ -62,7 +64,7 @@ class FileBoard:
 
     def get(self, name: str) -> Any:
         try:
-            return json.loads(self._path(name).read_text())
+            return load(read_small(self._path(name)))
         except (OSError, ValueError):
             return None
 

@@ -10,7 +10,18 @@ from stablelm.checkpoint.places import Place, place
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 
-FOLDERS = (CHECKPOINTS, "tensorboard", "heartbeat", "stacks", "profile", "probe", "slurm", "evaluations")
+FOLDERS = (
+    CHECKPOINTS,
+    "tensorboard",
+    "heartbeat",
+    "stacks",
+    "profile",
+    "probe",
+    "slurm",
+    "evaluations",
+    "attempts",
+    "data_seen",
+)
 APPENDED = "metrics.jsonl"
 
 

@@ -12,6 +12,7 @@ from stablelm.engine.mesh import Ranks
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
+from stablelm.train import attempts
 
 RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 
@@ -24,12 +25,14 @@ def create(
     tokenizer: str,
     ranks: Ranks,
     argv: list[str],
+    attempt: int,
 ) -> int:
     """Writes config.yaml, resolved.yaml, identity.json, the tokenizer and provenance; returns the attempt's number.
 
-    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1.
+    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
+    number that was free when this one began (see `attempts.take`).
     `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
-    Raises StorageError on every rank if rank 0 cannot write.
+    Raises StorageError on every rank if rank 0 cannot write, ConfigError if another start holds the run.
     """
     run_dir = Path(config.run.dir)
 
@@ -38,6 +41,7 @@ def create(
     def write() -> int:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            number = attempts.take(run_dir, attempt)
             replace_file(run_dir / "config.yaml", dump(asked))
             replace_file(run_dir / "resolved.yaml", RESOLVED + dump(config))
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
@@ -45,7 +49,7 @@ def create(
             replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             seen_files.gather(run_dir)
-            return provenance.write(run_dir, argv, ranks.world_size, hosts)
+            return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
         except OSError as error:
             raise storage_error(run_dir, error) from error
 

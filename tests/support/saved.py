@@ -15,7 +15,7 @@ from stablelm.checkpoint.places import Place
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
 
-STATE = {"step": 0, "tokens": 12, "lanes": {"0": [0, 1, 2, 3, 4]}}
+STATE = {"step": 0, "tokens": 12, "data": {"data_step": 3, "lanes": {"0": [0, 1, 2, 3, 4]}}, "identity": {}}
 CONFIG = "run:\n  seed: 1\n"
 
 
