@@ -1,6 +1,7 @@
 """Lists, verifies, prunes or consolidates the checkpoints of a run."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -8,12 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm.arguments import Parser, local_path, path_or_url
 from stablelm.errors import CheckpointError, ConfigError, UserError
+from stablelm.printable import printable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="checkpoints.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    where = "a run, its checkpoints, or one step-...; a path or URL"
+    where = "a run, its checkpoints, or one step-...; a path or URL; nothing outside it is touched"
+    elsewhere = "where the run has its checkpoints, if not in RUN_DIR"
     for name, text in {
         "list": "one line a checkpoint, newest first; compares names and sizes",
         "verify": "reads and hashes every file",
@@ -21,6 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     }.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
+        command.add_argument("--dir", type=path_or_url, metavar="DIR", help=elsewhere)
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
@@ -29,37 +33,51 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     text = "writes the weights of a checkpoint, verified, to one safetensors file"
     command = commands.add_parser("consolidate", help=text, description=text)
     command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
+    command.add_argument("--dir", type=path_or_url, metavar="DIR", help=elsewhere)
     command.add_argument("--out", metavar="FILE.safetensors", type=local_path, required=True, help="must not exist yet")
     return parser.parse_args(arguments)
 
 
-def _steps(run_dir: str) -> list:
+def _root(options: argparse.Namespace):
+    """Where the checkpoints lie: in what was given, or where --dir says."""
     from stablelm.checkpoint import keep
     from stablelm.checkpoint.places import place
 
-    one = keep.step_directory(place(run_dir))
-    if one is not None:
+    if options.dir is None:
+        return keep.checkpoints_root(place(options.run_dir))
+    root = place(options.dir)
+    if not root.is_dir():
+        raise CheckpointError(f"--dir {root} is not a directory: name the one that holds the step-... directories")
+    return root
+
+
+def _steps(options: argparse.Namespace) -> list:
+    from stablelm.checkpoint import keep
+    from stablelm.checkpoint.places import place
+
+    one = keep.step_directory(place(options.run_dir))
+    if one is not None and options.dir is None:
         return [one]
-    root = keep.checkpoints_root(place(run_dir))
+    root = _root(options)
     steps = keep.step_directories(root)
     if not steps:
-        raise CheckpointError(f"{root} holds no checkpoint: name the directory of a run that has saved one")
+        raise keep.no_checkpoint(root, place(options.run_dir))
     return steps
 
 
-def show(run_dir: str) -> None:
+def show(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import manifest
 
     print(f"{'checkpoint':<16} {'MiB':>10}  {'committed (UTC)':<19}  {'token':>5}  attempt")
-    for path in _steps(run_dir):
+    for path in _steps(options):
         problems = manifest.verify(path, hashes=False)
         if problems:
-            print(f"{_name(path):<16} damaged: {'; '.join(problems)}")
+            print(printable(f"{_name(path):<16} damaged: {'; '.join(problems)}"))
             continue
         commit = manifest.read_commit(path)
         size = sum(record.size for record in manifest.read_manifest(path, commit).values())
         time, size = commit.time[:19], size / 2**20
-        print(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}")
+        print(printable(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}"))
 
 
 def _name(path) -> str:
@@ -68,26 +86,28 @@ def _name(path) -> str:
     return manifest.step_name(manifest.step_of(path) or 0)
 
 
-def check(run_dir: str) -> None:
+def check(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import contents, manifest
 
     damaged = []
-    for path in _steps(run_dir):
+    for path in _steps(options):
         try:
             problems = manifest.verify(path) or contents.problems(path)
         except CheckpointError as error:  # of an earlier version
             problems = [str(error)]
         damaged += [_name(path)] if problems else []
-        print(f"{_name(path):<16} {'damaged: ' + '; '.join(problems) if problems else 'whole'}", flush=True)
+        print(f"{_name(path):<16} {printable('damaged: ' + '; '.join(problems)) if problems else 'whole'}", flush=True)
     if damaged:
-        raise CheckpointError(f"damaged checkpoints in {run_dir}: {', '.join(damaged)}; resume skips them")
+        raise CheckpointError(f"damaged checkpoints in {options.run_dir}: {', '.join(damaged)}; resume skips them")
 
 
 def prune(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import fence, keep
     from stablelm.checkpoint.places import place
 
-    root = keep.checkpoints_root(place(options.run_dir))
+    root = _root(options)
+    if not keep.step_directories(root) and not options.unfinished:
+        raise keep.no_checkpoint(root, place(options.run_dir))
     kept, permanent = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
@@ -102,33 +122,48 @@ def prune(options: argparse.Namespace) -> None:
 
 
 def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
-    """Retention from the arguments, else from the run's configuration."""
-    import yaml
+    """Retention from the arguments, else from the run's configuration, which speaks for its own checkpoints alone."""
+    section = _configured(options.run_dir)
+    if section is not None and options.dir is not None:
+        from stablelm.checkpoint.places import place
 
-    from stablelm.checkpoint.places import place
-
-    path = place(options.run_dir) / "config.yaml"
-    section = (yaml.safe_load(path.read_bytes()) or {}).get("checkpoint", {}) if path.is_file() else {}
-    kept = options.keep if options.keep is not None else section.get("keep")
+        asked = place(os.path.expanduser(section.dir)) if section.dir else None
+        section = section if asked == place(options.dir) else None
+    kept = options.keep if options.keep is not None else section and section.keep
     if kept is None:
-        raise ConfigError(f"{options.run_dir} has no config.yaml that says checkpoint.keep: give --keep N")
+        raise ConfigError(f"{options.run_dir} has no config.yaml that says checkpoint.keep for them: give --keep N")
     permanent = options.keep_permanent_every
-    return kept, permanent if permanent is not None else section.get("keep_permanent_every")
+    return kept, permanent if permanent is not None else section and section.keep_permanent_every
+
+
+def _configured(run_dir: str):
+    """The section checkpoint of a run's config.yaml, None where it has none. Raises ConfigError."""
+    from stablelm.checkpoint.places import place
+    from stablelm.config.load import loads
+    from stablelm.small_files import read_small
+
+    path = place(run_dir) / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return loads(read_small(path).decode(), str(path)).checkpoint
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give --keep N") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.command == "list":
-            show(options.run_dir)
+            show(options)
         elif options.command == "verify":
-            check(options.run_dir)
+            check(options)
         elif options.command == "prune":
             prune(options)
         else:
             from stablelm.checkpoint.consolidate import consolidate
 
-            print(consolidate(options.run_dir, options.out))
+            print(consolidate(options.run_dir, options.out, elsewhere=options.dir))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -40,6 +40,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="at most N sequences a set, 0 for all; default: as many as training used",
     )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        type=path_or_url,
+        metavar="FILE",
+        help="your own configuration, whose keys win but for the model's: what a checkpoint's asks for beyond reading "
+        "plain files of this machine is done only where this one, --data or --trust-checkpoint says so",
+    )
+    parser.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="use the checkpoint's whole configuration, its functions by import path and its URLs included; says which",
+    )
     parser.add_argument("--out", type=path_or_url, metavar="FILE.json", help="write the figures as JSON")
     return parser.parse_args(argv)
 
@@ -55,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         sequences=arguments.sequences,
         out=arguments.out,
         reading={name: value for name in READING if (value := getattr(arguments, name)) is not None},
+        config=arguments.config,
+        trusted=arguments.trust_checkpoint,
     )
 
 

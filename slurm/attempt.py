@@ -12,27 +12,41 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from stablelm import json_text
 from stablelm.arguments import Parser, local_path
 from stablelm.checkpoint import keep, manifest
 from stablelm.checkpoint.places import Place, place
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
+from stablelm.new_files import make_folder, open_to_append, replace_file
+from stablelm.observe import provenance
+from stablelm.printable import printable
+from stablelm.small_files import read_small
+from stablelm.train import attempts
+from stablelm.train.summary import read_summary
 from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
-def checkpoints(run_dir: Path) -> list[Place]:
-    """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer."""
+def checkpoints(run_dir: Path, own: bool = True) -> list[Place]:
+    """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer.
+
+    `own`: the run is the caller's, so that they may lie where its configuration says.
+    """
     try:
-        return keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
+        found = keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
     except CheckpointError:
         return []
+    asked = keep.configured_root(run_dir) if own and not found else None
+    return keep.step_directories(place(asked)) if asked else found
 
 
 def committed_step(run_dir: Path) -> int | None:
@@ -42,6 +56,18 @@ def committed_step(run_dir: Path) -> int | None:
     except (UserError, OSError):
         return None
     return (manifest.step_of(steps[0]) or 0) if steps else -1
+
+
+class Entry(TypedDict):
+    """A line of attempts.jsonl."""
+
+    job: str
+    time: int
+    restart: NotRequired[int]
+    from_step: NotRequired[int | None]
+    begun: NotRequired[int]
+    code: NotRequired[int]
+    step: NotRequired[int | None]
 
 
 class History:
@@ -54,16 +80,18 @@ class History:
 
     def lines(self) -> list[dict[str, Any]]:
         try:
-            told = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-        except (OSError, ValueError):
+            lines = read_small(self.path).splitlines()
+        except OSError:
             return []
-        return [line for line in told if line.get("job") == self.job]
+        told = [line for line in map(_entry, lines) if line is not None]
+        return [line for line in told if line["job"] == self.job]
 
     def add(self, **values: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         told = {"job": self.job, "restart": self.restart, "time": int(time.time()), **values}
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(told) + "\n")
+        with open_to_append(self.path) as stream:
+            stream.write((json.dumps(told) + "\n").encode())
 
     def fruitless(self, step: int | None) -> int:
         """Attempts in a row, up to the last one begun, that left the newest commit at `step`."""
@@ -79,16 +107,33 @@ class History:
         return next((count for count, code in enumerate(reversed(codes)) if code != 77), len(codes))
 
 
-def read_json(path: Path) -> Any:
+def _entry(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
+        return dict(json_text.parse(line, Entry))
+    except ValueError:  # torn, as by a dead node
+        return None
 
 
 def attempts_begun(run_dir: Path) -> int:
-    told = read_json(run_dir / "provenance.json")
-    return max((one.get("attempt", 0) for one in told), default=0) if isinstance(told, list) else 0
+    """The number of the newest attempt; runs that began before attempts had files have them in provenance.json."""
+    return max([attempts.newest(run_dir), *(told["attempt"] for told in provenance.read(run_dir))])
+
+
+def follower(run_dir: Path, before: int, job: str) -> str:
+    """In words: the newest attempt after number `before`, if it is not this job's; else empty."""
+    number = attempts.newest(run_dir)
+    found = attempts.holder(run_dir, number) if number > before else None
+    if found is None or found["slurm_job"] in (None, job):
+        return ""
+    who = f"attempt {number} of job {found['slurm_job']} on {found['host']}"
+    return f"{who} holds {run_dir} since {found['time'][:19]} UTC"
+
+
+def own_summary(run_dir: Path, job: str) -> dict[str, Any]:
+    """The summary, unless it is of another job's attempt."""
+    summary = read_summary(run_dir)
+    found = attempts.holder(run_dir, summary.get("attempts", 0))
+    return summary if found is None or found["slurm_job"] in (None, job) else {}
 
 
 def limit() -> int:
@@ -116,12 +161,14 @@ def begin(run_dir: Path) -> int:
 
 def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     """Prints code, action, wait and words, separated by tabs."""
-    history, summary = History(run_dir), read_json(run_dir / "summary.json")
+    history = History(run_dir)
+    summary = own_summary(run_dir, history.job)
     begun = [line["begun"] for line in history.lines() if "begun" in line]
     started = attempts_begun(run_dir)
-    code, said = true_code(
-        rc, summary, before=begun[-1] if begun else started, started=started, launcher=launcher
-    )  # fmt: skip
+    before = begun[-1] if begun else started
+    code, said = true_code(rc, summary, before=before, started=started, launcher=launcher)
+    if summary.get("attempts", 0) <= before and (other := follower(run_dir, before, history.job)):
+        code, reason, said = 78, "", f"{other}: let that one go on, or give this one another run.dir"
     step = committed_step(run_dir)
     history.add(code=code, step=step)
     found = verdict(
@@ -135,36 +182,35 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     )
     if found.code == FRUITLESS:
         amend_summary(run_dir, found)
-    print(found.code, found.action, found.wait, " ".join(found.words.split()), sep="\t")
+    print(found.code, found.action, found.wait, printable(" ".join(found.words.split())), sep="\t")
 
 
 def state(run_dir: Path) -> str:
     """going, or how the run ended for good; an attempt that began after the last summary keeps it going."""
-    summary = read_json(run_dir / "summary.json")
+    summary = read_summary(run_dir)
     code = summary.get("exit_code")
     if code is None or code in REQUEUED or attempts_begun(run_dir) > summary.get("attempts", 0):
         return "going"
     return "has finished" if code == 0 else f"has ended with {code} ({summary.get('reason', '')})"
 
 
-def unevaluated(run_dir: Path) -> list[str]:
+def unevaluated(run_dir: Path, own: bool) -> list[str]:
     """`name path` of each committed checkpoint without a file in evaluations/, the oldest first."""
     done = {path.stem for path in (run_dir / "evaluations").glob("step-*.json")}
-    steps = {manifest.step_name(manifest.step_of(path) or 0): path for path in reversed(checkpoints(run_dir))}
+    steps = {manifest.step_name(manifest.step_of(path) or 0): path for path in reversed(checkpoints(run_dir, own))}
     return [f"{name} {path}" for name, path in steps.items() if name not in done]
 
 
 def amend_summary(run_dir: Path, found: Verdict) -> None:
     """Lets `summary.json` say what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
-    new = path.with_name(".summary-job.json")
-    new.write_text(json.dumps(read_json(path) | {"exit_code": found.code, "reason": found.words}, indent=2) + "\n")
-    new.replace(path)
+    told = read_summary(run_dir) | {"exit_code": found.code, "reason": found.words}
+    replace_file(path, json.dumps(told, indent=2) + "\n")
 
 
 def tell(run_dir: Path) -> None:
     """The summary at the end of a job's log."""
-    history, summary = History(run_dir), read_json(run_dir / "summary.json")
+    history, summary = History(run_dir), read_summary(run_dir)
     starts = [line for line in history.lines() if "from_step" in line]
     print(f"---- run {run_dir}: attempt {history.restart + 1} of job {history.job}")
     if starts:
@@ -175,7 +221,7 @@ def tell(run_dir: Path) -> None:
         return
     for name in ("exit_code", "reason", "step", "tokens", "loss", "val_loss", "tokens_per_second"):
         if summary.get(name) not in (None, {}):
-            print(f"     {name:<13} {summary[name]}")
+            print(printable(f"     {name:<13} {summary[name]}"))
 
 
 def where(words: list[str]) -> str:
@@ -201,7 +247,7 @@ def unfinished(file: Path) -> list[int]:
         if run_dir in seen:
             raise ConfigError(f"{file}:{number}: run.dir={run_dir} is that of line {seen[run_dir]}; give it its own")
         seen[run_dir] = number
-        if read_json(Path(run_dir) / "summary.json").get("exit_code") != 0:
+        if read_summary(run_dir).get("exit_code") != 0:
             left.append(number)
     return left
 
@@ -229,6 +275,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("begin", "end", "tell", "state", "unevaluated"):
         command = commands.add_parser(name)
         command.add_argument("run_dir", type=local_path)
+        if name == "unevaluated":
+            command.add_argument("--own", action="store_true", help="look where the run's configuration says, too")
         if name == "end":
             command.add_argument("--rc", type=int, required=True)
             command.add_argument("--reason", default="")
@@ -254,9 +302,9 @@ def main(argv: list[str] | None = None) -> int:
         elif options.command == "tell":
             tell(options.run_dir)
         elif options.command == "state":
-            print(state(options.run_dir))
+            print(printable(state(options.run_dir)))
         elif options.command == "unevaluated":
-            print("\n".join(unevaluated(options.run_dir)))
+            print("\n".join(unevaluated(options.run_dir, options.own)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

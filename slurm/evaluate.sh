@@ -9,7 +9,10 @@
 #   sbatch [its options] slurm/evaluate.sh RUN_DIR [options of launch/eval.py]
 #
 # Each checkpoint gets RUN_DIR/evaluations/step-XXXXXXXX.json; those that have one are left alone, so the job may be cut
-# short and requeued, or submitted long after. STABLELM_LOOK_SECONDS (60) lie between two looks for a new checkpoint.
+# short and requeued, or submitted long after. A run that was started from this repository by slurm/pretrain.sh is
+# evaluated on what its configuration says; any other may come from anybody (docs/security.md): text that is not a plain
+# file of this machine, functions by import path and checkpoints outside RUN_DIR then need --data, --config or
+# --trust-checkpoint. STABLELM_LOOK_SECONDS (60) lie between two looks for a new checkpoint.
 set -uo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?slurm/evaluate.sh is a batch script: sbatch slurm/evaluate.sh RUN_DIR}" || exit 78
@@ -20,6 +23,9 @@ code=$PWD
 [ $# -gt 0 ] || { echo "error: no run named: sbatch slurm/evaluate.sh RUN_DIR [options]" >&2; exit 78; }
 run_dir=$1
 shift
+own=() # options for a run of its user's own, and the word that it is one
+if grep -Fqsx -- "$(realpath -ms -- "$run_dir")" slurm/.runs; then own=(--config "$run_dir/config.yaml"); fi
+case " $* " in *" --config"[\ =]* | *" --trust-checkpoint "*) look=(--own) ;; *) look=(${own:+--own}) ;; esac
 
 # Nothing is lost by ending at once: an evaluation that was cut short is begun anew.
 signal_step() { kill -TERM "$step"; }
@@ -36,8 +42,8 @@ while :; do
     state=$(helper state "$run_dir")
     while read -r name checkpoint; do
         [ -z "$stop_asked" ] || break
-        evaluate_checkpoint "$name" "$checkpoint" "$@" || failed=$((failed + 1))
-    done < <(helper unevaluated "$run_dir")
+        evaluate_checkpoint "$name" "$checkpoint" "${own[@]}" "$@" || failed=$((failed + 1))
+    done < <(helper unevaluated "$run_dir" "${look[@]}")
     if [ -n "$stop_asked" ]; then
         [ "${SLURM_RESTART_COUNT:-0}" -lt "${STABLELM_MAX_ATTEMPTS:-100}" ] || leave 75
         say "requeued: time is up"

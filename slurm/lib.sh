@@ -88,8 +88,9 @@ read_arguments() { # CONFIG... key=value... or @FILE for an array; sets files, k
 take_snapshot() { # sets code to a copy of program, configuration files and arguments, kept in the run directory
     local copy=$run_dir/slurm/job-$SLURM_JOB_ID new number=0 file kept word arguments=() flags=()
     new=$copy.new
+    [ ! -L "$run_dir/slurm" ] || { say "error: $run_dir/slurm is a link, and is not followed: remove it"; return 78; }
     rm -rf "$new"
-    if ! { mkdir -p "$new" && tar -C "$code" --exclude=slurm/.jobs -cf - stablelm launch slurm |
+    if ! { mkdir -p "$new" && tar -C "$code" --exclude=slurm/.jobs --exclude=slurm/.runs -cf - stablelm launch slurm |
         tar -C "$new" -xf -; }; then
         say "error: $run_dir cannot be written"
         comment "not requeued, storage full or unwritable (74): $run_dir"
@@ -121,6 +122,8 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
     # shellcheck disable=SC2154 # job_link is set by pretrain.sh, which needs it before it can read this file
     { mkdir -p slurm/.jobs && ln -sfn "$copy" "$job_link"; } ||
         say "warning: $PWD/slurm cannot be written: a requeued attempt will take the program as it is then"
+    # So that slurm/evaluate.sh knows a run as its user's own.
+    grep -Fqsx -- "$run_dir" slurm/.runs || echo "$run_dir" >>slurm/.runs || true
     code=$copy
 }
 
@@ -272,7 +275,10 @@ finish_job() { # CODE
 evaluate_checkpoint() { # NAME CHECKPOINT [options of launch/eval.py]
     local name=$1 checkpoint=$2 out=$run_dir/evaluations/$1.json
     shift 2
-    mkdir -p "$run_dir/evaluations" || return 1
+    [ ! -L "$run_dir/evaluations" ] && mkdir -p "$run_dir/evaluations" && rm -f "$out.new" || {
+        say "error: $run_dir/evaluations is a link or cannot be written"
+        return 1
+    }
     srun --export=ALL --mpi=none --job-name=evaluate --kill-on-bad-exit=1 "${resources[@]}" "${wrap[@]}" "$python" \
         "$code/launch/eval.py" --checkpoint "$checkpoint" --out "$out.new" "$@" </dev/null &
     step=$!
@@ -281,7 +287,7 @@ evaluate_checkpoint() { # NAME CHECKPOINT [options of launch/eval.py]
     if [ "$rc" -eq 0 ] && mv "$out.new" "$out"; then return 0; fi
     [ -z "$stop_asked" ] || return 0
     # The run deletes superseded checkpoints whenever it commits one.
-    helper unevaluated "$run_dir" | grep -q "^$name " || { say "$name was superseded meanwhile"; return 0; }
+    helper unevaluated "$run_dir" "${look[@]}" | grep -q "^$name " || { say "$name was superseded meanwhile"; return 0; }
     say "warning: $name could not be evaluated ($rc)"
     echo "{\"checkpoint\": \"$name\", \"failed\": $rc}" >"$out"
     return 1

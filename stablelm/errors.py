@@ -1,10 +1,17 @@
 """What a user can cause, each with the exit code that scripts rely on."""
 
+from stablelm.printable import printable
+from stablelm.redaction import redacted
+
 
 class UserError(Exception):
     """A mistake or mishap outside the program: printed as one sentence, never as a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The sentence, without credentials and control characters that a path or an answer brought into it."""
+        return printable(redacted(super().__str__()))
 
 
 class ConfigError(UserError):
@@ -40,3 +47,9 @@ class DivergedError(UserError):
 EXIT_FINISHED = 0
 EXIT_STOPPED_EARLY = 75
 EXIT_RANK_LOST = 80
+
+
+class ProcessLostError(UserError):
+    """A process of the run was ended from outside, as by the kernel for want of memory."""
+
+    exit_code = EXIT_RANK_LOST

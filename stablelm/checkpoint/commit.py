@@ -54,6 +54,7 @@ from stablelm.checkpoint.manifest import (
 )
 from stablelm.checkpoint.places import Place, RemotePath
 from stablelm.errors import CheckpointError, StorageError
+from stablelm.printable import printable
 
 logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 64 << 20
@@ -133,7 +134,7 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
         problems = verify(path) or _lacks(path, shapes)
         if not problems:
             return _Standing(path, _total(read_manifest(path, read_commit(path))))
-        logger.warning("%s is damaged (%s): the step will be saved anew", path, problems[0])
+        logger.warning("%s", printable(f"{path} is damaged ({problems[0]}): the step will be saved anew"))
         if inode is not None:
             return _Standing(damaged=inode)
     return _Standing()
@@ -187,7 +188,8 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     root, token = fence.root, f"{fence.token:08d}"
     if isinstance(root, RemotePath):
         return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
-    root.mkdir(parents=True, exist_ok=True)
+    # A run directory that was removed stays removed.
+    root.mkdir(parents=not fence.taken, exist_ok=True)
     sync_directory(root.parent)
     # 5 % and a page a tensor cover headers, the index and whole blocks.
     needed = int(tensor_bytes(tensors) * 1.05) + 4096 * len(tensors)

@@ -9,14 +9,17 @@ from stablelm.checkpoint import keep
 from stablelm.checkpoint.files import FULL, UNWRITABLE, sync_directory
 from stablelm.checkpoint.index import Slot, header, read_index
 from stablelm.checkpoint.manifest import TENSORS, read_commit
+from stablelm.checkpoint.places import place
 from stablelm.checkpoint.reader import Reader, bytes_of
 from stablelm.errors import ConfigError, StorageError
 
 _PREFIX = "model."
 
 
-def consolidate(checkpoint: str, out: Path) -> str:
+def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> str:
     """Writes the weights, named as in the decoder, to a new file; returns a line that says what is in it.
+
+    `elsewhere`: where a run has its checkpoints, if not in its directory.
 
     Tensors go through memory one at a time. Raises CheckpointError for a missing or damaged checkpoint, ConfigError
     where `out` cannot be made, StorageError where it cannot be written to the end.
@@ -25,7 +28,7 @@ def consolidate(checkpoint: str, out: Path) -> str:
         raise ConfigError(f"--out {out} exists already; name a new file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist; create it first")
-    found = keep.resolve_checkpoint(checkpoint)
+    found = keep.resolve_checkpoint(checkpoint, elsewhere=place(elsewhere) if elsewhere else None)
     reader = Reader(found / TENSORS, read_index(found / TENSORS))
     held = reader.index.tensors
     slots = {name: Slot(name.removeprefix(_PREFIX), held[name].dtype, held[name].shape) for name in sorted(held)}

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from stablelm.checkpoint import configuration
 from stablelm.checkpoint.index import EarlierFormat, Index, read_index
-from stablelm.checkpoint.manifest import CONFIG, STATE, TENSORS
+from stablelm.checkpoint.keep import read_state
+from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
 from stablelm.checkpoint.places import Place, StoreError
-from stablelm.config.saved import in_effect
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -48,12 +49,18 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     (a CheckpointError) if an earlier version saved it.
     """
     try:
+        state, commit = read_state(path), read_commit(path)
+        if state["step"] != commit.step:
+            return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_index(path / TENSORS), model_of(path)
+        # What is no checkpoint of ours may name a model that is too large even to be described.
+        if model.n_layers > len(held.tensors):
+            return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
+        weights = gaps(held, expected_shapes(model, optimizer=False))
     except (StoreError, EarlierFormat):
         raise
-    except (CheckpointError, ConfigError, OSError, ValueError) as error:
+    except (CheckpointError, ConfigError, OSError, ValueError, RuntimeError, OverflowError) as error:
         return [f"its contents cannot be checked ({error})"]
-    weights = gaps(held, expected_shapes(model, optimizer=False))
     if weights or not optimizer:
         return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
     moments = gaps(held, expected_shapes(model))
@@ -68,12 +75,9 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
 def model_of(path: Place) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
-    Raises OSError, ValueError or ConfigError.
+    Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    import orjson
-
-    identity = orjson.loads((path / STATE).read_bytes()).get("identity", {})
-    found = in_effect((path / CONFIG).read_bytes().decode(), identity, str(path / CONFIG)).model
+    found = configuration.model_of(path)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

@@ -21,6 +21,7 @@ local disks, cluster file systems and today's object stores do; NFS does with `l
 
 import errno
 import json
+import re
 import shutil
 import socket
 import uuid
@@ -33,11 +34,15 @@ from pathlib import Path
 from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
 from stablelm.checkpoint.places import Place, RemotePath
-from stablelm.errors import CheckpointError, ConfigError
+from stablelm.errors import CheckpointError, ConfigError, StorageError
+from stablelm.json_text import parse
+from stablelm.new_files import make_folder
+from stablelm.small_files import read_small
 
 FENCE = "fence"
 STAGING = ".staging-"
 DELETING = ".deleting-"
+_TOKEN = re.compile(r"[0-9]{8,18}")
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,18 @@ class Fence:
     root: Place
     token: int
     attempt: str
+    taken: bool = False
+    """Whether the token has a file below `root`, as after `take`."""
 
     def check(self) -> None:
-        """Raises CheckpointError if a newer attempt has taken over."""
-        newest = max(_tokens(self.root), default=self.token)
+        """Raises CheckpointError if a newer attempt has taken over, StorageError if `root` has been removed."""
+        tokens = _tokens(self.root)
+        newest = max(tokens, default=self.token)
+        if self.taken and self.token not in tokens and newest <= self.token:
+            raise StorageError(
+                f"{self.root} has been removed while the run was writing to it: this attempt commits nothing more and "
+                "ends; put it back to go on from it, or start anew"
+            )
         if newest > self.token:
             told = read_token(self.root, newest)
             raise CheckpointError(
@@ -66,7 +79,7 @@ def take(root: Place, attempt: str) -> Fence:
     Raises StorageError if the place cannot be written, ConfigError if the store overwrites what it must not.
     """
     with writing(root):
-        fence = Fence(root, _next_token(root, attempt), attempt)
+        fence = Fence(root, _next_token(root, attempt), attempt, taken=True)
         sweep(root, fence.token)
     return fence
 
@@ -94,14 +107,17 @@ def sweep(root: Place, token: int) -> list[Place]:
 def read_token(root: Place, token: int) -> dict[str, str]:
     """Who took a token, and when; empty if that cannot be read."""
     try:
-        return json.loads((root / FENCE / f"{token:08d}").read_bytes())
+        return dict(parse(read_small(root / FENCE / f"{token:08d}"), dict[str, str]))
     except (OSError, ValueError):
         return {}
 
 
 def _tokens(root: Place) -> list[int]:
     folder = root / FENCE
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    try:
+        return [int(path.name) for path in folder.iterdir() if _TOKEN.fullmatch(path.name)] if folder.is_dir() else []
+    except FileNotFoundError:  # removed just now
+        return []
 
 
 def _next_token(root: Place, attempt: str) -> int:
@@ -109,7 +125,8 @@ def _next_token(root: Place, attempt: str) -> int:
     content = json.dumps({**told, "id": uuid.uuid4().hex}).encode()
     folder = root / FENCE
     if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         sync_directory(folder.parent)
     while True:
         token = max(_tokens(root), default=0) + 1

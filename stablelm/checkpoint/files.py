@@ -12,7 +12,14 @@ from stablelm.checkpoint.places import Place, StoreError
 from stablelm.errors import StorageError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ESTALE}
+DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# How local disks, network file systems and mounts say that they fail; ENOENT: what was written to has been removed.
+FAILING = {
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO, errno.EBUSY, errno.EXDEV, errno.ENOENT, errno.ENOLCK),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLINK, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED),
+}
+UNWRITABLE = DENIED | FAILING
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def gibibytes(count: float) -> str:
 
 @contextmanager
 def writing(place: Place) -> Iterator[None]:
-    """Turns the OSErrors of full, unwritable or unreachable storage into a StorageError with `place` and the mend."""
+    """Turns the OSErrors of full, unwritable or failing storage into a StorageError with `place` and the fix."""
     try:
         yield
     except StoreError as error:
@@ -102,8 +109,9 @@ def writing(place: Place) -> Iterator[None]:
                 "checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
             ) from error
         if error.errno in UNWRITABLE:
+            fix = "make it a writable directory" if error.errno in DENIED else "look at its file system and run again,"
             raise StorageError(
-                f"cannot write a checkpoint to {place} ({error.strerror}): make it a writable directory "
-                "or set checkpoint.dir to one; committed checkpoints are kept"
+                f"cannot write a checkpoint to {place} ({error.strerror}): {fix} or set checkpoint.dir to another "
+                "directory; committed checkpoints are kept"
             ) from error
         raise

@@ -1,11 +1,11 @@
 """Which checkpoint to load and which ones to keep."""
 
-import json
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
-from stablelm.errors import CheckpointError
+from stablelm.checkpoint.state import State
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.json_text import parse
+from stablelm.printable import printable
+from stablelm.small_files import read_small
 
 __all__ = [
     "checkpoints_root",
+    "configured_root",
+    "is_link",
     "newest_valid",
+    "no_checkpoint",
     "read_state",
     "resolve_checkpoint",
     "retain",
@@ -28,6 +35,8 @@ __all__ = [
     "verify_together",
 ]
 
+CHECKPOINTS = "checkpoints"
+"""Where a run has its checkpoints unless checkpoint.dir says otherwise."""
 logger = logging.getLogger(__name__)
 Lacks = Callable[[Place], list[str]]
 """What an undamaged checkpoint lacks, in phrases: `contents.problems`, where it is to hold a model."""
@@ -83,31 +92,42 @@ def retain(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: 
     """Deletes superseded checkpoints and returns them; see `superseded`. Raises StorageError."""
     with writing(root):
         gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
-        for path in gone:
-            _delete(path)
-    return gone
+        return [path for path in gone if _delete(path)]
 
 
-def _delete(path: Place) -> None:
+def _delete(path: Place) -> bool:
+    """False where a link has taken the checkpoint's place meanwhile, which is left alone."""
     # What makes it a checkpoint goes first and at once: a deletion that is cut short leaves nothing that looks valid.
     if isinstance(path, RemotePath):
         (path / COMMITTED).remove()
         path.remove()
-        return
+        return True
     doomed = path.with_name(f".deleting-{path.name}-{uuid.uuid4().hex}")
     path.rename(doomed)
+    if doomed.is_symlink():
+        doomed.rename(path)
+        return False
     sync_directory(path.parent)
     shutil.rmtree(doomed)
+    return True
 
 
 def superseded(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
     """Valid checkpoints beyond the newest `keep` (at least 1) valid ones, but for multiples of keep_permanent_every.
 
-    Damaged ones neither count nor are listed. Without `hashes` valid means: committed, and all names and sizes agree.
+    Damaged ones neither count nor are listed. Links, such as to an archive, count but are not listed, which is said
+    once. Without `hashes` valid means: committed, and all names and sizes agree.
     """
     assert keep >= 1
     valid = [path for path in step_directories(root) if not verify(path, hashes=hashes)]
-    return [path for path in valid[keep:] if not is_permanent(path, keep_permanent_every)]
+    found = [path for path in valid[keep:] if not is_permanent(path, keep_permanent_every)]
+    return [path for path in found if not (is_link(path) and _left_alone(path))]
+
+
+@cache
+def _left_alone(path: Place) -> bool:
+    logger.warning("%s is a link and is left alone: delete it by hand if it is not needed", path)
+    return True
 
 
 def is_permanent(path: Place, keep_permanent_every: int | None) -> bool:
@@ -118,14 +138,30 @@ def is_permanent(path: Place, keep_permanent_every: int | None) -> bool:
 def checkpoints_root(path: Place) -> Place:
     """The directory of the step directories for a run directory, or `path` itself if it holds them.
 
-    Raises CheckpointError if the path does not exist.
+    Nothing outside `path` is looked at: neither what a link in it leads to, nor the checkpoint.dir of its config.yaml,
+    which anybody may have written. Raises CheckpointError if the path does not exist.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory: name a run, its checkpoints or one step-... directory in it")
-    if step_directories(path):
-        return path
-    configured = _configured_root(path)
-    return next((place for place in (path / "checkpoints", configured) if place and place.is_dir()), path)
+    inside = path / CHECKPOINTS
+    return inside if not step_directories(path) and not is_link(inside) and inside.is_dir() else path
+
+
+def is_link(path: Place) -> bool:
+    return isinstance(path, Path) and path.is_symlink()
+
+
+def no_checkpoint(root: Place, path: Place) -> CheckpointError:
+    """There is none below `root`, where those of `path` were looked for; says where else they may lie."""
+    asked = configured_root(path)
+    if is_link(path / CHECKPOINTS):
+        target = os.readlink(str(path / CHECKPOINTS))
+        hint = f"its {CHECKPOINTS} is a link to {target!r}: name that folder if it is yours"
+    elif asked is not None:
+        hint = f"its {CONFIG} says checkpoint.dir={asked!r}: name that place if it is yours"
+    else:
+        hint = "name the directory of a run that has saved one"
+    return CheckpointError(f"{root} holds no checkpoint; {hint}")
 
 
 def resolve_checkpoint(
@@ -134,11 +170,13 @@ def resolve_checkpoint(
     on_damaged: Callable[[Place, str], None] | None = None,
     together: Together | None = None,
     lacks: Lacks | None = None,
+    elsewhere: Place | None = None,
 ) -> Place:
     """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
-    With `together` collective: each rank reads its share of the files. Raises CheckpointError if there is none, or if
-    the step directory that was named is damaged or `lacks` something.
+    `elsewhere` is where the user says that a run without any in its directory has them. With `together` collective:
+    each rank reads its share of the files. Raises CheckpointError if there is none, or if the step directory that was
+    named is damaged or `lacks` something.
     """
     path, together = place(path), together or Together(None, 0)
     step = together.first(lambda: step_directory(path))
@@ -148,10 +186,15 @@ def resolve_checkpoint(
             raise CheckpointError(f"{path} is damaged ({_summary(problems)}): name another checkpoint")
         return step
     root = together.first(lambda: checkpoints_root(path))
+    if elsewhere is not None and not together.first(lambda: step_directories(root)):
+        root = elsewhere
     found = newest_valid(root, on_damaged=on_damaged or _warn, together=together, lacks=lacks)
+    if found is None and step_directories(root):
+        raise CheckpointError(
+            f"{root} holds only damaged checkpoints: name the directory of a run that has saved a whole one"
+        )
     if found is None:
-        kind = "only damaged checkpoints" if step_directories(root) else "no checkpoint"
-        raise CheckpointError(f"{root} holds {kind}: name the directory of a run that has saved one")
+        raise no_checkpoint(root, path)
     return found
 
 
@@ -167,23 +210,23 @@ def step_directory(path: Place) -> Place | None:
 def read_state(path: Place) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
-        return json.loads((path / STATE).read_bytes())
+        return parse(read_small(path / STATE), State)  # type: ignore[return-value]
     except StoreError:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path / STATE} ({error}): load another checkpoint") from error
 
 
-def _configured_root(run_dir: Place) -> Place | None:
-    """checkpoint.dir of a run's configuration, if it asks for one."""
+def configured_root(run_dir: Place) -> str | None:
+    """checkpoint.dir of a directory's config.yaml, if it asks for one: for the run's own user, or to be shown."""
     import yaml
 
     try:
-        config = yaml.safe_load((run_dir / CONFIG).read_bytes())
+        config = yaml.safe_load(read_small(run_dir / CONFIG))
         asked = config["checkpoint"]["dir"]
-        return place(os.path.expanduser(str(asked))) if asked else None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError, yaml.YAMLError):
         return None
+    return os.path.expanduser(asked) if isinstance(asked, str) and asked else None
 
 
 def _summary(problems: list[str], shown: int = 3) -> str:
@@ -192,4 +235,4 @@ def _summary(problems: list[str], shown: int = 3) -> str:
 
 
 def _warn(path: Place, reason: str) -> None:
-    logger.warning("%s is damaged (%s): skipped", path, reason)
+    logger.warning("%s", printable(f"{path} is damaged ({reason}): skipped"))

@@ -17,16 +17,22 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
 from stablelm.checkpoint.places import Place, RemotePath, StoreError
+from stablelm.json_text import Count, parse
+from stablelm.small_files import read_small
 
 TENSORS = "tensors"
 STATE = "state.json"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 COMMITTED = "COMMITTED"
+COMMITTED_BYTES = 64 << 10
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
 
@@ -40,6 +46,29 @@ class Commit:
     token: int
     time: str
     manifest_sha256: str
+
+
+class Committed(TypedDict):
+    """COMMITTED as it is read: the fields of a `Commit` and their own hash."""
+
+    step: Count
+    attempt: str
+    token: Count
+    time: str
+    manifest_sha256: str
+    sha256: str
+
+
+class Recorded(TypedDict):
+    """A `FileRecord` as it is read."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    size: Count
+    sha256: str
+
+
+class Manifest(TypedDict):
+    files: dict[str, Recorded]
 
 
 def step_name(step: int) -> str:
@@ -73,12 +102,12 @@ def commit_content(commit: Commit) -> bytes:
 
 def read_commit(path: Place) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
-    content = (path / COMMITTED).read_bytes()
+    content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
-        fields = json.loads(content)
-        commit = Commit(**{name: kind(fields[name]) for name, kind in Commit.__annotations__.items()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{COMMITTED} is not readable") from error
+        fields = parse(content, Committed)
+    except ValueError as error:
+        raise ValueError(f"{COMMITTED} is not readable ({error})") from error
+    commit = Commit(**{name: fields[name] for name in Commit.__annotations__})
     if commit_content(commit) != content:
         raise ValueError(f"{COMMITTED} was changed after it was written")
     return commit
@@ -86,10 +115,17 @@ def read_commit(path: Place) -> Commit:
 
 def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
     """manifest.json of a checkpoint. Raises OSError if unreadable, ValueError if it is not the committed one."""
-    content = (path / MANIFEST).read_bytes()
+    content = read_small(path / MANIFEST)
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
-    return {name: FileRecord(**fields) for name, fields in json.loads(content)["files"].items()}
+    try:
+        files = parse(content, Manifest)["files"]
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is not readable ({error})") from error
+    for name in files:
+        if not name or PurePosixPath(name).is_absolute() or {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+            raise ValueError(f"{MANIFEST} names {name!r:.100}, which is not a file of the checkpoint")
+    return {name: FileRecord(**fields) for name, fields in files.items()}
 
 
 def verify(path: Place, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:

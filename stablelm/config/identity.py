@@ -5,14 +5,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
 from stablelm.config.keys import keys, values
 from stablelm.config.schema import Config
+from stablelm.json_text import Count
 
 # Told, not compared: the axes say what a method's name means, and the steps what the tokens come to.
 DESCRIPTIVE = ("model.method", "train.tokens")
 # How rows are dealt to lanes, see `data.lanes`; 1 in runs that do not say it.
 ORDER, ORDER_KEY = 2, "data.order"
 LENGTH = ("train.steps", "train.cooldown_steps")
+
+
+# What may be calculated with in a saved identity; all other keys are only compared.
+Identity = TypedDict(
+    "Identity",
+    {
+        "train.schedule": str,
+        "train.steps": Count,
+        "train.cooldown_steps": Count | None,
+        "train.warmup_steps": Count,
+        "data.tokenizer": str,
+    },
+    total=False,
+)
+Identity.__pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[attr-defined]
 
 
 def identity(
@@ -59,10 +78,14 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
     True if it does not shrink and its learning rate up to `step` does not depend on its length: the
     schedule is constant, or wsd before its cooldown.
     """
+    if saved["train.steps"] is None:  # a damaged one, which does not say
+        return False
     if current["train.schedule"] != saved["train.schedule"] or current["train.steps"] < saved["train.steps"]:
         return False
     if saved["train.schedule"] == "constant":
         return True
+    if None in (saved["train.cooldown_steps"], current["train.cooldown_steps"]):
+        return False
     starts = [
         max(told["train.warmup_steps"], told["train.steps"] - told["train.cooldown_steps"]) for told in (saved, current)
     ]
@@ -87,7 +110,10 @@ def _what_only_one_has(one: list, other: list) -> tuple[Any, Any]:
     """Long lists of files differ in a few: only those are worth reading."""
     if len(one) <= 4 and len(other) <= 4:
         return one, other
-    only_one, only_other = ([item for item in a if item not in set(b)] for a, b in ((one, other), (other, one)))
+    words = {id(items): {json.dumps(item) for item in items} for items in (one, other)}
+    only_one, only_other = (
+        [item for item in a if json.dumps(item) not in words[id(b)]] for a, b in ((one, other), (other, one))
+    )
     return f"{len(one)} entries, {only_one} only here", f"{len(other)} entries, {only_other} only here"
 
 

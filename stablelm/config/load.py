@@ -76,6 +76,15 @@ def loads(content: str, name: str) -> Config:
     return assemble(leaves)
 
 
+def typed(given: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Values by key as the keys take them; ConfigError, which says `origin`, with a line for each that is none."""
+    problems: list[str] = []
+    leaves, _ = _validate({name: Given(value, origin) for name, value in given.items()}, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return leaves
+
+
 def _merge(layers: list[dict[str, Given]], problems: list[str]) -> dict[str, Given]:
     """Values by full name, later layers over earlier ones."""
     merged: dict[str, Given] = {}

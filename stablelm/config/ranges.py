@@ -12,7 +12,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
         "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
         "model.completep.base_depth model.completep.base_width engine.unit_bytes engine.replicas "
-        "engine.prefetch",
+        "engine.prefetch data.max_document_bytes",
     ),
     (
         "at least 0",

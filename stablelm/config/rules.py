@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import data_rules, engine_rules, guard_rules, validation_sets
+from stablelm.config import data_rules, engine_rules, guard_rules, secret_rules, validation_sets
 from stablelm.config.durations import parse_duration
 from stablelm.config.keys import assemble, values
 from stablelm.config.ranges import RANGES
@@ -24,6 +24,14 @@ def check(
 ) -> None:
     """All rules that need no tokenizer; raises one ConfigError with a line for each broken one."""
     _Rules(config, origins).check(world_size, accelerate_precision).report()
+
+
+def check_saved(config: Config) -> None:
+    """The rules for the numbers and the model of a saved configuration; raises one ConfigError."""
+    found = _Rules(config, None)
+    found.ranges()
+    found.model()
+    found.report()
 
 
 def problems(
@@ -135,6 +143,8 @@ class _Rules:
         self.validation_sets()
         for problem, name in data_rules.problems(self.config.data):
             self.broken(problem, name)
+        for problem in secret_rules.problems(self.config):
+            self.broken(problem)  # without where it was given: that may be an argument with the secret in it
         self.precision(accelerate_precision)
         for problem, names in guard_rules.problems(self.config, world_size):
             self.broken(problem, *names)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stablelm.config.keys import assemble, keys, values
-from stablelm.config.load import loads
+from stablelm.config.load import loads, typed
 from stablelm.config.schema import Config
 
 
@@ -12,8 +12,12 @@ def in_effect(config_yaml: str, identity: dict[str, Any], name: str) -> Config:
 
     Nothing is derived anew: another release or launcher may do that otherwise. Keys that are not part of an identity,
     such as `train.micro_batch_size` and `checkpoint.dir`, stay None, and paths are as they were asked. `name` stands
-    for the file in messages. Raises ConfigError if the text is no configuration.
+    for the file in messages. Raises ConfigError if the text is no configuration, or the identity does not fit its keys.
     """
     asked = values(loads(config_yaml, name))
-    became = {key: value for key, value in identity.items() if key in keys() and asked[key] is None}
-    return assemble(asked | became)
+    became = {
+        key: value
+        for key, value in identity.items()
+        if key in keys() and keys()[key].identity and asked[key] is None and value is not None
+    }
+    return assemble(asked | typed(became, f"the identity beside {name}"))

@@ -42,6 +42,7 @@ class RunConfig:
     init_from: str | None = key(
         None, "start a new run from the weights of this run or checkpoint directory", identity=True, path=True
     )
+    allow_foreign_dir: bool = key(False, "write to a run.dir that belongs to another user")
     time_limit: str | float | None = key(
         None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s", path=False
     )
@@ -254,6 +255,9 @@ class DataConfig:
     )
     cache_bytes: int = key(0, "largest size of whole remote files kept in the cache; 0: none is kept", unit="bytes")
     retry_budget: float = key(600.0, "longest time to retry one unreachable read", unit="s")
+    max_document_bytes: int = key(
+        64 << 20, "longest document, line or run of blank lines; a longer one is an error in its file", unit="bytes"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import yaml
 
+MOST_NODES = 1_000_000
+"""Far more values than a configuration has: a few lines of aliases of aliases would make billions."""
 _TAG = "tag:yaml.org,2002:"
 _FIRST_OF_NUMBER = list("-+.0123456789")
 _RESOLVERS = [
@@ -56,7 +58,21 @@ class TextError(ValueError):
 def read(text: str) -> yaml.Node | None:
     """The node tree of one YAML document, None if it is empty; raises TextError."""
     with _yaml_errors(text):
-        return yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
+        if node is not None and _size(node, {}) > MOST_NODES:
+            raise TextError(f"its aliases make more than {MOST_NODES} values; write it out", 1)
+        return node
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values of a tree once its aliases are replaced by what they stand for; `known`: by id of a node."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0  # where it contains itself, which whoever walks the tree finds
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def is_bare(text: str) -> bool:

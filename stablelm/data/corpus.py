@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from stablelm.config.secret_rules import advice
 from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
@@ -17,6 +18,7 @@ from stablelm.data.problems import Problems, listed
 from stablelm.data.retry import persist
 from stablelm.data.stores import base_name, local_path
 from stablelm.errors import ConfigError, DataError
+from stablelm.redaction import carries_secret, redacted
 
 __all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
 
@@ -96,6 +98,11 @@ def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]
 
 def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
     scheme = entry.partition("://")[0]
+    if carries_secret(entry):
+        raise ConfigError(
+            f"{key}: {redacted(entry)!r} has a password, token or signature in it, which would be written where files "
+            f"are named; set {advice(entry)} in the environment"
+        )
     if scheme == "hf":
         return [file for url in braces(entry) for file in hub.expand(url, key=key)]
     if scheme in OBJECT_STORES:
@@ -120,7 +127,12 @@ def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
         return [url]
     pattern = url if glob.has_magic(url) else url.rstrip("/") + "/*"
     try:
-        found = persist(lambda: stores.glob(pattern, options), name=pattern, budget=options.retry_budget)
+        found = persist(
+            lambda: stores.glob(pattern, options),
+            name=pattern,
+            budget=options.retry_budget,
+            first_answer=options.first_answer,
+        )
     except DataError as error:
         raise ConfigError(f"{key}: the files of {url!r} cannot be listed: {error}") from error
     files = _text_of(found)

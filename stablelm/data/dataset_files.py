@@ -114,6 +114,8 @@ def _found(asked: Asked, url: str, key: str, options: ReadOptions) -> tuple[Any,
             f"{key}: {asked.path!r} was written by save_to_disk; give the builder 'arrow' with "
             f"data_files={os.path.join(asked.path, '*.arrow')}"
         )
+    if asked.path not in builders and not os.path.exists(asked.path):
+        hub.reach(url, key=key)
     try:
         builder = datasets.load_dataset_builder(
             asked.path, storage_options=storage_options(options) or None, **asked.arguments, **asked.options

@@ -3,7 +3,9 @@
 import os
 import re
 
-from stablelm.errors import ConfigError
+from stablelm.data import options
+from stablelm.data.retry import persist, words
+from stablelm.errors import ConfigError, DataError
 
 PREFIX = "hf://datasets/"
 PINNED = re.compile(re.escape(PREFIX) + r"([^@]+)@([0-9a-f]{40})/(.+)")
@@ -28,6 +30,7 @@ def expand(url: str, *, key: str) -> list[str]:
             f"{key}: {url!r} would be looked up in the local folder {name!r}; give that folder itself as the path, "
             "or start from another folder"
         )
+    reach(url, key=key)
     import datasets  # takes seconds: pandas and pyarrow come with it
 
     datasets.disable_progress_bars()
@@ -40,6 +43,28 @@ def expand(url: str, *, key: str) -> list[str]:
     except Exception as error:
         raise ConfigError(sentence(error, url, key)) from error
     return files
+
+
+def reach(url: str, *, key: str) -> None:
+    """Raises ConfigError under `key` unless the hub answers within seconds; its own client tries for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    seconds = options.FIRST_ANSWER
+    try:
+        persist(
+            lambda: get_session().head(constants.ENDPOINT, timeout=seconds),
+            name=constants.ENDPOINT,
+            budget=seconds,
+            first_answer=seconds,
+        )
+    except DataError as error:
+        cause = words(error.__cause__ or error)
+        raise ConfigError(
+            f"{key}: cannot reach the hub for {url!r}; give the https URL of a mirror or a folder with its files "
+            f"({constants.ENDPOINT} does not answer: {cause})"
+        ) from error
 
 
 def sentence(error: Exception, url: str, key: str) -> str:

@@ -8,34 +8,26 @@ Imports aiohttp and the hub's client, so only those import this module who need 
 
 import io
 import os
+from collections.abc import Coroutine
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
-from fsspec.asyn import sync
 from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
 from huggingface_hub import constants, get_token
 from yarl import URL
 
 from stablelm.data import hub, stores
+from stablelm.data.httpfile import ANYWHERE, PLAIN, Refusal, checked, keep_only, run
 from stablelm.data.options import ReadOptions, Stamp
+from stablelm.data.ranges import Range, changed
 from stablelm.errors import DataError
 
 REDIRECTS = 5
 # How a store answers to a signature that has run out.
 RUN_OUT = (400, 401, 403, 404, 410)
-# Lengths and ranges are those of the stored bytes.
-PLAIN = {"Accept-Encoding": "identity"}
-
-
-class Refusal(OSError):
-    """An answer with an error status, told without its address, which may be a signed one."""
-
-    def __init__(self, answer: aiohttp.ClientResponse):
-        super().__init__(f"{answer.url.host} answers {answer.status} {answer.reason or ''}".rstrip())
-        self.status, self.headers = answer.status, answer.headers
 
 
 def open_pinned(url: str, options: ReadOptions) -> tuple["HubFile", Stamp]:
@@ -53,7 +45,7 @@ class HubFile:
     """An open file that can seek, as RangeFile reads it.
 
     No request is conditional: a commit's files never change, and the tag that the hub tells is not that of the
-    place where a redirect ends.
+    place where a redirect ends; such a place must repeat its own.
     """
 
     def __init__(self, url: str, options: ReadOptions):
@@ -65,36 +57,34 @@ class HubFile:
         self._url, self._token = url, told.get("token")
         self._address = URL(f"{endpoint}/datasets/{name}/resolve/{commit}/{quote(path)}", encoded=True)
         self._signed: URL | None = None  # where the last range came from: the hub counts the requests that it redirects
+        self._stamps = options.stamps
+        self._seconds = options.first_answer
         self._offset = 0
+        self._stamp = options.stamps.get(url)
 
     def seek(self, offset: int) -> None:
         self._offset = offset
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes from the current offset, which must lie in the file."""
-        data = self._run(self._range, self._offset, self._offset + size)
+        """`size` bytes from the current offset, which must lie in the file."""
+        data = self._run(self._range(Range(self._url, self._offset, self._offset + size, self.stamp())))
         self._offset += len(data)
         return data
 
     def stamp(self) -> Stamp:
-        return self._run(self._look)
+        """Size and tag, asked for once."""
+        self._stamp = self._stamp or self._run(self._look())
+        return self._stamp
 
     def close(self) -> None:
         """Connections belong to the process."""
 
-    def _run(self, method: Any, *arguments: Any) -> Any:
-        store = _store(os.getpid())
-        return sync(store.loop, self._timed, store, method, *arguments)
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return run(_store(os.getpid()), work, self._seconds)
 
-    async def _timed(self, store: HTTPFileSystem, method: Any, *arguments: Any) -> Any:
-        try:
-            return await method(await store.set_session(), *arguments)
-        except TimeoutError:  # whose text may hold a signed address
-            raise ConnectionError(f"no answer for {stores.STALL_SECONDS:g} s") from None
-
-    async def _look(self, session: aiohttp.ClientSession) -> Stamp:
+    async def _look(self) -> Stamp:
         """Size and tag by HEAD. A redirect that tells them is not followed: a signed address may be for GET only."""
-        address = self._address
+        session, address = await _store(os.getpid()).set_session(), self._address
         for _ in range(REDIRECTS):
             request = session.head(address, allow_redirects=False, headers=PLAIN, middlewares=(self._authorize,))
             async with request as answer:
@@ -103,48 +93,64 @@ class HubFile:
                 size = told.get("X-Linked-Size") or (None if moved else told.get("Content-Length"))
                 if size is not None:
                     tag = told.get("X-Linked-ETag") or told.get("ETag", "")
-                    return Stamp(int(size), tag.removeprefix("W/").strip('"'))
+                    return Stamp(int(size), _plain_tag(tag))
                 if not moved or "Location" not in told:
                     break
                 address = address.join(URL(told["Location"], encoded=True))  # a data set that was renamed, or a mirror
         raise io.UnsupportedOperation("the hub does not tell the size of the file")
 
-    async def _range(self, session: aiohttp.ClientSession, start: int, end: int) -> bytes:
+    async def _range(self, wanted: Range) -> bytes:
         if self._signed is not None:
             try:
-                return await self._fetch(session, self._signed, start, end)
+                return await self._fetch(self._signed, wanted)
             except Refusal as refusal:
                 if refusal.status not in RUN_OUT:
                     raise
                 self._signed = None
-        return await self._fetch(session, self._address, start, end)
+        return await self._fetch(self._address, wanted)
 
-    async def _fetch(self, session: aiohttp.ClientSession, address: URL, start: int, end: int) -> bytes:
-        headers = {**PLAIN, "Range": f"bytes={start}-{end - 1}"}
+    async def _fetch(self, address: URL, wanted: Range) -> bytes:
+        session = await _store(os.getpid()).set_session()
+        headers = {**PLAIN, "Range": wanted.header}
         async with session.get(address, headers=headers, middlewares=(self._authorize,)) as answer:
             self._check(answer)
             if answer.history:
                 self._signed = answer.url
-            whole = start == 0 and (answer.content_length or end + 1) <= end
-            if answer.status != 206 and not whole:
-                raise io.UnsupportedOperation("the hub does not serve parts of the file")
-            return await answer.read()
+            data = await checked(answer, wanted, None)
+            self._check_tag(answer, wanted)
+            return data
+
+    def _check_tag(self, answer: aiohttp.ClientResponse, wanted: Range) -> None:
+        """Raises DataError where the same place tells another tag than before."""
+        origin = answer.url.origin()
+        told = Stamp(wanted.stamp.size, _plain_tag(answer.headers.get("ETag", "")))
+        if origin == self._address.origin() and not answer.history:
+            known = wanted.stamp
+        else:
+            known = self._stamps.setdefault(f"{self._url} from {origin}", told)
+        if told != known:
+            raise changed(self._url, known, told)
 
     async def _authorize(self, request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
-        """The token is for the hub alone; what a netrc file says is for neither it nor a redirect's target."""
-        request.headers.popall("Authorization", None)
-        if request.url.origin() == self._address.origin() and (token := _token(self._token)):
+        """The token is for HF_ENDPOINT alone; what a netrc file says is for neither it nor a redirect's target."""
+        keep_only(request, ANYWHERE)
+        if request.url.origin() == URL(constants.ENDPOINT).origin() and (token := _token(self._token)):
             request.headers["Authorization"] = f"Bearer {token}"
         return await handler(request)
 
     def _check(self, answer: aiohttp.ClientResponse) -> None:
         """Raises Refusal, or DataError where a token is wanted."""
         if answer.status in (401, 403) and answer.url.origin() == self._address.origin():
-            raise DataError(
-                f"{self._url}: the hub answers {answer.status}; accept the data set's licence there and set HF_TOKEN"
-            )
+            fix = "accept the data set's licence there and set HF_TOKEN"
+            if answer.url.origin() != URL(constants.ENDPOINT).origin():
+                fix = f"a token is sent to HF_ENDPOINT alone, which is {constants.ENDPOINT}; set that to this address"
+            raise DataError(f"{self._url}: the hub answers {answer.status}; {fix}")
         if answer.status >= 400:
             raise Refusal(answer)
+
+
+def _plain_tag(tag: str) -> str:
+    return tag.removeprefix("W/").strip('"')
 
 
 def _token(told: str | bool | None) -> str | None:

@@ -18,6 +18,7 @@ from stablelm.data.stores import base_name
 
 # Compressed bytes between two places: about 8 MB of text, inflated in less than 0.1 s.
 SPACING = 3 << 20
+LONGEST_WINDOW = 1 << 15  # of deflate
 MAGIC = b"stablelm index 1\n"
 _RECORD = struct.Struct("<QQQQIQI")  # bit, row, line, skip, crc, size, bytes of the packed window
 _CHECK = struct.Struct("<I")
@@ -41,7 +42,11 @@ class Place:
 
     @property
     def window(self) -> bytes:
-        return zlib.decompress(self.packed) if self.packed else b""
+        """Empty where it is damaged, which the text that follows then shows."""
+        try:
+            return zlib.decompressobj().decompress(self.packed, LONGEST_WINDOW) if self.packed else b""
+        except zlib.error:
+            return b""
 
 
 class Index:

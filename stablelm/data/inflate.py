@@ -16,6 +16,10 @@ from stablelm.errors import DataError
 TRIES = 16
 # Bytes of text that a zstandard frame may refer back to, which are held in memory: all that `zstd --long=31` asks for.
 LARGEST_WINDOW = 1 << 31
+# A gzip header holds a name and a comment.
+LONGEST_HEADER = 1 << 20
+# Compressed bytes of a zstandard frame that are inflated at once, most and least, and what counts as much text.
+FEW, FEWEST, MUCH = 8 << 10, 16, 1 << 20
 
 
 class Damaged(DataError):
@@ -80,16 +84,29 @@ def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[byt
     errors = _zstd_errors() if name.endswith(".zst") else deflate.ERRORS
     try:
         if name.endswith(".gz"):
-            yield from _gunzip(file, place, starts)
+            yield from _in_parts(_gunzip(file, place, starts))
         elif name.endswith(".zst"):
-            yield from _unzstd(file, starts)
+            yield from _in_parts(_unzstd(file, starts))
         else:
             yield from _plain(file, starts)
+    except Damaged:
+        file.forget()
+        raise
     except errors as error:
+        file.forget()
         raise Damaged(
             f"{file.url}: damaged near byte {file.offset} ({words(error)}); "
             "replace it by an intact copy, then run again"
         ) from error
+
+
+def _in_parts(texts: Iterator[bytes]) -> Iterator[bytes]:
+    """The same text, of which no piece is large: a piece of a million lines becomes as many objects."""
+    for text in texts:
+        if len(text) <= MUCH:
+            yield text
+        else:
+            yield from (text[at : at + MUCH] for at in range(0, len(text), MUCH))
 
 
 def _plain(file: RangeFile, starts: Starts) -> Iterator[bytes]:
@@ -111,6 +128,8 @@ def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[by
                 at += padded - len(data)
                 length = _header_length(data)
                 if length is None:
+                    if len(data) > LONGEST_HEADER:
+                        raise zlib.error("a header without an end")
                     rest = data
                     break
                 if starts.due(at):
@@ -205,17 +224,26 @@ def _unzstd(file: RangeFile, starts: Starts) -> Iterator[bytes]:
     import zstandard
 
     frame: Any = None
+    few = FEW
     for at, data in file.slices():
-        while data:
+        begin, text = 0, []
+        while begin < len(data):
             if frame is None:
-                if starts.due(at):
-                    starts.offer(Start(8 * at))
+                if starts.due(at + begin):
+                    yield b"".join(text)
+                    text = []
+                    starts.offer(Start(8 * (at + begin)))
                 frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
-            yield frame.decompress(data)
-            unused = frame.unused_data
-            at += len(data) - len(unused)
-            data = unused
+            part = data[begin : begin + few]
+            text.append(frame.decompress(part))
+            begin += len(part) - len(frame.unused_data)
             frame = None if frame.eof else frame
+            # Four bytes may stand for 128 KiB: of such text little is inflated at once.
+            few = max(few // 16, FEWEST) if len(text[-1]) > MUCH else FEW
+            if sum(map(len, text)) > MUCH:
+                yield b"".join(text)
+                text = []
+        yield b"".join(text)
     if frame is not None:
         raise _truncated(file)
 

@@ -13,11 +13,12 @@ from stablelm.data.encoding import document_tokens
 from stablelm.data.options import ReadOptions
 from stablelm.data.plain_text import SUFFIXES as TEXT_SUFFIXES
 from stablelm.data.problems import Problems
-from stablelm.data.rangefile import RangeFile
+from stablelm.data.rangefile import LookEnded, RangeFile
 from stablelm.data.source import document_text, documents, rows_from
 from stablelm.data.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
+from stablelm.small_files import open_regular
 
 SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
 SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
@@ -48,15 +49,15 @@ def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> 
 def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
     """The first and the last of the remote files can be read by ranges and hold text, as `check` finds it.
 
-    A store that does not answer is waited for as in training. Raises ConfigError under `key`.
+    A store must answer within seconds; one that says that it is busy is waited for as in training.
+    Raises ConfigError under `key`.
     """
     # The shards of a dataset were opened when they were found.
     urls = [file for file in files if local_path(file) is None and not dataset_rows.is_shard(file)]
-    options = replace(options, cache_bytes=0)  # a few bytes are no reason to fetch a whole file
-    problems = Problems()
+    options, problems = options.first_look(), Problems()
     for url in dict.fromkeys([*urls[:1], *urls[-1:]]):
         with problems.collecting(key):
-            with RangeFile(url, options) as file:
+            with RangeFile(url, options.for_a_while()) as file:
                 size, head = file.stamp().size, file.read(4)
             _check_content(url, size, head or b"", key)
             _read(url, key, options, whole=size <= SMALL_FILE)
@@ -134,11 +135,11 @@ def _check_form(path: str, key: str) -> int:
     if not path.endswith(SUFFIXES):
         raise ConfigError(f"{key}: {path!r} is of an unsupported file type; give files named {SUFFIXES_IN_WORDS}")
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             head, size = file.read(4), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ConfigError(
-            f"{key}: cannot read {path!r} ({error.strerror}); check the path and its permissions"
+            f"{key}: cannot read {path!r} ({error.strerror or error}); check the path and its permissions"
         ) from None
     _check_content(path, size, head, key)
     return size
@@ -159,22 +160,39 @@ def _check_content(path: str, size: int, head: bytes, key: str) -> None:
 
 def _once(options: ReadOptions | None) -> ReadOptions:
     """These options for local files, which are not tried again and leave nothing in the cache."""
-    return replace(options or ReadOptions(), retry_budget=0, cache=None, cache_bytes=0, storage={}, stamps={})
+    return replace(
+        options or ReadOptions(),
+        retry_budget=0,
+        cache=None,
+        cache_bytes=0,
+        storage={},
+        stamps={},
+        seen=None,
+        first_answer=None,
+        until=None,
+    )
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
-    """The first row gives a text, or is left out; with `whole` all do. With `bad_rows=skip` one row must."""
+    """The first row gives a text, or is left out; with `whole` all do, as far as a look's time goes.
+
+    With `bad_rows=skip` one row must.
+    """
     count, found, first_bad = 0, False, None
-    for count, row in enumerate(rows_from(path, 0, options)[1], 1):
-        try:
-            document_text(row, url=path, column=options.text_column)
-            found = True
-        except BadRow as error:
-            if options.bad_rows != "skip":
-                raise
-            first_bad = first_bad or error
-        if not whole and (found or count == TRIED):
-            break
+    try:
+        for count, row in enumerate(rows_from(path, 0, options.for_a_while())[1], 1):
+            try:
+                document_text(row, url=path, column=options.text_column)
+                found = True
+            except BadRow as error:
+                if options.bad_rows != "skip":
+                    raise
+                first_bad = first_bad or error
+            if not whole and (found or count == TRIED):
+                break
+    except LookEnded:
+        if not found:
+            raise
     if not count:
         raise ConfigError(f"{key}: {path!r} holds no document; leave it out or fetch it again")
     if not found:

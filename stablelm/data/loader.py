@@ -18,6 +18,7 @@ from stablelm.data.mixture import Cursors, Places
 from stablelm.data.producer import Producer, allow_open_files
 from stablelm.data.rows import Maker, Row
 from stablelm.data.run_text import RunText, of_source
+from stablelm.data.seen_files import SeenFiles
 from stablelm.data.worker import Task, WorkerProcess
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Loader:
     """Endless batches of a rank; `world_size` must divide `data.lanes` and `global_batch_size`.
 
     `files` are text, or all of them prepared shards; with `data.mixture` they are given by source.
-    `documents`: number the documents in each batch.
+    `documents`: number the documents in each batch. `seen`: what earlier attempts of the run read.
     `next` raises DataError when text became unavailable or is damaged; the loader is closed then.
     `wait_seconds` is the time the last `next` took to get its rows.
     """
@@ -64,13 +65,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         documents: bool = False,
+        seen: SeenFiles | None = None,
     ):
         assert data.lanes % world_size == 0
         assert global_batch_size % world_size == 0
         self.wait_seconds = 0.0
         self._data = data
         sources = dict(files) if isinstance(files, Mapping) else {"": files}
-        self._text = RunText(sources, tokenizer, data, seed, global_batch_size)
+        self._text = RunText(sources, tokenizer, data, seed, global_batch_size, seen)
         self._orders = self._text.orders()
         self._lanes = range(rank, data.lanes, world_size)
         self._rows = global_batch_size // world_size

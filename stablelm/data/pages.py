@@ -6,6 +6,7 @@ from collections import OrderedDict
 from stablelm.data.options import ReadOptions
 from stablelm.data.rangefile import RangeFile
 from stablelm.errors import DataError
+from stablelm.small_files import MOST
 
 ROOM = 256 << 20  # bytes of pages a process keeps
 SMALLEST, LARGEST = 64 << 10, 1 << 20  # bytes of a page: a request costs a round trip, and every lane keeps some
@@ -57,6 +58,8 @@ class RemoteFile:
         """All bytes of a small file; None if there is no such file."""
         with RangeFile(url, options) as file:
             try:
+                if file.stamp().size > MOST:
+                    raise DataError(f"{url}: holds {file.stamp().size} bytes, more than any such file of ours")
                 return file.readall()
             except DataError as error:
                 if _is_missing(error.__cause__):

@@ -9,11 +9,14 @@ from typing import Any
 from stablelm.data.bad_rows import BadRow, bad_cell
 from stablelm.data.options import ReadOptions
 from stablelm.data.rangefile import RangeFile
+from stablelm.data.reader import Bound
 from stablelm.data.retry import words
 from stablelm.errors import DataError
 
-# Rows decoded at once.
-ROWS = 256
+# Rows decoded at once: a value that a dictionary holds once takes its whole length in each of them.
+ROWS = 8
+# Bytes that these may take together, as far as the footer tells.
+AT_ONCE = 256 << 20
 
 
 def rows_from(
@@ -32,7 +35,8 @@ def rows_from(
     starts = [0, *accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
     group = max(bisect_right(starts, row) - 1, 0)
     column = None if whole else options.text_column
-    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, column)
+    bound = Bound(url, options.max_document_bytes)
+    return starts[min(group, len(starts) - 1)], _rows(file, table, group, starts, column, bound)
 
 
 def _opened(file: RangeFile) -> Any:
@@ -100,18 +104,24 @@ def _cell(value: Any) -> Any:
         return error
 
 
-def _rows(file: RangeFile, table: Any, group: int, starts: list[int], column: str | None) -> Iterator[tuple[int, Any]]:
+def _rows(
+    file: RangeFile, table: Any, group: int, starts: list[int], column: str | None, bound: Bound
+) -> Iterator[tuple[int, Any]]:
     import pyarrow
 
     number = starts[min(group, len(starts) - 1)]
     columns = None if column is None else [column]
     try:
         for following in range(group, len(starts) - 1):
-            for batch in table.iter_batches(ROWS, row_groups=[following], columns=columns, use_threads=False):
+            rows = max(1, min(ROWS, AT_ONCE // max(table.metadata.row_group(following).total_byte_size, 1)))
+            for batch in table.iter_batches(rows, row_groups=[following], columns=columns, use_threads=False):
                 if column is None:
                     yield from records(batch, file.url, number)
                 else:
-                    yield from cells(batch.column(0), file.url, column, number)
+                    for row, text in cells(batch.column(0), file.url, column, number):
+                        if isinstance(text, str):
+                            bound.check_line(len(text), row)
+                        yield row, text
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
@@ -121,4 +131,5 @@ def _rows(file: RangeFile, table: Any, group: int, starts: list[int], column: st
 
 
 def _damaged(file: RangeFile, error: Exception) -> DataError:
+    file.forget()
     return DataError(f"{file.url}: damaged or no parquet file ({words(error)}); replace it by an intact copy")

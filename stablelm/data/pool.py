@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from stablelm.errors import DataError
+from stablelm.errors import ProcessLostError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,7 +20,7 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
     """(number, result) of each task as it is done, in up to `workers` processes; with one worker in this process.
 
     `work` and tasks must be importable and picklable. What a task raises is raised here, and the others are
-    ended. Raises DataError when a process was killed from outside.
+    ended. Raises ProcessLostError when a process was killed from outside.
     """
     if workers == 1 or len(tasks) < 2:
         yield from ((number, work(task)) for number, task in enumerate(tasks))
@@ -35,8 +35,8 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
             yield numbers[future], future.result()
         pool.shutdown()
     except BrokenProcessPool:
-        raise DataError(
-            "a worker was killed, perhaps for want of memory; use fewer --workers and run again: "
+        raise ProcessLostError(
+            "a worker was killed, perhaps because memory ran out; use fewer --workers and run again: "
             "finished files are kept"
         ) from None
     finally:

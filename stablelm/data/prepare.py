@@ -148,6 +148,8 @@ def _kept(request: Request, name: str, size: int, tokenizer: str) -> Footer | No
         # A store's object is put at once; to hash it would be to fetch it.
         if request.verify or local_path(url) is not None:
             shard.check()
+        if footer.version == shard_format.UNCHECKED:
+            return request.out.put(name + SUFFIX, lambda file: shard_format.add_checksums(file, shard.parts(), footer))
         return footer
     except DataError:
         return None

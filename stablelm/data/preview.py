@@ -24,6 +24,7 @@ from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
+from stablelm.printable import printable
 
 LANES = 8  # from which documents are taken in turn
 SHOWN = 3  # documents shown
@@ -80,7 +81,7 @@ def preview(
     console.print(table)
     for number, (_, text) in enumerate(texts[:SHOWN]):
         console.print(Text(f"\ndocument {number}", style="bold"))
-        console.print(Text(text[:SHOWN_CHARS] + ("…" if len(text) > SHOWN_CHARS else "")))
+        console.print(Text(printable(text[:SHOWN_CHARS]) + ("…" if len(text) > SHOWN_CHARS else "")))
     for row in range(sequences):
         console.print(Text(f"\nsequence {row}: {config.data.seq_len} tokens", style="bold"))
         console.print(page(batch, row, tokenizer))
@@ -125,7 +126,7 @@ def page(batch: Batch, row: int, tokenizer: Tokenizer) -> Text:
             shown.append(f" {PADDING}{len(part)}", style="dim")
             continue
         shown.append(BORDER if place else "", style="bold magenta")
-        shown.append(tokenizer.decode(part.tolist()))
+        shown.append(printable(tokenizer.decode(part.tolist())))
         if part[-1] == tokenizer.eos:
             shown.append(EOS, style="bold magenta")
     return shown

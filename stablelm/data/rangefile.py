@@ -6,21 +6,31 @@ same offset, so what reads above never sees a hole.
 
 import errno
 import io
+import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from stablelm.data import filecache
 from stablelm.data.options import ReadOptions, Stamp
+from stablelm.data.ranges import changed
 from stablelm.data.retry import persist
 from stablelm.data.stores import local_path, local_stamp, open_file
+from stablelm.data.waiting import reading
 from stablelm.errors import DataError
 
 # Compressed bytes held by one open local file; a remote one holds options.block.
 LOCAL_BLOCK = 64 << 10
+# Bytes that two requests for neighbouring ranges have in common.
+OVERLAP = 64
 # Compressed bytes inflated at once, which bounds the inflated lines that wait in memory: least and most.
 SLICES = 16 << 10, 64 << 10
+
+
+class LookEnded(DataError):
+    """What is raised where a look at a file has taken as long as it may."""
 
 
 class RangeFile(io.RawIOBase):
@@ -35,6 +45,7 @@ class RangeFile(io.RawIOBase):
         self.url = url
         self.block = options.block if local_path(url) is None else LOCAL_BLOCK
         self.offset = 0
+        self._tail = b""  # what was read before this offset
         self.retries = 0
         self._options = options
         self._file: Any = None
@@ -63,9 +74,15 @@ class RangeFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
+        if self._options.until is not None and time.monotonic() > self._options.until:
+            raise LookEnded(
+                f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
+                "holds text, and that its store is fast enough"
+            )
         data = self._persist(lambda: self._attempt(len(buffer)))
         buffer[: len(data)] = data
         self.offset += len(data)
+        self._tail = bytes(data[-OVERLAP:])
         return len(data)
 
     def slices(self) -> Iterator[tuple[int, bytes]]:
@@ -80,6 +97,11 @@ class RangeFile(io.RawIOBase):
                 yield start, part
                 start += len(part)
 
+    def forget(self) -> None:
+        """Says that the file is damaged: the run may go on with another copy."""
+        if self._options.seen is not None:
+            self._options.seen.forget(self.url)
+
     def close(self) -> None:
         self._drop()
         super().close()
@@ -89,17 +111,35 @@ class RangeFile(io.RawIOBase):
             attempt,
             name=self.url,
             budget=self._options.retry_budget,
+            first_answer=self._options.first_answer,
             place=lambda: f" at byte {self.offset}",
             failed=self._failed,
         )
 
-    def _attempt(self, size: int) -> bytes:
+    def _attempt(self, size: int) -> memoryview:
         file, stamp = self._opened()
         if self.offset >= stamp.size:
-            return b""
-        data = file.read(min(size, stamp.size - self.offset))
+            return memoryview(b"")
+        # What was read last is asked for again: the headers of a server that sends other bytes may say nothing of it.
+        before = self._tail if self._local is None else b""
+        if before:
+            file.seek(self.offset - len(before))
+        wanted = len(before) + min(size, stamp.size - self.offset)
+        with nullcontext() if self._local is not None else reading(self.url):
+            data = memoryview(file.read(wanted))
         if self._local is not None and (now := local_stamp(file)) != self._local:
-            raise self._changed(self._local, now)
+            raise changed(self.url, self._local, now)
+        if len(data) > wanted:
+            raise DataError(
+                f"{self.url}: the store sent {len(data)} bytes where {wanted} were requested; use another server or "
+                "mirror, or download the files"
+            )
+        if data[: len(before)] != before:
+            raise DataError(
+                f"{self.url}: changed while it was read, the store sent other bytes before byte {self.offset} than the "
+                "first time; put the old file back, or use another server or mirror"
+            )
+        data = data[len(before) :]
         if not data:
             raise OSError(errno.EIO, "the store sent nothing where bytes must be")
         return data
@@ -111,9 +151,11 @@ class RangeFile(io.RawIOBase):
             return self._file, known
         if known is None or not self._keeps or not self._open_kept(known):
             self._file, stamp = open_file(self.url, self._options)
+            if known is None and self._options.seen is not None:
+                self._options.seen.confirm(self.url, stamp)
             known = self._options.stamps.setdefault(self.url, stamp)
             if stamp != known:
-                raise self._changed(known, stamp)
+                raise changed(self.url, known, stamp)
             if self._keeps:
                 self._open_kept(stamp)
         self._local = local_stamp(self._file) if isinstance(self._file, io.FileIO) else None
@@ -136,13 +178,11 @@ class RangeFile(io.RawIOBase):
         return True
 
     def _moved(self, offset: int) -> None:
+        if offset != self.offset:
+            self._tail = b""
         self.offset = offset
         if self._file is not None:
             self._file.seek(offset)
-
-    def _changed(self, old: Stamp, new: Stamp) -> DataError:
-        how = f"from {old.size} to {new.size} bytes" if old.size != new.size else f"from {old.tag} to {new.tag}"
-        return DataError(f"{self.url}: changed {how} while it was read; put the old file back, or start a new run")
 
     def _failed(self) -> None:
         self.retries += 1

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from stablelm.data.waiting import Wait, noted
 from stablelm.errors import DataError
+from stablelm.redaction import redacted
+from stablelm.small_files import NOT_REGULAR
 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 30.0
 T = TypeVar("T")
@@ -23,11 +25,13 @@ def persist(
     *,
     name: str,
     budget: float,
+    first_answer: float | None = None,
     place: Callable[[], str] = lambda: "",
     failed: Callable[[], None] = lambda: None,
 ) -> T:
     """What `attempt` returns; it is repeated for at most `budget` seconds after its first failure.
 
+    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken.
     Waits as long as the store asks (Retry-After, RateLimit), else with a jittered exponential back-off.
     `failed` runs after each failure; `place` says where, for the message. Raises DataError naming the file
     and the cause when the budget is spent, and at once when another try cannot help.
@@ -38,19 +42,18 @@ def persist(
         raise
     except Exception as error:
         first = error
-    wait = Wait(name, 1, time.time(), words(first))
-    deadline, delay, error = time.monotonic() + budget, FIRST_DELAY, first
+    wait = Wait(redacted(name), 1, time.time(), redacted(words(first)))
+    began, delay, error = time.monotonic(), FIRST_DELAY, first
     with noted(wait):
         while True:
             failed()
             if cause := hopeless(error):
                 raise DataError(f"{name}: {cause}; {_mend(error)}") from error
-            now = time.monotonic()
+            unknown = first_answer is not None and http_status(error) is None
+            allowed = min(budget, first_answer) if first_answer is not None and unknown else budget
+            now, deadline = time.monotonic(), began + allowed
             if now >= deadline:
-                raise DataError(
-                    f"{name}: unreadable{place()} for {budget:g} s ({words(error)}); "
-                    "run again once the store answers, or raise data.retry_budget"
-                ) from error
+                raise DataError(_gave_up(f"{name}: unreadable{place()} for {allowed:g} s", error, unknown)) from error
             asked = asked_seconds(error)
             pause = delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
             time.sleep(min(pause, deadline - now))
@@ -62,7 +65,12 @@ def persist(
                 raise
             except Exception as again:
                 error = again
-                wait.cause = words(error)
+                wait.cause = redacted(words(error))
+
+
+def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
+    fix = "run again once the store answers, or raise data.retry_budget"
+    return f"{what} ({words(error)}); {'check the address and that this machine reaches it' if unknown else fix}"
 
 
 def hopeless(error: BaseException) -> str | None:
@@ -71,6 +79,8 @@ def hopeless(error: BaseException) -> str | None:
         return "the server does not serve parts of a file (HTTP range requests)"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return "too many open files"
+    if isinstance(error, OSError) and error.strerror == NOT_REGULAR:
+        return NOT_REGULAR
     status = http_status(error)
     if status == 412:
         return "changed while it was read"
@@ -148,6 +158,8 @@ def _mend(error: BaseException) -> str:
         return "download the files, or use a server that supports ranges"
     if http_status(error) == 412:
         return "put the old file back, or start a new run"
+    if http_status(error) in (401, 403):
+        return "make it readable with the credentials that the environment gives for this store, then run again"
     if "credentials" in type(error).__name__.lower():
         return "set the variables or files with which the store's own tools find its credentials"
     return "put the file back and make it readable, then run again"

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
@@ -11,6 +11,7 @@ from stablelm.data.lanes import Cursor, Order
 from stablelm.data.mixture import Cursors, MixedWindows, Mixture
 from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Windows
+from stablelm.data.seen_files import SeenFiles
 from stablelm.data.source_windows import SourceWindows
 from stablelm.data.together import Together
 
@@ -27,6 +28,7 @@ class RunText:
     data: DataConfig
     seed: int
     global_batch_size: int
+    seen: SeenFiles | None = None
 
     def orders(self) -> dict[str, Order]:
         """The order of each source."""
@@ -44,7 +46,7 @@ class RunText:
 
         Thread i of so many must be the only one to use the windows ≡ i in the list.
         """
-        options = ReadOptions.of(self.data, lanes=len(lanes) * len(self.files))
+        options = replace(ReadOptions.of(self.data, lanes=len(lanes) * len(self.files)), seen=self.seen)
         shared = {
             name: SourceWindows(order, self.tokenizer, self.data, lanes=len(lanes), options=options)
             for name, order in self.orders().items()

@@ -2,21 +2,43 @@
 
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from stablelm.data.corpus import braces, files_alone
 from stablelm.data.options import ReadOptions
 from stablelm.data.pages import RemoteFile
 from stablelm.data.problems import Problems
-from stablelm.data.shard_format import SUFFIX, source_name
+from stablelm.data.shard_format import SUFFIX, mask_url, source_name
 from stablelm.data.shards import Shard, read_mask
 from stablelm.data.stores import local_path
 from stablelm.errors import ConfigError, DataError
+from stablelm.json_text import parse
+from stablelm.small_files import read_small
 
 MANIFEST = "manifest.json"
+
+
+class Entry(TypedDict):
+    """A shard in a manifest: the base name of its source, and the hash of its mask if it has one."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    name: Annotated[str, Field(max_length=4096, pattern=r"^[^/\x00]+$")]
+    mask_sha256: NotRequired[str | None]
+
+
+class Manifest(TypedDict):
+    """What is read of the manifest of a folder of prepared shards."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    files: list[Entry]
+
+
 FORM = f"the folder that data/prepare.py wrote, or its *{SUFFIX} files"
 
 
@@ -87,7 +109,7 @@ def identity_names(files: list[str], *, options: ReadOptions) -> list[str]:
     return names
 
 
-def read_manifest(folder: str, *, options: ReadOptions) -> dict[str, Any] | None:
+def read_manifest(folder: str, *, options: ReadOptions) -> "Manifest | None":
     """What data/prepare.py says of a folder it finished; None for other folders. Raises DataError."""
     url = f"{folder.rstrip('/')}/{MANIFEST}"
     path = local_path(url)
@@ -95,16 +117,15 @@ def read_manifest(folder: str, *, options: ReadOptions) -> dict[str, Any] | None
         if path is None:
             content = RemoteFile.whole(url, options=options)
         else:
-            with open(os.path.expanduser(path), "rb") as file:
-                content = file.read()
+            content = read_small(Path(path).expanduser())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{url}: cannot be read ({error.strerror}); make it readable") from None
     try:
-        return None if content is None else json.loads(content)
-    except ValueError:
-        raise DataError(f"{url}: no JSON; run data/prepare.py again") from None
+        return None if content is None else parse(content, Manifest)
+    except ValueError as error:
+        raise DataError(f"{url}: not a manifest of prepared shards ({error}); run data/prepare.py again") from None
 
 
 def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
@@ -123,8 +144,21 @@ def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
         raise ConfigError(f"{key}: {error}") from None
     if manifest is None:
         raise ConfigError(f"{key}: {entry!r} has no {MANIFEST}, which data/prepare.py writes last; give {FORM}")
-    folder = os.path.expanduser(entry) if local_path(entry) else entry
-    return [f"{folder.rstrip('/')}/{each['name']}{SUFFIX}" for each in manifest["files"]]
+    folder = (os.path.expanduser(entry) if local_path(entry) else entry).rstrip("/")
+    masks = {f"{folder}/{each['name']}{SUFFIX}": each.get("mask_sha256") for each in manifest["files"]}
+    _check_masks({file: sha256 for file, sha256 in masks.items() if sha256 and local_path(file)}, key, options)
+    return list(masks)
+
+
+def _check_masks(sha256: dict[str, str], key: str, options: ReadOptions) -> None:
+    """The masks of these local shards have the hashes that the manifest says, else ConfigError."""
+    for file, expected in sha256.items():
+        try:
+            mask = read_mask(file, options=options) or b""
+        except DataError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if hashlib.sha256(mask).hexdigest() != expected:
+            raise ConfigError(f"{key}: {mask_url(file)!r} is not the one that was written; run data/prepare.py again")
 
 
 def _matching(pattern: str, key: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Prepared shards: the tokens of one source file in one file, row by row in the same order.
 
 Layout, little-endian: the tokens of all rows, eos after each (uint16, or uint32 for more than 65,535
-pieces), zeros up to a multiple of 8, the end of each row counted in tokens (uint64), a footer in JSON,
-and a tail of 16 bytes: the footer's length (uint64) and a magic word. A mask beside it (`.mask`) has one
+pieces), zeros up to a multiple of 8, the end of each row counted in tokens (uint64), the CRC-32 of each
+64 KiB of all that (uint32; not in version 1), a footer in JSON, and a tail of 16 bytes: the footer's length
+(uint64) and a magic word. A mask beside it (`.mask`) has one
 bit a row, lowest bit first; a row whose bit is 1 is left out, which is the same as a row without tokens.
 """
 
@@ -10,18 +11,29 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import IO, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import IO, Annotated, Protocol
 
 import numpy as np
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from stablelm.data.stores import base_name
 from stablelm.errors import DataError
+from stablelm.json_text import Count, parse
+
+try:
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 SUFFIX, MASK = ".tokens", ".mask"
-VERSION = 1
+VERSION = 2
+UNCHECKED = 1  # the version without checksums, which is still read
 MAGIC = b"LMTOKENS"
 TAIL = struct.Struct("<Q8s")
+BLOCK = 1 << 16  # bytes of a checksum
+LONGEST_FOOTER = 1 << 16
 LARGEST_SMALL = 65_535  # pieces whose ids fit 16 bits
 MAKE = "make it again with data/prepare.py"
 
@@ -77,9 +89,34 @@ class Footer:
         return -(-self.tokens * self.dtype.itemsize // 8) * 8
 
     @property
+    def sums(self) -> int:
+        """Byte at which the rows end, and the checksums begin."""
+        return self.index + 8 * self.rows
+
+    @property
     def start(self) -> int:
         """Byte at which the footer begins."""
-        return self.index + 8 * self.rows
+        return self.sums + (0 if self.version == UNCHECKED else 4 * -(-self.sums // BLOCK))
+
+
+class _Version(TypedDict):
+    version: int
+
+
+class _Footer(TypedDict):
+    """A footer as it is read."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    version: int
+    source: Annotated[str, Field(max_length=4096, pattern=r"^[^/]+$")]
+    source_size: Count
+    tokenizer: str
+    pieces: Annotated[int, Field(ge=1, lt=2**31)]
+    eos: Count
+    rows: Count
+    tokens: Count
+    text_bytes: Count
+    sha256: str
 
 
 def token_type(pieces: int) -> np.dtype:
@@ -97,28 +134,65 @@ def write(
     eos: int,
 ) -> Footer:
     """Writes a shard of `documents`: (tokens with eos, bytes of the text) of each row, in order."""
-    digest, kind = hashlib.sha256(), token_type(pieces)
+    content, kind = _Written(file), token_type(pieces)
     lengths: list[int] = []
     text_bytes = 0
-
-    def put(data: bytes) -> None:
-        digest.update(data)
-        file.write(data)
-
     for tokens, size in documents:
-        put(tokens.astype(kind).tobytes())
+        content.put(tokens.astype(kind).tobytes())
         lengths.append(len(tokens))
         text_bytes += size
     ends = np.cumsum(lengths, dtype="<u8")
     total = int(ends[-1]) if lengths else 0
-    put(bytes(-total * kind.itemsize % 8))
-    put(ends.tobytes())
-    footer = Footer(
-        VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, digest.hexdigest()
+    content.put(bytes(-total * kind.itemsize % 8))
+    content.put(ends.tobytes())
+    return content.end(
+        Footer(VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, sha256="")
     )
-    words = json.dumps(asdict(footer)).encode()
-    file.write(words + TAIL.pack(len(words), MAGIC))
-    return footer
+
+
+def add_checksums(file: IO[bytes], parts: Iterable[bytes | memoryview], footer: Footer) -> Footer:
+    """Writes a shard of version 1 anew with checksums. `parts`: all before its footer, which is checked on the way.
+
+    Raises DataError where that is not what was written.
+    """
+    content = _Written(file)
+    for part in parts:
+        content.put(part)
+    if content.digest.hexdigest() != footer.sha256:
+        raise DataError(f"{footer.source}: its shard is damaged; {MAKE}")
+    return content.end(replace(footer, version=VERSION))
+
+
+class _Written:
+    """What a shard holds, while it is written: its hash and its checksums."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self.digest = file, hashlib.sha256()
+        self._sums: list[int] = []
+        self._size = self._sum = 0
+
+    def put(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self._file.write(data)
+        rest = memoryview(data)
+        while len(rest):
+            part = rest[: BLOCK - self._size % BLOCK]
+            self._sum = crc32(part, self._sum)
+            self._size += len(part)
+            rest = rest[len(part) :]
+            if self._size % BLOCK == 0:
+                self._sums.append(self._sum)
+                self._sum = 0
+
+    def end(self, footer: Footer) -> Footer:
+        """Writes the checksums and the footer, and returns it with the hash of all before it."""
+        sums = [*self._sums, self._sum] if self._size % BLOCK else self._sums
+        data = np.array(sums, "<u4").tobytes()
+        self.digest.update(data)
+        footer = replace(footer, sha256=self.digest.hexdigest())
+        words = json.dumps(asdict(footer)).encode()
+        self._file.write(data + words + TAIL.pack(len(words), MAGIC))
+        return footer
 
 
 def read_footer(content: Content, url: str) -> Footer:
@@ -127,16 +201,16 @@ def read_footer(content: Content, url: str) -> Footer:
     if content.size < TAIL.size:
         raise broken
     length, magic = TAIL.unpack(content.read(content.size - TAIL.size, content.size))
-    if magic != MAGIC or length > content.size - TAIL.size:
+    if magic != MAGIC or length > min(content.size - TAIL.size, LONGEST_FOOTER):
         raise broken
+    words = bytes(content.read(content.size - TAIL.size - length, content.size - TAIL.size))
     try:
-        words = json.loads(bytes(content.read(content.size - TAIL.size - length, content.size - TAIL.size)))
-        version = words["version"]
-        footer = Footer(**words) if version == VERSION else None
-    except (ValueError, TypeError, KeyError):
+        version = parse(words, _Version)["version"]
+        footer = Footer(**parse(words, _Footer)) if version in (UNCHECKED, VERSION) else None
+    except ValueError:
         raise broken from None
     if footer is None:
         raise DataError(f"{url}: of format {version}, this program reads {VERSION}; {MAKE}")
-    if footer.start + length + TAIL.size != content.size:
+    if footer.start + length + TAIL.size != content.size or footer.eos >= footer.pieces:
         raise broken
     return footer

@@ -7,14 +7,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from stablelm.data.options import ReadOptions
 from stablelm.data.pages import Pages, RemoteFile
-from stablelm.data.shard_format import MAKE, Content, mask_url, read_footer, source_name
+from stablelm.data.shard_format import BLOCK, MAKE, Content, crc32, mask_url, read_footer, source_name
 from stablelm.data.stores import local_path
 from stablelm.errors import DataError
+from stablelm.small_files import open_regular, read_small
 
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
@@ -27,7 +29,7 @@ class LocalContent:
     def __init__(self, path: str):
         self._path = path
         try:
-            with open(path, "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             reason = getattr(error, "strerror", None) or "it is empty"
@@ -67,10 +69,12 @@ class Shard:
                 f"{url}: made with another tokenizer (sha256 {self.footer.tokenizer[:12]}..., the run has "
                 f"{tokenizer[:12]}...); set data.tokenizer to that one, or {MAKE}"
             )
+        self._sums = np.frombuffer(self._content.read(self.footer.sums, self.footer.start), "<u4")
+        self._unchecked = np.ones(len(self._sums), bool)
         self._view = self._ends = None
         if isinstance(self._content, LocalContent):
             self._view = self._content.read(0, self.footer.index)
-            self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.start), "<i8")
+            self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.sums), "<i8")
         self.mask = _mask(url, self.footer.rows, options) if masked else None
 
     def take(self, rows: np.ndarray | range) -> "ShardRows":
@@ -93,12 +97,37 @@ class Shard:
     def join(self, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens begin..end-1 of the shard for each of these pairs, one after the other."""
         kind = self.footer.dtype
-        spans = zip((begins * kind.itemsize).tolist(), (ends * kind.itemsize).tolist(), strict=True)
+        begins, ends = begins * kind.itemsize, ends * kind.itemsize
+        self._check_blocks(begins, ends)
+        spans = zip(begins.tolist(), ends.tolist(), strict=True)
         if self._view is not None:
             # Of all ways to copy many short spans, joining views costs the least for each of them.
             view = self._view
-            return np.frombuffer(b"".join([view[begin:end] for begin, end in spans]), kind)
-        return np.frombuffer(b"".join([self._content.read(begin, end) for begin, end in spans]), kind)
+            joined = b"".join([view[begin:end] for begin, end in spans])
+        else:
+            joined = b"".join([self._content.read(begin, end) for begin, end in spans])
+        tokens = np.frombuffer(joined, kind)
+        if len(tokens) and (largest := int(tokens.max())) >= self.footer.pieces:
+            raise DataError(
+                f"{self.url}: damaged, it holds the token {largest} of a vocabulary of {self.footer.pieces}; {MAKE}"
+            )
+        return tokens
+
+    def _check_blocks(self, begins: np.ndarray, ends: np.ndarray) -> None:
+        """Compares the checksums of the blocks with these bytes, once each. Raises DataError."""
+        some = ends > begins
+        if not self._unchecked.any() or not some.any():
+            return
+        first, last = begins[some] // BLOCK, (ends[some] - 1) // BLOCK
+        low, count = int(first.min()), int(last.max()) - int(first.min()) + 1
+        # How many of the spans begin up to a block, less those that ended before it.
+        open_spans = np.bincount(first - low, minlength=count + 1) - np.bincount(last - low + 1, minlength=count + 1)
+        touched = open_spans.cumsum()[:count] > 0
+        for number in (np.flatnonzero(touched & self._unchecked[low : low + count]) + low).tolist():
+            start, stop = number * BLOCK, min((number + 1) * BLOCK, self.footer.sums)
+            if crc32(self._content.read(start, stop)) != self._sums[number]:
+                raise DataError(f"{self.url}: damaged between the bytes {start} and {stop}; {MAKE}")
+            self._unchecked[number] = False
 
     def count(self, *, tokens: float = math.inf, documents: float = math.inf) -> tuple[int, int]:
         """(tokens, documents) of the rows that are not left out; counting ends where it reaches either."""
@@ -112,19 +141,25 @@ class Shard:
     def check(self) -> None:
         """Reads and hashes everything. Raises DataError when it is not what was written."""
         digest = hashlib.sha256()
-        for start in range(0, self.footer.start, READ):
-            digest.update(self._content.read(start, min(start + READ, self.footer.start)))
+        for part in self.parts():
+            digest.update(part)
         if digest.hexdigest() != self.footer.sha256:
             raise DataError(f"{self.url}: damaged, it has another hash than when it was written; {MAKE}")
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """All before the footer, in order."""
+        for start in range(0, self.footer.start, READ):
+            yield self._content.read(start, min(start + READ, self.footer.start))
 
     def _spans(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First token and the one after the last of these rows, int64 (rows,) each."""
         # Rows begin where those before them end.
         first, last = max(int(numbers.min()) - 1, 0), int(numbers.max()) + 1
+        index = self.footer.index
+        self._check_blocks(np.array([index + 8 * first]), np.array([index + 8 * last]))
         if self._ends is not None:
             known, first = self._ends, 0
         else:
-            index = self.footer.index
             known = np.frombuffer(self._content.read(index + 8 * first, index + 8 * last), "<i8")
         ends = known[numbers - first].astype(np.int64)
         begins = known[np.maximum(numbers - 1, 0) - first].astype(np.int64)
@@ -212,8 +247,7 @@ def read_mask(url: str, *, options: ReadOptions) -> bytes | None:
     if path is None:
         return RemoteFile.whole(where, options=options)
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_small(Path(path))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 from stablelm.data import hub
 from stablelm.data.options import FAMILIES, ReadOptions, Stamp
+from stablelm.small_files import open_regular
 
 # A connection without a byte for so long is given up and retried.
 STALL_SECONDS = 30.0
@@ -45,23 +46,26 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead."""
     path = local_path(url)
     if path is not None:
-        local = io.FileIO(path)
+        local = io.FileIO(open_regular(path))
         return local, local_stamp(local)
     if hub.PINNED.fullmatch(url):
         from stablelm.data import hubfile  # with aiohttp and the hub's client
 
         return hubfile.open_pinned(url, options)
+    family = FAMILIES.get(url.partition("://")[0], url.partition("://")[0])
+    if "::" not in url and family == "http":
+        from stablelm.data import httpfile  # with aiohttp
+
+        return httpfile.open_http(url, options)
+    if "::" not in url and family == "s3":
+        from stablelm.data import s3file
+
+        return s3file.open_s3(url, options)
     store, path = filesystem(url, options)
-    extra = {}
-    if url.startswith(("http://", "https://")):
-        info = store.info(path)
-        extra = {"size": info["size"], "headers": _condition(info)}
-        if info["size"] is None or not info.get("partial", True):
-            raise io.UnsupportedOperation("the server does not tell the size of the file or serve parts of it")
-    file = store.open(path, "rb", block_size=options.block, cache_type="none", **extra)
-    if not extra:  # what was found in opening the file, where the store keeps it
-        info = getattr(file, "details", None) or store.info(path)
-    return file, Stamp(int(info["size"]), _tag(info))
+    file = store.open(path, "rb", block_size=options.block, cache_type="none")
+    # What was found in opening the file, where the store keeps it.
+    info = getattr(file, "details", None) or store.info(path)
+    return file, Stamp(int(info["size"]), tag(info))
 
 
 def local_stamp(file: io.FileIO) -> Stamp:
@@ -69,16 +73,9 @@ def local_stamp(file: io.FileIO) -> Stamp:
     return Stamp(status.st_size, str(status.st_mtime_ns))
 
 
-def _tag(info: dict[str, Any]) -> str:
+def tag(info: dict[str, Any]) -> str:
+    """What a store tells of a file's content: ETag, version or time of change, '' for nothing."""
     return next((str(info[name]) for name in TAGS if info.get(name)), "")
-
-
-def _condition(info: dict[str, Any]) -> dict[str, str]:
-    """Headers with which a server refuses parts of a file that has changed."""
-    etag, modified = info.get("ETag"), info.get("Last-Modified")
-    if etag and not etag.startswith("W/"):
-        return {"If-Match": etag}
-    return {"If-Unmodified-Since": modified} if modified and not etag else {}
 
 
 def glob(pattern: str, options: ReadOptions) -> list[str]:
@@ -122,5 +119,8 @@ async def http_client(**settings: Any) -> Any:
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
-    settings = {"trust_env": True, "timeout": timeout, "connector": aiohttp.TCPConnector(limit=CONNECTIONS), **settings}
+    connector = aiohttp.TCPConnector(limit=CONNECTIONS)
+    # What is sent compressed is refused, and not inflated: its ranges are not those of the stored bytes.
+    ours = {"trust_env": True, "timeout": timeout, "connector": connector, "auto_decompress": False}
+    settings = {**ours, **settings}
     return aiohttp.ClientSession(**settings)

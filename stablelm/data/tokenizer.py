@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from stablelm.errors import ConfigError
+from stablelm.small_files import read_small
 
 # A longer line is cut, so that SentencePiece neither skips it nor slows down on it.
 LONGEST_LINE = 4096
@@ -59,7 +60,7 @@ class Tokenizer:
 
 def _read(path: str, key: str) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
+        return read_small(Path(path).expanduser())
     except FileNotFoundError:
         mend = "give the path of a SentencePiece .model file, or 'embedded'"
         raise ConfigError(f"{key}: there is no file {path!r}; {mend}") from None

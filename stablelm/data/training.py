@@ -66,7 +66,8 @@ def _find(
     known: Lists,
 ) -> list[str]:
     if data.source == "shards":
-        files = known.get(json.dumps(path)) or shard_corpus.resolve(path, key=key, options=ReadOptions.of(data))
+        looking = ReadOptions.of(data).first_look()
+        files = known.get(json.dumps(path)) or shard_corpus.resolve(path, key=key, options=looking)
         shard_corpus.check(files, tokenizer.sha256, key=key)
         shard_corpus.check_enough(files, tokens, key=key)
         if lanes is not None:
@@ -89,7 +90,8 @@ def text(
 ) -> list[str]:
     """Files of text at a path, each checked. Raises ConfigError under `key`. `options`: the configuration's if None."""
     options = options or ReadOptions.of(data)
-    files = (known or {}).get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=options)
+    looking = options.first_look()
+    files = (known or {}).get(json.dumps(path)) or corpus.resolve(path, key=key, cache=data.cache, options=looking)
     inspection.check(files, key=key, options=options)
     return files
 

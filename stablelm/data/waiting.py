@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
+from stablelm.printable import printable
+
 # Seconds of waiting before the first line on stderr, and between the following ones.
 FIRST_LINE, NEXT_LINES = 10.0, 60.0
 
 
 @dataclass
 class Wait:
-    """A read that failed and is tried again: `since` in seconds since the epoch, `cause` of the last failure."""
+    """A read that failed and is tried again, or takes long: `since` in seconds since the epoch, `cause` of the wait."""
 
     file: str
     attempt: int
@@ -24,6 +26,7 @@ class Wait:
 
 
 _waits: dict[int, Wait] = {}
+_reads: dict[int, Wait] = {}  # under way; one that takes long becomes a wait
 _waited, _waits_since = 0.0, float("nan")  # seconds that are over, and since when there have been waits now
 _relayed: dict[int, list[Wait]] = {}  # of worker processes, which tell them on stderr by themselves
 _lock = threading.Lock()
@@ -65,20 +68,40 @@ def relay(worker: object, waits: list[Wait]) -> None:
 
 
 @contextmanager
+def reading(file: str) -> Iterator[None]:
+    """A request inside the with block that takes more than FIRST_LINE seconds is among those that wait, too."""
+    read = Wait(file, 1, time.time(), "none, but the store is slow")
+    with _lock:
+        _reads[id(read)] = read
+        _watched()
+    try:
+        yield
+    finally:
+        with _changing():
+            del _reads[id(read)]
+            _waits.pop(id(read), None)
+
+
+@contextmanager
 def noted(wait: Wait) -> Iterator[None]:
     """`wait` is among those that wait inside the with block."""
-    global _watcher
     with _changing():
         _waits[id(wait)] = wait
-        # A thread does not survive a fork, but the note of it does.
-        if _watcher is None or not _watcher.is_alive():
-            _watcher = threading.Thread(target=_watch, name="data-waiting", daemon=True)
-            _watcher.start()
+        _watched()
     try:
         yield
     finally:
         with _changing():
             del _waits[id(wait)]
+
+
+def _watched() -> None:
+    """Starts the watcher if need be; with the lock held."""
+    global _watcher
+    # A thread does not survive a fork, but the note of it does.
+    if _watcher is None or not _watcher.is_alive():
+        _watcher = threading.Thread(target=_watch, name="data-waiting", daemon=True)
+        _watcher.start()
 
 
 def line(waits: list[Wait]) -> str:
@@ -97,12 +120,16 @@ def _watch() -> None:
     told = float("-inf")
     while True:
         with _lock:
-            if not _waits:
+            if not _waits and not _reads:
                 _watcher = None
                 return
+            slow = {id(read): read for read in _reads.values() if time.time() - read.since >= FIRST_LINE}
+        with _changing():
+            failed = {wait.file for wait in _waits.values()}
+            _waits.update((key, read) for key, read in slow.items() if key in _reads and read.file not in failed)
             waits = sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
         now = time.time()
         if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
             told = now
-            print(line(waits), file=sys.stderr, flush=True)
+            print(printable(line(waits)), file=sys.stderr, flush=True)
         time.sleep(min(FIRST_LINE, NEXT_LINES, 1.0) / 2)

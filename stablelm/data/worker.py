@@ -25,7 +25,7 @@ from stablelm.data.lanes import Cursor
 from stablelm.data.mixture import Cursors
 from stablelm.data.rows import LocalMaker, Row
 from stablelm.data.run_text import RunText
-from stablelm.errors import DataError, UserError
+from stablelm.errors import ProcessLostError, UserError
 
 # Where a fresh Python looks for modules is what it must know before it can be told anything else.
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from stablelm.data.worker import serve; serve(int(sys.argv[1]))"
@@ -53,7 +53,7 @@ class Task:
 
 
 class WorkerProcess:
-    """`rows.Maker` in a process of its own. Its rows raise DataError when the process is gone."""
+    """`rows.Maker` in a process of its own. Its rows raise ProcessLostError when the process is gone."""
 
     def __init__(self, task: Task):
         ours, theirs = socket.socketpair()
@@ -100,10 +100,17 @@ class WorkerProcess:
             return self._connection.recv()
         except (EOFError, OSError):
             code = self._process.wait()
-            raise DataError(
-                f"a worker process of the data ended with code {code}, perhaps for want of memory; "
-                "start again, with a smaller data.workers if it happens again"
+            raise ProcessLostError(
+                f"a worker process of the data {_ended(code)}; start again, with a smaller data.workers if it happens "
+                "again"
             ) from None
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+    return f"was killed by signal {name}" + (", perhaps because memory ran out" if -code == signal.SIGKILL else "")
 
 
 class Waits(list[waiting.Wait]):

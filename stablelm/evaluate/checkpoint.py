@@ -13,7 +13,7 @@ from typing import Any
 
 from stablelm.checkpoint import keep
 from stablelm.checkpoint.places import Place
-from stablelm.config.saved import in_effect
+from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.embedded import embedded
@@ -22,6 +22,7 @@ from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
+from stablelm.evaluate import consent
 from stablelm.train.prepare import validation_options, validation_paths
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 
@@ -57,15 +58,19 @@ def evaluate_checkpoint(
     sequences: int | None,
     out: str | None,
     reading: Mapping[str, str] | None = None,
+    config: list[str] | None = None,
+    trusted: bool = False,
 ) -> int:
     """Prints the figures of each set and writes them to `out`; returns the exit code.
 
-    `reading`: fields of `ReadOptions` that differ from the run's.
+    `reading`: fields of `ReadOptions` that differ from the run's. `config`: files of the user's own configuration;
+    `trusted`: the checkpoint's is used like it.
     """
     launch = Launch()
     try:
         launch = detect()
-        request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch)
+        own = consent.own_configuration(config or [])
+        request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted)
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
@@ -92,12 +97,19 @@ def _prepare(
     sequences: int | None,
     reading: Mapping[str, str],
     launch: Launch,
+    own: Loaded | None,
+    trusted: bool,
 ) -> Request:
     from stablelm.checkpoint import contents
 
-    found = keep.resolve_checkpoint(checkpoint, lacks=partial(contents.problems, optimizer=False))
+    found = keep.resolve_checkpoint(
+        checkpoint,
+        lacks=partial(contents.problems, optimizer=False),
+        elsewhere=consent.elsewhere(checkpoint, own, trusted),
+    )
     state = keep.read_state(found)
-    config = _config(found, state["identity"])
+    first = launch.rank == 0
+    config = consent.configuration_for(found, has_data=bool(data), own=own, trusted=trusted, first_rank=first)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
@@ -113,16 +125,12 @@ def _prepare(
     )
 
 
-def _config(checkpoint: Place, identity: dict[str, Any]) -> Config:
-    """The configuration that was in effect when a checkpoint was saved."""
-    file = checkpoint / "config.yaml"
-    return in_effect(file.read_bytes().decode(), identity, str(file))
-
-
 def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:
     """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
     kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
     path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
+    if not path:
+        raise ConfigError(f"{checkpoint} comes without its tokenizer; name the one it was trained with by --tokenizer")
     found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
     if found.sha256 != sha256:
         raise ConfigError(

@@ -5,6 +5,9 @@ import sys
 import time
 from typing import Any, TextIO
 
+from stablelm.printable import printable
+from stablelm.redaction import redacted
+
 
 class Console:
     """Prints training records and messages to `stream` (default: standard output).
@@ -33,6 +36,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
+        text = printable(redacted(text))
         if self._bar is not None:
             self._bar.message(text)
         else:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from stablelm.config.schema import ObserveConfig
+from stablelm.new_files import clear, make_folder
 from stablelm.observe.sinks import storage_error
 
 
@@ -73,7 +74,7 @@ class Profiler:
 
     def _write(self, name: str, write) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            clear(make_folder(self._directory) / name)
             write(str(self._directory / name))
         except OSError as error:
             raise storage_error(self._directory / name, error) from error

@@ -10,32 +10,49 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from stablelm.json_text import Count, checked, parse
+from stablelm.new_files import replace_file
+from stablelm.redaction import redacted
+from stablelm.small_files import read_small
+
 PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentencepiece", "fsspec", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
 COPIED = ".commit"
 
 
-def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str] | None = None) -> int:
-    """Adds this attempt to `run_dir/provenance.json` and returns its number, from 1.
+class Attempt(TypedDict):
+    """What must be right in an entry; the rest is told, not used."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    attempt: Count
+
+
+def write(
+    run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str] | None = None, *, attempt: int = 0
+) -> int:
+    """Adds this attempt to `run_dir/provenance.json` and returns its number, from 1; 0: one more than the last.
 
     Uncommitted changes of the program go to `provenance-<attempt>.diff`. `hosts` default to this
     one. Works without git. Raises OSError where the directory cannot be written.
     """
     run_dir = Path(run_dir)
     attempts = read(run_dir)
-    attempt = 1 + max((told.get("attempt", 0) for told in attempts), default=0)
+    attempt = attempt or 1 + max((told["attempt"] for told in attempts), default=0)
     commit, diff = git_state(REPOSITORY)
     diff_file = f"provenance-{attempt}.diff" if diff else None
     if diff_file:
-        (run_dir / diff_file).write_text(diff, encoding="utf-8", errors="surrogateescape")
+        replace_file(run_dir / diff_file, diff)
     attempts.append(
         {
             "attempt": attempt,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit,
             "diff": diff_file,
-            "argv": argv,
+            "argv": [redacted(argument) for argument in argv],
             "world_size": world_size,
             "hosts": hosts or [socket.gethostname()],
             "python": platform.python_version(),
@@ -44,19 +61,25 @@ def write(run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    temporary = run_dir / ".provenance.json.new"
-    temporary.write_text(json.dumps(attempts, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / "provenance.json")
+    replace_file(run_dir / "provenance.json", json.dumps(attempts, indent=1) + "\n")
     return attempt
 
 
 def read(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The attempts so far; none where the file is missing or not ours."""
+    """The attempts so far, without entries that are damaged; none where the file is missing or not ours."""
     try:
-        attempts = json.loads((Path(run_dir) / "provenance.json").read_text(encoding="utf-8"))
+        found = parse(read_small(Path(run_dir) / "provenance.json"), list[Any])
     except (OSError, ValueError):
         return []
-    return [told for told in attempts if isinstance(told, dict)] if isinstance(attempts, list) else []
+    return [entry for entry in found if _is_whole(entry)]
+
+
+def _is_whole(entry: Any) -> bool:
+    try:
+        checked(entry, Attempt)
+    except ValueError:
+        return False
+    return True
 
 
 def versions() -> dict[str, str | None]:

@@ -9,9 +9,14 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from stablelm.errors import StorageError
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from stablelm.errors import ConfigError, StorageError
+from stablelm.json_text import Count, parse
+from stablelm.new_files import make_folder, open_to_append
 from stablelm.observe.console import Console as Console  # the third sink
 
 COUNTERS = ("step", "tokens", "attempt")
@@ -20,9 +25,21 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """One sentence for a storage that does not take what we write."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    mend = "free some space and run again" if full else "make it writable, or name another run.dir"
-    return StorageError(f"{path} cannot be written ({error.strerror or error}); {mend}")
+    fix = "make it writable, or name another run.dir"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "free some space and run again"
+    elif error.errno == errno.ENOENT:
+        fix = "put it back to go on from it, or start anew"
+    return StorageError(f"{path} cannot be written ({error.strerror or error}); {fix}")
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl; metrics by name beside the counters."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: Count
+    tokens: NotRequired[Count]
+    attempt: NotRequired[Count]
 
 
 class MetricsFile:
@@ -37,8 +54,8 @@ class MetricsFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: after a failed write nothing is left to be written at the close.
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
-            os.truncate(self._path, _whole_lines(self._path))
+            self._file = open_to_append(self._path)
+            os.ftruncate(self._file.fileno(), _whole_lines(self._path))
         except OSError as error:
             raise storage_error(self._path, error) from error
 
@@ -46,6 +63,8 @@ class MetricsFile:
         line = json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
         data = line.encode()
         try:
+            if not self._path.exists():
+                raise FileNotFoundError(errno.ENOENT, "it has been removed while the run was writing to it")
             while data:  # a disk that fills up takes a part first
                 data = data[self._file.write(data) :]
         except OSError as error:
@@ -76,10 +95,16 @@ def _to_json(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records in the order they were written; a torn last line is left out."""
+    """All whole records in the order they were written; a torn last line is left out.
+
+    Raises ConfigError with the number of a line that is not as we write it.
+    """
     records = []
-    for line in Path(path).read_bytes().split(b"\n")[:-1]:
-        record = json.loads(line)
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = parse(line, Record)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not a record ({error}); delete the line and run again") from None
         records.append({k: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
     return records
 
@@ -110,6 +135,7 @@ class TensorBoardSink:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._directory = Path(directory)
+        self._guard(lambda: make_folder(self._directory))
         self._writer = self._guard(lambda: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10))
 
     def write(self, record: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from stablelm.data.embedded import embedded
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch
 from stablelm.errors import ConfigError
+from stablelm.new_files import clear, replace_file
 from stablelm.train.prepare import Corpora, Prepared
 from stablelm.train.start import exit_code_of
 
@@ -107,7 +108,8 @@ def _run(request: Request) -> None:
     Console(width=None if sys.stdout.isatty() else 130).print(table(made))
     print(textwrap.fill(made.verdict, 110))
     try:
-        (request.out / "probe.json").write_text(json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
+        replace_file(request.out / "probe.json", json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
+        clear(request.out / "probe.png")
         draw(made, request.out / "probe.png")
     except OSError as error:
         raise unwritable(request.out, error) from error

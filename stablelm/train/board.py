@@ -12,6 +12,10 @@ from typing import Any, Protocol
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from stablelm.json_text import load
+from stablelm.new_files import replace_file
+from stablelm.small_files import read_small
+
 STORE_SECONDS = 2.0
 """How long the process group's store, or the folder, may take for one note."""
 
@@ -56,17 +60,17 @@ class FileBoard:
         self._folder, self._attempt = folder, attempt
 
     def put(self, name: str, value: Any) -> None:
-        replace(self._path(name), json.dumps(value))
+        replace_file(self._path(name), json.dumps(value))
 
     def get(self, name: str) -> Any:
         try:
-            return json.loads(self._path(name).read_text())
+            return load(read_small(self._path(name)))
         except (OSError, ValueError):
             return None
 
     def claim(self, name: str) -> bool:
         try:
-            os.close(os.open(self._path(f"claim-{name}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(self._path(f"claim-{name}"), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW))
         except FileExistsError:
             return False
         except OSError:
@@ -177,10 +181,3 @@ class _Calls:
             except Exception as error:
                 future.set_exception(error)
             self._began = None
-
-
-def replace(path: Path, text: str) -> None:
-    """Writes a small file in one step. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

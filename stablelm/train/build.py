@@ -11,6 +11,7 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
+from stablelm.data.seen_files import SeenFiles
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.observe.layers import rows_for
@@ -31,6 +32,7 @@ def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
         global_batch_size=prepared.config.train.global_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        seen=SeenFiles.of(prepared.config.run.dir),
     )
 
 
@@ -56,13 +58,14 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
     """Every validation set, the same on all ranks."""
     config = prepared.config
     assert prepared.corpora is not None
+    seen = SeenFiles.of(config.run.dir)
     return {
         name: validation.read(
             files,
             prepared.tokenizer,
             seq_len=config.data.seq_len,
             sequences=config.evaluate.batches * config.train.global_batch_size,
-            options=validation_options(config, name),
+            options=replace(validation_options(config, name), seen=seen),
         )
         for name, files in prepared.corpora.validation.items()
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from stablelm.errors import EXIT_RANK_LOST, UserError
+from stablelm.redaction import redacted
 from stablelm.train.prepare import Prepared
 from stablelm.train.progress import Progress
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
@@ -52,7 +53,7 @@ class Ending:
                 print(words, file=sys.stderr, flush=True)
                 self.write(EXIT_RANK_LOST, words)
             return self._leave(EXIT_RANK_LOST)
-        self._say(1, f"{type(error).__name__}: {error}", traceback.print_exc)
+        self._say(1, f"{type(error).__name__}: {error}", _print_traceback)
         return self._leave(1)
 
     def _say(self, code: int, reason: str, aloud: Any) -> None:
@@ -74,6 +75,10 @@ class Ending:
             # Peers wait in a collective that will never come: an orderly exit would wait with them.
             end_at_once(code)
         return code
+
+
+def _print_traceback() -> None:
+    print(redacted(traceback.format_exc()), file=sys.stderr, flush=True)
 
 
 def lost_a_peer(error: Exception) -> bool:

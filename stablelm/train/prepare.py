@@ -22,6 +22,10 @@ from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
+from stablelm.json_text import parse
+from stablelm.observe import provenance
+from stablelm.small_files import read_small
+from stablelm.train import attempts, run_place
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,14 @@ class Prepared:
     tokenizer: Tokenizer
     corpora: Corpora | None
     """None on ranks above 0 for remote text: rank 0 lists a store once for all of them."""
+    attempt: int = 1
+    """The number of this attempt, unless another start takes it first."""
 
 
 def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str) -> Prepared:
     """Resolves the configuration and checks its inputs; ConfigError with one sentence a problem."""
     config = loaded.config
+    attempt = next_attempt(Path(config.run.dir))
     try:
         concrete = apply_flags(config, flags, launch.world_size)
     except ConfigError as error:
@@ -72,7 +79,13 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume)
-    return Prepared(config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora)
+    return Prepared(config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora, attempt)
+
+
+def next_attempt(run_dir: Path) -> int:
+    """One more than any attempt that has begun, those of before attempts had files of their own included."""
+    begun = [told["attempt"] for told in provenance.read(run_dir)]
+    return 1 + max(attempts.newest(run_dir), *begun, 0)
 
 
 def _asked(config: Config, flags: AccelerateFlags) -> Config:
@@ -123,10 +136,9 @@ def check_remote(config: Config, train: training.Sources, sets: dict[str, list[s
 def known_files(config: Config) -> dict[str, list[str]]:
     """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
     try:
-        found = json.loads((Path(config.run.dir) / "data_files.json").read_text())
+        return parse(read_small(Path(config.run.dir) / "data_files.json"), dict[str, list[str]])
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
@@ -161,8 +173,7 @@ def _remote(config: Config) -> bool:
 def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"run.dir={run_dir} is a file; name a directory")
+    run_place.check(config)
     if config.run.init_from is not None and not place(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not place(resume).exists():
@@ -181,10 +192,12 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
         )
     try:
-        saved = json.loads((run_dir / "identity.json").read_text())
+        saved = dict(parse(read_small(run_dir / "identity.json"), identities.Identity))
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"run.dir={run_dir} holds a run without a readable identity.json; name another run.dir"
+            f"run.dir={run_dir} holds a run without a readable identity.json ({why}); put back the file, or name "
+            "another run.dir"
         ) from error
     refuse_other_run(saved, identity, f"run.dir={run_dir}")
 

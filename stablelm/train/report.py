@@ -4,12 +4,15 @@ from collections.abc import Callable
 from shlex import quote
 from typing import Any
 
+from stablelm.checkpoint.keep import CHECKPOINTS
 from stablelm.config import mixture
 from stablelm.config.schema import Config
+from stablelm.config.trust import believed
 from stablelm.data import unigram
 from stablelm.data.mixture import Mixture
 from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
+from stablelm.evaluate.consent import needs_consent
 from stablelm.evaluate.perplexity import bits_per_byte, in_words
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
@@ -51,8 +54,11 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
 def where_to_look(config: Config) -> str:
     """Commands that show and use the run."""
     run_dir = config.run.dir.rstrip("/")
+    elsewhere = config.checkpoint.dir not in (None, f"{run_dir}/{CHECKPOINTS}")
+    # What is not done for any checkpoint is done by the word of whoever pastes this.
+    own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
     return (
         f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
-        f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}"
+        f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}{own}"
     )

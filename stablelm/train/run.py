@@ -56,6 +56,7 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
             prepared.tokenizer.path,
             ranks,
             argv,
+            prepared.attempt,
         )
         ending.created = True
         ending.watch = Watch(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)

@@ -4,6 +4,7 @@ All ranks end within a quarter of a minute of the first that notices. One of the
 """
 
 import faulthandler
+import io
 import json
 import os
 import sys
@@ -19,7 +20,8 @@ from stablelm.data.stores import STALL_SECONDS
 from stablelm.data.waiting import waiting
 from stablelm.engine.mesh import Ranks
 from stablelm.errors import EXIT_RANK_LOST
-from stablelm.train.board import Alone, FileBoard, SafeBoard, StoreBoard, replace
+from stablelm.new_files import make_folder, open_new, replace_file
+from stablelm.train.board import Alone, FileBoard, SafeBoard, StoreBoard
 from stablelm.train.culprit import culprit
 from stablelm.train.pulse import Pulse, in_collective, waits_for
 
@@ -49,7 +51,7 @@ class Watch:
         self._last_wait: Any = None
 
     def start(self) -> None:
-        _try(lambda: [(self._run_dir / name).mkdir(exist_ok=True) for name in ("heartbeat", "stacks")])
+        _try(lambda: [make_folder(self._run_dir / name) for name in ("heartbeat", "stacks")])
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
@@ -93,7 +95,7 @@ class Watch:
         path = self._run_dir / "heartbeat" / f"rank-{self._ranks.rank}.json"
         while True:
             with suppress(OSError):  # a full disk is told where it matters
-                replace(path, json.dumps(self.note()) + "\n")
+                replace_file(path, json.dumps(self.note()) + "\n")
             if self._stopped.wait(HEARTBEAT_SECONDS):
                 return
 
@@ -186,14 +188,14 @@ class Watch:
 
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
-        with open(folder / f"rank-{self._ranks.rank}.txt", "w") as file:
+        with io.TextIOWrapper(open_new(folder / f"rank-{self._ranks.rank}.txt")) as file:
             now = self.pulse.now
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.hosts[self._ranks.rank]}: {now.words()}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         recorded = _flight_recorder() if self._ranks.device.type == "cuda" else b""
         if recorded:
-            (folder / f"nccl-rank-{self._ranks.rank}.pickle").write_bytes(recorded)
+            replace_file(folder / f"nccl-rank-{self._ranks.rank}.pickle", recorded)
 
 
 def _flight_recorder() -> bytes:

@@ -172,11 +172,32 @@ def test_a_run_a_checkpoints_and_a_step_directory_all_resolve(tmp_path):
     assert keep.resolve_checkpoint(wanted.with_name("step-00000001")).name == "step-00000001"
 
 
-def test_a_run_with_its_checkpoints_elsewhere_resolves(tmp_path):
-    save_toy(tmp_path / "scratch", 3)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(f"checkpoint:\n  dir: {tmp_path / 'scratch'}\n")
-    assert keep.resolve_checkpoint(tmp_path / "run") == tmp_path / "scratch" / "step-00000003"
+def test_a_run_with_its_checkpoints_elsewhere_resolves_where_the_user_says_so(tmp_path):
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    save_toy(scratch, 3)
+    run.mkdir()
+    (run / "config.yaml").write_text(f"checkpoint:\n  dir: {scratch}\n")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; its config.yaml says checkpoint.dir="):
+        keep.resolve_checkpoint(run)
+    assert keep.resolve_checkpoint(run, elsewhere=scratch) == scratch / "step-00000003"
+    (run / "checkpoints").symlink_to(scratch)
+    with pytest.raises(CheckpointError, match="its checkpoints is a link to"):
+        keep.resolve_checkpoint(run)
+    save_toy(run, 4)
+    assert keep.resolve_checkpoint(run, elsewhere=scratch) == run / "step-00000004"
+
+
+def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save_toy(tmp_path, step)
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "step-00000001").rename(tmp_path / "archive" / "step-00000001")
+    (tmp_path / "step-00000001").symlink_to(tmp_path / "archive" / "step-00000001")
+    assert keep.retain(tmp_path, 1, None) == [tmp_path / "step-00000002"]
+    assert keep.retain(tmp_path, 1, None) == []
+    assert steps(tmp_path) == [1, 3]
+    assert steps(tmp_path / "archive") == [1]
+    assert caplog.text.count("step-00000001 is a link and is left alone") == 1
 
 
 def test_what_cannot_be_resolved_is_explained(tmp_path, caplog):

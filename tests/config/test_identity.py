@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stablelm.config import rules
-from stablelm.config.identity import differences, identity, identity_hash, may_extend
+from stablelm.config.identity import ORDER, ORDER_KEY, differences, identity, identity_hash, may_extend
 from stablelm.config.keys import keys
 from stablelm.config.load import load
 
@@ -88,6 +88,15 @@ def test_other_data_or_tokenizer():
         'data.path: saved with ["a.json.gz", "b.json.gz"], now ["a.json.gz"]'
     ]
     assert differences(make(), make(tokenizer="99")) == ["data.tokenizer: saved with 1234, now 99"]
+
+
+@pytest.mark.parametrize("name", ["train.schedule", "train.steps", "train.cooldown_steps", "train.warmup_steps"])
+def test_a_saved_identity_without_a_key_is_told_and_no_crash(name):
+    current = {"train.schedule": "wsd", "train.steps": 10, "train.cooldown_steps": 2, "train.warmup_steps": 1}
+    current[ORDER_KEY] = ORDER
+    saved = {key: value for key, value in current.items() if key != name}
+    (sentence,) = differences(saved, current)
+    assert sentence.startswith(f"{name}: saved with ")
 
 
 def test_long_lists_show_what_differs():

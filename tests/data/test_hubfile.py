@@ -43,8 +43,9 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=[False, True], ids=["by the hub", "redirected"])
-def hub(request: pytest.FixtureRequest) -> Iterator[FakeHub]:
+def hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with FakeHub(dict(FILES), elsewhere=request.param) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         yield hub
 
 

@@ -182,6 +182,7 @@ def test_load_after_batches_goes_back(files):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_an_error_comes_with_the_batch_it_belongs_to(tmp_path, workers):
+    before = set(threading.enumerate())
     good = write_corpus(tmp_path, [30, 30])
     # 40 letters and eos are about 2.5 windows: row 9 is needed after some batches only.
     bad = Path(write_rows(tmp_path / "bad.json", ["y" * 40] * 9))
@@ -194,7 +195,8 @@ def test_an_error_comes_with_the_batch_it_belongs_to(tmp_path, workers):
     reference = loader([str(bad), *good], lanes=3, batch=3)
     global_steps([reference], steps)
     assert each.state() == reference.state()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("data-")]
+    reference.close()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("data-")]
 
 
 def test_a_truncated_file_ends_the_run_with_its_name(tmp_path):

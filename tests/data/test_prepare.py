@@ -114,6 +114,28 @@ def test_shards_are_the_text_whatever_the_number_of_workers(files, model, tmp_pa
     assert manifest["rows"] == 100 and manifest["masked_rows"] == 0
 
 
+def test_a_mask_that_was_changed_is_not_believed(files, model, tmp_path):
+    out = tmp_path / "out"
+    prepare([*files, write_rows(tmp_path / "copy.json", texts_of(0, 30))], model, out, "--dedup", "exact")
+    resolved = shard_corpus.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
+    assert len(resolved) == 5
+    (mask, *_) = sorted(out.glob("*.mask"))
+    bits = bytearray(mask.read_bytes())
+    for damage in (lambda: mask.write_bytes(bytes([bits[0] ^ 1, *bits[1:]])), mask.unlink):
+        damage()
+        with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run data/prepare.py"):
+            shard_corpus.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"files": {}}', '{"files": [1]}', '{"files": [{"name": "../a"}]}', "[" * 99999]
+)
+def test_a_damaged_manifest_is_bad_input(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"data\.path: .*manifest.json: not a manifest of prepared shards \(.*again"):
+        shard_corpus.resolve(str(tmp_path), key="data.path", options=ReadOptions(retry_budget=0))
+
+
 def test_a_killed_run_is_finished_by_the_next_and_its_workers_end(model, tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import zlib
+from dataclasses import replace
 
 import pytest
 import zstandard
@@ -15,6 +16,7 @@ from support.httpserver import serve
 
 from stablelm.data import deflate, index, inflate
 from stablelm.data.options import ReadOptions
+from stablelm.data.rangefile import RangeFile
 from stablelm.data.reader import numbered_lines, rows_from
 from stablelm.data.source import FileRows
 from stablelm.errors import DataError
@@ -141,6 +143,26 @@ def test_a_damaged_index_is_built_again(folder, tmp_path, harm):
     path.write_bytes(bad[harm])
     if harm == "gone":
         path.unlink()
+    first, rows = rows_from(url, 3000, options)
+    assert (first, list(rows)) == (0, ROWS)
+    assert path.read_bytes() == good
+
+
+def test_a_window_that_would_fill_the_memory_is_cut():
+    assert len(index.Place(0, 0, 0, 0, 0, 0, zlib.compress(bytes(1 << 28))).window) == 1 << 15
+
+
+def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
+    url, options = str(folder / "level-6.json.gz"), reading(tmp_path)
+    list(numbered_lines(url, options))
+    path = index_file(tmp_path)
+    good = path.read_bytes()
+    with RangeFile(url, options) as file:
+        kept = index.Index(options.cache, url, file.stamp())
+    places = [place for place in map(kept.before, range(0, len(ROWS), 50)) if place is not None]
+    for place in dict.fromkeys(places):
+        kept.add(replace(place, packed=b"noise"))
+    assert path.read_bytes() != good
     first, rows = rows_from(url, 3000, options)
     assert (first, list(rows)) == (0, ROWS)
     assert path.read_bytes() == good

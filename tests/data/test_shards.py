@@ -1,6 +1,9 @@
 """Prepared shards: what is written is read, anywhere it lies; damage is told; a mask is the same as no tokens."""
 
+import hashlib
 import json
+import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +186,7 @@ def test_a_missing_row_is_a_changed_file(tmp_path):
         (lambda data: data[:-1], "no whole shard"),
         (lambda data: data[8:], "no whole shard"),
         (lambda data: data[:10], "no whole shard"),
-        (lambda data: data.replace(b'"version": 1', b'"version": 9'), "of format 9"),
+        (lambda data: data.replace(b'"version": 2', b'"version": 9'), "of format 9"),
         (lambda data: data.replace(b'"letters"', b'"another"'), "another tokenizer"),
         (lambda data: data.replace(b'"rows": 9', b'"rows": 8'), "no whole shard"),
     ],
@@ -193,6 +196,79 @@ def test_damage_is_told_when_a_shard_is_opened(tmp_path, damage, says):
     Path(path).write_bytes(damage(Path(path).read_bytes()))
     with pytest.raises(DataError, match=rf"part-00000\.json\.tokens: .*{says}.*data/prepare\.py"):
         open_shard(path)
+
+
+def read_all(path: str) -> list[list[int]]:
+    shard = open_shard(path)
+    return rows_of(shard, range(shard.footer.rows))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_flipped_bit_anywhere_is_found_when_it_is_read(tmp_path, seed, monkeypatch):
+    monkeypatch.setattr(shard_format, "BLOCK", 256)
+    monkeypatch.setattr(shards, "BLOCK", 256)
+    (path,) = write_shards(write_corpus(tmp_path, [60]), tmp_path)
+    data, draw = Path(path).read_bytes(), random.Random(seed)
+    expected = read_all(path)
+    for position in draw.sample(range(len(data)), 60):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << draw.randrange(8)
+        Path(path).write_bytes(flipped)
+        found = rows_or_error(path)
+        if found == expected:  # of the footer, some is only told
+            assert position > open_shard(path).footer.start
+        else:
+            assert "data/prepare.py" in str(found), found
+
+
+def rows_or_error(path: str) -> list[list[int]] | str:
+    try:
+        return read_all(path)
+    except DataError as error:
+        return str(error)
+
+
+def test_what_is_not_read_is_not_checked(tmp_path):
+    (path,) = write_shards(write_corpus(tmp_path, [4000]), tmp_path)
+    shard = open_shard(path)
+    assert shard.footer.index > 2 * shard_format.BLOCK
+    data = bytearray(Path(path).read_bytes())
+    data[shard_format.BLOCK] ^= 1
+    Path(path).write_bytes(data)
+    shard = open_shard(path)
+    assert len(rows_of(shard, range(10))) == 10
+    with pytest.raises(DataError, match=r"damaged between the bytes 65536 and 131072; make it again"):
+        rows_of(shard, range(shard.footer.rows))
+
+
+def without_checksums(path: str) -> None:
+    """Makes a shard one of the first version."""
+    data, footer = Path(path).read_bytes(), open_shard(path).footer
+    kept = data[: footer.sums]
+    words = json.dumps({**asdict(footer), "version": 1, "sha256": hashlib.sha256(kept).hexdigest()}).encode()
+    Path(path).write_bytes(kept + words + shard_format.TAIL.pack(len(words), shard_format.MAGIC))
+
+
+def test_shards_without_checksums_are_read_and_get_them(tmp_path):
+    (path,) = write_shards(write_corpus(tmp_path, [90]), tmp_path)
+    data, rows = Path(path).read_bytes(), read_all(path)
+    without_checksums(path)
+    assert read_all(path) == rows
+    old = open_shard(path)
+    old.check()
+    with open(tmp_path / "new", "wb") as file:
+        assert shard_format.add_checksums(file, old.parts(), old.footer).version == shard_format.VERSION
+    assert (tmp_path / "new").read_bytes() == data
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error(tmp_path):
+    path = tmp_path / "a.json.tokens"
+    with path.open("wb") as file:
+        named = {"source": "a.json", "source_size": 1, "tokenizer": "letters", "pieces": 32, "eos": 0}
+        shard_format.write(file, [(np.array([1, 31, 0]), 0), (np.array([32, 0]), 0)], **named)
+    assert rows_of(open_shard(str(path)), range(1)) == [[1, 31, 0]]
+    with pytest.raises(DataError, match="holds the token 32 of a vocabulary of 32"):
+        rows_of(open_shard(str(path)), range(2))
 
 
 def test_a_changed_byte_is_found_by_the_hash(tmp_path):

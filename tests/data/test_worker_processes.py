@@ -18,7 +18,7 @@ from stablelm.config.schema import DataConfig
 from stablelm.data import worker
 from stablelm.data.loader import Loader
 from stablelm.data.waiting import waiting
-from stablelm.errors import DataError
+from stablelm.errors import DataError, ProcessLostError
 
 LANES = BATCH = 12
 STEPS = 12
@@ -137,7 +137,7 @@ def test_a_killed_worker_ends_the_run_with_a_sentence(files):
     each.next()
     for pid in processes():
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="worker process of the data ended with code -9"):
+    with pytest.raises(ProcessLostError, match="worker process of the data was killed by signal SIGKILL"):
         read(each, 20)
     each.close()
 

@@ -167,9 +167,13 @@ def test_odd_names_in_the_home_directory(tiny_corpus: TinyCorpus, tmp_path: Path
     assert section(run_dir, "resolved.yaml")["checkpoint"]["dir"] == str(home / "kept: here")
     assert (home / "kept: here" / "step-00000002").is_dir()
     assert not list(tmp_path.glob("~*"))
+    own = ["--config", str(run_dir / "config.yaml")]  # for checkpoints outside the run directory
     printed = next(line for line in done.stdout.splitlines() if line.startswith("evaluate: "))
-    assert shlex.split(printed)[1:] == ["python", "launch/eval.py", "--checkpoint", str(run_dir)]
-    for program, words in (("eval", ["--checkpoint"]), ("checkpoints", ["verify"])):
+    assert shlex.split(printed)[1:] == ["python", "launch/eval.py", "--checkpoint", str(run_dir), *own]
+    for program, words in (
+        ("eval", ["--config", "~/a run #1/config.yaml", "--checkpoint"]),
+        ("checkpoints", ["verify", "--dir", "~/kept: here"]),
+    ):
         done = run(program, *words, "~/a run #1", cwd=tmp_path, HOME=str(home))
         assert done.returncode == 0, done.stderr
     anew = ["--config", "~/a run #1/config.yaml", "run.dir=~/b", "checkpoint.dir=null"]

@@ -6,11 +6,15 @@ import random
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
+
+Twist = Callable[[int, dict[str, str], bytes, str], tuple[int, dict[str, str], bytes]]
+"""(status, headers, body, requested range) of a GET's answer -> what is sent; the body may differ from its length."""
 
 
 class FaultyServer:
@@ -31,8 +35,14 @@ class FaultyServer:
         self.cut_after = 1000
         self.draw: random.Random | None = None  # cut anywhere instead, and cut and fail only now and then
         self.down = False  # close every connection without an answer
+        self.ask: Callable[[str | None], str | None] | None = None  # the Range header that is served instead
+        self.twist: Twist | None = None  # what is sent instead
+        self.trickle: tuple[int, float] = (0, 0.0)  # bytes a piece of a body, and seconds between pieces
         self.before: Callable[[str], None] | None = None  # called with each request, and may change the faults
+        self.moved: tuple[int, str] | None = None  # a redirect that answers everything: status and address
+        self.wanted: tuple[str, str] | None = None  # a header without which all answers are 401
         self.requests: list[str] = []  # "GET /name bytes=0-9"
+        self.headers: list[dict[str, str]] = []
         server = self
 
         class Handler(_Handler):
@@ -73,6 +83,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     faults: FaultyServer
+    requested = ""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -90,13 +101,25 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         request = f"{self.command} {self.path} {wanted or ''}".strip()
         faults.requests.append(request)
+        faults.headers.append(dict(self.headers))
         if faults.before is not None:
             faults.before(request)
+        if faults.ask is not None and body:
+            served = faults.ask(wanted)
+            if served is not None:
+                self.headers.replace_header("Range", served)
+            self.requested, wanted = wanted or "", served
+        else:
+            self.requested = wanted or ""
         if faults.down:
             return self._hang_up()
         if faults.failures > 0 and (faults.draw is None or faults.draw.random() < 0.5):
             faults.failures -= 1
             return self._empty(faults.status, faults.failure_headers)
+        if faults.wanted is not None and self.headers.get(faults.wanted[0]) != faults.wanted[1]:
+            return self._empty(401)
+        if faults.moved is not None:
+            return self._empty(faults.moved[0], {"Location": faults.moved[1]})
         if faults.upstream:
             return self._forward(body=body)
         assert faults.folder is not None
@@ -117,17 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
         other.request(self.command, self.path, sent, headers)
         answer = other.getresponse()
         data = answer.read()
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server"):
-                self.send_header(name, value)
+        headers = {
+            name.title().replace("Etag", "ETag"): value
+            for name, value in answer.getheaders()
+            if name.lower() not in ("transfer-encoding", "connection", "content-length", "date", "server")
+        }
         # The length of a HEAD's answer is that of the body which is not there.
         length = answer.headers.get("Content-Length") if self.command == "HEAD" else None
-        self.send_header("Content-Length", length or str(len(data)))
-        self.end_headers()
         other.close()
-        if body:
-            self._write(data)
+        self._emit(answer.status, {**headers, "Content-Length": length or str(len(data))}, data, body=body)
 
     def _send(self, data: bytes, wanted: str | None, headers: dict[str, str], *, body: bool) -> None:
         total, part, first = len(data), data, 0
@@ -137,15 +158,22 @@ class _Handler(BaseHTTPRequestHandler):
             part = data[first : int(match[2]) + 1 if match[2] else None]
         if match and not part:
             return self._empty(416)
-        self.send_response(206 if match else 200)
         if match:
             headers = {**headers, "Content-Range": f"bytes {first}-{first + len(part) - 1}/{total}"}
-        for name, value in {**headers, "Content-Length": str(len(part))}.items():
+        self._emit(206 if match else 200, {**headers, "Content-Length": str(len(part))}, part, body=body)
+        return None
+
+    def _emit(self, status: int, headers: dict[str, str], part: bytes, *, body: bool) -> None:
+        if self.faults.twist is not None and body:
+            status, headers, part = self.faults.twist(status, headers, part, self.requested)
+        self.send_response(status)
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if body:
             self._write(part)
-        return None
+        if int(headers.get("Content-Length", -1)) != len(part):
+            self.close_connection = True
 
     def _write(self, part: bytes) -> None:
         faults = self.faults
@@ -154,7 +182,10 @@ class _Handler(BaseHTTPRequestHandler):
             faults.cuts -= 1
             self.wfile.write(part[:after])
             return self._hang_up()
-        self.wfile.write(part)
+        size, seconds = faults.trickle
+        for at in range(0, len(part), size or max(len(part), 1)):
+            self.wfile.write(part[at : at + (size or len(part))])
+            time.sleep(seconds)
         return None
 
     def _empty(self, status: int, headers: dict[str, str] | None = None) -> None:

@@ -14,7 +14,7 @@ from stablelm.checkpoint.places import Place
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
 
-STATE = {"step": 0, "tokens": 12, "lanes": {"0": [0, 1, 2, 3, 4]}}
+STATE = {"step": 0, "tokens": 12, "data": {"data_step": 3, "lanes": {"0": [0, 1, 2, 3, 4]}}, "identity": {}}
 CONFIG = "run:\n  seed: 1\n"
 
 
@@ -66,7 +66,13 @@ def save_small(root: Place, step: int, *, without: str = "") -> Any:
     tensors = {name: torch.full(shape, float(step)) for name, shape in shapes.items()}
     state = {"step": step, "tokens": 0, "data": {"data_step": step, "lanes": {}}, "identity": {}}
     return commit.save(
-        Fence(root, 1, "a1"), step, tensors, state, json.dumps({"model": SIZES}), shapes=shapes, group=None
+        Fence(root, 1, "a1"),
+        step,
+        tensors,
+        state,
+        json.dumps({"model": SIZES, "data": {"seq_len": SIZES["max_seq_len"]}}),
+        shapes=shapes,
+        group=None,
     )
 
 

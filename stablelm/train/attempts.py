@@ -1,0 +1,123 @@
+"""The numbers of a run's attempts: `run.dir/attempts/<8 digits>.json`, each created by one start alone.
+
+A start looks at once for the number that comes next, and takes it after its own look at the data and its meeting of
+ranks. If another start has taken the number in between, both began at the same moment, and the later one ends. A start
+that begins afterwards finds the next number and takes over by the fencing token, whatever became of the one before: so
+a record that a dead process left behind refuses nobody. Nor does one of the same Slurm job, which the node failure
+that it was requeued for may have stalled, or of a process of this host that has ended.
+"""
+
+import errno
+import json
+import os
+import re
+import socket
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from stablelm.errors import ConfigError
+from stablelm.json_text import Count, parse
+from stablelm.new_files import make_folder
+from stablelm.small_files import read_small
+
+FOLDER = "attempts"
+_NAME = re.compile(r"([0-9]{8,18})\.json")
+
+
+class Holder(TypedDict):
+    """Who took a number; `time` is UTC in ISO 8601."""
+
+    host: Annotated[str, Field(max_length=300)]
+    pid: Count
+    time: Annotated[str, Field(max_length=60)]
+    slurm_job: str | None
+
+
+def newest(run_dir: Path) -> int:
+    """The largest number that was taken, 0 before the first."""
+    try:
+        found = [_NAME.fullmatch(name) for name in os.listdir(run_dir / FOLDER)]
+    except OSError:
+        return 0
+    return max((int(match[1]) for match in found if match), default=0)
+
+
+def holder(run_dir: Path, number: int) -> Holder | None:
+    """Who took a number, None where that cannot be read."""
+    try:
+        return parse(read_small(_path(run_dir, number)), Holder)
+    except (OSError, ValueError):
+        return None
+
+
+def take(run_dir: Path, number: int) -> int:
+    """Takes `number`, or the next one that is free if its holder cannot be going on; `run_dir` exists.
+
+    Raises ConfigError if another start holds it, with nothing changed, and OSError where nothing can be written.
+    """
+    make_folder(run_dir / FOLDER)
+    while not _create(_path(run_dir, number)):
+        found = holder(run_dir, number)
+        if found is None or not _superseded(found):
+            who = f"process {found['pid']} on {found['host']} since {found['time'][:19]} UTC" if found else "another"
+            raise ConfigError(
+                f"run.dir={run_dir} is held by another start that began at the same moment (attempt {number}: {who}); "
+                "let it go on, or give this one another run.dir"
+            )
+        number += 1
+    return number
+
+
+def _superseded(found: Holder) -> bool:
+    """Whether a holder has ended, or is an earlier attempt of this very Slurm job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None and found["slurm_job"] == job:
+        return True
+    return found["host"] == socket.gethostname() and not _runs(found["pid"])
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _create(path: Path) -> bool:
+    """Whether the file was made now, with all of its content at once where the file system has links."""
+    told: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": datetime.now(UTC).isoformat(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("x") as file:
+            file.write(json.dumps(told) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            with path.open("x") as file:
+                file.write(draft.read_text())
+    except FileExistsError:
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _path(run_dir: Path, number: int) -> Path:
+    return run_dir / FOLDER / f"{number:08d}.json"

@@ -1,0 +1,124 @@
+"""What a checkpoint of somebody else may make our programs do: nothing but read it."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from hostile.checker import attempt
+from hostile.checkpoints import FOREIGN, HARMS, Harm, make_run, random_damage, set_keys
+from support.tiny import TinyCorpus
+
+READERS = (["eval", "--checkpoint"], ["checkpoints", "list"], ["checkpoints", "verify"])
+QUICK = 36
+"""Inputs of each `make test`, spread over the kinds."""
+DAMAGED = 400
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a whole run and what belongs to its victim."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_run(folder, tiny_corpus)
+    outside = folder / "outside"
+    shutil.copytree(folder / "run", outside / "other")
+    (outside / "kept.txt").write_text("kept\n")
+    return folder
+
+
+@pytest.fixture
+def place(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, with a FIFO."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    os.mkfifo(tmp_path / "outside" / "fifo")
+    return tmp_path
+
+
+def tried(place: Path, *line: str, **options):
+    """The program on the run in the folder, which is watched whole but for the cache that it may make."""
+    program, *arguments = line
+    return attempt(program, *arguments, watched=place, own=[place / "data"], cwd=place, **options)
+
+
+def every_harm() -> list:
+    """All of them in an order that spreads the kinds; the later ones are slow."""
+    harms = [*HARMS.values(), *map(random_damage, range(DAMAGED))]
+    random.Random(0).shuffle(harms)
+    return [
+        pytest.param(harm, id=harm.name, marks=[pytest.mark.slow] if index >= QUICK else [])
+        for index, harm in enumerate(harms)
+    ]
+
+
+@pytest.mark.parametrize("harm", every_harm())
+def test_a_foreign_run_is_only_read(harm: Harm, place: Path):
+    draw = random.Random(harm.name)
+    harm.do(place / "run", place / "outside", draw)
+    for line in (READERS[0], draw.choice(READERS[1:])):
+        outcome = tried(place, *line, str(place / "run"))
+        assert outcome.faults({0, 77, 78}) == [], (line, outcome.code)
+        if line[0] == "eval" and harm.refused:
+            assert outcome.code == 78, outcome.out
+
+
+@pytest.mark.parametrize("harm", [harm for harm in FOREIGN if harm.name.startswith(("filter", "web", "cache"))][:4])
+def test_as_a_program_of_its_own(harm: Harm, place: Path):
+    harm.do(place / "run", place / "outside", random.Random(0))
+    outcome = tried(place, "eval", "--checkpoint", str(place / "run"), fresh=True, seconds=30)
+    assert outcome.faults({0, 77, 78}) == []
+    assert (outcome.code == 78) == harm.refused
+
+
+@pytest.mark.slow
+def test_a_cache_that_a_checkpoint_names_is_not_made(place: Path):
+    set_keys(place / "run", data__validation_path="embedded", data__cache=str(place / "outside" / "made"))
+    outcome = tried(place, "eval", "--checkpoint", str(place / "run"), seconds=120)
+    assert outcome.faults({0}) == []
+    assert list((place / "data" / "cache").glob("embedded-*"))
+
+
+def test_functions_run_by_the_users_word_alone(place: Path):
+    """With --data they are left out and said; --config and --trust-checkpoint run them, which is said too."""
+    run = place / "run"
+    HARMS["filter-runs-a-command"].do(run, place / "outside", random.Random(0))
+    line = ["eval", "--checkpoint", str(run)]
+    unasked = tried(place, *line)
+    assert unasked.faults({78}) == []
+    for words in ("data.filter=subprocess:run", "--data", f"--config ({run / 'config.yaml'}", "--trust-checkpoint"):
+        assert words in unasked.err
+    named = tried(place, *line, "--data", str(run / "row.json"))
+    assert named.faults({0}) == []
+    assert "not used" in named.err and "data.filter=subprocess:run" in named.err
+    for consent in (["--trust-checkpoint"], ["--config", str(run / "config.yaml")]):
+        ran = tried(place, *line, *consent)
+        assert ran.changed, ran
+        assert ("is trusted, with data.filter=subprocess:run" in ran.err) == (consent == ["--trust-checkpoint"])
+        for name in ("made-by-a-function", "text"):
+            (place / name).unlink()
+
+
+def test_keys_of_the_users_own_configuration_win_but_for_the_model(place: Path, tiny_corpus: TinyCorpus):
+    run, own = place / "run", place / "own.yaml"
+    set_keys(run, data__validation_path="http://127.0.0.1:9/a.json.gz", data__filter="os:system")
+    plain = f"data: {{validation_path: {tiny_corpus.validation}, filter: null}}\nmodel: {{d_model: 64}}\n"
+    own.write_text(plain)
+    outcome = tried(place, "eval", "--checkpoint", str(run), "--config", str(own))
+    assert outcome.faults({0}) == []
+    own.write_text(f"data: {{validation_path: {tiny_corpus.validation}}}\n")
+    outcome = tried(place, "eval", "--checkpoint", str(run), "--config", str(own))
+    assert outcome.faults({78}) == []
+    assert "data.filter=os:system" in outcome.err and "127.0.0.1" not in outcome.err
+
+
+def test_checkpoints_elsewhere_by_the_users_word_alone(place: Path):
+    """A run with checkpoint.dir: named by --config, or trusted; else its place is said and not looked at."""
+    run, kept = place / "run", place / "kept"
+    set_keys(run, checkpoint__dir=str(kept))
+    shutil.move(run / "checkpoints", kept)
+    line = ["eval", "--checkpoint", str(run), "--tokenizer", str(run / "tokenizer.model")]
+    unasked = tried(place, *line)
+    assert unasked.faults({78}) == []
+    assert f"says checkpoint.dir='{kept}'" in unasked.err
+    for consent in (["--trust-checkpoint"], ["--config", str(run / "config.yaml")]):
+        assert tried(place, *line, *consent).faults({0}) == []
