@@ -80,7 +80,7 @@ def save_tensors(
             assert name == clean_name(name), f"{name} carries a wrapper's prefix"
         files = _share_out(list(_pieces(own_parts(tensors, group))), f"rank-{rank:05d}")
         if isinstance(directory, Path):
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
         with ThreadPoolExecutor(THREADS) as pool:
             threads = {name: pool.submit(_write_file, directory / name, pieces) for name, pieces in files.items()}
         records.update({name: thread.result() for name, thread in threads.items()})
