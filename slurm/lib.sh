@@ -272,13 +272,14 @@ finish_job() { # CODE
 }
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
+look=() # --own where the run is the caller's: options of `helper unevaluated`
 evaluate_checkpoint() { # NAME CHECKPOINT [options of launch/eval.py]
     local name=$1 checkpoint=$2 out=$run_dir/evaluations/$1.json
     shift 2
-    [ ! -L "$run_dir/evaluations" ] && mkdir -p "$run_dir/evaluations" && rm -f "$out.new" || {
+    if [ -L "$run_dir/evaluations" ] || ! mkdir -p "$run_dir/evaluations" || ! rm -f "$out.new"; then
         say "error: $run_dir/evaluations is a link or cannot be written"
         return 1
-    }
+    fi
     srun --export=ALL --mpi=none --job-name=evaluate --kill-on-bad-exit=1 "${resources[@]}" "${wrap[@]}" "$python" \
         "$code/launch/eval.py" --checkpoint "$checkpoint" --out "$out.new" "$@" </dev/null &
     step=$!

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,6 +10,8 @@ from typing import TypeVar
 from stablelm.engine import unused_flags
 from stablelm.engine.environment import Launch, accelerate_flags, detect
 from stablelm.errors import ConfigError, UserError
+from stablelm.printable import printable
+from stablelm.redaction import redacted
 
 OTHERS_WAIT_SECONDS = 3.0
 T = TypeVar("T")
@@ -21,6 +24,7 @@ def start(
     from stablelm.config.load import dump, load
 
     launch = Launch()
+    threading.excepthook = say_failed_thread
     try:
         launch = detect()
         loaded = load(files, overrides, world_size=launch.world_size)
@@ -72,6 +76,14 @@ def report(error: UserError, launch: Launch) -> None:
         print(f"rank {launch.rank}: error: {error}", file=sys.stderr, flush=True)
     else:
         print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def say_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """For threads of libraries, such as TensorBoard's writer: a file that they lose is no fault of the program."""
+    if isinstance(failed.exc_value, OSError):
+        print(printable(redacted(f"warning: {failed.exc_value}")), file=sys.stderr, flush=True)
+    else:
+        threading.__excepthook__(failed)
 
 
 def end_at_once(code: int) -> None:
