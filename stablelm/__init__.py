@@ -1,3 +1,3 @@
 """stablelm: distributed pretraining of very deep language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
