@@ -175,6 +175,12 @@ def _stage(
 
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
+            if together.rank and isinstance(staging, Path) and not staging.is_dir():
+                fence.check()
+                raise StorageError(
+                    f"rank {together.rank} does not see the directory that rank 0 made in {fence.root}: "
+                    "set checkpoint.dir to a directory that all nodes share"
+                )
             return save_tensors(staging / TENSORS, tensors, together.group)
 
     started = time.perf_counter()
