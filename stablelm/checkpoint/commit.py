@@ -173,16 +173,19 @@ def _stage(
 
     staging, texts = together.first(prepare)
 
+    def sees_it() -> None:
+        if isinstance(staging, Path) and not staging.is_dir():
+            fence.check()
+            raise StorageError(
+                f"rank {together.rank} does not see the directory that rank 0 made in {fence.root}: "
+                "set checkpoint.dir to a directory that all nodes share"
+            )
+
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
-            if together.rank and isinstance(staging, Path) and not staging.is_dir():
-                fence.check()
-                raise StorageError(
-                    f"rank {together.rank} does not see the directory that rank 0 made in {fence.root}: "
-                    "set checkpoint.dir to a directory that all nodes share"
-                )
             return save_tensors(staging / TENSORS, tensors, together.group)
 
+    together.run(sees_it)
     started = time.perf_counter()
     written = together.run(write_tensors)
     seconds = time.perf_counter() - started
