@@ -23,8 +23,8 @@ class FaultyServer:
     The attributes are faults, changed at any time by the test.
     """
 
-    def __init__(self, folder: Path | None = None, upstream: str = ""):
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, upstream: str = "", *, host: str = "127.0.0.1", port: int = 0):
+        self.folder, self._host = folder, host
         self.upstream = upstream
         self.ranges = True  # whether Range headers are honoured
         self.tags = False  # whether files have an ETag, and If-Match is honoured
@@ -49,11 +49,11 @@ class FaultyServer:
             faults = server
 
         self._handler = Handler
-        self._listen(0)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._listen(port)
+        self.url = f"http://{host}:{self._server.server_address[1]}"
 
     def _listen(self, port: int) -> None:
-        self._server = _Server(("127.0.0.1", port), self._handler)
+        self._server = _Server((self._host, port), self._handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -208,3 +208,9 @@ def serve(folder: Path | None = None, upstream: str = ""):
         yield server
     finally:
         server.close()
+
+
+if __name__ == "__main__":  # FOLDER HOST PORT, until it is killed
+    forever = FaultyServer(Path(sys.argv[1]), host=sys.argv[2], port=int(sys.argv[3]))
+    forever.before = lambda request: print(request, flush=True)
+    threading.Event().wait()

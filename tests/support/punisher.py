@@ -22,8 +22,8 @@ class DataServer:
 
     def __init__(self, cluster: Cluster, folder: Path, log: Path):
         self._command = [
-            str(SCRIPT), "exec", str(cluster.directory), sys.executable, "-m", "http.server", str(DATA_PORT),
-            "--bind", DATA_HOST, "--directory", str(folder),
+            str(SCRIPT), "exec", str(cluster.directory), sys.executable, str(Path(__file__).with_name("httpserver.py")),
+            str(folder), DATA_HOST, str(DATA_PORT),
         ]  # fmt: skip
         self._log, self._process = log, None
         self.start()
