@@ -209,13 +209,13 @@ def seal(path: Path, content: bytes) -> None:
     """Makes the hashes of a step fit what a file of it holds now."""
     step = path.parent
     if path.name == "COMMITTED":
-        fields = {name: 0 if name in ("step", "token") else "" for name in manifest.Commit.__annotations__}
+        fields = manifest.Commit.__annotations__
         try:
             found = json.loads(content)
-            fields = {name: found[name] for name in fields}
-        except (ValueError, KeyError, TypeError, RecursionError):
+            sealed = manifest.commit_content(manifest.Commit(**{name: found[name] for name in fields}))
+        except (ValueError, KeyError, TypeError, RecursionError):  # nothing that could be sealed
             return
-        path.write_bytes(manifest.commit_content(manifest.Commit(**fields)))
+        path.write_bytes(sealed)
         return
     commit = manifest.read_commit(step)
     if path.name == "state.json":
