@@ -53,8 +53,7 @@ class TorchEngine:
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
         allocate(self.module, self.device, offloaded=self.kind in SHARDED and offloads(config, self.device))
-        # Kept from here on: after some passes FSDP2's modules show gathered parameters in place of the shards.
-        self._parameters = {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
+        self._hold_parameters()
         named = self.parameters()
         tensors = named | self.buffers()
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
@@ -67,6 +66,10 @@ class TorchEngine:
                 _fill(tensors[name], whole)
         for name, whole in sum_over_ranks(shared, ranks).items():
             _fill(tensors[name], whole)
+
+    def _hold_parameters(self) -> None:
+        """Kept once they have memory: after some passes FSDP2's modules show gathered parameters in place of shards."""
+        self._parameters = {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters (shards under fsdp2, whatever pass ran last) by portable name; a tied head appears once."""

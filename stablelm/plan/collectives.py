@@ -68,8 +68,7 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
     vectors = [parameter.elements for parameter in listed if not parameter.is_matrix]
     if vectors:
         found.add("all_reduce", 1, sum(vectors) * size)
-    matrices = sum(parameter.is_matrix for parameter in listed)
-    found.add("all_reduce", 1, matrices * size)  # the norm of each gradient
+    found.add("all_reduce", 1, 8)  # the squared norm of this copy, in fp64
     sigma = sigma_elements(config)
     if sigma:
         found.add("all_reduce", 1, sigma * size)

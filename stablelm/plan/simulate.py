@@ -130,6 +130,7 @@ class _Engine(TorchEngine):
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         with self.mode:
             self.module.to_empty(device=self.device)
+        self._hold_parameters()
 
     def loss(self, tokens, targets, *, last: bool = True):
         self.ledger.backward = False
