@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stablelm import json_text
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.errors import CheckpointError
 
@@ -159,7 +160,7 @@ def read_index(directory: Place) -> Index:
         if path.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has more than {LARGEST_INDEX} bytes")
         content = path.read_bytes()
-        distinct(content)
+        json_text.load(content)
         return Index.model_validate_json(content)
     except StoreError:
         raise
@@ -174,23 +175,6 @@ def read_index(directory: Place) -> Index:
         raise CheckpointError(f"cannot read {path} ({error.strerror}): load another checkpoint") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"refused to read {path} ({reason(error)}): load another checkpoint") from error
-
-
-def distinct(content: bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, also where an object has a name twice."""
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in made if names.count(name) > 1)
-            raise ValueError(f"it has {twice[:100]!r} twice")
-        return made
-
-    try:
-        return json.loads(content, object_pairs_hook=build)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def reason(error: Exception) -> str:

@@ -10,8 +10,9 @@ from typing import IO, Annotated, NamedTuple
 import torch
 from pydantic import Field, TypeAdapter
 
+from stablelm import json_text
 from stablelm.checkpoint.flatshard import Part, part_of
-from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, distinct, name_in_file, reason
+from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, name_in_file, reason
 from stablelm.checkpoint.places import Place, StoreError
 from stablelm.errors import CheckpointError
 
@@ -136,7 +137,7 @@ def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str,
     length = struct.unpack("<Q", head)[0] if len(head := file.read(8)) == 8 else size
     if not 0 < length <= min(size - 8, LARGEST_HEADER):
         raise ValueError("its header is longer than it or the format allows")
-    held = distinct(file.read(length))
+    held = json_text.load(file.read(length))
     if not isinstance(held, dict):
         raise ValueError("its header is no object")
     held.pop("__metadata__", None)

@@ -125,7 +125,7 @@ def test_an_index_that_is_none_is_refused(saved, content):
 def test_a_piece_hidden_behind_another_of_its_name_is_refused(saved):
     text = (saved / "index.json").read_text()
     (saved / "index.json").write_text(text.replace('"tensors":{', '"tensors":{"optim.count":{},', 1))
-    refused(saved, "'optim.count' twice")
+    refused(saved, "'optim.count' is given twice")
 
 
 def test_an_index_that_never_ends_is_refused(saved):
