@@ -228,8 +228,8 @@ class _Rules:
                 else f"gives each of model.n_heads={model.n_heads} heads an odd width, which rope cannot halve"
             )
             fits = _around(model.n_heads, lambda n: model.d_model % (n * even) == 0, model.d_model)
-            mend = f"use {_either(fits, 'head')}" if fits else "use an even width"
-            self.broken(f"model.d_model={model.d_model} {why}; {mend}", "model.d_model", "model.n_heads")
+            fix = f"use {_either(fits, 'head')}" if fits else "use an even width"
+            self.broken(f"model.d_model={model.d_model} {why}; {fix}", "model.d_model", "model.n_heads")
         if model.kv_heads is not None and model.n_heads % model.kv_heads:
             fits = _around(model.kv_heads, lambda n: model.n_heads % n == 0, model.n_heads)
             self.broken(
