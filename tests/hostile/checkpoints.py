@@ -195,13 +195,20 @@ def _replace(name: str, file: str, make: Callable[[Path, Path], None]) -> Harm:
     return Harm(f"{file.replace('/', '-')}-{name}", do)
 
 
-def _sealed(name: str, file: str, content: bytes) -> Harm:
+def _sealed(name: str, file: str, content: bytes, refused: bool = True) -> Harm:
     def do(run: Path, outside: Path, draw: random.Random) -> None:
         for step in steps(run):
             (step / file).write_bytes(content)
             reseal(step)
 
-    return Harm(name, do, refused=True)
+    return Harm(name, do, refused)
+
+
+def _earlier_format(run: Path, outside: Path, draw: random.Random) -> None:
+    for step in steps(run):
+        (step / "tensors" / "index.json").unlink()
+        (step / "tensors" / ".metadata").write_bytes(pickle.dumps(_Runs()))
+        reseal(step)
 
 
 _THINGS: dict[str, Callable[[Path, Path], None]] = {
@@ -213,10 +220,13 @@ _THINGS: dict[str, Callable[[Path, Path], None]] = {
     "loop": lambda path, outside: path.symlink_to(path.name),
     "empty": lambda path, outside: path.touch(),
 }
-FILES = ("COMMITTED", "manifest.json", "config.yaml", "state.json", "tensors/.metadata")
+FILES = ("COMMITTED", "manifest.json", "config.yaml", "state.json", "tensors/index.json")
 PLANTED = [_replace(name, file, make) for file in FILES for name, make in _THINGS.items()]
 PLANTED += [
-    _sealed("pickle-that-runs", "tensors/.metadata", pickle.dumps(_Runs())),
+    _sealed("pickle-for-the-index", "tensors/index.json", pickle.dumps(_Runs())),
+    _sealed("pickle-for-the-state", "state.json", pickle.dumps(_Runs())),
+    _sealed("pickle-beside-the-index", "tensors/.metadata", pickle.dumps(_Runs()), refused=False),
+    Harm("pickle-of-the-earlier-format", _earlier_format, refused=True),
     _sealed("state-is-a-list", "state.json", b"[1]"),
     _sealed("identity-is-a-list", "state.json", b'{"step": 2, "tokens": 1, "identity": [1], "data": {}}'),
     _sealed("identity-of-wrong-types", "state.json", json.dumps(
