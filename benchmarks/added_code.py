@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.methods.stream import Chunks
 from stablelm.model.attention import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
-from stablelm.model.sublayer import Sublayer
+from stablelm.model.sublayer import Chunks, Sublayer, added
 
 Work = Callable[[], None]
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +57,7 @@ def writes(engine: TorchEngine, shape: Shape) -> Work:
     def work() -> None:
         chunks: Chunks = (start,)
         for part, branch in zip(parts, branches, strict=True):
-            chunks = part.stream.join(chunks, part.stream.write(chunks, branch))
+            chunks = part.stream.join(chunks, part.stream.write(chunks, branch, added(part, part.added)))
         chunks[0].backward(gradient)
         _forget(start, *branches)
 
@@ -128,7 +127,7 @@ def reads(engine: TorchEngine, shape: Shape) -> Work:
 
 def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
     """The input of a sub-layer's first product and, where they are made for it, its matrices."""
-    x = part.stream.read(chunks)
+    x = part.stream.read(chunks, added(part, part.added))
     x = x if part.norm_in is None else part.norm_in(x)
     weights = [linear.weight for linear in part.body.first_maps]
     if part.frees_input:

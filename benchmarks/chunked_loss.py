@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.catalogue import apply_method, default_d_ff
-from stablelm.methods.initialise import initialise
+from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 
 OURS, PLAIN = "stablelm", "plain-whole-logits"
 UNITS = {"peak_memory_bytes": "bytes", "tokens_per_second": "tokens/s"}
@@ -53,7 +53,7 @@ def build(shape: tuple[int, int, int, int], vocab_size: int, options: argparse.N
             d_model=d_model,
             n_heads=heads,
             kv_heads=heads,
-            d_ff=default_d_ff(d_model, "gelu"),
+            d_ff=4 * d_model,
             max_seq_len=seq_len,
             vocab_size=vocab_size,
         )

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from stablelm.config.load import load
-from stablelm.methods.predict import predict
 from stablelm.probe.measure import measure
+from stablelm.probe.predict import predict
 from stablelm.probe.run import Request, collision_of, prepare
 from stablelm.train.build import first_rows
 

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,19 +26,18 @@ from torch import Tensor
 from stablelm.config.keys import choices
 from stablelm.config.schema import (
     AttentionConfig,
-    CompletepConfig,
-    DeepscaleConfig,
     ModelConfig,
-    SigmaConfig,
     TrainConfig,
 )
 from stablelm.engine.sigma import SigmaMatrices
-from stablelm.methods import compose
-from stablelm.methods.catalogue import apply_method, default_d_ff
-from stablelm.methods.catformer import solve_shape
-from stablelm.methods.initialise import initialise, roles
-from stablelm.methods.predict import predict
+from stablelm.methods import catalogue
+from stablelm.methods.catalogue import apply_method
+from stablelm.methods.completep import CompletepOptions
+from stablelm.methods.deepscalelm import DeepscaleOptions
+from stablelm.methods.sigma_reparam import SigmaOptions
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise, roles
+from stablelm.probe.predict import predict
 from stablelm.train.optimizer import adamw
 
 LAYERS, WIDTH, HEADS, SEQ_LEN, VOCABULARY, BATCH = 2, 32, 2, 16, 64, 2
@@ -81,31 +79,26 @@ def model_of(combination: dict[str, str]) -> ModelConfig:
             max_seq_len=SEQ_LEN,
             vocab_size=VOCABULARY,
             attention=AttentionConfig(shaping="espa" if shaped else "none"),
-            sigma=SigmaConfig(**options),
             # The defaults are for more layers and width than these: lambda would be 0, and every ratio 1.
-            deepscale=DeepscaleConfig(k=0.5),
-            completep=CompletepConfig(base_depth=1, base_width=16),
+            options=(
+                SigmaOptions(**options),
+                DeepscaleOptions(k=0.5),
+                CompletepOptions(base_depth=1, base_width=16),
+            ),
             **axes,
         )
     )
-
-
-def sized(model: ModelConfig) -> ModelConfig:
-    """The model with its widths, which only a legal combination has."""
-    if model.stream == "concat":
-        return solve_shape(model)
-    return replace(model, d_ff=default_d_ff(model.d_model, str(model.activation)))
 
 
 def try_out(combination: dict[str, str], steps: int) -> Outcome:
     """Legal with finite variances and losses, refused with keys and a mend, or failed."""
     try:
         model = model_of(combination)
-        found = compose.problems(model)
+        found = catalogue.problems(model)
         if found:
             told = "; ".join(_bad_refusals(found))
             return Outcome(combination, "failed" if told else "refused", told or found[0][0])
-        told = check(sized(model), steps)
+        told = check(model.axes.stream.sized(model), steps)
     except Exception as error:  # a combination's crash is a finding, not the end of the walk
         told = f"{type(error).__name__}: {error}"
     return Outcome(combination, "failed" if told else "legal", told)

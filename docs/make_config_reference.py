@@ -7,7 +7,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stablelm.config.keys import Key, describe, keys, sections  # noqa: E402 - after the path is set
+from stablelm.config.keys import Key, described, keys, sections  # noqa: E402 - after the path is set
 
 INTRODUCTION = """# Configuration
 
@@ -22,7 +22,7 @@ python launch/pretrain.py --config configs/quickstart.yaml --config mine.yaml tr
 - Files are merged in the order given, then the single keys. Mappings are merged key by key; lists and single values
   replace what was there. `data.validation={}` empties a mapping, `model.d_ff=null` undoes a key.
 - Values are YAML 1.2: `3e-4` is a number, `on` and `yes` are words, only `true` and `false` are truth values.
-- A whole number may be written `1e9`. Nothing else is converted: `3.7` is no whole number, and `"3"` is no number.
+- An integer may be written `1e9`. Nothing else is converted: `3.7` is not an integer, and `"3"` is not a number.
 - Every mistake in the keys is reported at once, each with the file and line or the argument it came from, and the
   program ends with exit code 78 before anything is created.
 - `--print-config` prints what every key becomes, as `run.dir/resolved.yaml` keeps it. `run.dir/config.yaml` keeps what
@@ -50,7 +50,7 @@ def render() -> str:
 def _row(key: Key) -> str:
     cells = [
         f"`{key.name}`",
-        describe(key.type),
+        described(key),
         f"`{_default(key.default)}`",
         key.unit,
         "yes" if key.identity else "",

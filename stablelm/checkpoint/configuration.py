@@ -12,8 +12,9 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.saved import in_effect
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.config.trust import Believed, believed, excesses
+from stablelm.config.trust import METHOD, Believed, believed, excesses
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.printable import printable
 from stablelm.small_files import read_small
 
 CONFIG_BYTES = 4 << 20
@@ -28,7 +29,9 @@ def read(path: Place, *, own: Loaded | None = None, trusted: bool = False) -> Be
     """
     whole = saved(path)
     found = believed(whole)
-    if trusted:
+    if not trusted:
+        _refuse_unknown_code(path, found)
+    else:
         found = Believed(whole, found.withheld)
     if own is not None:
         found = found.with_own(own)
@@ -42,9 +45,19 @@ def read(path: Place, *, own: Loaded | None = None, trusted: bool = False) -> Be
 
 def model_of(path: Place) -> ModelConfig:
     """The model section alone, checked. Raises CheckpointError or ConfigError."""
-    config = believed(saved(path)).config
-    rules.check_saved(config)
-    return config.model
+    found = believed(saved(path))
+    _refuse_unknown_code(path, found)
+    rules.check_saved(found.config)
+    return found.config.model
+
+
+def _refuse_unknown_code(path: Place, found: Believed) -> None:
+    if METHOD in found.withheld:
+        raise ConfigError(
+            f"{path / CONFIG} has model.method={printable(str(found.withheld[METHOD]))}, which is code that is not "
+            "imported at a checkpoint's word; give your own configuration with that method by --config, or "
+            "--trust-checkpoint"
+        )
 
 
 def saved(path: Place) -> Config:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from stablelm.config import functions, mixture, secret_rules
+from stablelm.config import mixture, secret_rules
 from stablelm.config.schema import DataConfig, ModelConfig
 from stablelm.errors import ConfigError
+from stablelm.import_path import function
 
 
 def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
@@ -43,7 +44,7 @@ def _function_problems(data: DataConfig) -> Iterator[tuple[str, str]]:
             yield f"{key}={path} works on text, but data.source=shards holds tokens; leave it out", key
             continue
         try:
-            functions.function(path)
+            function(path)
         except ConfigError as error:
             yield f"{key}={path}: {error}", key
 
@@ -51,10 +52,11 @@ def _function_problems(data: DataConfig) -> Iterator[tuple[str, str]]:
 def document_problems(data: DataConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(sentence, keys) where masking of documents makes no sense; `model`: with its axes filled."""
     end = model.attention.document_end
-    if data.document_mask and model.attention.shaping == "espa":
+    if data.document_mask and model.axes.shaping.active:
         yield (
-            "data.document_mask=true cuts a sequence into pieces, but model.attention.shaping=espa solves "
-            "its decay for one sequence from its first token on; use data.document_mask=false",
+            f"data.document_mask=true cuts a sequence into pieces, but model.attention.shaping="
+            f"{model.attention.shaping} is solved for one sequence from its first token on; "
+            "use data.document_mask=false",
             ("data.document_mask", "model.method"),
         )
     if end is not None and not data.document_mask:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, ModelConfig
+from stablelm.key import Range
+from stablelm.methods import catalogue
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Key:
     text: str
     unit: str
     identity: bool
+    axis: str
+    """The axis of the method space whose values it takes; '' for any other key."""
+    range: Range | None
     path: bool | tuple[str, ...] | None
     """Whether its text is a path; of a mapping: entries NAME and NAME.path, or those listed. None: not said."""
 
@@ -49,10 +54,13 @@ def _walk(section: type, prefix: str):
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             yield from _walk(kind, name + ".")
+        elif field.metadata.get("sections"):
+            for inner, options in catalogue.options().items():
+                yield from _walk(options, f"{prefix}{inner}.")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            told = field.metadata
-            yield Key(name, kind, default, told["text"], told["unit"], told["identity"], told["path"])
+            about = field.metadata
+            yield Key(name, kind, default, **about)
 
 
 def _sections(section: type, prefix: str):
@@ -63,17 +71,24 @@ def _sections(section: type, prefix: str):
             assert isinstance(kind, type)
             yield prefix + field.name, field.metadata["text"]
             yield from _sections(kind, f"{prefix}{field.name}.")
+        elif field.metadata.get("sections"):
+            for name, options in catalogue.options().items():
+                yield prefix + name, str(options.__doc__).rstrip(".")
 
 
 def values(config: Config) -> dict[str, Any]:
     """Value of every key of `config` by dotted name."""
-    found = {}
-    for name in keys():
-        value: Any = config
-        for part in name.split("."):
+    return {name: _value(config, name) for name in keys()}
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        if isinstance(value, ModelConfig) and part in catalogue.options():
+            value = value.option(catalogue.options()[part])
+        else:
             value = getattr(value, part if hasattr(value, part) else f"{part}_")
-        found[name] = value
-    return found
+    return value
 
 
 def find(name: str) -> tuple[Key | None, str]:
@@ -95,7 +110,10 @@ def _assemble(section: type, values: Mapping[str, Any], prefix: str) -> Any:
     made, hints = {}, get_type_hints(section)
     for field in dataclasses.fields(section):
         name = prefix + field.name.rstrip("_")
-        if name in sections():
+        if field.metadata.get("sections"):
+            options = (_assemble(kind, values, f"{prefix}{inner}.") for inner, kind in catalogue.options().items())
+            made[field.name] = tuple(own for own in options if own != type(own)())
+        elif name in sections():
             made[field.name] = _assemble(hints[field.name], values, name + ".")
         elif name in values:
             made[field.name] = values[name]
@@ -125,7 +143,12 @@ def _parts(kind: Any) -> tuple[Any, ...]:
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """The values of a key that takes one of a few words, null left out; () for a key of another type."""
+    """The values of a key that takes one of a few words, null left out; () for a key of another type.
+
+    Of an axis those that stablelm has; a method named by import path may have more.
+    """
+    if keys()[name].axis:
+        return tuple(catalogue.values(keys()[name].axis))
     parts = _parts(keys()[name].type)
     return tuple(value for part in parts if get_origin(part) is Literal for value in get_args(part))
 
@@ -135,19 +158,24 @@ def is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict
 
 
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
+
+
+def described(key: Key) -> str:
+    """The values that a key takes, in the words of an error message."""
+    return one_of([*choices(key.name), "null"]) if key.axis else describe(key.type)
 
 
 def describe(kind: Any) -> str:
-    """A type in the words of an error message: `a whole number or null`."""
+    """A type in the words of an error message: `an integer or null`."""
     if kind in _WORDS:
         return _WORDS[kind]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return _either([str(value) for value in arguments])
+        return one_of([str(value) for value in arguments])
     if origin in (Union, types.UnionType):
         parts = [get_args(part) if get_origin(part) is Literal else [describe(part)] for part in arguments]
-        return _either([word for words in parts for word in words])
+        return one_of([word for words in parts for word in words])
     if origin is list:
         return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
@@ -159,8 +187,9 @@ def describe(kind: Any) -> str:
 
 
 def _plural(kind: Any) -> str:
-    return {int: "whole numbers", float: "numbers", str: "texts"}[kind]
+    return {int: "integers", float: "numbers", str: "strings"}[kind]
 
 
-def _either(options: list[str]) -> str:
+def one_of(options: list[str]) -> str:
+    """`a, b or c`."""
     return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"

@@ -1,9 +1,11 @@
 """YAML files and `key.path=value` arguments become a `Config`; every mistake is named with its origin."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from stablelm.config import text
 from stablelm.config.durations import parse_duration
@@ -12,6 +14,7 @@ from stablelm.config.keys import (
     Key,
     assemble,
     describe,
+    described,
     find,
     is_mapping,
     keys,
@@ -85,6 +88,27 @@ def typed(given: dict[str, Any], origin: str) -> dict[str, Any]:
     return leaves
 
 
+def checked_options(kind: type, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError with a line for each of the values that the fields of an options dataclass do not take."""
+    from pydantic import ValidationError
+
+    own, hints, problems = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind), []
+    for name, value in given.items():
+        if name not in own:
+            problems.append(f"unknown option {name}; it has {', '.join(own)}")
+            continue
+        try:
+            taken = _adapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            problems.append(f"{name}={_show(value)} must be {describe(hints[name])}")
+            continue
+        allowed = own[name].metadata.get("range")
+        if allowed is not None and taken is not None and not allowed.holds(taken):
+            problems.append(f"{name}={_show(value)} must be {allowed.words}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
 def _merge(layers: list[dict[str, Given]], problems: list[str]) -> dict[str, Given]:
     """Values by full name, later layers over earlier ones."""
     merged: dict[str, Given] = {}
@@ -129,16 +153,16 @@ def _convert(name: str, given: Given, key: Key, entry: str) -> tuple[Any, str]:
 
     value, kind = given.value, value_type(key, entry)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        value = int(value)  # train.tokens=1e9 means a whole number; a float key takes it back
+        value = int(value)  # train.tokens=1e9 means an integer; a float key takes it back
     if isinstance(value, list):
         value = tuple(value) if takes_tuple(kind) else value
     try:
         return _adapter(kind).validate_python(value, strict=True), ""
     except (ValidationError, OverflowError):
         pass
-    expected, hint = describe(kind), ""
-    if isinstance(given.value, bool | int | float) and "text" in expected and "number" not in expected:
-        hint = "; put it in quotes to make it text"
+    expected, hint = described(key) if not entry else describe(kind), ""
+    if isinstance(given.value, bool | int | float) and "string" in expected and "number" not in expected:
+        hint = "; put it in quotes to make it a string"
     return None, f"{name}={_show(given.value)} must be {expected}{hint} ({given.origin})"
 
 

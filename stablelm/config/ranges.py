@@ -1,18 +1,19 @@
 """The range of each number on its own: what it must be, in words and as a test, and the keys it holds for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+from stablelm.config.keys import keys
+
+_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 1",
         lambda v: v >= 1,
         "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
-        "evaluate.batches evaluate.micro_batch_size model.catformer.growth model.catformer.d_attention "
-        "model.completep.base_depth model.completep.base_width engine.unit_bytes engine.replicas "
-        "engine.prefetch data.max_document_bytes",
+        "evaluate.batches evaluate.micro_batch_size engine.unit_bytes engine.replicas engine.prefetch "
+        "data.max_document_bytes",
     ),
     (
         "at least 0",
@@ -24,14 +25,20 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "above 0",
         lambda v: v > 0,
-        "model.norm_eps model.norm_alpha "
-        "model.attention.rope_base train.lr train.eps model.deepscale.k model.catformer.attention_expansion "
-        "model.catformer.feedforward_expansion",
+        "model.norm_eps model.norm_alpha model.attention.rope_base train.lr train.eps",
     ),
-    ("0.5 to 1", lambda v: 0.5 <= v <= 1, "model.completep.alpha"),
     ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
     ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
     ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),
     ("a directory's name", lambda v: v.strip() != "", "run.dir checkpoint.dir data.cache"),
 ]
+
+
+def ranges() -> Iterator[tuple[str, Callable[[Any], bool], str]]:
+    """(what it must be, the test, the key) of each number: those here, and those that methods give their options."""
+    for words, holds, names in _RANGES:
+        yield from ((words, holds, name) for name in names.split())
+    for key in keys().values():
+        if key.range is not None:
+            yield key.range.words, key.range.holds, key.name

@@ -11,9 +11,10 @@ import yaml
 from stablelm.config import text
 from stablelm.config.keys import find, is_mapping, keys, sections, takes_list, takes_text, value_type
 from stablelm.errors import ConfigError
+from stablelm.methods import catalogue
 from stablelm.paths import expand
 
-SHORT_FORMS = {"deepscale": "model.deepscale"}
+SHORT_FORMS = {section: f"model.{section}" for section, kind in catalogue.options().items() if kind.SHORT_FORM}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from stablelm.config import data_rules, engine_rules, guard_rules, secret_rules, validation_sets
 from stablelm.config.durations import parse_duration
-from stablelm.config.keys import assemble, values
-from stablelm.config.ranges import RANGES
+from stablelm.config.keys import assemble, one_of, values
+from stablelm.config.load import checked_options
+from stablelm.config.ranges import ranges
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.errors import ConfigError
-from stablelm.methods import compose
-from stablelm.methods.catalogue import apply_method, default_d_ff
-from stablelm.methods.catformer import solve_shape
+from stablelm.methods import catalogue
+from stablelm.methods.catalogue import apply_method
 
 VOCABULARY_MULTIPLE = 64
 LARGEST_VOCABULARY_MULTIPLE = 128
@@ -84,9 +84,7 @@ def _resolve_model(model: ModelConfig, seq_len: int, pieces: int) -> ModelConfig
         max_seq_len=_or(model.max_seq_len, seq_len),
         vocab_size=_or(model.vocab_size, _up(pieces, VOCABULARY_MULTIPLE)),
     )
-    if model.stream == "concat":
-        return solve_shape(model)
-    return replace(model, d_ff=_or(model.d_ff, default_d_ff(model.d_model, str(model.activation))))
+    return model.axes.stream.sized(model)
 
 
 def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate_precision: str | None) -> TrainConfig:
@@ -159,11 +157,10 @@ class _Rules:
         """Numbers and words on their own; those out of their range get their defaults for the other rules."""
         wrong: set[str] = set()
         config = values(self.config)
-        for wanted, holds, names in RANGES:
-            for name in names.split():
-                if config[name] is not None and not holds(config[name]):
-                    self.broken(f"{name}={_plain(config[name])} must be {wanted}", name)
-                    wrong.add(name)
+        for expected, holds, name in ranges():
+            if config[name] is not None and not holds(config[name]):
+                self.broken(f"{name}={_plain(config[name])} must be {expected}", name)
+                wrong.add(name)
         try:
             parse_duration(self.config.run.time_limit)
         except ConfigError as error:
@@ -215,13 +212,13 @@ class _Rules:
             self.broken(str(error), "model.method")
             self.unread.add("model.method")
             whole = apply_method(replace(model, method=ModelConfig().method))
-        for problem, names in compose.problems(whole):
+        whole = self.axes(whole)
+        for problem, names in catalogue.problems(whole):
             self.broken(problem, *names, "model.method")
         for problem, names in data_rules.document_problems(self.config.data, whole):
             self.broken(problem, *names)
-        self.method_options(whole)
-        even = 2 if whole.attention.position == "rope" and "model.method" not in self.unread else 1
-        if whole.stream != "concat" and model.d_model % (model.n_heads * even):
+        even = 2 if whole.axes.position.pairs_features and "model.method" not in self.unread else 1
+        if not whole.axes.stream.grows and model.d_model % (model.n_heads * even):
             why = (
                 f"is not divisible by model.n_heads={model.n_heads}"
                 if model.d_model % model.n_heads
@@ -245,24 +242,43 @@ class _Rules:
                 "data.seq_len",
             )
 
-    def method_options(self, model: ModelConfig) -> None:
-        """Options of one stream that other keys must allow; the axes of `model` are filled."""
-        if model.stream == "scaled" and model.deepscale.k >= model.n_layers:
+    def axes(self, model: ModelConfig) -> ModelConfig:
+        """The model with axis values that exist, for the other rules; its axes are filled."""
+        defaults = apply_method(ModelConfig())
+        for axis, name in catalogue.KEYS.items():
+            section, _, field = name.rpartition(".")
+            known, given = catalogue.values(axis, model.method), getattr(model.attention if section else model, field)
+            if given in known:
+                continue
+            self.broken(f"model.{name}={given} must be {one_of([*known, 'null'])}", f"model.{name}")
+            self.unread.add(f"model.{name}")
+            if section:
+                own = getattr(defaults.attention, field)
+                model = model.changed(attention=model.attention.changed(**{field: own}))
+            else:
+                model = model.changed(**{field: getattr(defaults, field)})
+        return self.with_method_options(model)
+
+    def with_method_options(self, model: ModelConfig) -> ModelConfig:
+        """The model without options that no method has, or that are wrong."""
+        if not model.method_options:
+            return model
+        own = catalogue.find(model.method).options if ":" in model.method else ()
+        if not own:
             self.broken(
-                f"model.deepscale.k={model.deepscale.k} with model.n_layers={model.n_layers} leaves nothing of the "
-                f"skip, lambda^2 = 1 - k / n_layers; use k below {model.n_layers}",
-                "model.deepscale.k",
-                "model.n_layers",
+                f"model.method_options={model.method_options} belongs to methods named by import path, which "
+                f"model.method={model.method} is not; remove it",
+                "model.method_options",
             )
-        d_attention, even = model.catformer.d_attention, 2 if model.attention.position == "rope" else 1
-        if model.stream == "concat" and d_attention is not None and d_attention % (model.n_heads * even):
-            fits = _around(d_attention, lambda n: n % (model.n_heads * even) == 0, d_attention + model.n_heads * even)
-            self.broken(
-                f"model.catformer.d_attention={d_attention} cannot be shared out over model.n_heads={model.n_heads} "
-                f"heads{' of even width' * (even == 2)}; use {_either(fits)}",
-                "model.catformer.d_attention",
-                "model.n_heads",
-            )
+            return model.changed(method_options={})
+        try:
+            for kind in own:
+                checked_options(kind, model.method_options)
+        except ConfigError as error:
+            self.broken(f"model.method_options: {error}", "model.method_options")
+            self.unread.add("model.method_options")
+            return model.changed(method_options={})
+        return model
 
     def batches(self, world_size: int) -> None:
         train, lanes = self.config.train, self.config.data.lanes

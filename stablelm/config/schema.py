@@ -8,28 +8,15 @@ word of the language ends in an underscore: `checkpoint.async` is `async_`.
 
 # ruff: noqa: RUF009 - key() makes dataclass fields
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
+from stablelm.key import key
+from stablelm.methods import catalogue
+from stablelm.methods.axes import Axes, MethodOptions
 
-def key(
-    default: Any,
-    text: str,
-    *,
-    unit: str = "",
-    identity: bool = False,
-    path: bool | tuple[str, ...] | None = None,
-) -> Any:
-    """A documented dataclass field; mutable defaults are copied for each instance.
-
-    `path`: whether text that the key takes is a path, where `~` is the home directory; every key that takes any text
-    says so. Of a mapping: all its entries, or the named ones.
-    """
-    metadata = {"text": text, "unit": unit, "identity": identity, "path": path}
-    if isinstance(default, (list, dict, type)):
-        make = default if isinstance(default, type) else lambda: default.copy()
-        return field(default_factory=make, metadata=metadata)
-    return field(default=default, metadata=metadata)
+Options = TypeVar("Options", bound=MethodOptions)
 
 
 @dataclass(frozen=True)
@@ -50,8 +37,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    position: Literal["rope", "learned", "alibi", "none"] | None = key(
-        None, "how positions enter; None: the method's own", identity=True
+    position: str | None = key(
+        None, "how positions enter; None: the method's own", identity=True, path=False, axis="position"
     )
     rope_base: float = key(10000.0, "base of the rotary frequencies", identity=True)
     qk_norm: bool | None = key(None, "RMSNorm over each head's queries and keys; None: the method's own", identity=True)
@@ -72,46 +59,17 @@ class AttentionConfig:
         "token that ends a document, which attention does not cross; set by data.document_mask; None: it crosses",
         identity=True,
     )
-    shaping: Literal["none", "espa"] | None = key(
-        None, "espa: attention starts as a fixed decay that needs no skip; None: the method's own", identity=True
+    shaping: str | None = key(
+        None,
+        "espa: attention starts as a fixed decay that needs no skip; None: the method's own",
+        identity=True,
+        path=False,
+        axis="shaping",
     )
 
-
-@dataclass(frozen=True)
-class SigmaConfig:
-    targets: Literal["all", "attention"] = key(
-        "all", "matrices of the layers that are reparametrised: all, or those of attention", identity=True
-    )
-    gamma: Literal["spectral", "one"] = key(
-        "spectral", "start of the gain: the spectral norm of the start, which keeps the function, or 1", identity=True
-    )
-
-
-@dataclass(frozen=True)
-class DeepscaleConfig:
-    k: float = key(2.0, "beta^2 = k / n_layers, lambda^2 = 1 - beta^2", identity=True)
-    form: Literal["causal", "literal"] = key(
-        "causal", "correlation recursion: for a causal decoder, or as released for an encoder", identity=True
-    )
-
-
-@dataclass(frozen=True)
-class CatformerConfig:
-    growth: int | None = key(
-        None, "width that each sub-layer adds; None: solved for the parameters of a residual model", identity=True
-    )
-    d_attention: int | None = key(
-        None, "width of all heads together; None: attention_expansion times growth", identity=True
-    )
-    attention_expansion: float = key(4.0, "wanted d_attention / growth", identity=True)
-    feedforward_expansion: float = key(8.0, "wanted d_ff / growth", identity=True)
-
-
-@dataclass(frozen=True)
-class CompletepConfig:
-    alpha: float = key(1.0, "branches are divided by (n_layers / base_depth)^alpha; 0.5 to 1", identity=True)
-    base_depth: int = key(2, "depth at which the learning rate was tuned", unit="layers", identity=True)
-    base_width: int = key(256, "width at which the learning rate was tuned", identity=True)
+    def changed(self, **changes: Any) -> "AttentionConfig":
+        """A copy with other values."""
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -137,36 +95,54 @@ class ModelConfig:
     stream_dtype: Literal["fp32", "bf16"] = key(
         "fp32", "residual stream under precision bf16; fp32 keeps small additions at great depth", identity=True
     )
-    stream: Literal["residual", "scaled", "deepnorm", "rezero", "concat", "completep", "dense", "skipless"] | None = (
-        key(None, "how a branch joins the stream", identity=True)
-    )
-    placement: Literal["pre", "post", "sub", "peri", "none", "pre_scaled"] | None = key(
-        None, "where norms sit", identity=True
-    )
-    norm: Literal["layernorm", "rmsnorm", "dyt"] | None = key(None, "kind of norm", identity=True)
+    stream: str | None = key(None, "how a branch joins the stream", identity=True, path=False, axis="stream")
+    placement: str | None = key(None, "where norms sit", identity=True, path=False, axis="placement")
+    norm: str | None = key(None, "kind of norm", identity=True, path=False, axis="norm")
     norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
     norm_alpha: float = key(0.5, "start of the slope inside dyt's tanh", identity=True)
     embedding_norm: bool | None = key(None, "a norm on the embeddings; None: the method's own", identity=True)
-    init: (
-        Literal[
-            "gpt2", "xavier", "deepscale", "magneto", "deepnet", "fan_in", "unit", "tfixup", "completep", "orthogonal"
-        ]
-        | None
-    ) = key(None, "initialisation of the weights", identity=True)
-    reparam: Literal["none", "sigma"] | None = key(None, "reparametrisation of the weights", identity=True)
-    activation: Literal["relu", "gelu", "swiglu", "tailored"] | None = key(
-        None, "feed-forward activation; tailored: a leaky relu whose slope fits the depth", identity=True
+    init: str | None = key(None, "initialisation of the weights", identity=True, path=False, axis="init")
+    reparam: str | None = key(None, "reparametrisation of the weights", identity=True, path=False, axis="reparam")
+    activation: str | None = key(
+        None,
+        "feed-forward activation; tailored: a leaky relu whose slope fits the depth",
+        identity=True,
+        path=False,
+        axis="activation",
     )
     bias: bool | None = key(None, "biases in linear maps and layernorms; None: the method's own", identity=True)
-    attention: AttentionConfig = key(AttentionConfig, "attention options", identity=True)
-    sigma: SigmaConfig = key(SigmaConfig, "options of reparam: sigma", identity=True)
-    deepscale: DeepscaleConfig = key(
-        DeepscaleConfig,
-        "options of stream: scaled and init: deepscale; deepscale.* is their short form",
-        identity=True,
+    method_options: dict[str, str | int | float | bool] = key(
+        dict, "options of a method that is named by import path", identity=True, path=False
     )
-    catformer: CatformerConfig = key(CatformerConfig, "options of stream: concat", identity=True)
-    completep: CompletepConfig = key(CompletepConfig, "options of stream and init: completep", identity=True)
+    attention: AttentionConfig = key(AttentionConfig, "attention options", identity=True)
+    options: tuple[Any, ...] = field(default=(), metadata={"sections": True})
+    """Options of methods that differ from their defaults; each is a section `model.<SECTION>`."""
+
+    @property
+    def axes(self) -> Axes:
+        """The values of the axes, all of which must be filled (`apply_method`)."""
+        own, attention = (
+            (self.stream, self.placement, self.norm, self.init, self.reparam, self.activation),
+            self.attention,
+        )
+        names = dict(zip(catalogue.KEYS, (*own, attention.position, attention.shaping), strict=True))
+        return _axes(tuple(names.items()), self.method, bool(attention.value_residual), bool(attention.low_rank))
+
+    def option(self, kind: type[Options]) -> Options:
+        """The options of a method, its own section of the configuration."""
+        if kind not in catalogue.options().values():
+            return kind(**self.method_options)
+        return next((options for options in self.options if type(options) is kind), None) or kind()
+
+    def changed(self, *options: Any, **changes: Any) -> "ModelConfig":
+        """A copy with other values; each of `options` replaces the section of its type."""
+        others = tuple(kept for kept in self.options if type(kept) not in map(type, options))
+        return replace(self, options=others + options, **changes)
+
+
+@lru_cache(maxsize=256)
+def _axes(names: tuple[tuple[str, str | None], ...], method: str, value_residual: bool, low_rank: bool) -> Axes:
+    return catalogue.axes(dict(names), method, value_residual, low_rank)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from stablelm.config.keys import assemble, find, is_mapping, keys, values
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
+from stablelm.methods import catalogue
 
 _VALUES = (
     "model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len model.vocab_size "
@@ -23,18 +24,14 @@ _VALUES = (
     "model.norm_alpha model.embedding_norm model.init model.reparam model.activation model.bias "
     "model.attention.position model.attention.rope_base model.attention.qk_norm model.attention.logit_cap "
     "model.attention.value_residual model.attention.low_rank model.attention.document_end model.attention.shaping "
-    "model.sigma.targets model.sigma.gamma model.deepscale.k model.deepscale.form "
-    "model.catformer.growth model.catformer.d_attention model.catformer.attention_expansion "
-    "model.catformer.feedforward_expansion "
-    "model.completep.alpha model.completep.base_depth model.completep.base_width "
     "data.seq_len data.document_mask data.text_column data.text_unit data.bad_rows data.max_document_bytes "
     "train.precision train.compile train.global_batch_size "
     "evaluate.batches evaluate.micro_batch_size"
 )
 VALUES = frozenset(_VALUES.split())
-"""Numbers, choices, and text that is only compared."""
-NAMES = frozenset({"model.method"})
-"""A name of our own; an import path is not one."""
+"""Numbers, choices, and strings that are only compared; so are all options of our own methods."""
+METHOD = "model.method"
+METHOD_OPTIONS = "model.method_options"
 LOCAL = frozenset({"data.tokenizer", "data.validation", "data.validation_path"})
 """Paths: 'embedded' or plain local ones (see `is_plain`)."""
 MOST = {
@@ -48,6 +45,7 @@ MOST = {
 """Numbers that weights and files do not bound: beyond these a model of any size would fill the memory."""
 MOST_AT_ONCE = 1 << 20
 """Tokens of a micro-batch."""
+OPTIONS = tuple(f"model.{section}." for section in catalogue.options())
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _EMBEDDED = ("embedded", "embedded:train", "embedded:validation")
 
@@ -71,8 +69,12 @@ def believed(saved: Config) -> Believed:
     """The part of a checkpoint's configuration that is taken whoever wrote it."""
     taken: dict[str, Any] = {}
     withheld: dict[str, Any] = {}
+    loaded = catalogue.is_loaded(saved.model.method)
     for name, value in values(saved).items():
         if value == keys()[name].default:
+            continue
+        if name == METHOD_OPTIONS and loaded:
+            taken[name] = value
             continue
         if is_mapping(keys()[name].type):
             held = {entry: item for entry, item in value.items() if not _is_believed(name, entry, item)}
@@ -119,8 +121,10 @@ def is_plain(path: str) -> bool:
 def _is_believed(name: str, entry: str, value: Any) -> bool:
     if name in VALUES:
         return True
-    if name in NAMES:
-        return isinstance(value, str) and _NAME.fullmatch(value) is not None
+    if name.startswith(OPTIONS):
+        return True
+    if name == METHOD:
+        return isinstance(value, str) and (_NAME.fullmatch(value) is not None or catalogue.is_loaded(value))
     if name not in LOCAL:
         return False
     if not keys()[name].holds_path(entry):

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from stablelm.config.functions import function
 from stablelm.data.bad_rows import FIX, BadRow, not_unicode
 from stablelm.data.options import ReadOptions
 from stablelm.errors import DataError
+from stablelm.import_path import function
 
 
 def documents(

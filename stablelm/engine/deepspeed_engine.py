@@ -22,8 +22,8 @@ from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
 from stablelm.engine.torch_engine import compile_layers
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
-from stablelm.methods.initialise import initial_values, roles
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
 from stablelm.train.optimizer import adamw, set_learning_rate
 

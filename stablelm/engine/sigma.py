@@ -23,7 +23,7 @@ class SigmaMatrices:
         self._maps = {
             clean_name(name): part
             for name, part in module.named_modules()
-            if isinstance(part, Linear) and part.gamma is not None
+            if isinstance(part, Linear) and part.reparam is not None and part.reparam.after_step
         }
         # Kept: FSDP2 puts the gathered matrix in the place of its shard for some passes.
         self._weights: list[Any] = [part.weight for part in self._maps.values()]

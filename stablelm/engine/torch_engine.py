@@ -19,9 +19,8 @@ from stablelm.engine.recompute import recompute_layers
 from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
 from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
 from stablelm.methods import spectral
-from stablelm.methods.initialise import initial_values, roles
-from stablelm.methods.stream import Concat
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
 from stablelm.model.sublayer import Layer, Sublayer
 from stablelm.train.optimizer import adamw, set_learning_rate
@@ -172,10 +171,11 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     functorch_config.activation_memory_budget = memory_budget
-    if config.placement == "pre_scaled" or config.stream == "dense" or config.attention.shaping == "espa":
+    axes = config.axes
+    if axes.placement.by_depth or axes.stream.layers_differ or axes.shaping.active:
         torch._dynamo.config.recompile_limit = max(8, 2 * config.n_layers)  # a graph for each layer
     for layer in layers.modules():
-        if isinstance(layer, Layer) and not isinstance(layer.stream, Concat):
+        if isinstance(layer, Layer) and not axes.stream.grows:
             layer.compile()
-        elif isinstance(layer, Sublayer) and isinstance(layer.stream, Concat):
+        elif isinstance(layer, Sublayer) and axes.stream.grows:
             layer.body.compile()

@@ -14,6 +14,7 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.config.trust import Believed
 from stablelm.errors import ConfigError
+from stablelm.methods import catalogue
 
 UNUSED = ("run.", "train.", "engine.", "observe.", "checkpoint.", "guards.", "faults.", "data.path", "data.mixture")
 """What an evaluation does nothing with."""
@@ -29,6 +30,7 @@ def own_configuration(files: list[str]) -> Loaded | None:
     if not files:
         return None
     own = load(files, [])
+    catalogue.find(own.config.model.method)  # imports it, if it is named by import path
     if problems := [f"{problem} (--config)" for problem, _ in data_rules.problems(own.config.data)]:
         raise ConfigError("\n".join(problems))
     return own

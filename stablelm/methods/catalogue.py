@@ -1,160 +1,141 @@
-"""Named methods: points in the space of streams, placements, initialisations, ... (torch-free)."""
+"""Every method and axis value there is, and how a model's keys become them."""
 
 import difflib
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Method:
-    """A named point of the space.
-
-    `defaults` maps keys of the model section, written as under `model.`, to the method's own values;
-    what it leaves out is as in `pre_ln`.
-    """
-
-    name: str
-    paper: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-_BASE: dict[str, Any] = {
-    "stream": "residual",
-    "placement": "pre",
-    "norm": "layernorm",
-    "embedding_norm": False,
-    "init": "xavier",
-    "reparam": "none",
-    "activation": "gelu",
-    "bias": False,
-    "tie_embeddings": False,
-    "attention.position": "rope",
-    "attention.qk_norm": False,
-    "attention.logit_cap": 0.0,
-    "attention.value_residual": False,
-    "attention.low_rank": 0.0,
-    "attention.shaping": "none",
-}
-
-_DEEPSCALE = {"stream": "scaled", "init": "deepscale", "activation": "relu"}
-_POST_DEEPSCALE = {"placement": "post", "embedding_norm": True}
-_MAGNETO = {"placement": "sub", "init": "magneto"}
-_SIGMA = {"reparam": "sigma"}
-_CATFORMER = {"stream": "concat", "init": "unit"}
-
-_KEDIA = "Kedia et al., Transformers Get Stable, ICML 2024"
-_WANG = "Wang et al., Magneto: A Foundation Transformer, ICML 2023"
-_ZHAI = "Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, ICML 2023"
-_DAVIS = "Davis et al., Catformer: Designing Stable Transformers via Sensitivity Analysis, ICML 2021"
+from stablelm.import_path import named
+from stablelm.methods.activations import ACTIVATIONS
+from stablelm.methods.alibi import Alibi
+from stablelm.methods.axes import Axes, M, Method, MethodOptions, Model, Value
+from stablelm.methods.catformer import CATFORMER
+from stablelm.methods.completep import COMPLETEP
+from stablelm.methods.deepnorm import DEEPNORM
+from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
+from stablelm.methods.denseformer import DENSEFORMER
+from stablelm.methods.e_spa import E_SPA
+from stablelm.methods.gpt2 import GPT2
+from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
+from stablelm.methods.magneto import MAGNETO
+from stablelm.methods.mlra import MLRA, LowRank
+from stablelm.methods.norms import NORMS
+from stablelm.methods.peri_ln import PERI_LN
+from stablelm.methods.positions import POSITIONS
+from stablelm.methods.post_ln import POST_LN
+from stablelm.methods.pre_ln import PRE_LN, OwnValues, WholeMaps
+from stablelm.methods.qk_norm import QK_NORM
+from stablelm.methods.rezero import REZERO
+from stablelm.methods.sigma_reparam import SIGMA_REPARAM, SIGMA_REPARAM_NONORM
+from stablelm.methods.tfixup import TFIXUP
+from stablelm.methods.value_residual import VALUE_RESIDUAL, ValueResidual
+from stablelm.methods.with_sigma import CATFORMER_SIGMA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("pre_ln", "Xiong et al., On Layer Normalization in the Transformer Architecture, ICML 2020"),
-        Method("post_ln", "Vaswani et al., Attention Is All You Need, NeurIPS 2017", {"placement": "post"}),
-        Method(
-            "gpt2",
-            "Radford et al., Language Models are Unsupervised Multitask Learners, OpenAI 2019",
-            {"init": "gpt2", "bias": True, "tie_embeddings": True, "attention.position": "learned"},
-        ),
-        Method("deepscalelm_pre", _KEDIA, _DEEPSCALE),
-        Method("deepscalelm_post", _KEDIA, {**_DEEPSCALE, **_POST_DEEPSCALE}),
-        Method("magneto", _WANG, _MAGNETO),
-        Method("sigma_reparam", _ZHAI, _SIGMA),
-        Method("sigma_reparam_nonorm", _ZHAI, {**_SIGMA, "placement": "none", "init": "gpt2"}),
-        Method("catformer", _DAVIS, _CATFORMER),
-        Method(
-            "deepnorm",
-            "Wang et al., DeepNet: Scaling Transformers to 1,000 Layers, 2022",
-            {"stream": "deepnorm", "placement": "post", "init": "deepnet"},
-        ),
-        Method(
-            "peri_ln",
-            "Kim et al., Peri-LN: Revisiting Normalization Layer in the Transformer Architecture, ICML 2025",
-            {"placement": "peri", "embedding_norm": True, "init": "fan_in"},
-        ),
-        Method(
-            "rezero",
-            "Bachlechner et al., ReZero is All You Need: Fast Convergence at Large Depth, UAI 2021",
-            {"stream": "rezero", "placement": "none"},
-        ),
-        Method(
-            "tfixup",
-            "Huang et al., Improving Transformer Optimization Through Better Initialization, ICML 2020",
-            {"placement": "none", "init": "tfixup", "activation": "relu"},
-        ),
-        Method(
-            "layernorm_scaling",
-            "Sun et al., The Curse of Depth in Large Language Models, 2025",
-            {"placement": "pre_scaled", "norm": "rmsnorm", "init": "fan_in"},
-        ),
-        Method(
-            "completep",
-            "Dey et al., Don't be lazy: CompleteP enables compute-efficient deep transformers, 2025",
-            {"stream": "completep", "init": "completep"},
-        ),
-        Method(
-            "qk_norm",
-            "Wortsman et al., Small-scale proxies for large-scale Transformer training instabilities, ICLR 2024",
-            {"attention.qk_norm": True},
-        ),
-        Method(
-            "value_residual",
-            "Zhou et al., Value Residual Learning, ACL 2025",
-            {"attention.value_residual": True},
-        ),
-        Method(
-            "denseformer",
-            "Pagliardini et al., DenseFormer: Enhancing Information Flow via Depth Weighted Averaging, NeurIPS 2024",
-            {"stream": "dense", "init": "gpt2"},
-        ),
-        Method(
-            "e_spa",
-            "He et al., Deep Transformers without Shortcuts, ICLR 2023",
-            {
-                "stream": "skipless",
-                "placement": "none",
-                "init": "orthogonal",
-                "activation": "tailored",
-                "attention.shaping": "espa",
-                "attention.position": "none",
-            },
-        ),
-        Method(
-            "mlra",
-            "Chung et al., Stable Language Model Pre-training by Reducing Embedding Variability, EMNLP 2024",
-            {"attention.low_rank": 0.5, "init": "gpt2"},
-        ),
-        Method("deepscalelm_sigma", f"{_KEDIA}; {_ZHAI}", {**_DEEPSCALE, **_SIGMA}),
-        Method("magneto_sigma", f"{_WANG}; {_ZHAI}", {**_MAGNETO, **_SIGMA}),
-        Method("catformer_sigma", f"{_DAVIS}; {_ZHAI}", {**_CATFORMER, **_SIGMA}),
+        *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
+        *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
+        *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
     )
 }
+SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())
+"""Axis values that belong to no single method."""
+KEYS = {
+    **{axis: axis for axis in ("stream", "placement", "norm", "init", "reparam", "activation")},
+    **{axis: f"attention.{axis}" for axis in ("position", "shaping")},
+}
+"""The keys, below `model.`, of the axes whose values are named."""
 
 
-def apply_method(model: ModelConfig) -> ModelConfig:
+def find(name: str) -> Method:
+    """The method of that name, or at an import path `package.module:NAME`. Raises ConfigError."""
+    if name in METHODS:
+        return METHODS[name]
+    if ":" in name:
+        return _imported(name)
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METHODS)}."
+    raise ConfigError(f"model.method={name} is not a known method: {fix}")
+
+
+@lru_cache
+def _imported(path: str) -> Method:
+    try:
+        found = named(path)
+    except ConfigError as error:
+        raise ConfigError(f"model.method={path}: {error}") from error
+    if not isinstance(found, Method):
+        raise ConfigError(
+            f"model.method={path} is a {type(found).__name__}, not a method; name a stablelm.methods.axes.Method"
+        )
+    return found
+
+
+def is_loaded(path: str) -> bool:
+    """Whether an import path names a method of a module that the program has imported already: nothing is imported."""
+    module, _, name = path.partition(":")
+    return isinstance(getattr(sys.modules.get(module), name, None), Method)
+
+
+@lru_cache
+def options() -> dict[str, type[MethodOptions]]:
+    """The options that methods have, by section below `model.`."""
+    return {kind.SECTION: kind for method in METHODS.values() for kind in method.options}
+
+
+@lru_cache
+def values(axis: str, method: str | None = None) -> dict[str, Value]:
+    """The values of an axis by name, those that the method of an import path introduces with them."""
+    kind = Axes.__annotations__[axis]
+    own = find(method).values if method is not None and method not in METHODS else ()
+    everything = [value for known in METHODS.values() for value in known.values]
+    return {value.name: value for value in (*everything, *SHARED, *own) if isinstance(value, kind)}
+
+
+def apply_method(model: M) -> M:
     """Fills the axes that are None with the values of `model.method`; keys that are set stay.
 
     Raises ConfigError for an unknown method.
     """
-    method = METHODS.get(model.method)
-    if method is None:
-        near = difflib.get_close_matches(model.method, METHODS, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(METHODS)}."
-        raise ConfigError(f"model.method={model.method} is not a known method: {mend}")
-    defaults = _BASE | method.defaults
+    defaults = {**PRE_LN.defaults, **find(model.method).defaults}
     prefix = "attention."
     own = {key: value for key, value in defaults.items() if "." not in key and getattr(model, key) is None}
     inner = {key.removeprefix(prefix): value for key, value in defaults.items() if key.startswith(prefix)}
     inner = {key: value for key, value in inner.items() if getattr(model.attention, key) is None}
-    return replace(model, **own, attention=replace(model.attention, **inner))
+    return model.changed(**own, attention=model.attention.changed(**inner))
 
 
-def default_d_ff(d_model: int, activation: str) -> int:
-    """Feed-forward width: 4 d_model; for swiglu 8/3 d_model (equal parameters), rounded up to a multiple of 64."""
-    if activation == "swiglu":
-        return -(-8 * d_model // (3 * 64)) * 64
-    return 4 * d_model
+def axes(names: Mapping[str, str | None], method: str, value_residual: bool, low_rank: bool) -> Axes:
+    """The values of these names, by axis; `apply_method` fills those that are None."""
+    found: dict[str, Any] = {axis: values(axis, method)[str(name)] for axis, name in names.items()}
+    return Axes(
+        **found,
+        values=ValueResidual() if value_residual else OwnValues(),
+        maps=LowRank() if low_rank else WholeMaps(),
+    )
+
+
+def problems(model: Model) -> list[tuple[str, tuple[str, ...]]]:
+    """What is wrong with a model whose axes are filled: sentences, each with the keys to blame."""
+    refused = [refusal for value in model.axes.each() for refusal in value.refusals(model)]
+    return [(f"{_shown(model, keys)}: {reason}", keys) for keys, reason in refused]
+
+
+def export_obstacles(model: Model) -> list[str]:
+    """Why no standard architecture computes the same as the model; none if one does."""
+    return [reason for value in model.axes.each() if (reason := value.export_obstacle(model)) is not None]
+
+
+def _shown(model: Model, keys: tuple[str, ...]) -> str:
+    return " with ".join(f"{key}={_value(model, key.split('.')[1:])}" for key in keys)
+
+
+def _value(model: Model, parts: list[str]) -> object:
+    kinds = options()
+    found: object = model.option(kinds[parts[0]]) if parts[0] in kinds else getattr(model, parts[0])
+    for part in parts[1:]:
+        found = getattr(found, part)
+    return found

@@ -1,4 +1,4 @@
-"""Weights whose branches have unit variance: the inits `deepscale` and `unit`, solved from the moments.
+"""Matrices whose branches have unit variance, solved from the moments: for the inits `deepscale` and `unit`.
 
 A recursion over the sub-layers in float64 follows variance and token correlation of the stream, given that every
 branch has variance 1 after dropout, and asks for the stds that make it so.
@@ -8,18 +8,12 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
-from stablelm.config.schema import ModelConfig
-from stablelm.methods.alibi import alibi_slopes
-from stablelm.methods.placement import make_placement
-from stablelm.methods.scales import logit_scale, skip_and_branch
-from stablelm.methods.widths import d_head, widths
-from stablelm.theory import moments
+from stablelm.methods.axes import Model
+from stablelm.methods.sizes import d_head, widths
+from stablelm.theory.moments import Function, token_collision
 
 # Kedia et al. 2024, released code: BERT's embeddings with segments.
 LITERAL_CORRELATION = 0.221
-LONGEST_KERNEL = 512
 
 
 @dataclass(frozen=True)
@@ -31,154 +25,103 @@ class Reading:
 
 
 @lru_cache(maxsize=32)
-def solve(config: ModelConfig) -> tuple[dict[str, float], ...]:
-    """Stds of each sub-layer's matrices by role kind, in order of depth; `config` is resolved.
+def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple[dict[str, float], ...]:
+    """Stds of each sub-layer's matrices by role kind, in order of depth; `model` is resolved.
 
-    deepscale (Kedia et al. 2024, section 4 and released code): value and output share one std, fc1 and fc2
-    another, query and key have 1 / sqrt(fan_in); unit (ours): all have 1 / sqrt(fan_in) but the last matrix of a
-    branch, which is solved. A form `literal` keeps the encoder's recursion: attention gives the tokens' common part
-    alone. A form `causal` (ours) counts the positions that have few keys: `moments.effective_correlation`.
+    All have 1 / sqrt(fan_in) but the last matrix of a branch, which is solved; `shared` (Kedia et al. 2024, section 4
+    and released code): value and output share one std, fc1 and fc2 another, query and key have 1 / sqrt(fan_in).
+    `literal` keeps the encoder's recursion, where attention gives the tokens' common part alone; without (ours) the
+    positions that have few keys count: `moments.effective_correlation`.
     """
-    variance, correlation = _start(config)
+    variance, correlation = _start(model, literal)
     stds = []
-    for index in range(2 * config.n_layers):
-        reading = Reading(_read_variance(config, variance, index), correlation)
+    for index in range(2 * model.n_layers):
+        reading = Reading(_read_variance(model, variance, index), correlation)
         if index % 2 == 0:
-            kept, common = _attention(config, reading, index)
-            stds.append(_attention_stds(config, reading, kept, index))
+            kept, common = _attention(model, reading, index, literal)
+            stds.append(_attention_stds(model, reading, kept, index, shared))
             out_correlation = common / kept
         else:
-            stds.append(_feedforward_stds(config, reading, index))
-            out_correlation = _activation_correlation(config, reading)
-        variance, correlation = _write(config, variance, correlation, (1 - config.dropout) * out_correlation, index)
+            stds.append(_feedforward_stds(model, reading, index, shared))
+            out_correlation = model.axes.activation.correlation(reading.correlation, model.n_layers)
+        variance, correlation = _write(model, variance, correlation, (1 - model.dropout) * out_correlation, index)
     return tuple(stds)
 
 
-def _start(config: ModelConfig) -> tuple[float, float]:
+def _start(model: Model, literal: bool) -> tuple[float, float]:
     """Variance and correlation of the stream after the embeddings and their dropout."""
-    if config.deepscale.form == "literal" and config.init == "deepscale":
+    if literal:
         collision = LITERAL_CORRELATION
     else:
-        assert config.vocab_size is not None
-        tables = 2 if config.attention.position == "learned" else 1
-        collision = float(moments.token_collision(config.vocab_size)) / tables
-    return 1.0, (1 - config.dropout) * collision
+        assert model.vocab_size is not None
+        tables = 2 if model.axes.position.adds_table else 1
+        collision = float(token_collision(model.vocab_size)) / tables
+    return 1.0, (1 - model.dropout) * collision
 
 
-def _read_variance(config: ModelConfig, variance: float, index: int) -> float:
-    placement = make_placement(config)
+def _read_variance(model: Model, variance: float, index: int) -> float:
+    placement = model.axes.placement
     if not placement.before_body:
         return variance
-    if config.norm == "dyt":
-        variance = float(moments.dyt_second_moment(config.norm_alpha, variance))
-    else:
-        variance = 1.0
-    return variance / (index // 2 + 1) if placement.by_depth else variance
+    return model.axes.norm.variance(model, variance) * placement.input_scale(index // 2) ** 2
 
 
-def _attention(config: ModelConfig, reading: Reading, index: int) -> tuple[float, float]:
+def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tuple[float, float]:
     """(variance, covariance of two tokens) of averaged values, per unit of the values' variance."""
     r = reading.correlation
-    if config.deepscale.form == "literal" and config.init == "deepscale":
+    if literal:
         return r, r
-    logit_variance = 1.0 if config.attention.qk_norm else (logit_scale(config) ** 2 * d_head(config))
-    q = (1 - r) * logit_variance
-    own, shared = _mean_weights(config, q)
-    own /= 1 - config.dropout
+    width = d_head(model)
+    logit_variance = 1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width
+    own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
+    own /= 1 - model.dropout
     kept, common = r + (1 - r) * own, r + (1 - r) * shared
-    if config.attention.value_residual and index:
-        # Half the first layer's values, half the own: of independent weights, so the variances add.
-        return 0.5 * kept, 0.5 * common
-    return kept, common
+    return model.axes.values.moments(kept, common) if index else (kept, common)
 
 
-def _mean_weights(config: ModelConfig, q: float) -> tuple[float, float]:
-    """Sum of squared attention weights, and of products of two queries' weights, averaged over positions."""
-    assert config.max_seq_len is not None
-    if config.attention.position != "alibi":
-        own, shared = moments.causal_means(config.max_seq_len, q)
-        return float(own), float(shared)
-    both = [
-        _decaying_weights(slope, min(config.max_seq_len, LONGEST_KERNEL), q) for slope in alibi_slopes(config.n_heads)
-    ]
-    own, shared = (sum(values) / len(both) for values in zip(*both, strict=True))
-    return own, shared
-
-
-def _decaying_weights(slope: float, seq_len: int, q: float) -> tuple[float, float]:
-    """As `_mean_weights` for weights exp(-slope distance); the annealed spread of iid Gaussian logits on top."""
-    distance = np.subtract.outer(np.arange(seq_len), np.arange(seq_len))
-    weights = np.where(distance >= 0, np.exp(-slope * np.abs(distance)), 0.0)
-    first, second = weights.sum(axis=1), (weights**2).sum(axis=1)
-    own = math.exp(q) * second / (first**2 + math.expm1(q) * second)
-    mean = weights / first[:, None]
-    overlap = mean @ mean.T
-    below = np.tril_indices(seq_len, -1)
-    return float(own.mean()), float(overlap[below].mean()) if seq_len > 1 else 1.0
-
-
-def _attention_stds(config: ModelConfig, reading: Reading, kept: float, index: int) -> dict[str, float]:
-    width, target = widths(config, index), 1 - config.dropout
+def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:
+    width, target = widths(model, index), 1 - model.dropout
     fan_in = 1 / math.sqrt(width.read * reading.variance)
-    if make_placement(config).before_output:
+    if model.axes.placement.before_output:
         return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / width.attention)}
-    if config.init == "deepscale":
+    if shared:
         both = (target / (width.read * width.attention * reading.variance * kept)) ** 0.25
         return {"query": fan_in, "key": fan_in, "value": both, "output": both}
     return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / (width.attention * kept))}
 
 
-def _feedforward_stds(config: ModelConfig, reading: Reading, index: int) -> dict[str, float]:
-    width, target = widths(config, index), 1 - config.dropout
-    assert config.d_ff is not None
+def _feedforward_stds(model: Model, reading: Reading, index: int, shared: bool) -> dict[str, float]:
+    width, target, activation = widths(model, index), 1 - model.dropout, model.axes.activation
+    assert model.d_ff is not None
     fan_in = 1 / math.sqrt(width.read * reading.variance)
-    if make_placement(config).before_output:
-        return {"fc1": fan_in, "gate": fan_in, "fc2": math.sqrt(target / config.d_ff)}
-    if config.init == "deepscale" and config.activation in ("relu", "gelu"):
-        both = _shared_std(config.activation, width.read * reading.variance, config.d_ff, target)
+    if model.axes.placement.before_output:
+        return {"fc1": fan_in, "gate": fan_in, "fc2": math.sqrt(target / model.d_ff)}
+    if shared and activation.scales_evenly:
+        function = activation.function(model.n_layers)
+        both = _shared_std(function, width.read * reading.variance, model.d_ff, target)
         return {"fc1": both, "fc2": both}
-    out = math.sqrt(target / (config.d_ff * second_moment(config, 1.0)))
+    out = math.sqrt(target / (model.d_ff * activation.second_moment(1.0, model.n_layers)))
     return {"fc1": fan_in, "gate": fan_in, "fc2": out}
 
 
-def second_moment(config: ModelConfig, variance: float) -> float:
-    """E[act(x)^2] of the config's activation, whose inputs have that variance."""
-    if config.activation == "tailored":
-        return variance  # scaled to keep the second moment
-    return float(moments.second_moment(str(config.activation), variance))
-
-
-def _shared_std(activation: str, read: float, d_ff: int, target: float) -> float:
+def _shared_std(function: Function, read: float, d_ff: int, target: float) -> float:
     """The w with d_ff w^2 E[act(N(0, read w^2))^2] = target, by bisection: gelu does not scale with its input."""
     low, high = 0.0, 10 / math.sqrt(min(read, d_ff))
     for _ in range(100):
         w = (low + high) / 2
-        excess = d_ff * w * w * float(moments.second_moment(activation, read * w * w)) - target
+        excess = d_ff * w * w * float(function.second_moment(read * w * w)) - target
         low, high = (low, w) if excess > 0 else (w, high)
     return (low + high) / 2
 
 
-def _activation_correlation(config: ModelConfig, reading: Reading) -> float:
-    """Correlation of two tokens after the activation, as the next matrix sees it."""
-    r = reading.correlation
-    if config.activation == "relu":
-        return float(moments.relu_correlation(r))
-    if config.activation == "tailored":
-        return r  # a leaky relu of a slope near 1 turns it by less than the recursion resolves
-    if config.activation == "swiglu":
-        return float(moments.swiglu_dual(1.0, r, 1.0)) / float(moments.swiglu_dual(1.0, 1.0, 1.0))
-    return float(moments.dual("gelu", 1.0, r, 1.0)) / float(moments.dual("gelu", 1.0, 1.0, 1.0))
-
-
-def _write(config: ModelConfig, variance: float, correlation: float, branch: float, index: int) -> tuple[float, float]:
+def _write(model: Model, variance: float, correlation: float, branch: float, index: int) -> tuple[float, float]:
     """The stream after a branch of variance 1 whose tokens have correlation `branch`."""
-    skip, share = skip_and_branch(config)
-    if config.stream == "concat":
-        width = widths(config, index)
+    stream = model.axes.stream
+    skip, share = stream.gains(model)[0], stream.branch_at_start(model)
+    if stream.grows:
+        width = stream.widths(model, index)
         total = width.read + width.branch
         skip, share = math.sqrt(width.read / total), math.sqrt(width.branch / total)
-    if config.stream == "rezero":
-        share = 0.0
     after = skip**2 * variance + share**2
     mixed = (skip**2 * variance * correlation + share**2 * branch) / after
-    return (1.0 if make_placement(config).after_write else after), mixed
+    return (1.0 if model.axes.placement.after_write else after), mixed

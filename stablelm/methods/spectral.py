@@ -88,7 +88,10 @@ def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
 
 
 class Matrix(NamedTuple):
-    """A spectrally normalised matrix as one rank holds it: rows `first_row` ... of W, and the whole u and v."""
+    """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,) and v (d_out,) whole.
+
+    Without vectors of its own u and v are empty tensors of that length, on the meta device.
+    """
 
     rows: Tensor
     first_row: int
@@ -97,7 +100,7 @@ class Matrix(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A spectrally normalised matrix as one rank holds it: elements `start` ... of the row-major W, whole u and v."""
+    """A matrix as one rank holds it: elements `start` ... of the row-major W, the rest as in `Matrix`."""
 
     values: Tensor
     start: int
@@ -107,18 +110,18 @@ class Slice(NamedTuple):
     def times(self, u: Tensor) -> Tensor:
         """This rank's part of the sum W u, (d_out,)."""
         found = torch.zeros_like(self.v)
-        for row, column, block in self._blocks():
+        for row, column, block in self.blocks():
             found[row : row + len(block)] += block @ u[column : column + block.shape[1]]
         return found
 
     def transposed_times(self, v: Tensor) -> Tensor:
         """This rank's part of the sum W^T v, (d_in,)."""
         found = torch.zeros_like(self.u)
-        for row, column, block in self._blocks():
+        for row, column, block in self.blocks():
             found[column : column + block.shape[1]] += v[row : row + len(block)] @ block
         return found
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """(row, column, block) of a partial first row, whole rows and a partial last row, of those there are."""
         width, begin, size = len(self.u), 0, len(self.values)
         while begin < size:
@@ -130,6 +133,25 @@ class Slice(NamedTuple):
 
 
 Reduce = Callable[[Tensor], None]
+
+
+@torch.no_grad()
+def squared_rows(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> list[Tensor]:
+    """Squared length of each row of every whole matrix, (d_out,) each; at most one call of `reduce`."""
+    found = []
+    for part in matrices:
+        held = part.values if isinstance(part, Slice) else part.rows
+        squares = held.new_zeros(len(part.v))
+        if isinstance(part, Slice):
+            for row, _, block in part.blocks():
+                squares[row : row + len(block)] += block.square().sum(dim=1)
+        else:
+            squares[part.first_row : part.first_row + len(held)] = held.square().sum(dim=1)
+        found.append(squares)
+    flat = torch.cat(found)
+    if reduce is not None:
+        reduce(flat)
+    return list(flat.split([len(part.v) for part in matrices]))
 
 
 @torch.no_grad()

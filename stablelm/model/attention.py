@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods import espa
-from stablelm.methods.placement import make_placement
-from stablelm.methods.scales import logit_scale
-from stablelm.methods.widths import Widths, d_head, d_key_value, rank
+from stablelm.methods.axes import Widths
+from stablelm.methods.norms import RmsNorm
+from stablelm.methods.sizes import d_head, d_key_value
 from stablelm.model import documents
-from stablelm.model.linear import Dtypes, Linear, LowRankLinear
+from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions, beside_rotation, rotate
+from stablelm.model.positions import Positions, bias_of
 
 
 class Attention(nn.Module):
@@ -29,26 +28,27 @@ class Attention(nn.Module):
         assert width.attention % config.n_heads == 0
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
-        self.d_head, self.scale = d_head(config), logit_scale(config)
+        self.position, self.shaping = config.axes.position, config.axes.shaping
+        self.d_head = d_head(config)
+        self.scale = config.axes.init.logit_scale(self.d_head)
         self.dropout = config.dropout
-        self._shaping: tuple[Any, tuple[Tensor, Tensor]] | None = None
-        bias, sigma, d_kv = bool(config.bias), config.reparam == "sigma", d_key_value(config)
-        inner = rank(config)
+        self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        bias, reparam, d_kv = bool(config.bias), reparam_of(config, 2 * layer), d_key_value(config)
+        inner = config.axes.maps.rank(config)
 
         def first(d_out: int) -> Linear | LowRankLinear:
             if inner is None:
-                return Linear(width.read, d_out, bias=bias, dtypes=dtypes, sigma=sigma)
-            return LowRankLinear(width.read, inner, d_out, bias=bias, dtypes=dtypes, sigma=sigma)
+                return Linear(width.read, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
+            return LowRankLinear(width.read, inner, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
 
         self.query, self.key, self.value = first(width.attention), first(d_kv), first(d_kv)
         self.norm_query = self.norm_key = None
         if config.attention.qk_norm:
             # RMSNorm over each head, gains shared by heads (Wortsman et al. 2024; OLMo et al. 2024).
-            self.norm_query = Norm(config, dtypes, self.d_head, kind="rmsnorm")
-            self.norm_key = Norm(config, dtypes, self.d_head, kind="rmsnorm")
-        inner_norm = make_placement(config).before_output
-        self.norm_inner = Norm(config, dtypes, width.attention) if inner_norm else None
-        self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, sigma=sigma)
+            self.norm_query = Norm(config, dtypes, self.d_head, kind=RmsNorm())
+            self.norm_key = Norm(config, dtypes, self.d_head, kind=RmsNorm())
+        self.norm_inner = Norm(config, dtypes, width.attention) if config.axes.placement.before_output else None
+        self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
 
     @property
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
@@ -64,13 +64,12 @@ class Attention(nn.Module):
         return self.output(mixed)
 
     def queries_and_keys(self, products: tuple[Tensor, ...], positions: Positions) -> tuple[Tensor, Tensor]:
-        """(batch, heads, seq, d_head) each, with norms and rotary positions."""
+        """(batch, heads, seq, d_head) each, with norms and positions."""
         query = products[0].unflatten(-1, (-1, self.d_head))  # (batch, seq, heads, d_head)
         key = products[1].unflatten(-1, (-1, self.d_head))
         if self.norm_query is not None and self.norm_key is not None:
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
-        if self.config.attention.position == "rope":
-            query, key = rotate(query, positions), rotate(key, positions)
+        query, key = self.position.turn(query, positions), self.position.turn(key, positions)
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
@@ -89,26 +88,22 @@ class Attention(nn.Module):
 
     def _bias(self, positions: Positions, query: Tensor) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
-        if self.config.attention.shaping == "espa":
-            return self._shaped(query)[0]
-        return beside_rotation(positions)
+        return self._shaped(query)[0] if self.shaping.active else bias_of(positions)
 
     @torch.compiler.disable()
     def _shaped(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """E-SPA's bias and row scale for these queries' length, kept for the next call."""
+        """The shaping's bias and row scale for these queries' length, kept for the next call."""
         key = (query.shape[-2], query.device, torch.promote_types(query.dtype, torch.float32))
-        if self._shaping is None or self._shaping[0] != key:
-            both = espa.bias_and_scale(self.layer, self.config.n_layers, key[0])
+        if self._kept is None or self._kept[0] != key:
+            both = self.shaping.bias_and_scale(self.layer, self.config.n_layers, key[0])
             bias, rows = (torch.from_numpy(each).to(query.device, key[2]) for each in both)
-            self._shaping = key, (bias, rows)
-        return self._shaping[1]
+            self._kept = key, (bias, rows)
+        return self._kept[1]
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         """(batch, heads, seq, d_head): values averaged by softmax attention."""
         mixed = self._average(query, key, value, positions)
-        if self.config.attention.shaping != "espa":
-            return mixed
-        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None]
+        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None] if self.shaping.active else mixed
 
     def _average(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -7,16 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.placement import make_placement
-from stablelm.methods.scales import embedding_scale, head_scale
-from stablelm.methods.stream import Chunks, make_stream
-from stablelm.methods.widths import d_head, stream_width
+from stablelm.methods.sizes import d_head, stream_width
 from stablelm.model import documents
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, chunked_cross_entropy
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions, alibi_bias, rotation_table
-from stablelm.model.sublayer import Layer
+from stablelm.model.positions import Positions
+from stablelm.model.sublayer import Chunks, Layer
 
 Tap = Callable[[int, Chunks], Chunks]
 """Sees the stream after the embedding (0) and after each layer (1 ...), and gives what flows on."""
@@ -35,17 +32,18 @@ class Decoder(nn.Module):
         assert config.max_seq_len is not None
         self.config = config
         self.dtypes = dtypes = make_dtypes(precision, config.stream_dtype)
-        self.stream = make_stream(config)
+        axes = config.axes
+        self.stream = axes.stream.at(config)
         self.tap: Tap | None = None
         self.embedding = _table(config.vocab_size, config.d_model, dtypes.parameter)
-        learned = config.attention.position == "learned"
-        self.position = _table(config.max_seq_len, config.d_model, dtypes.parameter) if learned else None
+        rows = config.max_seq_len if axes.position.adds_table else None
+        self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
         end = stream_width(config, config.n_layers)
-        self.norm_final = Norm(config, dtypes, end) if make_placement(config).final else None
-        concat = config.stream == "concat"
-        self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if concat else None
+        self.norm_final = Norm(config, dtypes, end) if axes.placement.final else None
+        grown = self.stream.grows
+        self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if grown else None
         untied = not config.tie_embeddings
         self.head = Linear(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
 
@@ -70,7 +68,7 @@ class Decoder(nn.Module):
         values: Chunks = ()
         for index, layer in enumerate(self.layers):
             new = layer(chunks, positions, values)
-            if self.config.attention.value_residual and not values:
+            if layer.gives_values:
                 *new, first = new
                 values, new = (first,), tuple(new)
             chunks = self._tapped(index + 1, self.stream.settle(self.stream.join(chunks, new)))
@@ -82,7 +80,7 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """(batch, seq) -> (batch, seq, d_model) in the stream's dtype."""
         x = self.embedding(tokens)
-        scale = embedding_scale(self.config)
+        scale = self.config.axes.init.embedding_scale(self.config)
         if scale != 1:
             x = x * scale
         if self.position is not None:
@@ -104,29 +102,24 @@ class Decoder(nn.Module):
         x = x.to(self.dtypes.compute)
         if self.projection is not None:
             x = self.projection(x)
-        scale = head_scale(self.config)
+        scale = self.config.axes.init.head_scale(self.config)
         return x if scale == 1 else x * scale
 
     def positions(self, tokens: Tensor) -> Positions:
-        """The table of rope, the biases of alibi and the borders of documents, shared by all layers.
+        """Tables and biases of positions and the borders of documents, shared by all layers.
 
-        Both rope and alibi look at differences of positions alone, so these need not start again with a document.
+        Rotary positions and ALiBi depend on differences of positions alone, so they need not restart with a document.
         """
-        config, seq_len, device = self.config, tokens.shape[1], tokens.device
-        dtype, attention = self.dtypes.parameter, config.attention
-        borders: Positions = ()
-        if attention.document_end is not None:
-            if documents.has_kernel(config, self.dtypes.compute, device):
-                borders = (documents.boundaries(tokens, attention.document_end),)
-            else:
-                borders = (documents.bias(tokens, attention.document_end, dtype=dtype),)
-        if attention.position == "rope":
-            table = rotation_table(seq_len, d_head(config), attention.rope_base, dtype=dtype, device=device)
-            return table + borders
-        if attention.position == "alibi":
-            bias = alibi_bias(seq_len, config.n_heads, dtype=dtype, device=device)
-            return (bias + borders[0] if borders else bias,)
-        return borders
+        config, seq_len = self.config, tokens.shape[1]
+        where = {"dtype": self.dtypes.parameter, "device": tokens.device}
+        position, end = config.axes.position, config.attention.document_end
+        tables = position.tables(config, seq_len, d_head(config), **where)
+        bias = position.bias(config, seq_len, **where)
+        if end is not None:
+            kernel = documents.has_kernel(config, self.dtypes.compute, tokens.device)
+            borders = documents.boundaries(tokens, end) if kernel else documents.bias(tokens, end, dtype=where["dtype"])
+            bias = borders if bias is None else bias + borders
+        return tables if bias is None else (*tables, bias)
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

@@ -38,7 +38,7 @@ def boundaries(tokens: Tensor, end: int) -> Tensor:
 def has_kernel(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `average` can do what this model's attention asks for: a GPU with flash attention, half precision,
     and nothing on the logits or the weights."""
-    plain = config.attention.position != "alibi" and not config.attention.logit_cap and config.dropout == 0
+    plain = not config.axes.position.biases_logits and not config.attention.logit_cap and config.dropout == 0
     if device.type != "cuda" or dtype != torch.bfloat16 or not plain:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()

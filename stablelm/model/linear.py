@@ -1,10 +1,14 @@
-"""The linear map of the model, plain or spectrally normalised, and the dtypes that `train.precision` stands for."""
+"""The linear map of the model, plain or reparametrised, and the dtypes that `train.precision` stands for."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.axes import Reparam
 
 
 @dataclass(frozen=True)
@@ -28,46 +32,53 @@ def make_dtypes(precision: str, stream_dtype: str) -> Dtypes:
 class Linear(nn.Module):
     """x W^T + b with W (d_out, d_in) kept in the parameter dtype; multiplies and returns in the compute dtype.
 
-    With `sigma`, W stands for (gamma / sigma) W, sigma = v^T W u with u, v constant, so that the gradient passes
-    through sigma (Zhai et al., ICML 2023, eq. 1 and released code). gamma: (1,); u: (d_in,), v: (d_out,) buffers in
-    the parameter dtype, which `methods.spectral` starts and refreshes: never in forward, which recompute runs twice.
+    With `reparam`, what W stands for: its parameters and buffers, in the parameter dtype, beside W, and a factor of the
+    product.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtypes: Dtypes, sigma: bool = False):
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtypes: Dtypes, reparam: Reparam | None = None):
         super().__init__()
-        self.compute_dtype = dtypes.compute
+        self.compute_dtype, self.reparam = dtypes.compute, reparam
         self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtypes.parameter))
         self.bias = nn.Parameter(torch.empty(d_out, dtype=dtypes.parameter)) if bias else None
-        self.gamma = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if sigma else None
-        self.u: Tensor
-        self.v: Tensor
-        if sigma:
-            self.register_buffer("u", torch.empty(d_in, dtype=dtypes.parameter))
-            self.register_buffer("v", torch.empty(d_out, dtype=dtypes.parameter))
+        if reparam is not None:
+            for name, shape in reparam.parameters(d_in, d_out).items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtypes.parameter)))
+            for name, shape in reparam.buffers(d_in, d_out).items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtypes.parameter))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what a reparametrisation registers
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) -> (..., d_out)."""
-        if self.gamma is None:
+        if self.reparam is None:
             bias = None if self.bias is None else self.bias.to(self.compute_dtype)
             return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype), bias)
         return self.complete(F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype)))
 
     def complete(self, product: Tensor) -> Tensor:
-        """What follows x W^T: the scale gamma / sigma, taken in the parameter dtype, and the bias."""
-        if self.gamma is not None:
-            # A sharding engine may hand the matrix out in the compute dtype already.
-            sigma = torch.dot(self.v, torch.mv(self.weight.to(self.u.dtype), self.u))
-            product = product * (self.gamma / sigma).to(product.dtype)
+        """What follows x W^T: the factor, taken in the parameter dtype, and the bias."""
+        factor = None if self.reparam is None else self.reparam.factor(self)
+        if factor is not None:
+            product = product * factor.to(product.dtype)
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+def reparam_of(config: ModelConfig, sublayer: int) -> Reparam | None:
+    """The reparametrisation of a sub-layer's matrices, None where they are what they are."""
+    reparam = config.axes.reparam
+    return reparam if reparam.applies(config, sublayer) else None
 
 
 class LowRankLinear(nn.Module):
     """Two factors, d_in -> rank -> d_out, in place of one matrix (MLRA: arXiv 2409.07787)."""
 
-    def __init__(self, d_in: int, rank: int, d_out: int, *, bias: bool, dtypes: Dtypes, sigma: bool = False):
+    def __init__(self, d_in: int, rank: int, d_out: int, *, bias: bool, dtypes: Dtypes, reparam: Reparam | None = None):
         super().__init__()
-        self.down = Linear(d_in, rank, bias=False, dtypes=dtypes, sigma=sigma)
-        self.up = Linear(rank, d_out, bias=bias, dtypes=dtypes, sigma=sigma)
+        self.down = Linear(d_in, rank, bias=False, dtypes=dtypes, reparam=reparam)
+        self.up = Linear(rank, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
 
     @property
     def weight(self) -> Tensor:

@@ -1,39 +1,34 @@
 """Norms over the last dimension, with statistics in at least fp32."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
+from stablelm.methods import axes
 from stablelm.model.linear import Dtypes
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016), RMSNorm (Zhang & Sennrich 2019) or DyT (Zhu et al. 2025), gain and maybe bias.
+    """The model's norm with its gain and, if the model has biases and the norm takes one, a bias.
 
-    DyT is tanh(alpha x) with a learned alpha (1,), no statistics at all. `scale` is a constant that multiplies
-    the output. A bias is there if `config.bias` is, except in rmsnorm.
+    `kind`: another norm than the model's; `scale` is a constant that multiplies the output.
     """
 
-    def __init__(self, config: ModelConfig, dtypes: Dtypes, width: int, *, kind: str | None = None, scale: float = 1.0):
+    def __init__(
+        self, config: ModelConfig, dtypes: Dtypes, width: int, *, kind: axes.Norm | None = None, scale: float = 1.0
+    ):
         super().__init__()
-        self.kind = kind or config.norm
+        self.kind = kind or config.axes.norm
         self.eps = config.norm_eps
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(width, dtype=dtypes.parameter))
-        has_bias = config.bias and self.kind != "rmsnorm"
+        has_bias = bool(config.bias) and self.kind.has_bias
         self.bias = nn.Parameter(torch.empty(width, dtype=dtypes.parameter)) if has_bias else None
-        self.alpha = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if self.kind == "dyt" else None
+        self.alpha = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if self.kind.has_slope else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) of any float dtype -> the same shape in the parameter dtype (fp32, fp64 under fp64)."""
-        x = x.to(self.weight.dtype)
         weight, bias = self.weight, self.bias
         if self.scale != 1:
             weight, bias = weight * self.scale, None if bias is None else bias * self.scale
-        if self.alpha is not None:
-            x = torch.tanh(self.alpha * x) * weight
-            return x if bias is None else x + bias
-        if self.kind == "rmsnorm":
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return self.kind.apply(x.to(self.weight.dtype), weight, bias, self.alpha, self.eps)

@@ -1,23 +1,33 @@
 """The only block code: read, norm by placement, body, dropout, write onto the stream."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.placement import make_placement
-from stablelm.methods.stream import Chunks, Dense, make_stream
-from stablelm.methods.widths import widths
+from stablelm.methods.axes import Added
 from stablelm.model.attention import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Dtypes
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 
+Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]
+
+
+def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
+    """Registers what an axis value adds to a module, its values left unset, and gives its names."""
+    for parameter in parameters:
+        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
+        module.register_parameter(parameter.name, nn.Parameter(empty))
+    return tuple(parameter.name for parameter in parameters)
+
+
+def added(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What was added to a module, by name."""
+    return {name: getattr(module, name) for name in names}
 
 
 class Sublayer(nn.Module):
@@ -29,18 +39,19 @@ class Sublayer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
-        placement, width, layer = make_placement(config), widths(config, index), index // 2
-        self.stream = make_stream(config)
+        axes, layer = config.axes, index // 2
+        placement, width = axes.placement, axes.stream.widths(config, index)
+        self.stream = axes.stream.at(config)
         self.compute_dtype = dtypes.compute
         # A concatenation at every depth would keep memory that grows with the square of the depth.
-        self.frees_input = config.stream == "concat"
-        by_depth = 1 / math.sqrt(layer + 1) if placement.by_depth else 1.0
-        self.norm_in = Norm(config, dtypes, width.read, scale=by_depth) if placement.before_body else None
+        self.frees_input = self.stream.grows
+        scale = placement.input_scale(layer)
+        self.norm_in = Norm(config, dtypes, width.read, scale=scale) if placement.before_body else None
         self.body: Attention | FeedForward
-        self.body = FeedForward(config, dtypes, width) if index % 2 else Attention(config, dtypes, width, layer)
+        self.body = FeedForward(config, dtypes, width, index) if index % 2 else Attention(config, dtypes, width, layer)
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
-        self.gain = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if config.stream == "rezero" else None
+        self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     def enter(self, chunks: Chunks) -> Products:
@@ -54,7 +65,7 @@ class Sublayer(nn.Module):
         return tuple(linear.complete(part) for linear, part in zip(maps, parts, strict=True))
 
     def _read(self, *chunks: Tensor) -> Tensor:
-        x = self.stream.read(chunks)
+        x = self.stream.read(chunks, added(self, self.added))
         if self.norm_in is not None:
             x = self.norm_in(x)
         return x.to(self.compute_dtype)
@@ -72,10 +83,7 @@ class Sublayer(nn.Module):
         branch = self.body(products, positions)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        branch = self.dropout(branch)
-        if self.gain is not None:
-            branch = branch * self.gain.to(branch.dtype)
-        new = self.stream.write(chunks, branch)
+        new = self.stream.write(chunks, self.dropout(branch), added(self, self.added))
         if self.norm_out is not None:
             new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
         return new
@@ -86,28 +94,23 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
-        self.stream = make_stream(config)
-        self.gives_values = bool(config.attention.value_residual) and index == 0
+        self.stream, self.values = config.axes.stream.at(config), config.axes.values
+        self.gives_values = self.values.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
-        dense = isinstance(self.stream, Dense)
-        self.mix = nn.Parameter(torch.empty(index + 2, dtype=dtypes.parameter)) if dense else None
+        self.added = _add(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(self, chunks: Chunks, positions: Positions, values: Chunks = ()) -> Chunks:
         """What both sub-layers add to the stream, for `Stream.join`; chunks: (batch, seq, width) each.
 
-        With value residuals (Zhou et al. 2025, fixed weights 1/2) the first layer also returns its values, last,
-        and the others get them as `values`.
+        Where values are mixed the first layer also returns its own, last, and the others get them as `values`.
         """
         products = self.attention.enter(chunks)
         own = products[2]
         if values:
-            products = (products[0], products[1], 0.5 * (own + values[0]))
+            products = (products[0], products[1], self.values.mix(own, values[0]))
         attended = self.attention.leave(chunks, products, positions)
         between = self.stream.join(chunks, attended)
         fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
-        new = self.stream.join(attended, fed)
-        if self.mix is not None:
-            assert isinstance(self.stream, Dense)
-            new = self.stream.average(chunks, new[0], self.mix)
+        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added(self, self.added))
         return (*new, own) if self.gives_values else new

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablelm.methods.stream import Chunks, Concat, Stream
 from stablelm.model.attention import Attention
 from stablelm.model.positions import Positions, of_part
-from stablelm.model.sublayer import Layer
+from stablelm.model.sublayer import Chunks, Layer
 
 LOGITS = 2**20
 
@@ -51,11 +50,6 @@ def internals(rows: list[dict[str, Tensor]], gradients: list[Tensor], weight_gra
     columns |= {"gradient_norm": gradients, "weight_gradient_norm": weight_gradients}
     # One transfer a column, not one a figure.
     return Internals(**{name: torch.stack(column).double().cpu().numpy() for name, column in columns.items()})
-
-
-def state(stream: Stream, chunks: Chunks) -> Chunks:
-    """The chunks that a layer reads: all of a concatenated stream, else the first (averages keep others beside it)."""
-    return chunks if isinstance(stream, Concat) else chunks[:1]
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -14,10 +14,9 @@ from stablelm.checkpoint.format import clean_name
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.sigma import SigmaMatrices
-from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
-from stablelm.model.sublayer import Layer
-from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
+from stablelm.model.sublayer import Chunks, Layer
+from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, stream_figures
 
 TOKENS = 1024
 
@@ -56,7 +55,7 @@ class Recorder:
         return [{}, *(gauge.figures for gauge in self._gauges)]
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
-        measured = state(self._decoder.stream, chunks)
+        measured = self._decoder.stream.state(chunks)
         with torch.no_grad():
             self._streams.append(stream_figures(measured))
         watched: Chunks = _Watch.apply(partial(self._keep, index), *measured)  # pyright: ignore[reportAssignmentType]

@@ -9,9 +9,9 @@ torch.compile may keep less.
 from dataclasses import dataclass
 
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.methods.placement import make_placement
-from stablelm.methods.stream import MERGED
-from stablelm.methods.widths import Widths, d_key_value, rank, stream_width, widths
+from stablelm.methods.axes import Widths
+from stablelm.methods.catformer import MERGED
+from stablelm.methods.sizes import d_key_value, stream_width, widths
 
 TOKEN_BYTES = 8  # an int64 index
 
@@ -78,7 +78,7 @@ def layer(model: ModelConfig, sizes: Sizes, index: int) -> int:
 
 def ends(model: ModelConfig, sizes: Sizes) -> int:
     """Bytes kept by the embedding, the final norm and the projection, and the indices."""
-    end, placement = stream_width(model, model.n_layers), make_placement(model)
+    end, placement = stream_width(model, model.n_layers), model.axes.placement
     elements = bool(model.embedding_norm) * model.d_model * sizes.parameter
     if placement.final:
         elements += end * sizes.parameter * (2 if model.norm == "dyt" else 1)
@@ -108,7 +108,7 @@ def _around(model: ModelConfig, sizes: Sizes, width: Widths) -> int:
 
     A layer norm keeps its input in the parameter dtype, and a mean and a deviation a token.
     """
-    placement, tokens = make_placement(model), sizes.tokens
+    placement, tokens = model.axes.placement, sizes.tokens
     kept_by_norm = sizes.parameter * (2 if model.norm == "dyt" else 1)
     statistics = {"layernorm": 2, "rmsnorm": 1, "dyt": 0}[str(model.norm)] * sizes.parameter
     if model.stream == "concat":
@@ -124,7 +124,7 @@ def _around(model: ModelConfig, sizes: Sizes, width: Widths) -> int:
 
 def _attention(model: ModelConfig, sizes: Sizes, width: Widths) -> int:
     tokens, compute, parameter = sizes.tokens, sizes.compute, sizes.parameter
-    d_kv, inner = d_key_value(model), rank(model)
+    d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
     first = width.attention + 2 * d_kv
     total = tokens * (first + width.attention) * compute  # queries, keys, values and their mix
     if model.stream == "concat" and model.reparam != "sigma" and model.attention.position == "rope":
@@ -135,7 +135,7 @@ def _attention(model: ModelConfig, sizes: Sizes, width: Widths) -> int:
         total += tokens * (first + width.branch + (3 * inner if inner else 0)) * compute
     if model.attention.qk_norm:
         total += tokens * (width.attention + d_kv + model.n_heads + (model.kv_heads or 0)) * parameter
-    if make_placement(model).before_output:
+    if model.axes.placement.before_output:
         total += tokens * width.attention * (compute + _copy(sizes)) + 2 * tokens * parameter
     if model.attention.shaping == "espa":
         total += tokens * width.attention * compute
@@ -161,10 +161,10 @@ def _feedforward(model: ModelConfig, sizes: Sizes, width: Widths) -> int:
     hidden, compute = sizes.tokens * model.d_ff, sizes.compute
     tensors = {"relu": 1, "gelu": 2, "tailored": 2, "swiglu": 4}[str(model.activation)]
     total = tensors * hidden * compute
-    if model.reparam == "sigma" and model.sigma.targets == "all":
+    if model.reparam == "sigma" and model.axes.reparam.applies(model, 1):
         total += (2 if model.activation == "swiglu" else 1) * hidden * compute
         total += sizes.tokens * width.branch * compute
-    if make_placement(model).before_output:
+    if model.axes.placement.before_output:
         total += hidden * (compute + _copy(sizes)) + 2 * sizes.tokens * sizes.parameter
         if model.activation != "relu" and _copy(sizes):
             total -= hidden * compute  # the norm keeps its own copy of the activation's output

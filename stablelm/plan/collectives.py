@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.methods.widths import d_key_value, rank, widths
+from stablelm.methods.sizes import d_key_value, widths
 from stablelm.plan.memory import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -79,13 +79,13 @@ def sigma_elements(config: Config) -> int:
     model = config.model
     if model.reparam != "sigma":
         return 0
-    inner, d_kv, total = rank(model), d_key_value(model), 0
+    inner, d_kv, total = model.axes.maps.rank(model), d_key_value(model), 0
     for layer in range(model.n_layers):
         attention, feedforward = widths(model, 2 * layer), widths(model, 2 * layer + 1)
         for d_out in (attention.attention, d_kv, d_kv):
             total += attention.read + d_out + (2 * inner if inner else 0)
         total += attention.attention + attention.branch
-        if model.sigma.targets == "all":
+        if model.axes.reparam.applies(model, 1):
             assert model.d_ff is not None
             firsts = 2 if model.activation == "swiglu" else 1
             total += firsts * (feedforward.read + model.d_ff) + model.d_ff + feedforward.branch

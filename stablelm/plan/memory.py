@@ -16,9 +16,8 @@ from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config
 from stablelm.engine.deepspeed_config import PERSISTENT
 from stablelm.engine.sharding import GATHERED_BYTES, default_replicas
-from stablelm.methods.initialise import decays, roles
-from stablelm.methods.rates import rates
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import decays, roles
 
 DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
 ALIGNMENT = 2  # elements, of each rank's part of a flat ZeRO group
@@ -73,7 +72,9 @@ def parameters(config: Config) -> list[Parameter]:
     listed = []
     for name, parameter in decoder.named_parameters():
         role = found[name]
-        factors = rates(config.model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
+        factors = config.model.axes.init.rates(
+            config.model, in_layer=role.layer is not None, matrix=parameter.ndim == 2
+        )
         listed.append(Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role))))
     return listed
 

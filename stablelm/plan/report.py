@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from stablelm.model.flops import flops_per_token, parameter_counts
+from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.plan import activations, memory
 from stablelm.plan.collectives import Collectives
 from stablelm.plan.memory import Layout, Parameter

@@ -22,6 +22,7 @@ from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.methods.deepscalelm import DeepscaleOptions
 from stablelm.plan import estimate, memory
 from stablelm.plan.ledger import Ledger
 from stablelm.plan.memory import Layout, Parameter
@@ -89,7 +90,7 @@ def shortened(config: Config, listed: list[Parameter], layers: int | None) -> Co
 
 def _cut(config: Config, layers: int) -> Config:
     # Scales such as sqrt(1 - k / n_layers) want at least more than k layers.
-    layers = max(layers, math.floor(config.model.deepscale.k) + 1)
+    layers = max(layers, math.floor(config.model.option(DeepscaleOptions).k) + 1)
     return replace(config, model=replace(config.model, n_layers=min(config.model.n_layers, layers)))
 
 

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.initialise import initial_values
-from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
-from stablelm.model.sublayer import Layer
-from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
+from stablelm.model.sublayer import Chunks, Layer
+from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, stream_figures
 from stablelm.probe.shelf import Shelf, boundaries, shares
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev
@@ -154,7 +153,7 @@ class _Walk:
     def _keep(self, new: Chunks, figures: dict[str, Tensor]) -> None:
         self._stream.add(new)
         chunks = self._stream.at(len(self._rows))
-        self._rows.append(stream_figures(state(self.decoder.stream, chunks)) | figures)
+        self._rows.append(stream_figures(self.decoder.stream.state(chunks)) | figures)
 
     def finish(self, targets: Tensor, z_loss: float) -> float:
         """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
@@ -173,7 +172,7 @@ class _Walk:
     def _turn(self, gradient: tuple[Tensor, ...]) -> None:
         """Arrives at a boundary from above."""
         self._gradient = gradient
-        self._gradients.append(norm(state(self.decoder.stream, gradient)))
+        self._gradients.append(norm(self.decoder.stream.state(gradient)))
 
     def backward(self, index: int) -> None:
         """Down through layer `index`, which runs again from its stored input with the same dropout."""
@@ -227,5 +226,5 @@ def _spectral_norms(layer: Layer, prefix: str) -> dict[str, float]:
     return {
         f"{prefix}.{name}": float(torch.dot(part.v, torch.mv(part.weight, part.u)))
         for name, part in layer.named_modules()
-        if isinstance(part, Linear) and part.gamma is not None
+        if isinstance(part, Linear) and hasattr(part, "u")
     }

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stablelm.methods.predict import Prediction
 from stablelm.probe.measure import Measured
+from stablelm.probe.predict import Prediction
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -25,7 +25,7 @@ from stablelm.train.start import exit_code_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stablelm.methods.predict import Prediction
+    from stablelm.probe.predict import Prediction
     from stablelm.probe.report import Probe
 
 LONGEST = 256
@@ -179,7 +179,7 @@ def predicted(model: ModelConfig, seq_len: int, tokens: int, collision: float) -
     """The theory's figures; not finite from the depth on at which a model explodes beyond float64."""
     import numpy as np
 
-    from stablelm.methods.predict import predict
+    from stablelm.probe.predict import predict
 
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         return predict(model, seq_len=seq_len, tokens=tokens, collision=collision)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import StorageError
-from stablelm.methods.stream import Chunks, Concat, Stream
-from stablelm.methods.widths import stream_width
+from stablelm.methods.axes import Stream
+from stablelm.methods.sizes import stream_width
+from stablelm.model.sublayer import Chunks
 
 SEGMENT, PIECE, ALIGNMENT = 64 * 2**20, 2**20, 64
 
@@ -119,7 +120,7 @@ class Grown:
 
 def boundaries(config: ModelConfig, stream: Stream, shelf: Shelf) -> Boundaries:
     """The way to keep a stream of that kind."""
-    return Grown(config) if isinstance(stream, Concat) else Kept(stream, shelf)
+    return Grown(config) if stream.grows else Kept(stream, shelf)
 
 
 def shares(gradient: tuple[Tensor, ...], chunks: Chunks) -> tuple[Tensor, ...]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm.methods.predict import Prediction
 from stablelm.observe.gauges import Internals
+from stablelm.probe.predict import Prediction
 
 TRAINABILITY = Path(__file__).with_name("trainability.json")
 REFERENCE = "deepscalelm_pre"

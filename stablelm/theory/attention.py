@@ -20,7 +20,7 @@ from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
 
-_UNIT = Norm("rmsnorm")
+_UNIT = Norm()
 _LARGEST = 50.0  # keeps exp within range; no row moves by then
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stablelm.theory.moments import dual, dual_mean, dual_slope, leaky_dual, leaky_dual_slope
+from stablelm.theory.moments import TANH, Function
 
 Array = NDArray[np.float64]
 
@@ -21,26 +21,26 @@ Array = NDArray[np.float64]
 class Norm:
     """A norm over the features of each token, its learned gain at 1.
 
-    `kind`: layernorm, rmsnorm or dyt; `scale` multiplies the output; `alpha` is the slope inside dyt's tanh;
-    `eps` is added to the variance of layernorm and rmsnorm.
+    It divides by the root of the mean square, or, with `alpha`, is tanh(alpha x). `centred`: it takes the mean over
+    the features away first; `scale` multiplies the output; `eps` is added to the mean square.
     """
 
-    kind: str
+    centred: bool = False
     scale: float = 1.0
-    alpha: float = 0.5
+    alpha: float | None = None
     eps: float = 0.0
 
 
 @dataclass(frozen=True)
 class FeedForwardBody:
-    """fc2(act(fc1 x)), or for swiglu fc2(silu(gate x) * fc1 x).
+    """fc2(act(fc1 x)), or, if `gated`, fc2(act(gate x) * fc1 x).
 
     `fc1_gain`, `fc2_gain`, `gate_gain`: fan_in * std^2, variance of the product over the second moment of its input;
-    `fc1_back`, `fc2_back`, `gate_back`: fan_out * std^2, the same for gradients. `activation`: relu, gelu, swiglu or
-    leaky with negative slope `slope`; `output_scale` multiplies its output; `inner_norm` sits between it and fc2.
+    `fc1_back`, `fc2_back`, `gate_back`: fan_out * std^2, the same for gradients. `output_scale` multiplies the
+    function's output; `inner_norm` sits between it and fc2.
     """
 
-    activation: str
+    function: Function
     fc1_gain: float
     fc2_gain: float
     fc1_back: float
@@ -48,8 +48,8 @@ class FeedForwardBody:
     gate_gain: float = 0.0
     gate_back: float = 0.0
     inner_norm: Norm | None = None
-    slope: float = 0.0
     output_scale: float = 1.0
+    gated: bool = False
 
 
 class FeedForwardState(NamedTuple):
@@ -76,16 +76,16 @@ def times_diagonal(kernel: Array, factor: float) -> Array:
 
 
 def norm_forward(norm: Norm | None, kernel: Array) -> Array:
-    """Kernel of the norm's output; layernorm's features are taken to have mean zero. None: the kernel itself.
+    """Kernel of the norm's output; features are taken to have mean zero. None: the kernel itself.
 
-    dyt is an odd activation of Gaussian features (Zhu et al. 2025, arXiv 2503.10622).
+    tanh(alpha x) is an odd activation of Gaussian features (Zhu et al. 2025, arXiv 2503.10622).
     """
     if norm is None:
         return kernel
-    if norm.kind == "dyt":
+    if norm.alpha is not None:
         inside = norm.alpha**2 * kernel
         a, b = columns_and_rows(inside)
-        return norm.scale**2 * dual("tanh", a, inside, b)
+        return norm.scale**2 * TANH.dual(a, inside, b)
     return norm.scale**2 * kernel / _variances(norm, kernel)
 
 
@@ -97,10 +97,10 @@ def norm_backward(norm: Norm | None, kernel: Array, gradient: Array) -> Array:
     """
     if norm is None:
         return gradient
-    if norm.kind == "dyt":
+    if norm.alpha is not None:
         inside = norm.alpha**2 * kernel
         a, b = columns_and_rows(inside)
-        return norm.scale**2 * norm.alpha**2 * gradient * dual_slope("tanh", a, inside, b)
+        return norm.scale**2 * norm.alpha**2 * gradient * TANH.dual_slope(a, inside, b)
     return norm.scale**2 * gradient / _variances(norm, kernel)
 
 
@@ -113,14 +113,12 @@ def feedforward_forward(body: FeedForwardBody, kernel: Array) -> tuple[Array, Fe
     """Kernel of the body's output from that of its input, and the state for `feedforward_backward`."""
     hidden, gate = body.fc1_gain * kernel, body.gate_gain * kernel
     a, b = columns_and_rows(hidden)
-    if body.activation == "swiglu":
+    if body.gated:
         gate_a, gate_b = columns_and_rows(gate)
-        activated = dual("silu", gate_a, gate, gate_b) * hidden
-    elif body.activation == "leaky":
-        activated = leaky_dual(body.slope, a, hidden, b)
+        activated = body.function.dual(gate_a, gate, gate_b) * hidden
     else:
-        activated = dual(body.activation, a, hidden, b)
-    if body.inner_norm is not None and body.inner_norm.kind == "layernorm":
+        activated = body.function.dual(a, hidden, b)
+    if body.inner_norm is not None and body.inner_norm.centred:
         mean = _feature_mean(body, np.diagonal(hidden))
         activated = activated - np.outer(mean, mean)
     activated = body.output_scale**2 * activated
@@ -129,11 +127,7 @@ def feedforward_forward(body: FeedForwardBody, kernel: Array) -> tuple[Array, Fe
 
 def _feature_mean(body: FeedForwardBody, variance: Array) -> Array:
     """Mean over the features of each token's activation, which a layernorm takes away."""
-    if body.activation == "swiglu":
-        return np.zeros_like(variance)
-    if body.activation == "leaky":
-        return (1 - body.slope) * dual_mean("relu", variance)
-    return dual_mean(body.activation, variance)
+    return np.zeros_like(variance) if body.gated else body.function.mean(variance)
 
 
 def feedforward_backward(body: FeedForwardBody, state: FeedForwardState, gradient: Array) -> Array:
@@ -141,11 +135,9 @@ def feedforward_backward(body: FeedForwardBody, state: FeedForwardState, gradien
     gradient = norm_backward(body.inner_norm, state.activated, body.fc2_back * gradient)
     gradient = body.output_scale**2 * gradient
     a, b = columns_and_rows(state.hidden)
-    if body.activation == "swiglu":
+    if body.gated:
         gate_a, gate_b = columns_and_rows(state.gate)
-        through_value = body.fc1_back * dual("silu", gate_a, state.gate, gate_b)
-        through_gate = body.gate_back * dual_slope("silu", gate_a, state.gate, gate_b) * state.hidden
+        through_value = body.fc1_back * body.function.dual(gate_a, state.gate, gate_b)
+        through_gate = body.gate_back * body.function.dual_slope(gate_a, state.gate, gate_b) * state.hidden
         return gradient * (through_value + through_gate)
-    if body.activation == "leaky":
-        return body.fc1_back * gradient * leaky_dual_slope(body.slope, a, state.hidden, b)
-    return body.fc1_back * gradient * dual_slope(body.activation, a, state.hidden, b)
+    return body.fc1_back * gradient * body.function.dual_slope(a, state.hidden, b)

@@ -5,12 +5,13 @@ the next linear map sees. Correlations r are between tokens, of one channel. Tab
 Transformers Get Stable (ICML 2024, arXiv 2403.09635), appendix; what is ours is marked "derived here".
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stablelm.errors import ConfigError
 from stablelm.theory import hermite
 
 Array = NDArray[np.float64]
@@ -34,15 +35,8 @@ def _tanh_slope(x: Array) -> Array:
     return 1.0 - np.tanh(x) ** 2
 
 
-_BY_EXPANSION = {"silu": (_silu, _silu_slope), "tanh": (np.tanh, _tanh_slope)}
-
-
 def _float(x: ArrayLike) -> Array:
     return np.asarray(x, dtype=np.float64)
-
-
-def _unknown(activation: str) -> ConfigError:
-    return ConfigError(f"activation: {activation!r} has no Gaussian moments; use relu, gelu, silu or tanh.")
 
 
 # Activations -----------------------------------------------------------------------------------------------
@@ -90,68 +84,104 @@ def _gelu_parts(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, 
     return 0.25 + np.arcsin(c / np.sqrt(a * b)) / (2 * np.pi), 1 / (2 * np.pi * np.sqrt(determinant)), determinant
 
 
-def dual(activation: str, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi(x) phi(y)] for zero-mean Gaussians of covariance [[k11, k12], [k12, k22]], uncentred.
+class Function:
+    """A pointwise function phi and its integrals over Gaussians; in each, arguments broadcast.
 
-    `activation`: relu (Cho & Saul 2009, closed form), gelu with erf (closed form by Stein's lemma; at
-    k11 = k22 it is the one in Kedia et al. 2024; unequal variances derived here), silu, tanh
-    (`hermite.kernel`). Arguments broadcast. Unknown names: ConfigError.
+    `dual`: E[phi(x) phi(y)] for zero-mean x, y of covariance [[k11, k12], [k12, k22]], uncentred; `dual_slope`:
+    E[phi'(x) phi'(y)], the factor a gradient's covariance takes; `mean`: E[phi(x)] for x ~ N(0, variance).
     """
-    if activation == "relu":
-        return leaky_dual(0.0, k11, k12, k22)
-    if activation == "gelu":
+
+    name: str
+
+    def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        raise NotImplementedError
+
+    def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        raise NotImplementedError
+
+    def mean(self, variance: ArrayLike) -> Array:
+        raise NotImplementedError
+
+    def second_moment(self, variance: ArrayLike) -> Array:
+        """E[phi(x)^2] for x ~ N(0, variance)."""
+        v = _float(variance)
+        return self.dual(v, v, v)
+
+
+@dataclass(frozen=True)
+class LeakyRelu(Function):
+    """x for x > 0, else slope x; slope 0 is the ReLU (Cho & Saul 2009; its mean: Kedia et al. 2024)."""
+
+    slope: float = 0.0
+    name: str = "relu"
+
+    def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        return leaky_dual(self.slope, k11, k12, k22)
+
+    def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        return leaky_dual_slope(self.slope, k11, k12, k22)
+
+    def mean(self, variance: ArrayLike) -> Array:
+        return (1 - self.slope) * np.sqrt(_float(variance) / (2 * np.pi))
+
+
+@dataclass(frozen=True)
+class Gelu(Function):
+    """GELU with erf: closed forms by Stein's lemma.
+
+    At k11 = k22 that of Kedia et al. 2024; unequal variances derived here.
+    """
+
+    name: str = "gelu"
+
+    def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
         p, q, _ = _gelu_parts(k11, k12, k22)
         a, c, b = _float(k11), _float(k12), _float(k22)
         return (c * p + q * (a * b + c**2 * (1 / (1 + a) + 1 / (1 + b) - 1)))[()]
-    if activation in _BY_EXPANSION:
-        return hermite.kernel(_BY_EXPANSION[activation][0], k11, k12, k22)
-    raise _unknown(activation)
 
-
-def dual_slope(activation: str, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi'(x) phi'(y)], the factor a gradient's covariance takes; sources and arguments as in `dual`."""
-    if activation == "relu":
-        return leaky_dual_slope(0.0, k11, k12, k22)
-    if activation == "gelu":
+    def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
         p, q, determinant = _gelu_parts(k11, k12, k22)
         a, c, b = _float(k11), _float(k12), _float(k22)
         return (p + q * c * (1 / (1 + a) + 1 / (1 + b) + 1 / determinant))[()]
-    if activation in _BY_EXPANSION:
-        return hermite.kernel(_BY_EXPANSION[activation][1], k11, k12, k22)
-    raise _unknown(activation)
 
-
-def dual_mean(activation: str, variance: ArrayLike) -> Array:
-    """E[phi(x)] for x ~ N(0, variance); relu and gelu in closed form (Kedia et al. 2024), else by quadrature."""
-    v = _float(variance)
-    if activation == "relu":
-        return np.sqrt(v / (2 * np.pi))
-    if activation == "gelu":
+    def mean(self, variance: ArrayLike) -> Array:
+        v = _float(variance)
         return v / np.sqrt(2 * np.pi * (1 + v))
-    if activation in _BY_EXPANSION:
-        return hermite.expectation(_BY_EXPANSION[activation][0], v)
-    raise _unknown(activation)
 
 
-def second_moment(activation: str, variance: ArrayLike) -> Array:
-    """E[phi(x)^2] for x ~ N(0, variance); "swiglu": E[(silu(u) v)^2], u and v independent of that variance."""
-    v = _float(variance)
-    if activation == "swiglu":
-        return second_moment("silu", v) * v
-    if activation in _BY_EXPANSION:
-        function = _BY_EXPANSION[activation][0]
-        return hermite.expectation(lambda x: function(x) ** 2, v)
-    return dual(activation, v, v, v)
+@dataclass(frozen=True)
+class Expanded(Function):
+    """A smooth function by its Hermite expansion (`hermite.kernel`) and by quadrature."""
+
+    name: str
+    function: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
+
+    def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        return hermite.kernel(self.function, k11, k12, k22)
+
+    def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
+        return hermite.kernel(self.slope, k11, k12, k22)
+
+    def mean(self, variance: ArrayLike) -> Array:
+        return hermite.expectation(self.function, _float(variance))
+
+    def second_moment(self, variance: ArrayLike) -> Array:
+        return hermite.expectation(lambda x: self.function(x) ** 2, _float(variance))
+
+
+RELU, GELU = LeakyRelu(), Gelu()
+SILU, TANH = Expanded("silu", _silu, _silu_slope), Expanded("tanh", np.tanh, _tanh_slope)
 
 
 def swiglu_dual(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
     """E[silu(u) v silu(u') v'], gate u and up-projection v independent with the same kernel (derived here)."""
-    return dual("silu", k11, k12, k22) * _float(k12)
+    return SILU.dual(k11, k12, k22) * _float(k12)
 
 
 def swiglu_dual_slope(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array]:
     """Slope kernels of silu(u) v with respect to u and to v: (E[silu' silu'] k12, E[silu silu]) (derived here)."""
-    return dual_slope("silu", k11, k12, k22) * _float(k12), dual("silu", k11, k12, k22)
+    return SILU.dual_slope(k11, k12, k22) * _float(k12), SILU.dual(k11, k12, k22)
 
 
 # Linear maps, dropout, normalisation, softmax ---------------------------------------------------------------
@@ -215,29 +245,9 @@ def softmax(x: Moments, seq_len: int) -> Moments:
     return Moments(mean, variance, -variance / others, gradient, -gradient / others)
 
 
-class NormMoments(NamedTuple):
-    """Second moment after a normaliser, and E of its squared slope, which scales the gradient variance."""
-
-    variance: float | Array
-    slope: float | Array
-
-
-def norm_moments(kind: str, variance: ArrayLike, alpha: float | None = None) -> NormMoments:
-    """Output variance and squared slope of layernorm, rmsnorm (1, 1/variance) or of dyt at its `alpha`.
-
-    Sources: Xiong et al. 2020 (LayerNorm's 1/std gradient); Zhu et al. 2025, arXiv 2503.10622 (dyt).
-    """
-    v = _float(variance)
-    if kind in ("layernorm", "rmsnorm"):
-        return NormMoments(np.ones_like(v)[()], 1 / v)
-    if kind == "dyt" and alpha is not None:
-        return NormMoments(dyt_second_moment(alpha, v), dyt_slope(alpha, v))
-    raise ConfigError(f"norm: {kind!r} with alpha={alpha} has no moments; use layernorm, rmsnorm or dyt with an alpha.")
-
-
 def dyt_second_moment(alpha: ArrayLike, variance: ArrayLike) -> Array:
     """E[tanh(alpha x)^2] for x ~ N(0, variance): dynamic tanh (arXiv 2503.10622) with unit gain, by quadrature."""
-    return second_moment("tanh", _float(alpha) ** 2 * _float(variance))
+    return TANH.second_moment(_float(alpha) ** 2 * _float(variance))
 
 
 def dyt_slope(alpha: ArrayLike, variance: ArrayLike) -> Array:

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablelm.config.schema import Config
 from stablelm.data.waiting import waited_seconds
 from stablelm.engine.mesh import Ranks
-from stablelm.model.flops import flops_per_token
+from stablelm.methods.sizes import flops_per_token
 from stablelm.observe.metrics import Interval
 from stablelm.plan.accelerators import named_by
 from stablelm.train.progress import Progress

@@ -5,8 +5,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
-from stablelm.methods.initialise import Role, decays
-from stablelm.methods.rates import Rates, rates
+from stablelm.methods.axes import Rates, Role
+from stablelm.model.initialise import decays
 
 
 def adamw(
@@ -20,7 +20,7 @@ def adamw(
     groups: dict[tuple[Rates, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         role = roles[name]
-        factors = rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
+        factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
         # One kernel call takes split parameters or whole ones, not both.
         groups.setdefault((factors, decays(role), isinstance(parameter, DTensor)), []).append(parameter)
     optimizer = torch.optim.AdamW(

@@ -16,8 +16,9 @@ from stablelm.checkpoint import commit, contents, keep
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.index import Entry, Piece
-from stablelm.config.schema import ModelConfig, SigmaConfig
+from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
+from stablelm.methods.sigma_reparam import SigmaOptions
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
 
@@ -48,7 +49,7 @@ def test_pieces_cover_a_tensor_once(shape: tuple[int, ...], pieces: list, covers
 def test_every_tensor_of_the_model_is_expected():
     model = ModelConfig(
         method="sigma_reparam", n_layers=2, d_model=16, n_heads=2, kv_heads=1, d_ff=32, max_seq_len=8, vocab_size=64,
-        tie_embeddings=True, sigma=SigmaConfig(targets="all"),
+        tie_embeddings=True, options=(SigmaOptions(targets="all"),),
     )  # fmt: skip
     shapes = contents.expected_shapes(apply_method(model))
     assert "model.head.weight" not in shapes  # the embedding itself

@@ -89,14 +89,14 @@ def test_argument_values(argument, value):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("train.steps=3.7", "train.steps=3.7 must be a whole number or null (argument train.steps=3.7)"),
-        ("observe.every=true", "observe.every=true must be a whole number (argument observe.every=true)"),
+        ("train.steps=3.7", "train.steps=3.7 must be an integer or null (argument train.steps=3.7)"),
+        ("observe.every=true", "observe.every=true must be an integer (argument observe.every=true)"),
         ("train.lr=fast", "train.lr=fast must be a number (argument train.lr=fast)"),
         ("train.lr=.nan", "train.lr=nan must be a number (argument train.lr=.nan)"),
         ("train.lr=true", "train.lr=true must be a number (argument train.lr=true)"),
         ("train.lr='3'", "train.lr='3' must be a number (argument train.lr='3')"),
         ("train.lr=", "train.lr=null must be a number (argument train.lr=)"),
-        ("run.dir=3", "run.dir=3 must be text; put it in quotes to make it text (argument run.dir=3)"),
+        ("run.dir=3", "run.dir=3 must be a string; put it in quotes to make it a string (argument run.dir=3)"),
         ("train.compile=yes", "train.compile='yes' must be true or false (argument train.compile=yes)"),
         ("train.compile=1", "train.compile=1 must be true or false (argument train.compile=1)"),
         ("train.betas=[0.9]", "train.betas=[0.9] must be a list of 2 numbers (argument train.betas=[0.9])"),
@@ -105,14 +105,15 @@ def test_argument_values(argument, value):
             "engine.kind=zero9 must be auto, single, ddp, fsdp2, hsdp, zero1, zero2 or zero3 "
             "(argument engine.kind=zero9)",
         ),
-        ("data.path=[1]", "data.path=[1] must be text or a list of texts (argument data.path=[1])"),
+        ("data.path=[1]", "data.path=[1] must be a string or a list of strings (argument data.path=[1])"),
         (
             "model=pre_ln",
             "model=pre_ln must be a section, a mapping of keys such as model.method (argument model=pre_ln)",
         ),
         (
             "data.validation=x",
-            "data.validation=x must be a mapping of names to text or a list of texts (argument data.validation=x)",
+            "data.validation=x must be a mapping of names to a string or a list of strings "
+            "(argument data.validation=x)",
         ),
         ("model.lr=3", "unknown key model.lr, did you mean train.lr? (argument model.lr=3)"),
         ("model.n_layres=3", "unknown key model.n_layres, did you mean model.n_layers? (argument model.n_layres=3)"),
@@ -141,7 +142,7 @@ def test_every_problem_is_told_with_its_line(tmp_path):
         f"unknown key model.lr, did you mean train.lr? ({given}:6)",
         f"unknown key trian.lr, did you mean train.lr? ({given}:7)",
         f"unknown key trian.steps, did you mean train.steps? ({given}:7)",
-        "train.steps=x must be a whole number or null (argument train.steps=x)",
+        "train.steps=x must be an integer or null (argument train.steps=x)",
     ]
 
 

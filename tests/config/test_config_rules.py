@@ -158,7 +158,7 @@ def test_resolving_a_resolved_configuration_changes_nothing(tmp_path_factory, to
             "run.time_limit=soon is not a length of time above zero; write seconds, 90s, 10m, 2h, MM:SS, "
             "HH:MM:SS or D-HH:MM:SS",
         ),
-        (["run.dir="], "run.dir=null must be text"),
+        (["run.dir="], "run.dir=null must be a string"),
         (["run.dir=' '"], "run.dir=  must be a directory's name"),
         (["observe.profile=[3, 2]"], "observe.profile=[3, 2] must be the first and the last step, counted from 1"),
         (["observe.profile=[0, 2]"], "observe.profile=[0, 2] must be the first and the last step, counted from 1"),

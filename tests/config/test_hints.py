@@ -96,7 +96,7 @@ def test_a_wrong_type_hides_nothing():
     ) == [
         "train.lr=fast must be a number",
         "unknown key train.stpes, did you mean train.steps?",
-        "data.text_column=null must be text",
+        "data.text_column=null must be a string",
         "data.cache=$HOME/x holds a $, but variables are not expanded in paths; write ~/x",
         "train.warmup_steps=-1 must be at least 0",
         "guards.window=1 must be at least 2",

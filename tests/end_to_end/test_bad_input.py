@@ -51,7 +51,7 @@ def one_sentence(text: str, *words: str) -> None:
     [
         ("train.stpes=1", ["unknown key train.stpes, did you mean train.steps?", "argument train.stpes=1"]),
         ("model.lr=1e-3", ["model.lr", "train.lr"]),
-        ("train.steps=many", ["train.steps=many must be a whole number"]),
+        ("train.steps=many", ["train.steps=many must be an integer"]),
         ("train.steps=3.7", ["train.steps", "3.7"]),
         ("model.method=pre_nl", ["model.method=pre_nl", "pre_ln"]),
         ("model.d_model=33", ["model.d_model=33", "model.n_heads=2"]),

@@ -17,7 +17,7 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.methods import spectral, stream
+from stablelm.methods import catformer, spectral
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
 
@@ -92,7 +92,7 @@ def test_compiling_sigma_changes_nothing(monkeypatch: pytest.MonkeyPatch):
 def test_tracing_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch):
     """As above with the traced graphs and their backward passes run by torch: what depends on the method."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    monkeypatch.setattr(stream, "MERGED", 4)  # a short model then merges chunks too
+    monkeypatch.setattr(catformer, "MERGED", 4)  # a short model then merges chunks too
     compiled(method, "fp64")
 
 
@@ -144,7 +144,7 @@ def on_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     """This rank's losses of every run, then sigma's state after the first and a checkpoint of it."""
     group = torch.distributed.group.WORLD
     ranks = Ranks(rank, world_size, torch.device("cpu"), group, group)
-    stream.MERGED = 4  # a short model then merges chunks too
+    catformer.MERGED = 4  # a short model then merges chunks too
     state, shares = {}, {}
     for kind, method, precision, steps, micro in KINDS:
         config = make_config(method, f"train.precision={precision}")

@@ -10,12 +10,10 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.catformer import parameter_error
-from stablelm.methods.initialise import initialise, roles
-from stablelm.methods.stream import Concat
-from stablelm.methods.widths import stream_width, widths
+from stablelm.methods.catformer import CatformerOptions, Concat, parameter_error
+from stablelm.methods.sizes import parameter_counts, stream_width, widths
 from stablelm.model.decoder import Decoder
-from stablelm.model.flops import parameter_counts
+from stablelm.model.initialise import initialise, roles
 from stablelm.model.linear import Linear
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Sublayer
@@ -62,8 +60,9 @@ def test_parameters_are_those_of_the_residual_twin_within_one_percent(shape):
     ratio = _body(ours) / _body(twin)
     assert ratio == pytest.approx(1, abs=0.01)
     assert parameter_error(ours) == pytest.approx(ratio - 1, abs=1e-12)
-    assert ours.catformer.d_attention is not None and ours.catformer.growth is not None
-    assert ours.catformer.d_attention / ours.catformer.growth == pytest.approx(4, rel=0.25)
+    options = ours.option(CatformerOptions)
+    assert options.d_attention is not None and options.growth is not None
+    assert options.d_attention / options.growth == pytest.approx(4, rel=0.25)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -89,7 +88,8 @@ def test_the_twin_differs_in_the_stream_alone(options, tied):
 
 def test_what_is_set_is_kept():
     model = _config(*_shape(12, 128, 4), *WIDTHS)
-    assert (model.catformer.growth, model.catformer.d_attention, model.d_ff) == (12, 24, 40)
+    options = model.option(CatformerOptions)
+    assert (options.growth, options.d_attention, model.d_ff) == (12, 24, 40)
     assert abs(parameter_error(model)) > 0.1
 
 
@@ -253,7 +253,7 @@ def test_a_settled_stream_is_the_same_in_few_tensors():
     for chunk in chunks[1:]:
         settled = Concat().settle((*settled, chunk))
     assert len(settled) < 3 * 16
-    assert torch.equal(Concat().read(settled), Concat().read(chunks))
+    assert torch.equal(Concat().finish(settled), Concat().finish(chunks))
 
 
 def test_kept_memory_grows_linearly_with_depth():

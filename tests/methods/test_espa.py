@@ -12,12 +12,12 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
-from stablelm.methods import espa
-from stablelm.methods.initialise import initialise
-from stablelm.methods.widths import widths
+from stablelm.methods import e_spa as espa
+from stablelm.methods.sizes import widths
 from stablelm.model.attention import Attention
 from stablelm.model.decoder import Decoder
 from stablelm.model.feedforward import FeedForward
+from stablelm.model.initialise import initialise
 from stablelm.model.linear import make_dtypes
 from stablelm.model.sublayer import Layer
 
@@ -162,14 +162,14 @@ def test_few_activations_cannot_reach_the_correlation():
 @pytest.mark.parametrize("n_layers", [8, 36, 192])
 def test_the_activation_keeps_the_second_moment_and_maps_correlation_as_composed(n_layers):
     config = _config(f"model.n_layers={n_layers}", "model.d_model=32", "model.d_ff=2", "data.seq_len=8")
-    body = FeedForward(config, make_dtypes("fp64", "fp32"), widths(config, 1))
+    body = FeedForward(config, make_dtypes("fp64", "fp32"), widths(config, 1), 1)
+    slope = espa.tailored_slope(n_layers)
     with torch.no_grad():
         body.fc2.weight.copy_(torch.eye(32, 2))
         x = torch.randn(300_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x = torch.stack((x[:, 0], 0.3 * x[:, 0] + math.sqrt(1 - 0.09) * x[:, 1]), dim=1)
         y = body((x,))[:, :2]
     assert y.square().mean().item() == pytest.approx(1, rel=0.01)
-    weight = (1 - body.slope) ** 2 / (math.pi * (1 + body.slope**2))
+    weight = (1 - slope) ** 2 / (math.pi * (1 + slope**2))
     wanted = 0.3 + weight * (math.sqrt(1 - 0.09) - 0.3 * math.acos(0.3))
     assert (y[:, 0] * y[:, 1]).mean().item() == pytest.approx(wanted, abs=0.005)
-    assert body.slope == espa.tailored_slope(n_layers)

@@ -7,26 +7,30 @@ import pytest
 import torch
 from support.statistics import VOCABULARY, make_decoder, resolved, zipf_tokens
 
-from stablelm.methods.initialise import initial_value, role_of
-from stablelm.methods.scales import head_scale, skip_and_branch
+from stablelm.methods.axes import Role
 from stablelm.methods.solve import solve
-from stablelm.methods.stds import Role, initial_std
+from stablelm.methods.stds import initial_std
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initial_value, role_of
 from stablelm.model.loss import LossSums
 
 WIDTH = 256
 ENCODER = ("deepscale.form=literal", "model.dropout=0.1")
 
 
+def gains(model) -> tuple[float, float]:
+    return model.axes.stream.gains(model)
+
+
 @pytest.mark.parametrize("n_layers", [2, 12, 48, 192, 1000])
 def test_skip_and_branch_keep_the_variance(n_layers):
-    skip, branch = skip_and_branch(resolved("deepscalelm_pre", n_layers, 64, "deepscale.k=1.5"))
+    skip, branch = gains(resolved("deepscalelm_pre", n_layers, 64, "deepscale.k=1.5"))
     assert skip**2 + branch**2 == pytest.approx(1, abs=1e-12)
     assert branch**2 == pytest.approx(1.5 / n_layers, rel=1e-12)
 
 
 def test_skip_and_branch_of_192_layers():
-    assert skip_and_branch(resolved("deepscalelm_pre", 192, WIDTH)) == pytest.approx((0.994778, 0.102062), abs=1e-6)
+    assert gains(resolved("deepscalelm_pre", 192, WIDTH)) == pytest.approx((0.994778, 0.102062), abs=1e-6)
 
 
 # Value and output std of the first and the last layer, and that of fc1 and fc2: the recursion of the released code
@@ -41,7 +45,9 @@ def test_skip_and_branch_of_192_layers():
     ],
 )
 def test_literal_form_has_the_stds_of_the_released_encoder(n_layers, d_model, k, first, last, feedforward):
-    stds = solve(resolved("deepscalelm_pre", n_layers, d_model, f"deepscale.k={k}", *ENCODER))
+    stds = solve(
+        resolved("deepscalelm_pre", n_layers, d_model, f"deepscale.k={k}", *ENCODER), shared=True, literal=True
+    )
     assert stds[0]["value"] == stds[0]["output"] == pytest.approx(first, rel=1e-3)
     assert stds[-2]["value"] == stds[-2]["output"] == pytest.approx(last, rel=1e-3)
     for index in (1, -1):
@@ -55,14 +61,14 @@ def test_literal_form_has_the_stds_of_the_released_encoder(n_layers, d_model, k,
 def test_literal_correlation_depends_on_relative_depth_alone(k, dropout, correlations):
     """At a quarter, half and three quarters: dr/ds = k (1 - p) (1 + f(r)) - 2 k r, f the relu's correlation map."""
     options = (f"deepscale.k={k}", f"model.dropout={dropout}", "deepscale.form=literal")
-    stds = solve(resolved("deepscalelm_pre", 192, WIDTH, *options))
+    stds = solve(resolved("deepscalelm_pre", 192, WIDTH, *options), shared=True, literal=True)
     variances = WIDTH * np.array([stds[2 * layer]["value"] ** 2 for layer in (48, 96, 144)])
     np.testing.assert_allclose((1 - dropout) / variances**2, correlations, atol=5e-3)
 
 
 def test_deepnorm_and_tfixup_constants_of_48_layers():
     deepnorm, tfixup = resolved("deepnorm", 48, WIDTH), resolved("tfixup", 48, WIDTH)
-    assert skip_and_branch(deepnorm) == (pytest.approx(3.1302, abs=1e-4), 1.0)
+    assert deepnorm.axes.stream.gains(deepnorm) == (pytest.approx(3.1302, abs=1e-4), 1.0)
     shape, glorot = (WIDTH, WIDTH), WIDTH**-0.5
     assert initial_std(Role("output", 0), shape, deepnorm) / glorot == pytest.approx(0.2259, abs=1e-4)
     assert initial_std(Role("query", 0), shape, deepnorm) / glorot == pytest.approx(1, abs=1e-12)
@@ -137,7 +143,9 @@ def test_loss_at_the_start_is_that_of_unit_logits(tie):
 def test_tied_head_has_unit_logits(position, tables, dropout):
     options = ("model.tie_embeddings=true", f"model.attention.position={position}", f"model.dropout={dropout}")
     config = resolved("deepscalelm_pre", 12, WIDTH, *options)
-    assert head_scale(config) == pytest.approx(1 / math.sqrt((1 - dropout) / tables * WIDTH), rel=1e-12)
+    assert config.axes.init.head_scale(config) == pytest.approx(
+        1 / math.sqrt((1 - dropout) / tables * WIDTH), rel=1e-12
+    )
     decoder = make_decoder(config, 0)
     with torch.no_grad():
         logits = decoder(zipf_tokens(2, 128, 0)) @ decoder.head_weight().t()

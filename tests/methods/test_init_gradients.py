@@ -12,12 +12,11 @@ import pytest
 import torch
 from support.statistics import average, measure, resolved, zipf_tokens
 
-from stablelm.methods.initialise import initialise, roles
-from stablelm.methods.predict import predict
-from stablelm.methods.scales import skip_and_branch
-from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise, roles
 from stablelm.model.loss import LossSums
+from stablelm.model.sublayer import Chunks
+from stablelm.probe.predict import predict
 
 WIDTH = 256
 
@@ -64,7 +63,7 @@ def test_without_branches_the_skips_alone_scale_stream_and_gradient():
         for name, role in roles(decoder).items():
             if role.kind in ("output", "fc2"):
                 decoder.get_parameter(name).zero_()
-    skip, _ = skip_and_branch(decoder.config)
+    skip, _ = decoder.stream.gains(decoder.config)
     assert skip == pytest.approx(math.sqrt(1 - 2 / 4), rel=1e-12)
     streams: list[torch.Tensor] = []
     start = torch.randn(2, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from stablelm.config.schema import CatformerConfig, ModelConfig, SigmaConfig
+from stablelm.config.schema import ModelConfig
+from stablelm.methods.axes import Role
 from stablelm.methods.catalogue import apply_method
-from stablelm.methods.initialise import decays, initial_value, initialise, role_of, roles
-from stablelm.methods.stds import Role, initial_std
+from stablelm.methods.catformer import CatformerOptions
+from stablelm.methods.sigma_reparam import SigmaOptions
+from stablelm.methods.stds import initial_std
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import decays, initial_value, initialise, role_of, roles
 from stablelm.model.linear import Linear
 from stablelm.model.sublayer import Layer
 
@@ -25,7 +28,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 512,
 }
 _HEADS = ("query", "key", "value")
-CATFORMER = CatformerConfig(growth=16, d_attention=64)
+CATFORMER = CatformerOptions(growth=16, d_attention=64)
 
 
 def _config(method: str, **keys) -> ModelConfig:
@@ -87,17 +90,25 @@ def test_roles_name_kind_and_layer():
     assert role_of("norm_final.bias") == Role("bias", None)
     assert role_of("layers.2.attention.norm_in.alpha") == Role("norm_alpha", 2)
     assert role_of("layers.2.attention.body.norm_query.weight") == Role("norm_gain", 2)
-    assert role_of("layers.2.feedforward.gain") == Role("residual_gain", 2)
+    assert role_of("layers.2.feedforward.gain") == Role("gain", 2)
     assert role_of("layers.2.mix") == Role("mix", 2)
     assert role_of("projection.weight") == Role("projection", None)
     assert role_of("layers.1.attention.body.key.up.bias") == Role("bias", 1)
-    assert role_of("layers.1.attention.body.key.up.weight", sigma=True) == Role("key", 1, "up", sigma=True)
+    assert role_of("layers.1.attention.body.key.up.weight", reparametrised=True) == Role(
+        "key", 1, "up", reparametrised=True
+    )
 
 
 def test_roles_tell_which_matrices_are_spectrally_normalised():
-    found = roles(Decoder(_config("sigma_reparam", sigma=SigmaConfig(targets="attention")), "fp32"))
-    assert {role.kind for role in found.values() if role.sigma} == {"query", "key", "value", "output"}
-    assert {role.kind for role in found.values() if not role.sigma} >= {"fc1", "fc2", "gamma", "embedding", "head"}
+    found = roles(Decoder(_config("sigma_reparam", options=(SigmaOptions(targets="attention"),)), "fp32"))
+    assert {role.kind for role in found.values() if role.reparametrised} == {"query", "key", "value", "output"}
+    assert {role.kind for role in found.values() if not role.reparametrised} >= {
+        "fc1",
+        "fc2",
+        "gamma",
+        "embedding",
+        "head",
+    }
     assert len(roles(Decoder(_config("sigma_reparam"), "fp32"))) == len(found) + 2 * 2
 
 
@@ -118,7 +129,7 @@ def test_a_tied_head_has_no_role_of_its_own():
     ],
 )
 def test_decay_is_for_matrices_whose_size_means_something(method, decaying):
-    config = _config(method, tie_embeddings=False, activation="swiglu", norm="dyt", catformer=CATFORMER)
+    config = _config(method, tie_embeddings=False, activation="swiglu", norm="dyt", options=(CATFORMER,))
     found = roles(Decoder(config, "fp32"))
     assert {role.kind for role in found.values() if decays(role)} == decaying
     assert {role.kind for role in found.values()} > decaying
@@ -136,7 +147,7 @@ def test_constant_starts():
 
 @pytest.mark.parametrize("gamma", ["spectral", "one"])
 def test_a_spectrally_normalised_matrix_comes_with_its_gain_and_vectors(gamma):
-    config = _config("sigma_reparam", sigma=SigmaConfig(gamma=gamma))
+    config = _config("sigma_reparam", options=(SigmaOptions(gamma=gamma),))
     decoder, plain = Decoder(config, "fp32"), Decoder(_config("pre_ln"), "fp32")
     initialise(decoder, config, 0)
     initialise(plain, plain.config, 0)

@@ -11,14 +11,12 @@ from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.methods.initialise import initial_value, initialise, role_of, roles
-from stablelm.methods.scales import skip_and_branch
-from stablelm.methods.widths import d_head
+from stablelm.methods.positions import rotation_table
+from stablelm.methods.sizes import d_head, parameter_counts
 from stablelm.model.decoder import Decoder
-from stablelm.model.flops import parameter_counts
+from stablelm.model.initialise import initial_value, initialise, role_of, roles
 from stablelm.model.linear import make_dtypes
 from stablelm.model.norms import Norm
-from stablelm.model.positions import rotation_table
 from stablelm.model.sublayer import Sublayer
 
 SIZES = ("model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
@@ -254,8 +252,8 @@ def test_sublayers_equal_the_equations(method, plain, index, activation, kv_head
 )
 def test_deepnorm_constants(n_layers, alpha, beta):
     config = _config("deepnorm", f"model.n_layers={n_layers}")
-    assert skip_and_branch(config) == pytest.approx((alpha, 1.0), rel=1e-4)
-    assert skip_and_branch(config)[0] == pytest.approx((2 * n_layers) ** 0.25, rel=1e-12)
+    assert config.axes.stream.gains(config) == pytest.approx((alpha, 1.0), rel=1e-4)
+    assert config.axes.stream.gains(config)[0] == pytest.approx((2 * n_layers) ** 0.25, rel=1e-12)
     for kind in ("value", "output", "fc1", "fc2"):
         assert _gain(config, kind) == pytest.approx((8 * n_layers) ** -0.25, rel=1e-6)
         assert _gain(config, kind) == pytest.approx(beta, rel=1e-3)

@@ -28,10 +28,8 @@ from numpy.typing import NDArray
 from support.statistics import Gradients, Measured, average, measure, resolved
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.placement import make_placement
-from stablelm.methods.predict import Prediction, predict
-from stablelm.methods.scales import skip_and_branch
-from stablelm.methods.widths import widths
+from stablelm.methods.sizes import widths
+from stablelm.probe.predict import Prediction, predict
 
 Array = NDArray[np.float64]
 
@@ -68,11 +66,11 @@ def _shares(config: ModelConfig, prediction: Prediction) -> Array:
     if config.stream == "concat":
         each = [widths(config, index) for index in range(2 * config.n_layers)]
         return np.array([width.branch / (width.read + width.branch) for width in each])
-    keep, write = (factor**2 for factor in skip_and_branch(config))
+    keep, write = (factor**2 for factor in config.axes.stream.gains(config))
     before = prediction.stream_variance[:-1]
     attention = write * prediction.attention_branch_variance[1:]
     feedforward = write * prediction.feedforward_branch_variance[1:]
-    between = np.ones_like(before) if make_placement(config).after_write else keep * before + attention
+    between = np.ones_like(before) if config.axes.placement.after_write else keep * before + attention
     shares = (attention / (keep * before + attention), feedforward / (keep * between + feedforward))
     return np.stack(shares, axis=1).flatten()
 

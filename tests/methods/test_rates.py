@@ -13,11 +13,11 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.methods.axes import Rates
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.initialise import initialise
-from stablelm.methods.rates import Rates, rates
-from stablelm.methods.scales import head_scale, logit_scale, skip_and_branch
+from stablelm.methods.sizes import d_head
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
 BASE = ("model.completep.base_depth=2", "model.completep.base_width=32")
@@ -73,15 +73,16 @@ def test_completep_groups_equal_the_table(alpha, depth, width):
         assert found == pytest.approx(table[_kind(name)], rel=1e-12, abs=0), name
     assert seen == table.keys()
     model = config.model
-    assert skip_and_branch(model) == pytest.approx((1, deep**-alpha), rel=1e-12)
-    assert logit_scale(model) == pytest.approx(4 / width, rel=1e-12)
-    assert head_scale(model) == pytest.approx(1 / wide, rel=1e-12)
+    assert model.axes.stream.gains(model) == pytest.approx((1, deep**-alpha), rel=1e-12)
+    assert model.axes.init.logit_scale(d_head(model)) == pytest.approx(4 / width, rel=1e-12)
+    assert model.axes.init.head_scale(model) == pytest.approx(1 / wide, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "completep"])
 def test_other_methods_have_one_rate(method):
     model = _config(method, "model.n_layers=4", "model.d_model=32", "model.n_heads=4").model
-    found = {rates(model, in_layer=layer, matrix=matrix) for layer in (False, True) for matrix in (False, True)}
+    init, both = model.axes.init, (False, True)
+    found = {init.rates(model, in_layer=layer, matrix=matrix) for layer in both for matrix in both}
     assert found == {Rates(1.0, 1.0, 1.0)}
 
 

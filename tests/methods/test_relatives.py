@@ -10,15 +10,14 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.alibi import alibi_slopes
-from stablelm.methods.initialise import initialise
-from stablelm.methods.scales import embedding_std
+from stablelm.methods.alibi import alibi_bias, alibi_slopes
+from stablelm.methods.positions import rotation_table
+from stablelm.methods.sizes import parameter_counts
 from stablelm.model.attention import Attention
 from stablelm.model.decoder import Decoder
-from stablelm.model.flops import parameter_counts
+from stablelm.model.initialise import initialise
 from stablelm.model.linear import LowRankLinear
 from stablelm.model.loss import chunked_cross_entropy
-from stablelm.model.positions import alibi_bias, rotation_table
 
 SIZES = ("model.n_layers=3", "model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
 CPU = torch.device("cpu")
@@ -291,7 +290,7 @@ def test_peri_ln_writes_normalised_branches():
 def test_t_fixup_constants():
     config = _config("tfixup", "model.n_layers=48")
     decoder = _decoder(config, "fp32")
-    assert embedding_std(config) * math.sqrt(32) == pytest.approx(0.2193, abs=1e-4)
+    assert config.axes.init.embedding_std(config) * math.sqrt(32) == pytest.approx(0.2193, abs=1e-4)
     for kind, glorot in (("attention.body.value", 1 / 32), ("feedforward.body.fc2", 2 / (32 + 128))):
         values = torch.stack([decoder.get_parameter(f"layers.{layer}.{kind}.weight") for layer in range(48)])
         assert values.std().item() / math.sqrt(glorot) == pytest.approx(0.2545, rel=0.02)

@@ -11,9 +11,9 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
-from stablelm.methods.initialise import initialise
 from stablelm.model.attention import Attention
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 from stablelm.model.linear import Linear
 from stablelm.observe.gauges import attention_figures
 from stablelm.theory.entropy import entropy_bound

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.catalogue import apply_method, default_d_ff
-from stablelm.methods.catformer import solve_shape
-from stablelm.methods.initialise import initialise
+from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 
 HEADS: dict[str, Any] = {"n_heads": 4, "kv_heads": 4}
 SIZES: dict[str, Any] = HEADS | {"n_layers": 3, "d_model": 32, "max_seq_len": 24, "vocab_size": 96}
@@ -23,11 +22,7 @@ def small_config(method: str = "pre_ln", *, position: str | None = None, **keys:
     model = apply_method(ModelConfig(method=method, **sizes))
     if position is not None:
         model = replace(model, attention=replace(model.attention, position=position))
-    if model.stream == "concat":
-        return solve_shape(model)
-    if model.d_ff is None:
-        model = replace(model, d_ff=default_d_ff(model.d_model, str(model.activation)))
-    return model
+    return model.axes.stream.sized(model)
 
 
 def build(config: ModelConfig, precision: str = "fp32", seed: int = 0) -> Decoder:

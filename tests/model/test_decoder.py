@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.initialise import initialise
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Layer
 

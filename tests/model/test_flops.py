@@ -6,11 +6,11 @@ from plain_decoder import build, sample, small_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stablelm.config.schema import SigmaConfig
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.initialise import roles
+from stablelm.methods.sigma_reparam import SigmaOptions
+from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.model.decoder import Decoder
-from stablelm.model.flops import flops_per_token, parameter_counts
+from stablelm.model.initialise import roles
 
 SHAPES = {
     "pre_ln": small_config("pre_ln"),
@@ -19,7 +19,9 @@ SHAPES = {
     "grouped_swiglu": small_config("pre_ln", kv_heads=2, activation="swiglu", norm="rmsnorm", bias=True),
     "tied": small_config("pre_ln", tie_embeddings=True, d_ff=56),
     "catformer_grouped_swiglu": small_config("catformer", kv_heads=2, activation="swiglu", bias=True),
-    "sigma_attention_dyt": small_config("sigma_reparam", norm="dyt", bias=True, sigma=SigmaConfig(targets="attention")),
+    "sigma_attention_dyt": small_config(
+        "sigma_reparam", norm="dyt", bias=True, options=(SigmaOptions(targets="attention"),)
+    ),
 }
 SHAPES = {method: small_config(method) for method in METHODS} | SHAPES
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from plain_decoder import build, sample, small_config
 
-from stablelm.methods.widths import widths
+from stablelm.methods.positions import rotate, rotation_table
+from stablelm.methods.sizes import widths
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.norms import Norm
-from stablelm.model.positions import rotate, rotation_table
 
 CPU = torch.device("cpu")
 FP64 = make_dtypes("fp64", "fp32")
@@ -74,7 +74,7 @@ def test_norm_of_a_bf16_stream_has_fp32_statistics(norm):
 @pytest.mark.parametrize("activation", ["relu", "gelu", "swiglu"])
 def test_feedforward_forms(activation):
     config = small_config(activation=activation, d_model=32, d_ff=4)
-    body = FeedForward(config, FP64, widths(config, 1))
+    body = FeedForward(config, FP64, widths(config, 1), 1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in body.parameters():

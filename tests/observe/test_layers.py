@@ -19,9 +19,9 @@ from stablelm.engine.build import build_engine
 from stablelm.engine.environment import AccelerateFlags, Launch
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.methods.initialise import initialise
 from stablelm.model.attention import Attention
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 from stablelm.model.sublayer import Layer
 from stablelm.observe import gauges
 from stablelm.observe.gauges import Internals, LayerGauge, mean_square, norm, token_correlation

@@ -9,8 +9,8 @@ from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.engine.recompute import recompute_layers
-from stablelm.methods.initialise import initialise
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 
 SHAPE = (
     "model.d_model=64",

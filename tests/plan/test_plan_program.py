@@ -14,7 +14,7 @@ from support.programs import run as run_program
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.model.flops import flops_per_token, parameter_counts
+from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.plan import estimate, memory, remedies
 from stablelm.plan.accelerators import ACCELERATORS
 from stablelm.plan.collectives import collectives

@@ -13,8 +13,8 @@ from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.initialise import initialise
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 from stablelm.observe.gauges import Internals, internals, norm
 from stablelm.observe.layers import Recorder
 from stablelm.probe import measure as module

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stablelm.methods.predict import Prediction
 from stablelm.observe.gauges import Internals
 from stablelm.probe import verdict as module
+from stablelm.probe.predict import Prediction
 from stablelm.probe.verdict import Run, number, read_runs, verdict
 
 RUNS = [Run("a", 1.2, True), Run("b", 230.0, True), Run("c", 1200.0, False), Run("d", 8e5, False)]

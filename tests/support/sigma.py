@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from stablelm.methods import spectral
+from stablelm.methods.sigma_reparam import Sigma
 from stablelm.model.linear import Linear, make_dtypes
 
 
@@ -17,8 +18,7 @@ def spectral_norm(matrix: Tensor) -> float:
 
 def make_linear(d_out: int, d_in: int, *, precision: str = "fp64", bias: bool = True, gamma: float = 1.7) -> Linear:
     """Weights of known values whose u and v are a few iterations away from the singular vectors."""
-    linear = Linear(d_in, d_out, bias=bias, dtypes=make_dtypes(precision, "fp32"), sigma=True)
-    assert linear.gamma is not None
+    linear = Linear(d_in, d_out, bias=bias, dtypes=make_dtypes(precision, "fp32"), reparam=Sigma())
     weight = gaussian(d_out, d_in)
     start = spectral.start(weight + 0.3 * gaussian(d_out, d_in, seed=1))
     with torch.no_grad():

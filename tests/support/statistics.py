@@ -14,10 +14,10 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.initialise import initialise
-from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 from stablelm.model.loss import LossSums
+from stablelm.model.sublayer import Chunks
 
 VOCABULARY, SEQ_LEN, BATCH = 4096, 128, 2
 Gradients = Literal["none", "stream", "all"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablelm.theory.attention import AttentionBody
 from stablelm.theory.kernels import FeedForwardBody, Norm
+from stablelm.theory.moments import LeakyRelu
 from stablelm.theory.propagation import End, SublayerTheory
 
 
@@ -37,9 +38,9 @@ class Draw:
 def normalise(norm: Norm | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
-    if norm.kind == "dyt":
+    if norm.alpha is not None:
         return norm.scale * torch.tanh(norm.alpha * x)
-    if norm.kind == "rmsnorm":
+    if not norm.centred:
         return norm.scale * F.rms_norm(x, x.shape[-1:])
     return norm.scale * F.layer_norm(x, x.shape[-1:], eps=norm.eps)
 
@@ -82,12 +83,12 @@ def attend(
 def feed(body: FeedForwardBody, x: Tensor, d_ff: int, d_out: int, draw: Draw) -> Tensor:
     """x: (batch, T, d) -> the branch (batch, T, d_out)."""
     hidden = x @ draw.matrix(x.shape[-1], d_ff, body.fc1_gain)
-    if body.activation == "swiglu":
+    if body.gated:
         hidden = F.silu(x @ draw.matrix(x.shape[-1], d_ff, body.gate_gain)) * hidden
-    elif body.activation == "leaky":
-        hidden = F.leaky_relu(hidden, body.slope)
+    elif isinstance(body.function, LeakyRelu):
+        hidden = F.leaky_relu(hidden, body.function.slope)
     else:
-        hidden = {"relu": F.relu, "gelu": F.gelu}[body.activation](hidden)
+        hidden = F.gelu(hidden)
     hidden = normalise(body.inner_norm, hidden * body.output_scale)
     return hidden @ draw.matrix(d_ff, d_out, body.fc2_gain)
 

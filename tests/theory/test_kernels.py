@@ -17,12 +17,18 @@ from stablelm.theory.kernels import (
     norm_forward,
     times_diagonal,
 )
+from stablelm.theory.moments import GELU, RELU, SILU, LeakyRelu
 
 FEATURES = 400_000
 KERNEL = np.array([[0.5, 0.4], [0.4, 2.0]])
 GRADIENT = np.array([[1.0, 0.5], [0.5, 1.5]])
-NORMS = [Norm("layernorm", scale=0.5), Norm("rmsnorm", eps=0.1), Norm("dyt", alpha=0.7)]
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "leaky": partial(F.leaky_relu, negative_slope=0.3)}
+NORMS = {"layernorm": Norm(centred=True, scale=0.5), "rmsnorm": Norm(eps=0.1), "dyt": Norm(alpha=0.7)}
+ACTIVATIONS = {
+    "relu": (RELU, F.relu),
+    "gelu": (GELU, F.gelu),
+    "leaky": (LeakyRelu(0.3), partial(F.leaky_relu, negative_slope=0.3)),
+    "swiglu": (SILU, F.silu),
+}
 
 
 def features(kernel: np.ndarray, seed: int) -> Tensor:
@@ -36,14 +42,14 @@ def kernel_of(x: Tensor) -> np.ndarray:
 
 
 def normalise(norm: Norm, x: Tensor) -> Tensor:
-    if norm.kind == "dyt":
+    if norm.alpha is not None:
         return norm.scale * torch.tanh(norm.alpha * x)
-    if norm.kind == "layernorm":
+    if norm.centred:
         x = x - x.mean(dim=1, keepdim=True)
     return norm.scale * x / (x.square().mean(dim=1, keepdim=True) + norm.eps).sqrt()
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.kind)
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_norms_equal_random_features(norm):
     x = features(KERNEL, 0)
     y = normalise(norm, x)
@@ -52,16 +58,17 @@ def test_norms_equal_random_features(norm):
     assert norm_backward(norm, KERNEL, GRADIENT) == pytest.approx(kernel_of(back), rel=0.02)
 
 
-@pytest.mark.parametrize("inner_norm", [None, Norm("layernorm"), Norm("rmsnorm")])
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu"])
+@pytest.mark.parametrize("inner_norm", [None, Norm(centred=True), Norm()])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feedforward_equals_random_features(activation, inner_norm):
     """fc1's and the gate's products are Gaussian features; gains of fc2 act on the kernels alone."""
+    function, act = ACTIVATIONS[activation]
     body = FeedForwardBody(
-        activation, fc1_gain=1.5, fc2_gain=2.0, fc1_back=3.0, fc2_back=0.5, gate_gain=0.8, gate_back=1.2,
-        inner_norm=inner_norm, slope=0.3, output_scale=0.9,
+        function, fc1_gain=1.5, fc2_gain=2.0, fc1_back=3.0, fc2_back=0.5, gate_gain=0.8, gate_back=1.2,
+        inner_norm=inner_norm, output_scale=0.9, gated=activation == "swiglu",
     )  # fmt: skip
     hidden, gate = features(body.fc1_gain * KERNEL, 0), features(body.gate_gain * KERNEL, 1)
-    active = F.silu(gate) * hidden if activation == "swiglu" else ACTIVATIONS[activation](hidden)
+    active = act(gate) * hidden if body.gated else act(hidden)
     active = active * body.output_scale
     if inner_norm is not None:
         active = normalise(inner_norm, active)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablelm.errors import ConfigError
 from stablelm.theory import moments
 from stablelm.theory.moments import Moments
 
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+FUNCTIONS = {function.name: function for function in (moments.RELU, moments.GELU, moments.SILU, moments.TANH)}
+ACTIVATIONS = tuple(FUNCTIONS)
 PAIRS = [(1.0, 0.3, 1.0), (2.0, 0.8, 0.5), (0.5, -0.6, 3.0), (0.1, 0.0, 10.0)]
 
 _erf = np.vectorize(math.erf)
@@ -51,8 +51,8 @@ def integrate(f, k11: float, k12: float, k22: float) -> float:
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
 def test_kernels_agree_with_quadrature_also_at_unequal_variances(activation, pair):
-    assert moments.dual(activation, *pair) == pytest.approx(integrate(VALUE[activation], *pair), abs=1e-9)
-    assert moments.dual_slope(activation, *pair) == pytest.approx(integrate(SLOPE[activation], *pair), abs=1e-9)
+    assert FUNCTIONS[activation].dual(*pair) == pytest.approx(integrate(VALUE[activation], *pair), abs=1e-9)
+    assert FUNCTIONS[activation].dual_slope(*pair) == pytest.approx(integrate(SLOPE[activation], *pair), abs=1e-9)
 
 
 @pytest.mark.parametrize("variance", [0.3, 1.0, 2.5])
@@ -62,22 +62,22 @@ def test_mean_and_second_moment_agree_with_quadrature(activation, variance):
     weight = np.exp(-(z**2) / 2)
     values = VALUE[activation](math.sqrt(variance) * z)
     mean, square = np.average(values, weights=weight), np.average(values**2, weights=weight)
-    assert moments.dual_mean(activation, variance) == pytest.approx(mean, abs=2e-6)
-    assert moments.second_moment(activation, variance) == pytest.approx(square, abs=2e-6)
-    assert moments.dual(activation, variance, variance, variance) == pytest.approx(square, abs=2e-6)
+    assert FUNCTIONS[activation].mean(variance) == pytest.approx(mean, abs=2e-6)
+    assert FUNCTIONS[activation].second_moment(variance) == pytest.approx(square, abs=2e-6)
+    assert FUNCTIONS[activation].dual(variance, variance, variance) == pytest.approx(square, abs=2e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu", "tanh"])
 def test_kernels_of_wide_and_nearly_equal_inputs(activation):
     wide = (4.0, 3.9, 4.0)
-    assert moments.dual(activation, *wide) == pytest.approx(integrate(VALUE[activation], *wide), rel=1e-5)
-    assert moments.dual_slope(activation, *wide) == pytest.approx(integrate(SLOPE[activation], *wide), rel=2e-4)
+    assert FUNCTIONS[activation].dual(*wide) == pytest.approx(integrate(VALUE[activation], *wide), rel=1e-5)
+    assert FUNCTIONS[activation].dual_slope(*wide) == pytest.approx(integrate(SLOPE[activation], *wide), rel=2e-4)
 
 
 def test_a_wide_tanh_keeps_its_mass_where_the_expansion_is_cut():
     """At variance 100 the expansion is far from converged; the remainder terms carry what it lacks."""
-    assert moments.dual("tanh", 100.0, 100.0, 100.0) == pytest.approx(moments.second_moment("tanh", 100.0), rel=1e-6)
-    assert moments.dual("tanh", 100.0, 50.0, 100.0) == pytest.approx(integrate(np.tanh, 100, 50, 100), rel=1e-3)
+    assert moments.TANH.dual(100.0, 100.0, 100.0) == pytest.approx(moments.TANH.second_moment(100.0), rel=1e-6)
+    assert moments.TANH.dual(100.0, 50.0, 100.0) == pytest.approx(integrate(np.tanh, 100, 50, 100), rel=1e-3)
 
 
 @pytest.mark.parametrize("r", [0.0, 0.2, 0.8, -0.5])
@@ -86,8 +86,8 @@ def test_relu_and_leaky_relu_moments_by_sampling(r):
     s2, slope = 1.7, 0.3
     z = rng.standard_normal((2, 2_000_000))
     x, y = math.sqrt(s2) * z[0], math.sqrt(s2) * (r * z[0] + math.sqrt(1 - r**2) * z[1])
-    assert moments.dual("relu", s2, r * s2, s2) == pytest.approx((VALUE["relu"](x) * VALUE["relu"](y)).mean(), rel=0.01)
-    assert moments.dual_slope("relu", s2, r * s2, s2) == pytest.approx(((x > 0) & (y > 0)).mean(), rel=0.01)
+    assert moments.RELU.dual(s2, r * s2, s2) == pytest.approx((VALUE["relu"](x) * VALUE["relu"](y)).mean(), rel=0.01)
+    assert moments.RELU.dual_slope(s2, r * s2, s2) == pytest.approx(((x > 0) & (y > 0)).mean(), rel=0.01)
     leaky_x, leaky_y = np.where(x > 0, x, slope * x), np.where(y > 0, y, slope * y)
     assert moments.leaky_dual(slope, s2, r * s2, s2) == pytest.approx((leaky_x * leaky_y).mean(), abs=0.005)
     slopes = np.where(x > 0, 1, slope) * np.where(y > 0, 1, slope)
@@ -103,10 +103,10 @@ def test_relu_correlation_at_known_points_and_its_quadratic():
 
 
 def test_published_constants_of_gelu_and_silu():
-    assert moments.dual_mean("gelu", 1.0) == pytest.approx(0.2821, abs=1e-4)
-    assert moments.second_moment("gelu", 1.0) == pytest.approx(0.4252, abs=1e-4)
-    assert moments.dual_slope("gelu", 1.0, 1.0, 1.0) == pytest.approx(0.4559, abs=1e-4)
-    assert moments.second_moment("swiglu", 1.0) == pytest.approx(0.3557, abs=1e-3)
+    assert moments.GELU.mean(1.0) == pytest.approx(0.2821, abs=1e-4)
+    assert moments.GELU.second_moment(1.0) == pytest.approx(0.4252, abs=1e-4)
+    assert moments.GELU.dual_slope(1.0, 1.0, 1.0) == pytest.approx(0.4559, abs=1e-4)
+    assert moments.SILU.second_moment(1.0) == pytest.approx(0.3557, abs=1e-3)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -114,21 +114,21 @@ def test_arrays_broadcast_to_what_single_pairs_give(activation):
     rows = np.random.default_rng(1).standard_normal((6, 8))
     kernel = rows @ rows.T / 8
     diagonal = np.diag(kernel)
-    for function in (moments.dual, moments.dual_slope):
-        together = function(activation, diagonal[:, None], kernel, diagonal)
-        full = function(activation, np.diag(kernel)[:, None] + 0 * kernel, kernel, diagonal + 0 * kernel)
-        single = [[function(activation, diagonal[i], kernel[i, j], diagonal[j]) for j in range(6)] for i in range(6)]
+    for function in (FUNCTIONS[activation].dual, FUNCTIONS[activation].dual_slope):
+        together = function(diagonal[:, None], kernel, diagonal)
+        full = function(np.diag(kernel)[:, None] + 0 * kernel, kernel, diagonal + 0 * kernel)
+        single = [[function(diagonal[i], kernel[i, j], diagonal[j]) for j in range(6)] for i in range(6)]
         assert together == pytest.approx(np.array(single), rel=1e-9, abs=1e-9)
         assert together == pytest.approx(full, rel=1e-12, abs=1e-12)
-    equal = moments.dual(activation, 2.0, np.clip(kernel, -2, 2), 2.0)
-    nearly = moments.dual(activation, 2.0, np.clip(kernel, -2, 2), np.linspace(2.0, 2.0 + 1e-6, 6))
+    equal = FUNCTIONS[activation].dual(2.0, np.clip(kernel, -2, 2), 2.0)
+    nearly = FUNCTIONS[activation].dual(2.0, np.clip(kernel, -2, 2), np.linspace(2.0, 2.0 + 1e-6, 6))
     assert equal == pytest.approx(nearly, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_dead_channel_has_no_variance_and_no_correlation(activation):
-    assert moments.dual(activation, 0.0, 0.0, 0.0) == 0
-    assert moments.dual(activation, [[0.0], [1.0]], [[0.0], [0.5]], [[0.0], [1.0]])[0, 0] == 0
+    assert FUNCTIONS[activation].dual(0.0, 0.0, 0.0) == 0
+    assert FUNCTIONS[activation].dual([[0.0], [1.0]], [[0.0], [0.5]], [[0.0], [1.0]])[0, 0] == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,22 +140,10 @@ def test_a_dead_channel_has_no_variance_and_no_correlation(activation):
 )
 def test_kernels_are_symmetric_and_obey_cauchy_schwarz(activation, a, b, r):
     c = r * math.sqrt(a * b)
-    for function in (moments.dual, moments.dual_slope):
-        value = function(activation, a, c, b)
-        assert value == pytest.approx(function(activation, b, c, a), rel=1e-9, abs=1e-12)
-        assert abs(value) <= math.sqrt(function(activation, a, a, a) * function(activation, b, b, b)) * (1 + 1e-9)
-
-
-def test_swiglu_kernels_by_sampling():
-    rng = np.random.default_rng(2)
-    a, c, b = 1.5, 0.6, 0.8
-    factor = np.linalg.cholesky([[a, c], [c, b]])
-    gate, up = factor @ rng.standard_normal((2, 1_000_000)), factor @ rng.standard_normal((2, 1_000_000))
-    silu, slope = VALUE["silu"](gate), SLOPE["silu"](gate)
-    assert moments.swiglu_dual(a, c, b) == pytest.approx((silu * up).prod(axis=0).mean(), rel=0.02)
-    by_gate, by_up = moments.swiglu_dual_slope(a, c, b)
-    assert by_gate == pytest.approx((slope * up).prod(axis=0).mean(), rel=0.02)
-    assert by_up == pytest.approx(silu.prod(axis=0).mean(), rel=0.02)
+    for function in (FUNCTIONS[activation].dual, FUNCTIONS[activation].dual_slope):
+        value = function(a, c, b)
+        assert value == pytest.approx(function(b, c, a), rel=1e-9, abs=1e-12)
+        assert abs(value) <= math.sqrt(function(a, a, a) * function(b, b, b)) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("constant", "exact"), [(2.0, 0.806), (1.7008, 0.960)])
@@ -166,7 +154,7 @@ def test_gelu_feed_forward_variance_under_relu_and_gelu_constants(constant, exac
     x = rng.standard_normal((384, d))
     hidden = VALUE["gelu"](x @ rng.normal(0, std, (d, 4 * d)))
     measured = (hidden @ rng.normal(0, std, (4 * d, d))).var()
-    predicted = 4 * d * std**2 * moments.second_moment("gelu", d * std**2)
+    predicted = 4 * d * std**2 * moments.GELU.second_moment(d * std**2)
     assert predicted == pytest.approx(exact, abs=1e-3)
     assert measured == pytest.approx(predicted, rel=0.03)
 
@@ -281,21 +269,9 @@ def test_token_collision_of_zipf_text(vocab, exact):
     assert moments.token_collision(vocab) == pytest.approx(exact, abs=1e-4)
 
 
-def test_normalisers():
-    for kind in ("layernorm", "rmsnorm"):
-        assert moments.norm_moments(kind, 4.0) == (1.0, 0.25)
+def test_dynamic_tanh():
     x = np.random.default_rng(9).normal(0, 1.5, 1_000_000)
-    variance, slope = moments.norm_moments("dyt", 2.25, alpha=0.8)
+    variance, slope = moments.dyt_second_moment(0.8, 2.25), moments.dyt_slope(0.8, 2.25)
     assert variance == pytest.approx((np.tanh(0.8 * x) ** 2).mean(), rel=0.01)
     assert slope == pytest.approx(((0.8 / np.cosh(0.8 * x) ** 2) ** 2).mean(), rel=0.01)
     assert moments.dyt_slope(0.5, 1e-8) == pytest.approx(0.25)
-
-
-def test_what_has_no_moments_is_refused():
-    for function in (moments.dual, moments.dual_slope):
-        with pytest.raises(ConfigError, match="'mish'"):
-            function("mish", 1.0, 0.5, 1.0)
-    with pytest.raises(ConfigError, match="'mish'"):
-        moments.dual_mean("mish", 1.0)
-    with pytest.raises(ConfigError, match="alpha"):
-        moments.norm_moments("dyt", 1.0)

@@ -11,11 +11,12 @@ from simulated_stack import simulate
 
 from stablelm.theory.attention import AttentionBody, Pattern, attention_forward, causal_pattern
 from stablelm.theory.kernels import FeedForwardBody, Norm
+from stablelm.theory.moments import GELU, RELU, SILU, Function, LeakyRelu
 from stablelm.theory.propagation import End, SublayerTheory, propagate, token_correlation
 
 SEQ_LEN, D_MODEL, HEADS, VOCAB, BATCH = 64, 256, 4, 4096, 4
 D_HEAD, D_FF = D_MODEL // HEADS, 4 * D_MODEL
-LAYER_NORM = Norm("layernorm")
+LAYER_NORM = Norm(centred=True)
 ROTARY = 10000.0 ** -(np.arange(D_HEAD // 2) * 2 / D_HEAD)
 ZIPF = 1 / np.arange(1, VOCAB + 1) / (1 / np.arange(1, VOCAB + 1)).sum()
 COLLISION = float((ZIPF**2).sum())
@@ -31,11 +32,11 @@ def attention(query=1.0, value=1.0, output=1.0, pattern=None, **keys) -> Attenti
     )  # fmt: skip
 
 
-def feedforward(activation="relu", fc1=1.0, fc2=2.0, ratio=D_FF / D_MODEL, **keys) -> FeedForwardBody:
+def feedforward(function: Function = RELU, fc1=1.0, fc2=2.0, ratio=D_FF / D_MODEL, **keys) -> FeedForwardBody:
     """`ratio`: hidden over outer width; gains of 1 and 2 keep a relu's second moment."""
-    if activation == "swiglu":
+    if keys.get("gated"):
         keys |= {"gate_gain": fc1, "gate_back": fc1 * ratio}
-    return FeedForwardBody(activation, fc1, fc2, fc1 * ratio, fc2 / ratio, **keys)
+    return FeedForwardBody(function, fc1, fc2, fc1 * ratio, fc2 / ratio, **keys)
 
 
 def stack(n_layers: int, first, second, **keys) -> list[SublayerTheory]:
@@ -55,7 +56,7 @@ def end(norm: Norm | None = LAYER_NORM, width: int = D_MODEL) -> End:
     return End(norm, 1 / width, COLLISION, BATCH * SEQ_LEN)
 
 
-def scaled(n_layers: int, activation: str = "relu", **keys) -> list[SublayerTheory]:
+def scaled(n_layers: int, function: Function = RELU, **keys) -> list[SublayerTheory]:
     """DeepScaleLM's skip and branch with unit branches: values grow where attention averages them away."""
     beta_squared, sublayers = 2 / n_layers, []
     for layer in range(n_layers):
@@ -63,7 +64,7 @@ def scaled(n_layers: int, activation: str = "relu", **keys) -> list[SublayerTheo
         gain = (r + (1 - r) * 0.15) ** -0.5
         bodies = (
             attention(1.0, gain, gain, **keys),
-            feedforward(activation, fc2=2.35 if activation == "gelu" else 2.0),
+            feedforward(function, fc2=2.35 if function is GELU else 2.0),
         )
         keep, write = math.sqrt(1 - beta_squared), math.sqrt(beta_squared)
         sublayers += [SublayerTheory(body, keep, write, norm_in=LAYER_NORM) for body in bodies]
@@ -89,7 +90,7 @@ def catformer(n_layers: int) -> list[SublayerTheory]:
     for i in range(2 * n_layers):
         first = replace(attention(), query_back=D_MODEL / width, key_back=D_MODEL / width, value_back=D_MODEL / width,
                         output_back=growth / D_MODEL)  # fmt: skip
-        second = FeedForwardBody("gelu", 1.0, 2.35, D_FF / width, 2.35 * growth / D_FF)
+        second = FeedForwardBody(GELU, 1.0, 2.35, D_FF / width, 2.35 * growth / D_FF)
         sublayers.append(SublayerTheory(second if i % 2 else first, norm_in=LAYER_NORM, concat=(width, growth)))
         width += growth
     return sublayers
@@ -100,19 +101,20 @@ def alibi() -> Pattern:
     return Pattern(np.where(distance >= 0, -(0.25 ** np.arange(1, 3))[:, None, None] * distance, -np.inf))
 
 
-RMS = Norm("rmsnorm")
+RMS = Norm()
+SWIGLU = feedforward(SILU, fc2=2.8, ratio=3.0, gated=True)
 STACKS = {
     "pre": stack(12, *xavier(), norm_in=LAYER_NORM),
     "post": stack(8, *xavier(), norm_after=LAYER_NORM),
     "peri": stack(12, *xavier(), norm_in=LAYER_NORM, norm_branch=LAYER_NORM),
     "dropout": stack(8, attention(dropout=0.1), feedforward(), norm_in=LAYER_NORM, write=0.4, dropout=0.1),
-    "scaled": scaled(12, "gelu", pattern=causal_pattern(SEQ_LEN, ROTARY)),
+    "scaled": scaled(12, GELU, pattern=causal_pattern(SEQ_LEN, ROTARY)),
     "deepnorm": deepnorm(12),
     "magneto": magneto(12),
-    "swiglu": stack(8, attention(pattern=alibi()), feedforward("swiglu", fc2=2.8, ratio=3.0), norm_in=RMS, write=0.5),
-    "dyt": stack(8, attention(value=2.0), feedforward("gelu", fc1=2.0), norm_in=Norm("dyt", alpha=0.8)),
+    "swiglu": stack(8, attention(pattern=alibi()), SWIGLU, norm_in=RMS, write=0.5),
+    "dyt": stack(8, attention(value=2.0), feedforward(GELU, fc1=2.0), norm_in=Norm(alpha=0.8)),
     "value_mix": stack(12, *xavier(value_mix=0.5), norm_in=LAYER_NORM),
-    "no_norm": stack(8, attention(), feedforward("leaky", slope=0.2, output_scale=0.9), write=0.25),
+    "no_norm": stack(8, attention(), feedforward(LeakyRelu(0.2), output_scale=0.9), write=0.25),
     "catformer": catformer(8),
 }
 

@@ -14,7 +14,7 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.data.waiting import Wait, noted
 from stablelm.engine.mesh import Ranks
-from stablelm.model.flops import flops_per_token
+from stablelm.methods.sizes import flops_per_token
 from stablelm.plan.accelerators import ACCELERATORS, named_by
 from stablelm.train import meter
 from stablelm.train.progress import Progress

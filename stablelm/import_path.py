@@ -1,4 +1,4 @@
-"""Functions that a configuration names by import path."""
+"""Objects that a configuration names by import path."""
 
 import importlib
 import re
@@ -12,10 +12,10 @@ FORM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 @lru_cache
-def function(path: str) -> Callable[..., Any]:
-    """What `package.module:function` names. Raises ConfigError, without the key, when it cannot be had."""
+def named(path: str) -> Any:
+    """What `package.module:name` names. Raises ConfigError, without the key, where there is nothing of that name."""
     if not FORM.fullmatch(path):
-        raise ConfigError("is no import path; write package.module:function")
+        raise ConfigError("not an import path; write package.module:name")
     name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(name)
@@ -27,7 +27,14 @@ def function(path: str) -> Callable[..., Any]:
         ) from error
     found = getattr(module, attribute, None)
     if found is None:
-        raise ConfigError(f"the module {name} has no {attribute}; name a function of it")
+        raise ConfigError(f"the module {name} does not define {attribute}; name something it defines")
+    return found
+
+
+def function(path: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names. Raises ConfigError, without the key, if it is none."""
+    found = named(path)
     if not callable(found):
-        raise ConfigError(f"{attribute} in {name} is a {type(found).__name__}, not a function; name one")
+        _, _, attribute = path.partition(":")
+        raise ConfigError(f"{attribute} is a {type(found).__name__}, not a function; name a function")
     return found

@@ -1,0 +1,60 @@
+"""The feed-forward's nonlinearities: ReLU, exact (erf) GELU and SwiGLU."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from stablelm.methods.axes import Activation
+from stablelm.theory.moments import GELU, RELU, SILU, Function
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Relu(Activation):
+    name: ClassVar[str] = "relu"
+    scales_evenly: ClassVar[bool] = True
+
+    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+        return hidden.relu()
+
+    def function(self, n_layers: int) -> Function:
+        return RELU
+
+
+@dataclass(frozen=True)
+class GeluErf(Activation):
+    name: ClassVar[str] = "gelu"
+    scales_evenly: ClassVar[bool] = True
+
+    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+        import torch.nn.functional as F
+
+        return F.gelu(hidden)
+
+    def function(self, n_layers: int) -> Function:
+        return GELU
+
+
+@dataclass(frozen=True)
+class SwiGlu(Activation):
+    """silu(gate x) * fc1 x (Shazeer 2020); its width keeps the parameters of two matrices of 4 d_model."""
+
+    name: ClassVar[str] = "swiglu"
+    gated: ClassVar[bool] = True
+
+    def d_ff(self, d_model: int) -> int:
+        """8/3 d_model, rounded up to a multiple of 64."""
+        return -(-8 * d_model // (3 * 64)) * 64
+
+    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+        import torch.nn.functional as F
+
+        assert gate is not None
+        return F.silu(gate) * hidden
+
+    def function(self, n_layers: int) -> Function:
+        return SILU
+
+
+ACTIVATIONS = (Relu(), GeluErf(), SwiGlu())

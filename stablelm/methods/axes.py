@@ -1,0 +1,544 @@
+"""The axes of the method space, and what a value of each must answer.
+
+A method's file defines the values that it introduces as frozen dataclasses derived from these, and its `Method`. All
+other code asks the value and compares no names. Every answer has the default of the plain pre-norm model, so that a
+value says only what it changes. Importing a method must not import torch: what computes imports it where it is called.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablelm.theory.attention import Pattern
+from stablelm.theory.kernels import Norm as NormTheory
+from stablelm.theory.moments import Function, causal_means
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Chunks = tuple[Tensor, ...]
+
+Array = NDArray[np.float64]
+Options = TypeVar("Options", bound="MethodOptions")
+M = TypeVar("M", bound="Model")
+
+MATRICES = ("query", "key", "value", "output", "fc1", "gate", "fc2", "projection")
+TABLES = ("embedding", "position", "head")
+BRANCH_MATRICES = ("value", "output", "fc1", "gate", "fc2")
+"""The matrices on a branch's own path; queries and keys only set the logits."""
+
+
+class AttentionKeys(Protocol):
+    """The section `model.attention`, its None values filled in."""
+
+    def changed(self, **changes: Any) -> Any: ...
+
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def qk_norm(self) -> bool | None: ...
+    @property
+    def logit_cap(self) -> float | None: ...
+    @property
+    def low_rank(self) -> float | None: ...
+
+
+class Model(Protocol):
+    """The section `model` of a configuration, as far as methods read it; its axes are filled in."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int | None: ...
+    @property
+    def d_ff(self) -> int | None: ...
+    @property
+    def max_seq_len(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def tie_embeddings(self) -> bool | None: ...
+    @property
+    def embedding_norm(self) -> bool | None: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def norm_alpha(self) -> float: ...
+    @property
+    def bias(self) -> bool | None: ...
+    @property
+    def attention(self) -> AttentionKeys: ...
+    @property
+    def axes(self) -> "Axes": ...
+
+    def option(self, kind: type[Options]) -> Options:
+        """The options of a method, its own section of the configuration."""
+        ...
+
+    def changed(self: M, *options: Any, **changes: Any) -> M:
+        """A copy with other values; each of `options` replaces the section of its type."""
+        ...
+
+
+class Refusal(NamedTuple):
+    """A combination that is not run: the keys to blame, why, and what to use instead."""
+
+    keys: tuple[str, ...]
+    reason: str
+
+
+class Widths(NamedTuple):
+    """Features that a sub-layer reads, that its heads have together, and that its branch has."""
+
+    read: int
+    attention: int
+    branch: int
+
+
+class Role(NamedTuple):
+    """What a parameter does.
+
+    `kind`: embedding, position, head; query, key, value, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
+    bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
+    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether its size means nothing.
+    """
+
+    kind: str
+    layer: int | None
+    factor: str | None = None
+    reparametrised: bool = False
+
+
+class Added(NamedTuple):
+    """A parameter that an axis value adds to a sub-layer or a layer: its name there, and its initial value.
+
+    `start` has the parameter's shape. Such parameters have no weight decay.
+    """
+
+    name: str
+    start: Array
+
+
+class Rates(NamedTuple):
+    """What multiplies `train.lr`, `train.weight_decay` and `train.eps` for a parameter."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+class Value:
+    """What every axis value answers."""
+
+    name: ClassVar[str]
+
+    def refusals(self, model: Model) -> Iterable[Refusal]:
+        """The combinations with this value that make no sense."""
+        return ()
+
+    def export_obstacle(self, model: Model) -> str | None:
+        """Why no plain decoder computes the same, so that the model cannot be exported as one; None: one does."""
+        return None
+
+
+@dataclass(frozen=True)
+class Stream(Value):
+    """What flows from layer to layer and how a branch joins it: skip x + branch f(x) unless a value says otherwise.
+
+    The stream is a tuple of tensors, each (batch, seq, width), and never changed in place, so that recompute and
+    sharding engines may run any layer again from its inputs. A layer returns only tensors that it made itself (engines
+    hook the outputs of a layer); `join` makes the stream after it of the stream before it and these.
+    """
+
+    skip: float = 1.0
+    branch: float = 1.0
+
+    grows: ClassVar[bool] = False
+    """Whether sub-layers have widths of their own (`widths`), and the end is projected back to d_model."""
+    has_skip: ClassVar[bool] = True
+    """Whether what a sub-layer reads passes it by; without, the gradient's theory does not hold."""
+    predicted: ClassVar[bool] = True
+    """Whether the theory knows the stream."""
+    layers_differ: ClassVar[bool] = False
+    """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
+
+    def at(self, model: Model) -> "Stream":
+        """The stream with the gains of this model."""
+        skip, branch = self.gains(model)
+        return replace(self, skip=skip, branch=branch)
+
+    def gains(self, model: Model) -> tuple[float, float]:
+        """(skip, branch) of x <- skip x + branch f(x)."""
+        return 1.0, 1.0
+
+    def widths(self, model: Model, sublayer: int) -> Widths:
+        """The widths of a sub-layer, counted from 0 over both kinds; 2 n_layers is the end of the stream."""
+        return Widths(model.d_model, model.d_model, model.d_model)
+
+    def sized(self, model: M) -> M:
+        """The model with the widths that are None filled in."""
+        return model if model.d_ff is not None else model.changed(d_ff=model.axes.activation.d_ff(model.d_model))
+
+    def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
+        """Parameters that each sub-layer gets; `read` and `write` take them by name."""
+        return ()
+
+    def in_layer(self, model: Model, layer: int) -> tuple[Added, ...]:
+        """Parameters that each layer gets; `end_layer` takes them by name."""
+        return ()
+
+    def branch_at_start(self, model: Model) -> float:
+        """`branch` with every added parameter at its start, for the theory."""
+        return self.gains(model)[1]
+
+    def start(self, embedded: "Tensor") -> "Chunks":
+        """The stream that holds the embeddings alone."""
+        return (embedded,)
+
+    def read(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Tensor":
+        """The input of a sub-layer, before any norm."""
+        return chunks[0]
+
+    def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
+        """The new tensors that a sub-layer's branch makes of the stream, in the stream's dtype."""
+        x, branch = chunks[0], branch.to(chunks[0].dtype)
+        if self.skip == 0:
+            return (branch * self.branch,)
+        return ((x if self.skip == 1 else x * self.skip).add(branch, alpha=self.branch),)
+
+    def join(self, chunks: "Chunks", new: "Chunks") -> "Chunks":
+        """The stream after `new` was written onto `chunks`."""
+        return new
+
+    def end_layer(self, chunks: "Chunks", new: "Chunks", added: Mapping[str, "Tensor"]) -> "Chunks":
+        """What a layer returns; `chunks`: the stream before it, `new`: what both sub-layers made."""
+        return new
+
+    def settle(self, chunks: "Chunks") -> "Chunks":
+        """The same stream in fewer tensors, between layers."""
+        return chunks
+
+    def state(self, chunks: "Chunks") -> "Chunks":
+        """The chunks whose variance and correlation are the stream's: what a sub-layer reads."""
+        return chunks[:1]
+
+    def finish(self, chunks: "Chunks") -> "Tensor":
+        """What the final norm and the head see."""
+        return chunks[0]
+
+
+@dataclass(frozen=True)
+class Placement(Value):
+    """The places of norms.
+
+    `before_body`: on what the sub-layer reads; `before_output`: inside the body, before its last matrix (over all
+    heads together, or after the activation); `on_branch`: on the body's output; `after_write`: on the stream after
+    the sub-layer; `final`: before the head; `by_depth`: the norm before the body is divided by sqrt(layer from 1).
+    """
+
+    name: str  # type: ignore[misc]
+    before_body: bool = False
+    before_output: bool = False
+    on_branch: bool = False
+    after_write: bool = False
+    final: bool = False
+    by_depth: bool = False
+
+    def input_scale(self, layer: int) -> float:
+        """What multiplies the norm before the body of a layer, counted from 0."""
+        return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
+
+
+class Norm(Value):
+    """A norm over the last dimension."""
+
+    has_bias: ClassVar[bool] = True
+    """Whether it has a bias where the model has biases."""
+    has_slope: ClassVar[bool] = False
+    """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+
+    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        """x: (..., width) in the parameters' dtype -> the same shape; `alpha`: (1,) if `has_slope`."""
+        raise NotImplementedError
+
+    def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
+        """Its action on token kernels."""
+        raise NotImplementedError
+
+    def variance(self, model: Model, variance: float) -> float:
+        """Second moment of its output per feature, from that of its input."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Init(Value):
+    """The stds of initial values, the scales that belong to them, and how learning rates follow.
+
+    The defaults: tables and head of std d_model^-1/2, nothing scaled, the configured rates.
+    """
+
+    sizes_branches: ClassVar[bool] = False
+    """Whether it sets the size of a branch by the size of its matrices, which a spectral norm of 1 undoes."""
+    unit_variance: ClassVar[bool] = False
+    """Whether embeddings and activations have variance 1, as a tailored slope takes for granted."""
+
+    def std(self, role: Role, shape: Sequence[int], model: Model) -> float:
+        """Of a matrix of the layers, (fan_out, fan_in)."""
+        raise NotImplementedError
+
+    def embedding_std(self, model: Model) -> float:
+        """Of the token and position tables."""
+        return unit_embedding_std(model) if self.unit_variance else model.d_model**-0.5
+
+    def embedding_scale(self, model: Model) -> float:
+        """What multiplies the token embeddings."""
+        return 1.0
+
+    def head_std(self, model: Model) -> float:
+        """Of an untied head."""
+        return model.d_model**-0.5
+
+    def head_scale(self, model: Model) -> float:
+        """What multiplies the head's input; unit logits for a tied head of embeddings of unit variance.
+
+        There 1 / (std sqrt(d)) (Kedia et al. 2024, released code).
+        """
+        if model.tie_embeddings and self.unit_variance:
+            return 1 / (self.embedding_std(model) * math.sqrt(model.d_model))
+        return 1.0
+
+    def logit_scale(self, d_head: int) -> float:
+        """What multiplies query . key."""
+        return d_head**-0.5
+
+    def rates(self, model: Model, *, in_layer: bool, matrix: bool) -> Rates:
+        """For a parameter inside or outside the layers that is a matrix or a vector."""
+        return Rates()
+
+    def starts_at_zero(self, kind: str) -> bool:
+        """Whether matrices of that kind start at zero."""
+        return False
+
+    def shaped(self, kind: str, gaussian: "Tensor") -> "Tensor | None":
+        """A matrix made of standard normal draws in another way than by a std; None: by `std`."""
+        return None
+
+
+def unit_embedding_std(model: Model) -> float:
+    """Of tables whose sum has variance 1 after dropout: (1 - dropout) / tables is the variance (Kedia et al. 2024)."""
+    return math.sqrt((1 - model.dropout) / (2 if model.axes.position.adds_table else 1))
+
+
+class Reparam(Value):
+    """What a matrix of the layers stands for: itself unless a value says otherwise."""
+
+    after_step: ClassVar[bool] = False
+    """Whether `update` runs after each optimizer step."""
+
+    def applies(self, model: Model, sublayer: int) -> bool:
+        """Whether it applies to the matrices of a sub-layer."""
+        return False
+
+    def parameters(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters that stand beside each of its matrices."""
+        return {}
+
+    def buffers(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the buffers beside each of its matrices, in the parameters' dtype."""
+        return {}
+
+    def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
+        """Initial values of those parameters and buffers; `top` finds the weight's largest singular value.
+
+        With the zeros that `methods.spectral.SharedStarts` gives in place of another rank's triplets all are zeros.
+        """
+        return {}
+
+    def factor(self, linear: Any) -> "Tensor | None":
+        """What multiplies the product with a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.
+
+        The gradient passes through it. It must not change anything, for recompute runs the forward pass twice.
+        """
+        return None
+
+    def entry_variance(self, model: Model, std: float, shape: tuple[int, int]) -> float:
+        """Variance of the entries of a map (d_out, d_in) as it acts at the start, for a matrix of that std."""
+        return std**2
+
+    def update(self, matrices: Sequence[Any], reduce: Any) -> "list[Tensor] | None":
+        """What is done after the optimizer step, for the parts of all its matrices that a rank holds.
+
+        `matrices`: `methods.spectral.Matrix` or `Slice`; `reduce` sums a flat tensor over the ranks in place, None if
+        each holds whole matrices. Buffers are changed in place; factors that are returned, one (1,) or (d_out,) for
+        each matrix, multiply its rows, in the optimizer's own copy too.
+        """
+        return None
+
+
+class Activation(Value):
+    """The feed-forward's nonlinearity."""
+
+    gated: ClassVar[bool] = False
+    """Whether it has a second first matrix, whose output goes through the nonlinearity and multiplies the first's."""
+    keeps_variance: ClassVar[bool] = False
+    """Whether its output has the variance of its input."""
+    scales_evenly: ClassVar[bool] = False
+    """Whether the std of fc1 and fc2 may be shared, see `methods.solve`."""
+
+    def d_ff(self, d_model: int) -> int:
+        """Feed-forward width unless it is given: 4 d_model."""
+        return 4 * d_model
+
+    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+        """hidden, and the gate's product if `gated`: (batch, seq, d_ff) -> the same shape."""
+        raise NotImplementedError
+
+    def function(self, n_layers: int) -> Function:
+        """The pointwise function, of the gate if `gated`, with its Gaussian integrals."""
+        raise NotImplementedError
+
+    def output_scale(self, n_layers: int) -> float:
+        """What multiplies the pointwise function."""
+        return 1.0
+
+    def second_moment(self, variance: float, n_layers: int) -> float:
+        """E[act(x)^2] for inputs of that variance."""
+        found = float(self.function(n_layers).second_moment(variance)) * self.output_scale(n_layers) ** 2
+        return found * variance if self.gated else found
+
+    def correlation(self, r: float, n_layers: int) -> float:
+        """Uncentred correlation of two tokens after it, from r before it at unit variance."""
+        function = self.function(n_layers)
+        after = float(function.dual(1.0, r, 1.0)) / float(function.dual(1.0, 1.0, 1.0))
+        return after * r if self.gated else after
+
+
+class Position(Value):
+    """How positions enter."""
+
+    adds_table: ClassVar[bool] = False
+    """Whether a learned table is added to the embeddings."""
+    pairs_features: ClassVar[bool] = False
+    """Whether it turns pairs of a head's features, so that their number must be even."""
+    biases_logits: ClassVar[bool] = False
+    """Whether `bias` gives something."""
+
+    def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":
+        """What `turn` needs, made once for all layers; `where`: dtype and device."""
+        return ()
+
+    def turn(self, x: "Tensor", tables: "Chunks") -> "Tensor":
+        """Queries or keys (batch, seq, heads, d_head) with their positions."""
+        return x
+
+    def bias(self, model: Model, seq_len: int, **where: Any) -> "Tensor | None":
+        """(heads, seq, seq), added to the logits, -inf after the query."""
+        return None
+
+    def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
+        """What positions do to attention at the start, for the theory; one object for equal arguments."""
+        raise NotImplementedError
+
+    def mean_weights(self, model: Model, q: float) -> tuple[float, float]:
+        """Sum of squared attention weights, and of products of two queries' weights, averaged over positions.
+
+        `q`: variance of the logits about their row mean. Without biases a query looks at every key up to its own
+        position alike.
+        """
+        assert model.max_seq_len is not None
+        own, shared = causal_means(model.max_seq_len, q)
+        return float(own), float(shared)
+
+
+class Shaping(Value):
+    """What attention is at the start beside what logits and positions make of it."""
+
+    replaces_skip: ClassVar[bool] = False
+    """Whether the stream needs no skip."""
+    active: ClassVar[bool] = False
+    """Whether `bias_and_scale` gives something; it differs between layers, and needs whole sequences."""
+
+    def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
+        """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
+        raise NotImplementedError
+
+
+class ValueMixing(Value):
+    """Whether later layers see the first layer's values."""
+
+    share: ClassVar[float | None] = None
+    """The first layer's share in the values of the others; None: none is kept."""
+
+    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
+        """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each."""
+        return own
+
+    def moments(self, kept: float, common: float) -> tuple[float, float]:
+        """Variance and covariance of averaged values after the mixing, from those of the own."""
+        return kept, common
+
+
+class Maps(Value):
+    """How the first maps of attention are made."""
+
+    def rank(self, model: Model) -> int | None:
+        """Inner width of factorised query, key and value maps; None: they are whole."""
+        return None
+
+
+class MethodOptions:
+    """Base of a method's options, a frozen dataclass of `stablelm.key.key` fields: the section `model.<SECTION>`.
+
+    Those of a method named by import path are read from `model.method_options`.
+    """
+
+    SECTION: ClassVar[str] = ""
+    SHORT_FORM: ClassVar[bool] = False
+    """Whether `<SECTION>.*` means `model.<SECTION>.*`."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The values of a model."""
+
+    stream: Stream
+    placement: Placement
+    norm: Norm
+    init: Init
+    reparam: Reparam
+    activation: Activation
+    position: Position
+    shaping: Shaping
+    values: ValueMixing
+    maps: Maps
+
+    def each(self) -> tuple[Value, ...]:
+        """All of them."""
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named point of the space, and what its file introduces.
+
+    `defaults`: keys of the model section, written as under `model.`, to the method's own values; what it leaves out is
+    as in `pre_ln`. `values`: the axis values that it introduces, `options`: its options.
+    """
+
+    name: str
+    paper: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    values: tuple[Value, ...] = ()
+    options: tuple[type[MethodOptions], ...] = ()

@@ -1,0 +1,63 @@
+"""The norms: LayerNorm, RMSNorm and DyT."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stablelm.methods.axes import Model, Norm
+from stablelm.theory import moments
+from stablelm.theory.kernels import Norm as NormTheory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerNorm(Norm):
+    """Ba et al. 2016."""
+
+    name: ClassVar[str] = "layernorm"
+
+    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        import torch.nn.functional as F
+
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
+        return NormTheory(centred=True, scale=scale, eps=model.norm_eps)
+
+
+@dataclass(frozen=True)
+class RmsNorm(Norm):
+    """Zhang & Sennrich 2019."""
+
+    name: ClassVar[str] = "rmsnorm"
+    has_bias: ClassVar[bool] = False
+
+    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        import torch.nn.functional as F
+
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
+        return NormTheory(scale=scale, eps=model.norm_eps)
+
+
+@dataclass(frozen=True)
+class DyT(Norm):
+    """tanh(alpha x) with a learned alpha (1,), no statistics at all (Zhu et al. 2025, arXiv 2503.10622)."""
+
+    name: ClassVar[str] = "dyt"
+    has_slope: ClassVar[bool] = True
+
+    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        x = (alpha * x).tanh() * weight
+        return x if bias is None else x + bias
+
+    def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
+        return NormTheory(scale=scale, alpha=model.norm_alpha)
+
+    def variance(self, model: Model, variance: float) -> float:
+        return float(moments.dyt_second_moment(model.norm_alpha, variance))
+
+
+NORMS = (LayerNorm(), RmsNorm(), DyT())

@@ -1,0 +1,30 @@
+"""Value residuals: later layers also see the first layer's values (Zhou et al., ACL 2025, fixed shares of 1/2)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from stablelm.methods.axes import Method, ValueMixing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ValueResidual(ValueMixing):
+    name: ClassVar[str] = "first"
+    share: ClassVar[float | None] = 0.5
+
+    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
+        return 0.5 * (own + first)
+
+    def moments(self, kept: float, common: float) -> tuple[float, float]:
+        # Half the first layer's values, half the own: of independent weights, so the variances add.
+        return 0.5 * kept, 0.5 * common
+
+    def export_obstacle(self, model: object) -> str:
+        return "the values of its layers are mixed with the first layer's, which no standard architecture does"
+
+
+VALUE_RESIDUAL = Method(
+    "value_residual", "Zhou et al., Value Residual Learning, ACL 2025", {"attention.value_residual": True}
+)

@@ -1,0 +1,117 @@
+"""Initial values: one normal draw a parameter, seeded by its name, with a std by its role.
+
+A value depends on (seed, name, shape, config) alone: not on the device, the order of construction,
+the world size or any other parameter.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stablelm.config.schema import ModelConfig
+from stablelm.methods import spectral
+from stablelm.methods.axes import MATRICES, TABLES, Added, Role
+from stablelm.methods.stds import initial_std
+from stablelm.seeds import seed_from
+
+
+def roles(decoder: nn.Module) -> dict[str, Role]:
+    """The role of every parameter of a Decoder, by name; a tied head is the embedding."""
+    reparametrised = {
+        f"{name}.weight" for name, part in decoder.named_modules() if getattr(part, "reparam", None) is not None
+    }
+    names = [name for name, _ in decoder.named_parameters()]
+    return {name: role_of(name, reparametrised=name in reparametrised) for name in names}
+
+
+def role_of(name: str, *, reparametrised: bool = False) -> Role:
+    """The role of the parameter of that name; prefixes of wrappers in the name do no harm.
+
+    What is no matrix, table, bias or part of a norm has the kind of its own name.
+    """
+    parts = name.split(".")
+    layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+    leaf, module = parts[-1], parts[-2]
+    if leaf == "bias":
+        return Role("bias", layer)
+    if module.startswith("norm_"):
+        return Role("norm_gain" if leaf == "weight" else f"norm_{leaf}", layer)
+    if leaf != "weight":
+        return Role(leaf, layer)
+    factor = module if module in ("down", "up") else None
+    kind = parts[-3] if factor else module
+    assert kind in MATRICES or kind in TABLES, name
+    return Role(kind, layer, factor, reparametrised)
+
+
+def decays(role: Role) -> bool:
+    """Whether AdamW decays the parameter: matrices yes, but not reparametrised ones, whose size means nothing.
+
+    Norms, biases, embeddings, positions and what axis values add have no decay.
+    """
+    return (role.kind in MATRICES or role.kind == "head") and not role.reparametrised
+
+
+def initial_values(
+    shapes: dict[str, tuple[int, ...]],
+    config: ModelConfig,
+    seed: int,
+    start: Callable[[Tensor], spectral.Start] = spectral.start,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole initial value) of parameters given by clean name and shape, a whole model's or one layer's.
+
+    fp32 on the CPU. A reparametrised matrix comes with the parameters and buffers beside it (float64), for which
+    `start` finds the largest singular value; they are all zeros where it gives zeros.
+    """
+    reparam = config.axes.reparam
+    beside = tuple(reparam.parameters(1, 1))
+    for name, shape in shapes.items():
+        if name.endswith(tuple(f".{own}" for own in beside)):
+            continue  # given with its matrix
+        stem = name.removesuffix(".weight")
+        sigma = bool(beside) and f"{stem}.{beside[0]}" in shapes
+        value = initial_value(name, role_of(name, reparametrised=sigma), shape, config, seed)
+        yield name, value
+        if sigma:
+            yield from ((f"{stem}.{own}", first) for own, first in reparam.starts(value, config, start).items())
+
+
+def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of any parameter but those beside a reparametrised matrix, an fp32 CPU tensor of that shape.
+
+    Gains 1, biases 0, the slope of a norm `norm_alpha`, what axis values add as they say; of matrices what `model.init`
+    says, N(0, std^2) as a rule.
+    """
+    init = config.axes.init
+    if role.kind == "norm_gain":
+        return torch.ones(*shape)
+    if role.kind == "norm_alpha":
+        return torch.full(tuple(shape), config.norm_alpha)
+    if role.kind == "bias" or init.starts_at_zero(role.kind):
+        return torch.zeros(*shape)
+    if role.kind not in MATRICES and role.kind not in TABLES:
+        return torch.as_tensor(_added(name, role, config).start, dtype=torch.float32)
+    value = torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
+    shaped = init.shaped(role.kind, value)
+    return value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+
+
+def _added(name: str, role: Role, config: ModelConfig) -> Added:
+    """What the stream adds to the layer or sub-layer under that name."""
+    assert role.layer is not None, name
+    stream, module = config.axes.stream, name.split(".")[-2]
+    if module.isdigit():
+        found = stream.in_layer(config, role.layer)
+    else:
+        found = stream.in_sublayer(config, 2 * role.layer + (module == "feedforward"))
+    return next(parameter for parameter in found if parameter.name == role.kind)
+
+
+@torch.no_grad()
+def initialise(decoder: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fills every parameter and buffer of a whole (not sharded) Decoder in place with its initial value."""
+    tensors = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
+    for name, value in initial_values(shapes, config, seed):
+        tensors[name].copy_(value)
