@@ -29,16 +29,16 @@ from torch.multiprocessing.spawn import spawn
 
 from stablelm.config.schema import Config, GuardsConfig, ObserveConfig, RunConfig
 from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.observe.interval_metrics import Meter
 from stablelm.observe.metrics import Interval
+from stablelm.observe.progress import Progress
+from stablelm.supervise.heartbeat import Watch
 from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.guards import Guard
-from stablelm.train.meter import Meter
-from stablelm.train.progress import Progress
 from stablelm.train.step import StepResult
 from stablelm.train.stop import Stop
-from stablelm.train.watchdog import Watch
 
 REPEATS, ROUNDS = 50, 20
 

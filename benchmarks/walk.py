@@ -33,14 +33,14 @@ from stablelm.config.schema import (
     SigmaConfig,
     TrainConfig,
 )
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.optimizers import adamw
+from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.methods import compose
 from stablelm.methods.catalogue import apply_method, default_d_ff
 from stablelm.methods.catformer import solve_shape
 from stablelm.methods.initialise import initialise, roles
 from stablelm.methods.predict import predict
 from stablelm.model.decoder import Decoder
-from stablelm.train.optimizer import adamw
 
 LAYERS, WIDTH, HEADS, SEQ_LEN, VOCABULARY, BATCH = 2, 32, 2, 16, 64, 2
 LR = 1e-3

@@ -40,11 +40,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _root(options: argparse.Namespace):
     """Where the checkpoints lie: in what was given, or where --dir says."""
-    from stablelm.checkpoint import keep
-    from stablelm.checkpoint.places import place
+    from stablelm.checkpoint import selection
+    from stablelm.checkpoint.remote_path import place
 
     if options.dir is None:
-        return keep.checkpoints_root(place(options.run_dir))
+        return selection.checkpoints_root(place(options.run_dir))
     root = place(options.dir)
     if not root.is_dir():
         raise CheckpointError(f"--dir {root} is not a directory: name the one that holds the step-... directories")
@@ -52,16 +52,16 @@ def _root(options: argparse.Namespace):
 
 
 def _steps(options: argparse.Namespace) -> list:
-    from stablelm.checkpoint import keep
-    from stablelm.checkpoint.places import place
+    from stablelm.checkpoint import selection
+    from stablelm.checkpoint.remote_path import place
 
-    one = keep.step_directory(place(options.run_dir))
+    one = selection.step_directory(place(options.run_dir))
     if one is not None and options.dir is None:
         return [one]
     root = _root(options)
-    steps = keep.step_directories(root)
+    steps = selection.step_directories(root)
     if not steps:
-        raise keep.no_checkpoint(root, place(options.run_dir))
+        raise selection.no_checkpoint(root, place(options.run_dir))
     return steps
 
 
@@ -102,20 +102,20 @@ def check(options: argparse.Namespace) -> None:
 
 
 def prune(options: argparse.Namespace) -> None:
-    from stablelm.checkpoint import fence, keep
-    from stablelm.checkpoint.places import place
+    from stablelm.checkpoint import fence, selection
+    from stablelm.checkpoint.remote_path import place
 
     root = _root(options)
-    if not keep.step_directories(root) and not options.unfinished:
-        raise keep.no_checkpoint(root, place(options.run_dir))
+    if not selection.step_directories(root) and not options.unfinished:
+        raise selection.no_checkpoint(root, place(options.run_dir))
     kept, permanent = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
     if options.dry_run:
-        for path in keep.superseded(root, kept, permanent, hashes=True):
+        for path in selection.superseded(root, kept, permanent, hashes=True):
             print(f"would delete {path}")
         return
-    gone = keep.retain(root, kept, permanent, hashes=True)
+    gone = selection.retain(root, kept, permanent, hashes=True)
     gone += fence.sweep(root, sys.maxsize) if options.unfinished else []
     for path in gone:
         print(f"deleted {path}")
@@ -125,7 +125,7 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
     """Retention from the arguments, else from the run's configuration, which speaks for its own checkpoints alone."""
     section = _configured(options.run_dir)
     if section is not None and options.dir is not None:
-        from stablelm.checkpoint.places import place
+        from stablelm.checkpoint.remote_path import place
 
         asked = place(os.path.expanduser(section.dir)) if section.dir else None
         section = section if asked == place(options.dir) else None
@@ -138,7 +138,7 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
 
 def _configured(run_dir: str):
     """The section checkpoint of a run's config.yaml, None where it has none. Raises ConfigError."""
-    from stablelm.checkpoint.places import place
+    from stablelm.checkpoint.remote_path import place
     from stablelm.config.load import loads
     from stablelm.small_files import read_small
 

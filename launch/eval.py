@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.evaluate.checkpoint import evaluate_checkpoint
+    from stablelm.evaluate.checkpoint_evaluation import evaluate_checkpoint
 
     return evaluate_checkpoint(
         arguments.checkpoint,

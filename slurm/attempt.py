@@ -20,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm import json_text
 from stablelm.arguments import Parser, local_path
-from stablelm.checkpoint import keep, manifest
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint import manifest, selection
+from stablelm.checkpoint.remote_path import Place, place
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.observe import provenance
 from stablelm.printable import printable
 from stablelm.small_files import read_small
-from stablelm.train import attempts
+from stablelm.supervise import attempts
+from stablelm.supervise.requeue_policy import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 from stablelm.train.summary import read_summary
-from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
@@ -42,11 +42,11 @@ def checkpoints(run_dir: Path, own: bool = True) -> list[Place]:
     `own`: the run is the caller's, so that they may lie where its configuration says.
     """
     try:
-        found = keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
+        found = selection.step_directories(selection.checkpoints_root(place(str(run_dir))))
     except CheckpointError:
         return []
-    asked = keep.configured_root(run_dir) if own and not found else None
-    return keep.step_directories(place(asked)) if asked else found
+    asked = selection.configured_root(run_dir) if own and not found else None
+    return selection.step_directories(place(asked)) if asked else found
 
 
 def committed_step(run_dir: Path) -> int | None:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from stablelm.checkpoint import commit
-from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard, part_of
+from stablelm.engine.consensus import Together
+from stablelm.engine.tensor_parts import FlatShard, part_of
 
 
 class Saver:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.contents import few, gaps
 from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
 from stablelm.checkpoint.files import (
@@ -36,7 +35,6 @@ from stablelm.checkpoint.files import (
 )
 from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
 from stablelm.checkpoint.index import read_index
-from stablelm.checkpoint.keep import step_directories
 from stablelm.checkpoint.manifest import (
     COMMITTED,
     CONFIG,
@@ -52,7 +50,9 @@ from stablelm.checkpoint.manifest import (
     step_of,
     verify,
 )
-from stablelm.checkpoint.places import Place, RemotePath
+from stablelm.checkpoint.remote_path import Place, RemotePath
+from stablelm.checkpoint.selection import step_directories
+from stablelm.engine.consensus import Together
 from stablelm.errors import CheckpointError, StorageError
 from stablelm.printable import printable
 

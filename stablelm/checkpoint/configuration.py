@@ -5,9 +5,9 @@ A checkpoint may come from anybody. What is taken of it without a word from the 
 
 from typing import Any
 
-from stablelm.checkpoint import keep
+from stablelm.checkpoint import selection
 from stablelm.checkpoint.manifest import CONFIG
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import Place, StoreError
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.saved import in_effect
@@ -62,7 +62,7 @@ def _text(path: Place) -> str:
 
 
 def _identity(path: Place) -> dict[str, Any]:
-    state = keep.read_state(path)
+    state = selection.read_state(path)
     identity = state.get("identity", {}) if isinstance(state, dict) else None
     if not isinstance(identity, dict):
         raise CheckpointError(f"{path} has no readable identity in its state: load another checkpoint")

@@ -6,9 +6,9 @@ import torch
 
 from stablelm.checkpoint import configuration
 from stablelm.checkpoint.index import EarlierFormat, Index, read_index
-from stablelm.checkpoint.keep import read_state
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.selection import read_state
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
-from stablelm.checkpoint.places import Place, RemotePath
+from stablelm.checkpoint.remote_path import Place, RemotePath
 from stablelm.errors import CheckpointError, ConfigError, StorageError
 from stablelm.json_text import parse
 from stablelm.new_files import make_folder

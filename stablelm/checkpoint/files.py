@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import Place, StoreError
 from stablelm.errors import StorageError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

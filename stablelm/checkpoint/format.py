@@ -19,10 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.contents import few
 from stablelm.checkpoint.files import FileRecord, sync_directory, write_new
-from stablelm.checkpoint.flatshard import FlatShard, Part, part_of, rectangles
 from stablelm.checkpoint.index import (
     DTYPE_NAMES,
     INDEX,
@@ -34,8 +32,10 @@ from stablelm.checkpoint.index import (
     name_in_file,
     read_index,
 )
-from stablelm.checkpoint.places import Place
 from stablelm.checkpoint.reader import Reader, bytes_of
+from stablelm.checkpoint.remote_path import Place
+from stablelm.engine.consensus import Together
+from stablelm.engine.tensor_parts import FlatShard, Part, part_of, rectangles
 from stablelm.errors import CheckpointError
 
 BYTES_A_FILE = 32 << 20

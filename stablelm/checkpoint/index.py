@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stablelm import json_text
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import Place, StoreError
 from stablelm.errors import CheckpointError
 
 INDEX = "index.json"

@@ -23,7 +23,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
-from stablelm.checkpoint.places import Place, RemotePath, StoreError
+from stablelm.checkpoint.remote_path import Place, RemotePath, StoreError
 from stablelm.json_text import Count, parse
 from stablelm.small_files import read_small
 

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from stablelm import json_text
-from stablelm.checkpoint.flatshard import Part, part_of
 from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, name_in_file, reason
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.engine.tensor_parts import Part, part_of
 from stablelm.errors import CheckpointError
 
 THREADS = 2

@@ -2,8 +2,8 @@
 
 from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 
 
 def build_engine(config: Config, kind: str, ranks: Ranks, *, train: bool = True) -> Engine:

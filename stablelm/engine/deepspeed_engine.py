@@ -16,16 +16,16 @@ from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.optimizers import adamw, set_learning_rate
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.recompute import recompute_layers
-from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
 from stablelm.engine.torch_engine import compile_layers
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
 from stablelm.methods.initialise import initial_values, roles
 from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums
-from stablelm.train.optimizer import adamw, set_learning_rate
 
 
 class DeepSpeedEngine:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from stablelm.config.engine_rules import hsdp_sizes
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 
 GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
 

@@ -14,17 +14,17 @@ from stablelm.checkpoint.format import clean_name
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.gradients import average, clip, norms, refused, total_norm
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.optimizers import adamw, set_learning_rate
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.recompute import recompute_layers
 from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
-from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
 from stablelm.methods import spectral
 from stablelm.methods.initialise import initial_values, roles
 from stablelm.methods.stream import Concat
 from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums
 from stablelm.model.sublayer import Layer, Sublayer
-from stablelm.train.optimizer import adamw, set_learning_rate
 
 
 class TorchEngine:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from stablelm.engine.environment import says
+from stablelm.engine.launch_environment import says
 
 # Variable, values that ask for nothing or for what is done anyway, flag, and what to use in its place, if anything.
 _ANY = (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stablelm.checkpoint.flatshard import FlatShard
+from stablelm.engine.tensor_parts import FlatShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import configuration, keep
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint import configuration, selection
+from stablelm.checkpoint.remote_path import Place, place
 from stablelm.config import data_rules
 from stablelm.config.keys import choices, find
 from stablelm.config.load import Loaded
@@ -38,7 +38,7 @@ def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> Place | Non
     """Where a run's checkpoints lie outside its directory, by the user's word; None: nowhere else."""
     asked = own.config.checkpoint.dir if own is not None else None
     if asked is None and trusted:
-        asked = keep.configured_root(place(checkpoint))
+        asked = selection.configured_root(place(checkpoint))
     return place(asked) if asked else None
 
 

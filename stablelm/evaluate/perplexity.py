@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 
 IGNORED = -100
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from stablelm.checkpoint.format import clean_name
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.methods.stream import Chunks
 from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Layer
-from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
+from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, state, stream_figures
 
 TOKENS = 1024
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.plan import estimate, memory
 from stablelm.plan.ledger import Ledger

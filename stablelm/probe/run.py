@@ -16,7 +16,7 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.data import training
 from stablelm.data.embedded import embedded
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import Launch
+from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 from stablelm.new_files import clear, replace_file
 from stablelm.train.prepare import Corpora, Prepared

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from stablelm.methods.predict import Prediction
-from stablelm.observe.gauges import Internals
+from stablelm.observe.layer_hooks import Internals
 
 TRAINABILITY = Path(__file__).with_name("trainability.json")
 REFERENCE = "deepscalelm_pre"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.train.step import StepResult
 
 WISHES = 3

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stablelm.checkpoint import keep
+from stablelm.checkpoint import selection
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
@@ -12,13 +12,13 @@ from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
 from stablelm.data.seen_files import SeenFiles
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 from stablelm.observe.layers import rows_for
-from stablelm.train.faults import Faults
+from stablelm.observe.progress import Progress
+from stablelm.supervise.faults import Faults
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared, validation_options
-from stablelm.train.progress import Progress
 
 
 def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
@@ -85,7 +85,7 @@ def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progre
         shapes=expected_shapes(prepared.config.model),
         background=checkpoint.async_,
         committed=committed,
-        retain=lambda: keep.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
+        retain=lambda: selection.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
     )
 
 

@@ -7,17 +7,17 @@ from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
+from stablelm.observe.progress import Progress
+from stablelm.supervise.faults import Faults
+from stablelm.supervise.heartbeat import Watch
 from stablelm.train.agreement import Outcome
-from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
-from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.stop import Stop
-from stablelm.train.watchdog import Watch
 
 
 @dataclass

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 from stablelm.data.loader import Batch
+from stablelm.observe.interval_metrics import Meter
 from stablelm.train.agreement import Agreement, Outcome
+from stablelm.train.evaluation import validate
 from stablelm.train.job import Job
-from stablelm.train.meter import Meter
 from stablelm.train.recheck import recheck
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult, train_step
 from stablelm.train.stop import REASONS
-from stablelm.train.validate import validate
 
 
 def train(job: Job) -> str:

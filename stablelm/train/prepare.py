@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import keep
-from stablelm.checkpoint.places import place
+from stablelm.checkpoint import selection
+from stablelm.checkpoint.remote_path import place
 from stablelm.config import identity as identities
 from stablelm.config import rules, validation_sets
 from stablelm.config.load import Loaded
@@ -20,12 +20,13 @@ from stablelm.data.embedded import embedded
 from stablelm.data.options import ReadOptions
 from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
+from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
 from stablelm.json_text import parse
 from stablelm.observe import provenance
 from stablelm.small_files import read_small
-from stablelm.train import attempts, run_place
+from stablelm.supervise import attempts
+from stablelm.train import run_directory
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,12 @@ def _remote(config: Config) -> bool:
 def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
-    run_place.check(config)
+    run_directory.check(config)
     if config.run.init_from is not None and not place(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not place(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
-    steps = bool(keep.step_directories(place(str(config.checkpoint.dir))))
+    steps = bool(selection.step_directories(place(str(config.checkpoint.dir))))
     begun = _has_text(run_dir / "metrics.jsonl")
     if not steps and not begun:
         return

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.train.step import StepResult
 
 NO_UPDATE = -1.0

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.observe.console import Console
+from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import MetricsFile, TensorBoardSink
-from stablelm.train.progress import Progress
 
 
 class Records:

@@ -6,9 +6,9 @@ import torch
 
 from stablelm.checkpoint.background import Saver
 from stablelm.config.schema import Config
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
-from stablelm.train.meter import peak_memory
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
+from stablelm.observe.interval_metrics import peak_memory
 from stablelm.train.step import seed_dropout
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from shlex import quote
 from typing import Any
 
-from stablelm.checkpoint.keep import CHECKPOINTS
+from stablelm.checkpoint.selection import CHECKPOINTS
 from stablelm.config import mixture
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed

@@ -5,31 +5,32 @@ import math
 from pathlib import Path
 from socket import gethostname
 
-from stablelm.checkpoint import keep
-from stablelm.checkpoint.places import Place
+from stablelm.checkpoint import selection
+from stablelm.checkpoint.remote_path import Place
 from stablelm.config.durations import parse_duration
 from stablelm.config.schema import Config
-from stablelm.engine.base import Engine
 from stablelm.engine.build import build_engine
-from stablelm.engine.mesh import Ranks, check_precision, connect, disconnect
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.observe.layers import LayerObserver
 from stablelm.observe.profile import Profiler
-from stablelm.train import restore, rundir
+from stablelm.observe.progress import Progress
+from stablelm.supervise.faults import Faults
+from stablelm.supervise.heartbeat import Watch
+from stablelm.supervise.shutdown import Ending
+from stablelm.train import resume as restore
+from stablelm.train import rundir
 from stablelm.train.build import build_loader, build_saver, layers_batch, read_validation, save
-from stablelm.train.ending import Ending
-from stablelm.train.faults import Faults
 from stablelm.train.guards import Guard
 from stablelm.train.job import Job
 from stablelm.train.loop import train
 from stablelm.train.prepare import Prepared, files_to_keep
-from stablelm.train.progress import Progress
 from stablelm.train.records import Records
 from stablelm.train.rehearse import rehearse
 from stablelm.train.report import comparison, where_to_look
 from stablelm.train.stop import Stop, deadline
 from stablelm.train.summary import read_summary
-from stablelm.train.watchdog import Watch
 
 LEAD_SECONDS = 60.0
 SAVES_WAITED = 10
@@ -85,7 +86,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     fence = restore.take_over(config, ranks, progress.attempt)
     found = restore.find(config, corpora.identity, resume, ranks, early.append)
     progress.evaluation_due = ranks.together().first(lambda: restore.evaluation_due(config, found))
-    if found is not None and keep.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
+    if found is not None and selection.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)
     engine = build_engine(config, prepared.kind, ranks)
@@ -176,7 +177,7 @@ def opening(config: Config, prepared: Prepared, ending: Ending) -> str:
 
 
 def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Place) -> str:
-    state = keep.read_state(found)
+    state = selection.read_state(found)
     if ranks.is_first:
         earlier = read_summary(config.run.dir)
         for name in ("loss", "val_loss", "tokens_per_second"):

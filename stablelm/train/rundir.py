@@ -8,11 +8,11 @@ from typing import Any
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
 from stablelm.data import seen_files
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
-from stablelm.train import attempts
+from stablelm.supervise import attempts
 
 RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 

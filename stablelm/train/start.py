@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from stablelm.engine import unused_flags
-from stablelm.engine.environment import Launch, accelerate_flags, detect
+from stablelm.engine.launch_environment import Launch, accelerate_flags, detect
 from stablelm.errors import ConfigError, UserError
 from stablelm.printable import printable
 from stablelm.redaction import redacted

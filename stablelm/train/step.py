@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablelm.engine.base import Engine
 from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 from stablelm.seeds import seed_from
 
 

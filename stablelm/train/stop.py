@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 
 SAME_REQUEST_SECONDS = 2.0
 LEAST_MARGIN_SECONDS = 5.0  # a save of a tenth of a second takes seconds when its disk or core is busy elsewhere

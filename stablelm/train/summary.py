@@ -11,7 +11,7 @@ from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.json_text import Count, Number, as_number, parse
 from stablelm.new_files import replace_file
 from stablelm.small_files import read_small
-from stablelm.train import attempts
+from stablelm.supervise import attempts
 
 
 class Summary(TypedDict, total=False):

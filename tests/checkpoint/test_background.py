@@ -26,8 +26,8 @@ from test_killed_saves import newest
 from stablelm.checkpoint import fence, manifest
 from stablelm.checkpoint.background import HostCopy, Saver
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.errors import CheckpointError, StorageError
 
 

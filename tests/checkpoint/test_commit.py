@@ -20,10 +20,10 @@ from support.saved import (
     toy_tensors,
 )
 
-from stablelm.checkpoint import commit, files, keep, manifest
+from stablelm.checkpoint import commit, files, manifest, selection
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.errors import CheckpointError, StorageError
 
 
@@ -43,7 +43,7 @@ def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
     assert result.bytes == sum(entry["size"] for entry in listed.values())
     assert list(listed) == sorted(listed)
     assert manifest.read_commit(result.path).attempt == "a1"
-    assert keep.read_state(result.path) == {**STATE, "step": 1200}
+    assert selection.read_state(result.path) == {**STATE, "step": 1200}
     assert (result.path / "config.yaml").read_text() == CONFIG
     loaded = blanks(toy_tensors(1200))
     load_tensors(result.path / "tensors", loaded, None)

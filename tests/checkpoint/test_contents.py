@@ -12,11 +12,11 @@ from support.saved import left_over, save_small, shapes_of, toy_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from stablelm.checkpoint import commit, contents, keep
+from stablelm.checkpoint import commit, contents, selection
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.index import Entry, Piece
 from stablelm.config.schema import ModelConfig, SigmaConfig
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.methods.catalogue import apply_method
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
@@ -80,7 +80,7 @@ def test_a_save_that_lacks_a_tensor_is_not_committed(tmp_path: Path):
     wrong = tensors | {"model.layers.0.bias": torch.zeros(8, dtype=torch.bfloat16)}
     assert "model.layers.0.bias missing or not whole" in save(tmp_path, wrong, shapes)
     assert left_over(tmp_path) == []
-    assert keep.step_directories(tmp_path) == []
+    assert selection.step_directories(tmp_path) == []
     assert save(tmp_path, tensors, shapes) == ""
 
 
@@ -104,7 +104,7 @@ def test_a_part_that_a_rank_does_not_bring_is_missed_on_all_ranks(tmp_path: Path
         assert on_one
         assert short
         assert (whole, rows) == ("", "")
-    assert sorted(path.name for path in tmp_path.iterdir() if keep.step_directories(path)) == ["rows", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir() if selection.step_directories(path)) == ["rows", "whole"]
 
 
 def test_verify_tells_what_is_incomplete_and_what_can_be_done(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.saved import blanks, save_toy, seal_anew, toy_tensors
 
-from stablelm.checkpoint import keep
+from stablelm.checkpoint import selection
 from stablelm.checkpoint.consolidate import consolidate
 from stablelm.checkpoint.contents import problems
 from stablelm.checkpoint.format import load_tensors, save_tensors
@@ -247,8 +247,8 @@ def test_checkpoints_of_the_earlier_format_are_named(tmp_path, saved):
     words = "was saved by stablelm 0.1, .*with stablelm 0.1.0, the last version that does"
     for look in (
         lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
-        lambda: keep.newest_valid(path.parent, on_damaged=lambda path, why: pytest.fail(why), lacks=problems),
-        lambda: keep.resolve_checkpoint(path, lacks=problems),
+        lambda: selection.newest_valid(path.parent, on_damaged=lambda path, why: pytest.fail(why), lacks=problems),
+        lambda: selection.resolve_checkpoint(path, lacks=problems),
         lambda: consolidate(str(path), tmp_path / "out.safetensors"),
     ):
         with pytest.raises(CheckpointError, match=words) as caught:

@@ -10,7 +10,7 @@ import pytest
 from support.programs import TINY, command, environment, losses, run, summary
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint.keep import newest_valid, read_state
+from stablelm.checkpoint.selection import newest_valid, read_state
 from stablelm.observe.sinks import last_records
 
 pytestmark = pytest.mark.slow

@@ -10,10 +10,10 @@ from matrix import VOCABULARY, configuration, make_ranks
 from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.engine.build import build_engine
 from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.train.recheck import NO_UPDATE
 from stablelm.train.step import StepResult, train_step
 

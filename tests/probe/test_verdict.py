@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stablelm.methods.predict import Prediction
-from stablelm.observe.gauges import Internals
+from stablelm.observe.layer_hooks import Internals
 from stablelm.probe import verdict as module
 from stablelm.probe.verdict import Run, number, read_runs, verdict
 

@@ -14,7 +14,7 @@ import pytest
 from support.programs import environment, free_port
 from support.samples import REPOSITORY
 
-from stablelm.train.verdict import true_code, verdict
+from stablelm.supervise.requeue_policy import true_code, verdict
 
 DEFAULTS = {"attempt": 1, "limit": 100, "fruitless": 0, "outages": 0, "backoff": 120}
 

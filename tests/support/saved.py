@@ -10,7 +10,7 @@ from stablelm.checkpoint import commit, manifest
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.files import record_of_file
-from stablelm.checkpoint.places import Place
+from stablelm.checkpoint.remote_path import Place
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
 

@@ -12,11 +12,11 @@ from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, GuardsConfig, TrainConfig
 from stablelm.data.loader import Batch
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
+from stablelm.observe.progress import Progress
 from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.guards import LAG, Guard
-from stablelm.train.progress import Progress
 from stablelm.train.step import StepResult
 from stablelm.train.stop import deadline
 

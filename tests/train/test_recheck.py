@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.train.recheck import NO_UPDATE, differing, recheck
 from stablelm.train.step import StepResult
 

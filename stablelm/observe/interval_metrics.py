@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stablelm.config.schema import Config
 from stablelm.data.waiting import waited_seconds
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.model.flops import flops_per_token
+from stablelm.observe.accelerators import named_by
 from stablelm.observe.metrics import Interval
-from stablelm.plan.accelerators import named_by
-from stablelm.train.progress import Progress
+from stablelm.observe.progress import Progress
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import StepResult
 

@@ -5,21 +5,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import contents, keep
+from stablelm.checkpoint import contents, selection
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint.remote_path import Place, place
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import last_records
 from stablelm.train.agreement import Outcome
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import refuse_other_run
-from stablelm.train.progress import Progress
 
 
 def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
@@ -47,27 +47,27 @@ def find(
             damaged.append(f"{path} is damaged ({why})")
             message(f"warning: {damaged[-1]}; trying the one before it")
 
-        found = keep.newest_valid(root, on_damaged=skip, together=together, lacks=contents.problems)
+        found = selection.newest_valid(root, on_damaged=skip, together=together, lacks=contents.problems)
         if found is None and (newest := together.first(lambda: damaged[:1])):
             raise CheckpointError(
                 f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start anew under another "
                 "run.dir"
             )
     else:
-        found = keep.resolve_checkpoint(resume, together=together, lacks=contents.problems)
+        found = selection.resolve_checkpoint(resume, together=together, lacks=contents.problems)
     if found is not None:
         together.first(lambda: _refuse_other_run(found, identity))
     return found
 
 
 def _refuse_other_run(found: Place, identity: dict[str, Any]) -> None:
-    state = keep.read_state(found)
+    state = selection.read_state(found)
     refuse_other_run(state["identity"], identity, str(found), step=state["step"])
 
 
 def evaluation_due(config: Config, found: Place | None) -> bool:
     """Whether the evaluation of a checkpoint's step was cut short, and no attempt has made it since."""
-    state, records = keep.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
+    state, records = selection.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
     if not state.get("evaluation_due", False):
         return False
     made = last_records(records).get(state["step"], {}) if records.exists() else {}
@@ -80,7 +80,7 @@ def resume_from(
     """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
     load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
     engine.loaded()
-    state = keep.read_state(checkpoint)
+    state = selection.read_state(checkpoint)
     loader.load(state["data"])
     progress.step, progress.tokens = state["step"], state["tokens"]
     progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
@@ -100,7 +100,7 @@ def rewind(
     saver.wait()
     together = ranks.together()
     places = together.first(lambda: candidates(saver.fence.root, guard, spike))
-    found = next((path for path in places if not keep.verify_together(path, together, contents.problems)), None)
+    found = next((path for path in places if not selection.verify_together(path, together, contents.problems)), None)
     if found is None:
         return False
     guard.may_rewind(spike)
@@ -112,9 +112,9 @@ def rewind(
 def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
     """Checkpoints to which a spike may return the run, the best first; not yet verified."""
     unseen, others = [], []
-    for path in keep.step_directories(root):
+    for path in selection.step_directories(root):
         try:
-            state = keep.read_state(path)
+            state = selection.read_state(path)
         except CheckpointError:
             continue
         data_step, jumps = state["data"]["data_step"], state.get("guards", {}).get("jumps", [])
@@ -125,7 +125,9 @@ def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
 
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
     """Loads the weights alone, of a run or checkpoint directory, into a new run."""
-    found = keep.resolve_checkpoint(path, together=ranks.together(), lacks=partial(contents.problems, optimizer=False))
+    found = selection.resolve_checkpoint(
+        path, together=ranks.together(), lacks=partial(contents.problems, optimizer=False)
+    )
     try:
         load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     except CheckpointError as error:

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
-from stablelm.checkpoint.places import Place, RemotePath, StoreError, place
+from stablelm.checkpoint.remote_path import Place, RemotePath, StoreError, place
 from stablelm.checkpoint.state import State
+from stablelm.engine.consensus import Together
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.json_text import parse
 from stablelm.printable import printable

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.model.loss import LossSums
 
 

@@ -5,10 +5,10 @@ import resource
 import time
 from pathlib import Path
 
-from stablelm.checkpoint.keep import step_directories
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.selection import step_directories
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 
 LARGEST_FILE = 2**16  # bytes that still fit on the disk that is "full": summaries do, tensors do not
 

@@ -14,7 +14,7 @@ from support.programs import LAUNCH, TINY, environment, free_port, run, summary
 from support.samples import REPOSITORY
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint import keep, manifest
+from stablelm.checkpoint import manifest, selection
 
 ATTEMPT = REPOSITORY / "slurm" / "attempt.py"
 
@@ -62,7 +62,7 @@ def check_pair(run_dir: Path, ended: list[set[int]], outputs: list[Path]) -> Non
         assert {line["attempt"] for line in records(run_dir)} == {1}
     else:
         assert "has taken over" in said
-    newest = keep.step_directories(run_dir / "checkpoints")[0]
+    newest = selection.step_directories(run_dir / "checkpoints")[0]
     assert manifest.read_commit(newest).attempt == str(told["attempts"])
     # torchrun makes 1 of every code, srun passes it on.
     for index, (code,) in enumerate(ended):
@@ -111,7 +111,7 @@ def test_what_a_killed_attempt_left_refuses_nobody(line: list[str], tmp_path: Pa
     line = [*line, "train.steps=100000", f"run.dir={tmp_path / 'run'}"]
     (process,) = begin(line, tmp_path / "first")
     deadline = time.monotonic() + 60
-    while not keep.step_directories(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
+    while not selection.step_directories(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
     process.join()
@@ -139,7 +139,7 @@ def holder(run_dir: Path, **changed: Any) -> None:
 )
 def test_who_is_refused(tmp_path: Path, monkeypatch, changed: dict, job: str, number: int | None):
     from stablelm.errors import ConfigError
-    from stablelm.train import attempts
+    from stablelm.supervise import attempts
 
     monkeypatch.setenv("SLURM_JOB_ID", job)
     holder(tmp_path, **changed)

@@ -18,12 +18,12 @@ from typing import Any
 from stablelm.config.schema import Config
 from stablelm.data.stores import STALL_SECONDS
 from stablelm.data.waiting import waiting
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.new_files import make_folder, open_new, replace_file
-from stablelm.train.board import Alone, FileBoard, SafeBoard, StoreBoard
-from stablelm.train.culprit import culprit
-from stablelm.train.pulse import Pulse, in_collective, waits_for
+from stablelm.supervise.hang_diagnosis import culprit
+from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
+from stablelm.supervise.rank_store import Alone, FileBoard, SafeBoard, StoreBoard
 
 HEARTBEAT_SECONDS = 10.0
 LOOK_SECONDS = 3.0

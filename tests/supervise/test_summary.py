@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stablelm.train import attempts
+from stablelm.supervise import attempts
 from stablelm.train.summary import read_summary, write_summary
 
 

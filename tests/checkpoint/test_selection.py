@@ -4,7 +4,7 @@ import shutil
 import pytest
 from support.saved import flip_bit, left_over, save_toy
 
-from stablelm.checkpoint import fence, keep, manifest
+from stablelm.checkpoint import fence, manifest, selection
 from stablelm.errors import CheckpointError, StorageError
 
 TENSORS = ["tensors/index.json", "tensors/rank-00000-0.safetensors"]
@@ -17,7 +17,7 @@ def sweep_all(root):
 
 def newest(root):
     reports = []
-    return keep.newest_valid(root, on_damaged=lambda path, reason: reports.append((path.name, reason))), reports
+    return selection.newest_valid(root, on_damaged=lambda path, reason: reports.append((path.name, reason))), reports
 
 
 @pytest.fixture
@@ -63,17 +63,17 @@ def test_extra_files_are_found(two, name):
     path = two / "step-00000020" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"")
-    assert keep.verify(two / "step-00000020") == [f"{name} is not in the manifest"]
+    assert selection.verify(two / "step-00000020") == [f"{name} is not in the manifest"]
 
 
 def test_a_step_under_another_name_is_found(two):
     (two / "step-00000020").rename(two / "step-00000030")
-    assert keep.verify(two / "step-00000030") == ["it holds step 20, not the step of its name"]
+    assert selection.verify(two / "step-00000030") == ["it holds step 20, not the step of its name"]
 
 
 def test_a_manifest_of_another_step_is_found(two):
     shutil.copy(two / "step-00000010" / "manifest.json", two / "step-00000020")
-    assert keep.verify(two / "step-00000020") == ["manifest.json is not the one that was committed"]
+    assert selection.verify(two / "step-00000020") == ["manifest.json is not the one that was committed"]
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
@@ -91,25 +91,25 @@ def test_unfinished_and_set_aside_ones_are_not_looked_at(two):
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000, 5):
         save_toy(tmp_path, step)
-    assert [manifest.step_of(path) for path in keep.step_directories(tmp_path)] == [100_000_000, 99_999_999, 5]
+    assert [manifest.step_of(path) for path in selection.step_directories(tmp_path)] == [100_000_000, 99_999_999, 5]
 
 
 def steps(root):
-    return [manifest.step_of(path) for path in reversed(keep.step_directories(root))]
+    return [manifest.step_of(path) for path in reversed(selection.step_directories(root))]
 
 
 def test_retention_keeps_the_newest_and_the_permanent(tmp_path):
     for step in range(100, 800, 100):
         save_toy(tmp_path, step)
-    assert [path.name for path in keep.retain(tmp_path, 2, 300)] == [
+    assert [path.name for path in selection.retain(tmp_path, 2, 300)] == [
         "step-00000500",
         "step-00000400",
         "step-00000200",
         "step-00000100",
     ]
     assert steps(tmp_path) == [300, 600, 700]
-    assert keep.retain(tmp_path, 2, 300) == []
-    keep.retain(tmp_path, 1, None)
+    assert selection.retain(tmp_path, 2, 300) == []
+    selection.retain(tmp_path, 1, None)
     assert steps(tmp_path) == [700]
     assert left_over(tmp_path) == []
 
@@ -119,14 +119,14 @@ def test_retention_counts_only_valid_ones_and_deletes_no_damaged_one(tmp_path):
         save_toy(tmp_path, step)
     (tmp_path / "step-00000003" / "COMMITTED").unlink()
     (tmp_path / "step-00000004" / "state.json").write_text("")
-    assert keep.retain(tmp_path, 1, None) == [tmp_path / "step-00000001"]
+    assert selection.retain(tmp_path, 1, None) == [tmp_path / "step-00000001"]
     assert steps(tmp_path) == [2, 3, 4]
     assert newest(tmp_path)[0] == tmp_path / "step-00000002"
 
 
 def test_retention_with_hashes_keeps_the_only_valid_one(two):
     flip_bit(two / "step-00000020" / "tensors/rank-00000-0.safetensors", 99)
-    assert keep.retain(two, 1, None, hashes=True) == []
+    assert selection.retain(two, 1, None, hashes=True) == []
     assert newest(two)[0] == two / "step-00000010"
 
 
@@ -134,9 +134,9 @@ def test_a_deletion_cut_short_leaves_nothing_that_looks_valid(two, monkeypatch):
     def dies(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(keep.shutil, "rmtree", dies)
+    monkeypatch.setattr(selection.shutil, "rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
-        keep.retain(two, 1, None)
+        selection.retain(two, 1, None)
     monkeypatch.undo()
     assert steps(two) == [20]
     (left,) = left_over(two)
@@ -149,9 +149,9 @@ def test_a_deletion_on_read_only_storage_says_so(two, monkeypatch):
     def refuse(self, target):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(keep.Path, "rename", refuse)
+    monkeypatch.setattr(selection.Path, "rename", refuse)
     with pytest.raises(StorageError, match="Read-only file system"):
-        keep.retain(two, 1, None)
+        selection.retain(two, 1, None)
 
 
 def test_cleaning_spares_commits_and_what_was_set_aside(two):
@@ -167,9 +167,9 @@ def test_a_run_a_checkpoints_and_a_step_directory_all_resolve(tmp_path):
     for step in (1, 2):
         save_toy(run / "checkpoints", step)
     wanted = run / "checkpoints" / "step-00000002"
-    assert keep.resolve_checkpoint(run) == wanted
-    assert keep.resolve_checkpoint(run / "checkpoints") == wanted
-    assert keep.resolve_checkpoint(wanted.with_name("step-00000001")).name == "step-00000001"
+    assert selection.resolve_checkpoint(run) == wanted
+    assert selection.resolve_checkpoint(run / "checkpoints") == wanted
+    assert selection.resolve_checkpoint(wanted.with_name("step-00000001")).name == "step-00000001"
 
 
 def test_a_run_with_its_checkpoints_elsewhere_resolves_where_the_user_says_so(tmp_path):
@@ -178,13 +178,13 @@ def test_a_run_with_its_checkpoints_elsewhere_resolves_where_the_user_says_so(tm
     run.mkdir()
     (run / "config.yaml").write_text(f"checkpoint:\n  dir: {scratch}\n")
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; its config.yaml says checkpoint.dir="):
-        keep.resolve_checkpoint(run)
-    assert keep.resolve_checkpoint(run, elsewhere=scratch) == scratch / "step-00000003"
+        selection.resolve_checkpoint(run)
+    assert selection.resolve_checkpoint(run, elsewhere=scratch) == scratch / "step-00000003"
     (run / "checkpoints").symlink_to(scratch)
     with pytest.raises(CheckpointError, match="its checkpoints is a link to"):
-        keep.resolve_checkpoint(run)
+        selection.resolve_checkpoint(run)
     save_toy(run, 4)
-    assert keep.resolve_checkpoint(run, elsewhere=scratch) == run / "step-00000004"
+    assert selection.resolve_checkpoint(run, elsewhere=scratch) == run / "step-00000004"
 
 
 def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
@@ -193,8 +193,8 @@ def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
     (tmp_path / "archive").mkdir()
     (tmp_path / "step-00000001").rename(tmp_path / "archive" / "step-00000001")
     (tmp_path / "step-00000001").symlink_to(tmp_path / "archive" / "step-00000001")
-    assert keep.retain(tmp_path, 1, None) == [tmp_path / "step-00000002"]
-    assert keep.retain(tmp_path, 1, None) == []
+    assert selection.retain(tmp_path, 1, None) == [tmp_path / "step-00000002"]
+    assert selection.retain(tmp_path, 1, None) == []
     assert steps(tmp_path) == [1, 3]
     assert steps(tmp_path / "archive") == [1]
     assert caplog.text.count("step-00000001 is a link and is left alone") == 1
@@ -202,19 +202,19 @@ def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
 
 def test_what_cannot_be_resolved_is_explained(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="absent is no directory"):
-        keep.resolve_checkpoint(tmp_path / "absent")
+        selection.resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        keep.resolve_checkpoint(tmp_path)
+        selection.resolve_checkpoint(tmp_path)
     path = save_toy(tmp_path, 3).path
     (path / "state.json").write_text("")
     with pytest.raises(CheckpointError, match=r"step-00000003 is damaged \(state.json has 0 bytes"):
-        keep.resolve_checkpoint(path)
+        selection.resolve_checkpoint(path)
     with pytest.raises(CheckpointError, match="holds only damaged checkpoints"):
-        keep.resolve_checkpoint(tmp_path)
+        selection.resolve_checkpoint(tmp_path)
     assert "state.json has 0 bytes" in caplog.text
 
 
 def test_state_that_is_no_json_is_explained(two):
     (two / "step-00000010" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*state\.json"):
-        keep.read_state(two / "step-00000010")
+        selection.read_state(two / "step-00000010")

@@ -7,7 +7,14 @@ import pytest
 
 from stablelm.config.load import load
 from stablelm.config.schema import Config
-from stablelm.engine.environment import AccelerateFlags, accelerate_flags, apply_flags, detect, engine_kind, first_host
+from stablelm.engine.launch_environment import (
+    AccelerateFlags,
+    accelerate_flags,
+    apply_flags,
+    detect,
+    engine_kind,
+    first_host,
+)
 from stablelm.errors import ConfigError
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from stablelm.checkpoint.agree import Together
-from stablelm.engine.environment import Launch
+from stablelm.engine.consensus import Together
+from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import keep
-from stablelm.checkpoint.places import Place
+from stablelm.checkpoint import selection
+from stablelm.checkpoint.remote_path import Place
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
@@ -20,7 +20,7 @@ from stablelm.data.embedded import embedded
 from stablelm.data.options import ReadOptions
 from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
+from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
 from stablelm.evaluate import consent
 from stablelm.train.prepare import validation_options, validation_paths
@@ -102,12 +102,12 @@ def _prepare(
 ) -> Request:
     from stablelm.checkpoint import contents
 
-    found = keep.resolve_checkpoint(
+    found = selection.resolve_checkpoint(
         checkpoint,
         lacks=partial(contents.problems, optimizer=False),
         elsewhere=consent.elsewhere(checkpoint, own, trusted),
     )
-    state = keep.read_state(found)
+    state = selection.read_state(found)
     first = launch.rank == 0
     config = consent.configuration_for(found, has_data=bool(data), own=own, trusted=trusted, first_rank=first)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
@@ -170,7 +170,7 @@ def _sets(
 def _run(request: Request, launch: Launch, out: str | None) -> int:
     from stablelm.checkpoint.format import load_tensors
     from stablelm.engine.build import build_engine
-    from stablelm.engine.mesh import check_precision, connect, disconnect
+    from stablelm.engine.ranks import check_precision, connect, disconnect
     from stablelm.evaluate.perplexity import evaluate, in_words
 
     config = request.config

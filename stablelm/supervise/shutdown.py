@@ -9,12 +9,12 @@ from typing import Any
 import torch.distributed as dist
 
 from stablelm.errors import EXIT_RANK_LOST, UserError
+from stablelm.observe.progress import Progress
 from stablelm.redaction import redacted
+from stablelm.supervise.heartbeat import Watch
 from stablelm.train.prepare import Prepared
-from stablelm.train.progress import Progress
 from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
 from stablelm.train.summary import write_summary
-from stablelm.train.watchdog import Watch
 
 
 @dataclasses.dataclass

@@ -13,12 +13,12 @@ from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
 from stablelm.data.waiting import Wait, noted
-from stablelm.engine.mesh import Ranks
-from stablelm.train import board, watchdog
-from stablelm.train.board import FileBoard, SafeBoard, StoreBoard
-from stablelm.train.culprit import culprit
-from stablelm.train.pulse import Pulse, in_collective, waits_for
-from stablelm.train.watchdog import Watch
+from stablelm.engine.ranks import Ranks
+from stablelm.supervise import heartbeat, rank_store
+from stablelm.supervise.hang_diagnosis import culprit
+from stablelm.supervise.heartbeat import Watch
+from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
+from stablelm.supervise.rank_store import FileBoard, SafeBoard, StoreBoard
 
 HOSTS = ["n0", "n0", "n1", "n1", "n2"]
 
@@ -94,7 +94,7 @@ class Silent:
 
 
 def test_a_silent_store_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(board, "STORE_SECONDS", 0.3)
+    monkeypatch.setattr(rank_store, "STORE_SECONDS", 0.3)
     store, files = Silent(), FileBoard(tmp_path, 1)
     ranks = [SafeBoard(store, files) for _ in range(2)]
     began = time.monotonic()
@@ -180,7 +180,7 @@ def test_a_rank_that_waits_for_a_store_is_not_stuck(tmp_path: Path, monkeypatch:
     watched.pulse.steps = 1
     watched.pulse.at("data", 3)
     assert not any(watched._stuck(4.0) for _ in range(10))  # a first try that stalls is not known of
-    monkeypatch.setattr(watchdog, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(heartbeat, "STALL_SECONDS", 0.0)
     with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
         assert not any(watched._stuck(4.0) for _ in range(10))
         told = watched.note()["store"]
@@ -208,7 +208,7 @@ def test_nor_are_those_that_wait_for_it(tmp_path: Path):
 
 
 def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
     watched = watch(tmp_path)
     watched.start()
     watched.pulse.at("evaluate", 7)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.distributed import run_ranks
 
-from stablelm.checkpoint.flatshard import FlatShard, rectangles
 from stablelm.checkpoint.format import load_tensors, save_tensors
+from stablelm.engine.tensor_parts import FlatShard, rectangles
 
 SHAPES = {"matrix": (7, 5), "vector": (11,), "cube": (3, 4, 5), "scalar": (), "short": (2,)}
 

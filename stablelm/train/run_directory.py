@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 
 from stablelm.checkpoint.fence import FENCE
-from stablelm.checkpoint.keep import CHECKPOINTS, is_link
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.selection import CHECKPOINTS, is_link
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 
