@@ -28,17 +28,16 @@ from methods import config_of, record, step_of, text_of
 from torch.multiprocessing.spawn import spawn
 
 from stablelm.config.schema import Config, GuardsConfig, ObserveConfig, RunConfig
-from stablelm.engine.gradients import refused
+from stablelm.engine.interface import StepResult
+from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.observe.interval_metrics import Meter
 from stablelm.observe.metrics import Interval
 from stablelm.observe.progress import Progress
 from stablelm.supervise.heartbeat import Watch
-from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.guards import Guard
-from stablelm.train.step import StepResult
-from stablelm.train.stop import Stop
+from stablelm.train.stop import Outcome, StepExchange, Stop
 
 REPEATS, ROUNDS = 50, 20
 
@@ -50,7 +49,7 @@ def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[]
     watch.start()
     guard = Guard(config.guards, progress, print)
     guard.judge([Outcome(step, step, 3 + step % 7 / 100, 1 + step % 5 / 100, False) for step in range(-300, 0)])
-    stop, agreement = Stop(ranks, deadline=time.time() + 1e6), Agreement(ranks)
+    stop, agreement = Stop(ranks, deadline=time.time() + 1e6), StepExchange(ranks)
     meter = Meter(device, ranks, config, progress, lambda record: None)
     numbers = [torch.tensor(value, device=device) for value in (3.0, 100, 1.0)]
     count = iter(range(1, 1_000_000))

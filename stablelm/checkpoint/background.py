@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.checkpoint import commit
 from stablelm.checkpoint.fence import Fence
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.engine.tensor_parts import FlatShard, part_of
 
 
@@ -105,7 +105,7 @@ class Saver:
         commit.save(self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=self._group)
         self._committed(step)
         rank = 0 if self._group is None else dist.get_rank(self._group)
-        Together(self._group, rank).first(self._retain)
+        Consensus(self._group, rank).first(self._retain)
         self.seconds = time.perf_counter() - started
 
 

@@ -52,7 +52,7 @@ from stablelm.checkpoint.manifest import (
 )
 from stablelm.checkpoint.remote_path import Place, RemotePath
 from stablelm.checkpoint.selection import step_directories
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
 from stablelm.printable import printable
 
@@ -63,7 +63,7 @@ SAMPLE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Where a step was saved, how long this rank took (seconds), and the bytes of all files together."""
+    """Where a step was saved, how long this rank took (seconds), and the total bytes of its files."""
 
     path: Place
     seconds: float
@@ -90,13 +90,13 @@ def save(
     of `shapes` is missing or not whole.
     """
     started = time.perf_counter()
-    together = Together(group, 0 if group is None else dist.get_rank(group))
-    standing = together.first(lambda: _standing(fence, step, shapes))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group))
+    standing = consensus.first(lambda: _standing(fence, step, shapes))
     if standing.whole is not None:
         return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
-    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, together, whole=tensors)
-    together.first(lambda: _refuse_incomplete(fence, staging, step, shapes))
-    path = together.first(lambda: _publish(fence, staging, step, records, standing))
+    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors)
+    consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes))
+    path = consensus.first(lambda: _publish(fence, staging, step, records, standing))
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
@@ -108,11 +108,11 @@ def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.Proc
     save, the seconds extrapolated from the sample by its bytes.
     """
     started = time.perf_counter()
-    together = Together(group, 0 if group is None else dist.get_rank(group))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group))
     taken, times = sample(tensors, SAMPLE_BYTES, group)
-    staging, _, writing = _stage(fence, 0, taken, {}, "", together, whole=tensors)
-    slowest = max(together.run(lambda: writing * (times - 1)))
-    together.first(lambda: _discard(staging))
+    staging, _, writing = _stage(fence, 0, taken, {}, "", consensus, whole=tensors)
+    slowest = max(consensus.run(lambda: writing * (times - 1)))
+    consensus.first(lambda: _discard(staging))
     return SaveResult(fence.root, time.perf_counter() - started + slowest, tensor_bytes(tensors))
 
 
@@ -153,7 +153,7 @@ def _stage(
     tensors: dict[str, torch.Tensor],
     state: dict,
     config_yaml: str,
-    together: Together,
+    consensus: Consensus,
     *,
     whole: dict[str, torch.Tensor],
 ) -> tuple[Place, dict[str, FileRecord], float]:
@@ -162,7 +162,7 @@ def _stage(
     Returns the staging place, the records of its manifest and the seconds that writing tensors took.
     """
     made: list[Place] = []
-    together.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
+    consensus.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
 
     def prepare() -> tuple[Place, dict[str, FileRecord]]:
         with writing_behind(fence):
@@ -171,26 +171,26 @@ def _stage(
             texts = {STATE: state_json.encode(), CONFIG: config_yaml.encode()}
             return made[0], {name: write_new(made[0] / name, content) for name, content in texts.items()}
 
-    staging, texts = together.first(prepare)
+    staging, texts = consensus.first(prepare)
 
     def sees_it() -> None:
         if isinstance(staging, Path) and not staging.is_dir():
             fence.check()
             raise StorageError(
-                f"rank {together.rank} does not see the directory that rank 0 made in {fence.root}: "
+                f"rank {consensus.rank} does not see the directory that rank 0 made in {fence.root}: "
                 "set checkpoint.dir to a directory that all nodes share"
             )
 
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
-            return save_tensors(staging / TENSORS, tensors, together.group)
+            return save_tensors(staging / TENSORS, tensors, consensus.group)
 
-    together.run(sees_it)
+    consensus.run(sees_it)
     started = time.perf_counter()
-    written = together.run(write_tensors)
+    written = consensus.run(write_tensors)
     seconds = time.perf_counter() - started
     records = {f"{TENSORS}/{name}": record for of_rank in written for name, record in of_rank.items()}
-    return staging, together.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
+    return staging, consensus.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
 
 
 def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> Place:

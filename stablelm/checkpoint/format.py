@@ -9,7 +9,6 @@ file, builds each file in memory, and neither hashes what it writes nor writes t
 import heapq
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -34,8 +33,8 @@ from stablelm.checkpoint.index import (
 )
 from stablelm.checkpoint.reader import Reader, bytes_of
 from stablelm.checkpoint.remote_path import Place
-from stablelm.engine.consensus import Together
-from stablelm.engine.tensor_parts import FlatShard, Part, part_of, rectangles
+from stablelm.engine.consensus import Consensus
+from stablelm.engine.tensor_parts import FlatShard, Part, clean_name, part_of, rectangles
 from stablelm.errors import CheckpointError
 
 BYTES_A_FILE = 32 << 20
@@ -48,12 +47,6 @@ WRITE_BUFFER = 1 << 16
 """Smaller pieces are gathered to so many bytes; larger ones are not copied."""
 _Row = tuple[str, str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], str]]
 """A piece in a file: tensor, dtype, whole shape, (offsets, sizes, file)."""
-_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|module)\.")
-
-
-def clean_name(name: str) -> str:
-    """The parameter's name without what compile, recompute and data-parallel wrappers put into it."""
-    return _WRAPPER.sub("", name)
 
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
@@ -70,7 +63,7 @@ def save_tensors(
     name; they are on the disk. Equal tensors give equal files. Raises OSError; what another rank failed with arrives
     as a RuntimeError.
     """
-    together, rank = Together(group, _rank(group)), _rank(group)
+    consensus, rank = Consensus(group, _rank(group)), _rank(group)
     records: dict[str, FileRecord] = {}
     written: list[_Row] = []
 
@@ -88,7 +81,7 @@ def save_tensors(
             sync_directory(directory)
         written.extend(piece.row(file) for file, pieces in files.items() for piece in pieces)
 
-    together.run(write)
+    consensus.run(write)
     of_all = _gathered(written, group)
 
     def describe() -> None:
@@ -96,7 +89,7 @@ def save_tensors(
         if isinstance(directory, Path):
             sync_directory(directory)
 
-    together.first(describe)
+    consensus.first(describe)
     return records
 
 
@@ -236,7 +229,7 @@ def load_tensors(
     CheckpointError on all ranks, before any tensor is touched unless a file proves damaged while it is read.
     """
     rank, size = _rank(group), 1 if group is None else dist.get_world_size(group)
-    together = Together(group, rank)
+    consensus = Consensus(group, rank)
     reader: list[Reader] = []
 
     # All ranks compare first: one that fails alone would leave the others waiting, or loaded.
@@ -244,8 +237,8 @@ def load_tensors(
         reader.append(Reader(directory, read_index(directory)))
         _compare(directory, tensors, reader[0].index, partial)
 
-    together.run(compare)
-    together.run(lambda: reader[0].read({name: part_of(tensor, rank, size) for name, tensor in tensors.items()}))
+    consensus.run(compare)
+    consensus.run(lambda: reader[0].read({name: part_of(tensor, rank, size) for name, tensor in tensors.items()}))
 
 
 def _compare(directory: Place, tensors: dict[str, torch.Tensor], index: Index, partial: bool) -> None:

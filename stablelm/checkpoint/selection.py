@@ -13,7 +13,7 @@ from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
 from stablelm.checkpoint.remote_path import Place, RemotePath, StoreError, place
 from stablelm.checkpoint.state import State
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.json_text import parse
 from stablelm.printable import printable
@@ -63,29 +63,29 @@ def newest_valid(
     root: Place,
     *,
     on_damaged: Callable[[Place, str], None],
-    together: Together | None = None,
+    consensus: Consensus | None = None,
     lacks: Lacks | None = None,
 ) -> Place | None:
     """The newest checkpoint of which every byte verifies and that `lacks` nothing; None if there is none.
 
-    Damaged ones that are newer go to `on_damaged` (of rank 0) with the reason; they are never deleted. With `together`
+    Damaged ones that are newer go to `on_damaged` (of rank 0) with the reason; they are never deleted. With `consensus`
     collective: each rank reads its share of the files.
     """
-    together = together or Together(None, 0)
-    for path in together.first(lambda: step_directories(root)):
-        problems = verify_together(path, together, lacks)
+    consensus = consensus or Consensus(None, 0)
+    for path in consensus.first(lambda: step_directories(root)):
+        problems = verify_together(path, consensus, lacks)
         if not problems:
             return path
-        if together.rank == 0:
+        if consensus.rank == 0:
             on_damaged(path, _summary(problems))
     return None
 
 
-def verify_together(path: Place, together: Together, lacks: Lacks | None = None) -> list[str]:
+def verify_together(path: Place, consensus: Consensus, lacks: Lacks | None = None) -> list[str]:
     """`verify` with the files shared out over the ranks, then `lacks`; the same problems on all of them."""
-    found = together.run(lambda: verify(path, share=(together.rank, together.size)))
+    found = consensus.run(lambda: verify(path, share=(consensus.rank, consensus.size)))
     problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
-    return problems or (together.first(lambda: lacks(path)) if lacks else [])
+    return problems or (consensus.first(lambda: lacks(path)) if lacks else [])
 
 
 def retain(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
@@ -168,27 +168,27 @@ def resolve_checkpoint(
     path: Place | str,
     *,
     on_damaged: Callable[[Place, str], None] | None = None,
-    together: Together | None = None,
+    consensus: Consensus | None = None,
     lacks: Lacks | None = None,
     elsewhere: Place | None = None,
 ) -> Place:
     """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
-    `elsewhere` is where the user says that a run without any in its directory has them. With `together` collective:
+    `elsewhere` is where the user says that a run without any in its directory has them. With `consensus` collective:
     each rank reads its share of the files. Raises CheckpointError if there is none, or if the step directory that was
     named is damaged or `lacks` something.
     """
-    path, together = place(path), together or Together(None, 0)
-    step = together.first(lambda: step_directory(path))
+    path, consensus = place(path), consensus or Consensus(None, 0)
+    step = consensus.first(lambda: step_directory(path))
     if step is not None:
-        problems = verify_together(step, together, lacks)
+        problems = verify_together(step, consensus, lacks)
         if problems:
             raise CheckpointError(f"{path} is damaged ({_summary(problems)}): name another checkpoint")
         return step
-    root = together.first(lambda: checkpoints_root(path))
-    if elsewhere is not None and not together.first(lambda: step_directories(root)):
+    root = consensus.first(lambda: checkpoints_root(path))
+    if elsewhere is not None and not consensus.first(lambda: step_directories(root)):
         root = elsewhere
-    found = newest_valid(root, on_damaged=on_damaged or _warn, together=together, lacks=lacks)
+    found = newest_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
     if found is None and step_directories(root):
         raise CheckpointError(
             f"{root} holds only damaged checkpoints: name the directory of a run that has saved a whole one"

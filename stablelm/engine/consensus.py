@@ -17,7 +17,7 @@ class FailedElsewhere(RuntimeError):
     relayed = False
 
 
-class Together:
+class Consensus:
     """Runs phases on every rank of `group` (None: this process alone); rank is the one inside the group.
 
     After each phase the ranks exchange their results or failures. If any failed, rank 0 calls `undo` and then every

@@ -11,15 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stablelm.checkpoint.format import clean_name
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings
-from stablelm.engine.gradients import refused
-from stablelm.engine.optimizers import adamw, set_learning_rate
+from stablelm.engine.optimizers import adamw, refused, set_learning_rate
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.recompute import recompute_layers
+from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.torch_engine import compile_layers
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral

@@ -1,13 +1,31 @@
 """What a training step needs of an engine: the protocol that every way of sharing the work meets."""
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stablelm.config.engine_rules import ZERO
+from stablelm.config.schema import Config
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.model.loss import LossSums
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors, read only when a record is due: no host sync in the step."""
+
+    cross_entropy: Tensor
+    """Sum over this rank's valid targets, nats; 0-dim."""
+    valid: Tensor
+    """Valid targets of this rank; 0-dim int64."""
+    grad_norm: Tensor
+    """Global norm before clipping; 0-dim, the same on all ranks."""
+    skipped: Tensor
+    """Whether nothing was updated because of it; 0-dim bool."""
 
 
 class Engine(Protocol):
@@ -73,3 +91,17 @@ class Engine(Protocol):
     def whole(self, name: str) -> Tensor:
         """A copy of a whole parameter, on every rank; a collective."""
         ...
+
+
+def build_engine(config: Config, kind: str, ranks: Ranks, *, train: bool = True) -> Engine:
+    """The model of a resolved `config` spread over `ranks`, with its optimizer unless `train` is False.
+
+    Collective. Raises ConfigError for what the machine lacks.
+    """
+    if kind in ZERO:
+        from stablelm.engine.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, kind, ranks, train=train)
+    from stablelm.engine.torch_engine import TorchEngine
+
+    return TorchEngine(config, kind, ranks, train=train)

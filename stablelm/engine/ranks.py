@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 
@@ -34,9 +34,9 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def together(self) -> Together:
+    def consensus(self) -> Consensus:
         """For phases in which all ranks fail together."""
-        return Together(self.cpu_group, self.rank)
+        return Consensus(self.cpu_group, self.rank)
 
     def gather(self, value) -> list:
         """Every rank's picklable value, in rank order, on every rank."""

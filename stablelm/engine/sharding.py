@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -92,3 +93,9 @@ def _prefetch(firsts: list[nn.Module], depth: int) -> None:
         assert isinstance(first, FSDPModule)
         first.set_modules_to_forward_prefetch(cast(list[FSDPModule], firsts[index + 1 : index + 1 + depth]))
         first.set_modules_to_backward_prefetch(cast(list[FSDPModule], firsts[max(0, index - depth) : index][::-1]))
+
+
+def recompute_layers(layers: nn.ModuleList) -> None:
+    """Replaces each layer by one that keeps its inputs only; dropout draws the same masks again."""
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer, preserve_rng_state=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from stablelm.checkpoint.format import clean_name
 from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
 from stablelm.model.linear import Linear
 

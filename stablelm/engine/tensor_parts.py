@@ -5,12 +5,20 @@ rank holds can be read back by any engine in any world size, and the other way r
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|module)\.")
+
+
+def clean_name(name: str) -> str:
+    """The parameter's name without what compile, recompute and data-parallel wrappers put into it."""
+    return _WRAPPER.sub("", name)
 
 
 class Rectangle(NamedTuple):

@@ -10,15 +10,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stablelm.checkpoint.format import clean_name
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.engine.gradients import average, clip, norms, refused, total_norm
-from stablelm.engine.optimizers import adamw, set_learning_rate
+from stablelm.engine.optimizers import adamw, average, clip, norms, refused, set_learning_rate, total_norm
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.recompute import recompute_layers
-from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
+from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
 from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
 from stablelm.methods.initialise import initial_values, roles
 from stablelm.methods.stream import Concat

@@ -169,7 +169,7 @@ def _sets(
 
 def _run(request: Request, launch: Launch, out: str | None) -> int:
     from stablelm.checkpoint.format import load_tensors
-    from stablelm.engine.build import build_engine
+    from stablelm.engine.interface import build_engine
     from stablelm.engine.ranks import check_precision, connect, disconnect
     from stablelm.evaluate.perplexity import evaluate, in_words
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from stablelm.config.schema import Config
 from stablelm.data.waiting import waited_seconds
+from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.observe.accelerators import named_by
 from stablelm.observe.metrics import Interval
 from stablelm.observe.progress import Progress
 from stablelm.train.schedule import learning_rate
-from stablelm.train.step import StepResult
 
 NOTICEABLE = 0.1
 """Share of a step that the slowest rank must lie behind the median rank to be named."""

@@ -4,15 +4,15 @@ import time
 from functools import partial
 
 from stablelm.evaluate.perplexity import evaluate
-from stablelm.train.agreement import Agreement
 from stablelm.train.job import Job
+from stablelm.train.stop import StepExchange
 
 
 class _CutShort(Exception):
     """All ranks have agreed to stop."""
 
 
-def validate(job: Job, agreement: Agreement) -> bool:
+def validate(job: Job, agreement: StepExchange) -> bool:
     """Scores every validation set at the current step and records them as `val_loss/<set>`.
 
     False if a stop cut that short: nothing is recorded then, and the evaluation stays due.
@@ -35,7 +35,7 @@ def validate(job: Job, agreement: Agreement) -> bool:
     return True
 
 
-def _reached(job: Job, agreement: Agreement, place: str) -> None:
+def _reached(job: Job, agreement: StepExchange, place: str) -> None:
     """Before each micro-batch, on all ranks alike."""
     pulse, stop = job.watch.pulse, job.stop
     stop.batch_seconds = max(stop.batch_seconds, time.time() - pulse.now.since)

@@ -15,7 +15,7 @@ from stablelm.config.schema import GuardsConfig
 from stablelm.data.loader import Batch, Loader
 from stablelm.errors import DivergedError
 from stablelm.observe.progress import Progress
-from stablelm.train.agreement import Outcome
+from stablelm.train.stop import Outcome
 
 LAG = 3
 """A step is judged by what happened at least so many steps earlier, whether later figures are known yet or not."""

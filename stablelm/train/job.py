@@ -14,10 +14,9 @@ from stablelm.observe.profile import Profiler
 from stablelm.observe.progress import Progress
 from stablelm.supervise.faults import Faults
 from stablelm.supervise.heartbeat import Watch
-from stablelm.train.agreement import Outcome
 from stablelm.train.guards import Guard
 from stablelm.train.records import Records
-from stablelm.train.stop import Stop
+from stablelm.train.stop import Outcome, Stop
 
 
 @dataclass

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 from stablelm.data.loader import Batch
+from stablelm.engine.interface import StepResult
 from stablelm.observe.interval_metrics import Meter
-from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.evaluation import validate
 from stablelm.train.job import Job
 from stablelm.train.recheck import recheck
 from stablelm.train.schedule import learning_rate
-from stablelm.train.step import StepResult, train_step
-from stablelm.train.stop import REASONS
+from stablelm.train.step import train_step
+from stablelm.train.stop import REASONS, Outcome, StepExchange
 
 
 def train(job: Job) -> str:
@@ -22,7 +22,7 @@ def train(job: Job) -> str:
     assert steps is not None
     records = job.records
     interval = Meter(job.engine.device, job.ranks, config, progress, records.write, job.watch.hosts, records.message)
-    agreement = Agreement(job.ranks)
+    agreement = StepExchange(job.ranks)
     if progress.evaluation_due and not validate(job, agreement):
         return REASONS[agreement.known]
     while progress.step < steps:
@@ -90,7 +90,7 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
     )
 
 
-def rewound(job: Job, spike: Outcome, agreement: Agreement, interval: Meter) -> bool:
+def rewound(job: Job, spike: Outcome, agreement: StepExchange, interval: Meter) -> bool:
     """Rewinds if there is a checkpoint to return to; what was measured and not yet told of later steps is void."""
     later = agreement.settle()
     job.watch.pulse.at("rewind", job.progress.step)

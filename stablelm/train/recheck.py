@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
-from stablelm.train.step import StepResult
 
 NO_UPDATE = -1.0
 """As the largest gradient norm of a step: nothing is updated, whatever comes out."""

@@ -17,9 +17,9 @@ from stablelm.engine.ranks import Ranks
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import last_records
-from stablelm.train.agreement import Outcome
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import refuse_other_run
+from stablelm.train.stop import Outcome
 
 
 def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
@@ -27,7 +27,7 @@ def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
 
     Raises StorageError if they cannot be written.
     """
-    return ranks.together().first(lambda: take(place(str(config.checkpoint.dir)), str(attempt)))
+    return ranks.consensus().first(lambda: take(place(str(config.checkpoint.dir)), str(attempt)))
 
 
 def find(
@@ -39,7 +39,7 @@ def find(
     """
     if resume == "none":
         return None
-    together, damaged = ranks.together(), []
+    consensus, damaged = ranks.consensus(), []
     if resume == "auto":
         root = place(str(config.checkpoint.dir))
 
@@ -47,16 +47,16 @@ def find(
             damaged.append(f"{path} is damaged ({why})")
             message(f"warning: {damaged[-1]}; trying the one before it")
 
-        found = selection.newest_valid(root, on_damaged=skip, together=together, lacks=contents.problems)
-        if found is None and (newest := together.first(lambda: damaged[:1])):
+        found = selection.newest_valid(root, on_damaged=skip, consensus=consensus, lacks=contents.problems)
+        if found is None and (newest := consensus.first(lambda: damaged[:1])):
             raise CheckpointError(
                 f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start anew under another "
                 "run.dir"
             )
     else:
-        found = selection.resolve_checkpoint(resume, together=together, lacks=contents.problems)
+        found = selection.resolve_checkpoint(resume, consensus=consensus, lacks=contents.problems)
     if found is not None:
-        together.first(lambda: _refuse_other_run(found, identity))
+        consensus.first(lambda: _refuse_other_run(found, identity))
     return found
 
 
@@ -98,9 +98,9 @@ def rewind(
     DivergedError if all rewinds are used up.
     """
     saver.wait()
-    together = ranks.together()
-    places = together.first(lambda: candidates(saver.fence.root, guard, spike))
-    found = next((path for path in places if not selection.verify_together(path, together, contents.problems)), None)
+    consensus = ranks.consensus()
+    places = consensus.first(lambda: candidates(saver.fence.root, guard, spike))
+    found = next((path for path in places if not selection.verify_together(path, consensus, contents.problems)), None)
     if found is None:
         return False
     guard.may_rewind(spike)
@@ -126,7 +126,7 @@ def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
 def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
     """Loads the weights alone, of a run or checkpoint directory, into a new run."""
     found = selection.resolve_checkpoint(
-        path, together=ranks.together(), lacks=partial(contents.problems, optimizer=False)
+        path, consensus=ranks.consensus(), lacks=partial(contents.problems, optimizer=False)
     )
     try:
         load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)

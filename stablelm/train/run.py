@@ -9,8 +9,7 @@ from stablelm.checkpoint import selection
 from stablelm.checkpoint.remote_path import Place
 from stablelm.config.durations import parse_duration
 from stablelm.config.schema import Config
-from stablelm.engine.build import build_engine
-from stablelm.engine.interface import Engine
+from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.observe.layers import LayerObserver
@@ -75,7 +74,7 @@ def run(prepared: Prepared, *, resume: str, argv: list[str], started: float) -> 
 
 def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
     """Gives every rank rank 0's file lists, which were read once."""
-    found = ranks.together().first(lambda: prepared.corpora)
+    found = ranks.consensus().first(lambda: prepared.corpora)
     return dataclasses.replace(prepared, corpora=found)
 
 
@@ -85,7 +84,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     early: list[str] = []
     fence = restore.take_over(config, ranks, progress.attempt)
     found = restore.find(config, corpora.identity, resume, ranks, early.append)
-    progress.evaluation_due = ranks.together().first(lambda: restore.evaluation_due(config, found))
+    progress.evaluation_due = ranks.consensus().first(lambda: restore.evaluation_due(config, found))
     if found is not None and selection.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)

@@ -53,4 +53,4 @@ def create(
         except OSError as error:
             raise storage_error(run_dir, error) from error
 
-    return ranks.together().first(write)
+    return ranks.consensus().first(write)

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from stablelm.engine import unused_flags
-from stablelm.engine.launch_environment import Launch, accelerate_flags, detect
+from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, unused_flags_warning
 from stablelm.errors import ConfigError, UserError
 from stablelm.printable import printable
 from stablelm.redaction import redacted
@@ -41,7 +40,7 @@ def start(
         if launch.rank == 0:
             print(dump(prepared.config), end="")
         return 0
-    unused = unused_flags.warning()
+    unused = unused_flags_warning()
     if unused and launch.rank == 0:
         print(unused, file=sys.stderr, flush=True)
     from stablelm.train.run import run

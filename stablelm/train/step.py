@@ -2,30 +2,15 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablelm.engine.gradients import refused
-from stablelm.engine.interface import Engine
+from stablelm.engine.interface import Engine, StepResult
+from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
 from stablelm.seeds import seed_from
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Device tensors, read only when a record is due: no host sync in the step."""
-
-    cross_entropy: Tensor
-    """Sum over this rank's valid targets, nats; 0-dim."""
-    valid: Tensor
-    """Valid targets of this rank; 0-dim int64."""
-    grad_norm: Tensor
-    """Global norm before clipping; 0-dim, the same on all ranks."""
-    skipped: Tensor
-    """Whether nothing was updated because of it; 0-dim bool."""
 
 
 def train_step(

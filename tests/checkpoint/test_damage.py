@@ -17,7 +17,7 @@ from support.saved import blanks, flip_bit, save_toy, seal_anew, toy_tensors
 
 from stablelm.checkpoint import manifest, selection
 from stablelm.checkpoint.format import load_tensors
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError
 
 
@@ -99,17 +99,17 @@ def ranks_verify(rank, world_size, root):
     """Each rank reads only its share, all find the same; then one that reads nothing dies while the others load."""
     import torch.distributed as dist
 
-    together = Together(dist.group.WORLD, rank)
+    consensus = Consensus(dist.group.WORLD, rank)
     read: list[str] = []
     record = manifest.record_of_file
     manifest.record_of_file = lambda path: (read.append(path.name), record(path))[1]
     reports: list = []
     found = selection.newest_valid(
-        root, on_damaged=lambda path, why: reports.append((path.name, why)), together=together
+        root, on_damaged=lambda path, why: reports.append((path.name, why)), consensus=consensus
     )
     words = ""
     try:
-        selection.resolve_checkpoint(root / "step-00000002", together=together)
+        selection.resolve_checkpoint(root / "step-00000002", consensus=consensus)
     except CheckpointError as error:
         words = str(error)
     return str(found), sorted(read), reports, words

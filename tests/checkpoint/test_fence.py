@@ -9,7 +9,7 @@ from support.saved import STATE, assert_equal, blanks, left_over, save_toy, toy_
 
 from stablelm.checkpoint import commit, fence, manifest, selection
 from stablelm.checkpoint.format import load_tensors
-from stablelm.engine.consensus import Together
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
 
 TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this attempt holds 1\).*commits nothing more"
@@ -18,7 +18,7 @@ TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this 
 def stage(mine, step):
     """All of a save but its commit."""
     tensors, state = toy_tensors(step), {**STATE, "step": step}
-    staged = commit._stage(mine, step, tensors, state, "", Together(None, 0), whole=tensors)
+    staged = commit._stage(mine, step, tensors, state, "", Consensus(None, 0), whole=tensors)
     return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Standing())
 
 

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from stablelm.checkpoint.background import HostCopy
-from stablelm.checkpoint.format import clean_name, load_tensors, save_tensors
+from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES, read_index
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.errors import CheckpointError
 
 FILE = "rank-00000-0.safetensors"

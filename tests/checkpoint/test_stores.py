@@ -98,7 +98,7 @@ def test_a_stalled_older_attempt_cannot_commit(root: Any):
     kept = save_toy(root, 1, fence=older).path
     staging: Any
     staging, records, _ = commit._stage(
-        older, 2, toy_tensors(2), {**STATE, "step": 2}, "", commit.Together(None, 0), whole={}
+        older, 2, toy_tensors(2), {**STATE, "step": 2}, "", commit.Consensus(None, 0), whole={}
     )
     older.check()
     newer = fence.take(root, "new")

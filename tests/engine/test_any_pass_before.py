@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config, EngineConfig
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.build import build_engine
-from stablelm.engine.interface import Engine
+from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.perplexity import evaluate
 from stablelm.methods.catalogue import apply_method

@@ -16,7 +16,7 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.data.validation import ValidationSet
 from stablelm.engine import deepspeed_config
-from stablelm.engine.build import build_engine
+from stablelm.engine.interface import build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import FlatShard
 from stablelm.engine.torch_engine import TorchEngine

@@ -13,12 +13,12 @@ from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.data.waiting import Wait, noted
+from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.observe import interval_metrics
 from stablelm.observe.accelerators import ACCELERATORS, named_by
 from stablelm.observe.progress import Progress
-from stablelm.train.step import StepResult
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None, None)

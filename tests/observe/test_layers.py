@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.build import build_engine
+from stablelm.engine.interface import build_engine
 from stablelm.engine.launch_environment import AccelerateFlags, Launch
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine

@@ -12,13 +12,12 @@ from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, GuardsConfig, TrainConfig
 from stablelm.data.loader import Batch
+from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
 from stablelm.observe.progress import Progress
-from stablelm.train.agreement import Agreement, Outcome
 from stablelm.train.guards import LAG, Guard
-from stablelm.train.step import StepResult
-from stablelm.train.stop import deadline
+from stablelm.train.stop import Outcome, StepExchange, deadline
 
 CONFIG = Config(train=TrainConfig(steps=10, min_lr=0.0))
 ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
@@ -166,14 +165,14 @@ def result(cross_entropy: float, valid: int, norm: float, *, skipped: bool = Fal
 
 
 def test_alone_a_step_is_known_at_once():
-    agreement = Agreement(ALONE)
+    agreement = StepExchange(ALONE)
     assert agreement.exchange(1, 4, result(6.0, 3, 0.5), 2) == (2, [Outcome(1, 4, 2.0, 0.5, False)])
     assert agreement.settle() == []
 
 
 def exchange_steps(rank: int, world_size: int) -> list:
     group = dist.group.WORLD
-    agreement = Agreement(Ranks(rank, world_size, torch.device("cpu"), group, group))
+    agreement = StepExchange(Ranks(rank, world_size, torch.device("cpu"), group, group))
     told = []
     for step in range(1, 4):
         wish = 2 * (rank == 1 and step >= 2)
@@ -190,7 +189,7 @@ def test_all_ranks_learn_the_same_one_step_later():
 
 def disagree(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
-    agreement = Agreement(Ranks(rank, world_size, torch.device("cpu"), group, group))
+    agreement = StepExchange(Ranks(rank, world_size, torch.device("cpu"), group, group))
     agreement.exchange(1, 0, result(1.0, 1, 1.0, skipped=rank == 0), 0)
     agreement.settle()
 
