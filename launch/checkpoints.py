@@ -41,11 +41,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def _root(options: argparse.Namespace):
     """Where the checkpoints lie: in what was given, or where --dir says."""
     from stablelm.checkpoint import selection
-    from stablelm.checkpoint.remote_path import place
+    from stablelm.checkpoint.remote_path import checkpoint_path
 
     if options.dir is None:
-        return selection.checkpoints_root(place(options.run_dir))
-    root = place(options.dir)
+        return selection.checkpoints_root(checkpoint_path(options.run_dir))
+    root = checkpoint_path(options.dir)
     if not root.is_dir():
         raise CheckpointError(f"--dir {root} is not a directory: name the one that holds the step-... directories")
     return root
@@ -53,15 +53,15 @@ def _root(options: argparse.Namespace):
 
 def _steps(options: argparse.Namespace) -> list:
     from stablelm.checkpoint import selection
-    from stablelm.checkpoint.remote_path import place
+    from stablelm.checkpoint.remote_path import checkpoint_path
 
-    one = selection.step_directory(place(options.run_dir))
+    one = selection.step_directory(checkpoint_path(options.run_dir))
     if one is not None and options.dir is None:
         return [one]
     root = _root(options)
     steps = selection.step_directories(root)
     if not steps:
-        raise selection.no_checkpoint(root, place(options.run_dir))
+        raise selection.no_checkpoint(root, checkpoint_path(options.run_dir))
     return steps
 
 
@@ -103,11 +103,11 @@ def check(options: argparse.Namespace) -> None:
 
 def prune(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import fence, selection
-    from stablelm.checkpoint.remote_path import place
+    from stablelm.checkpoint.remote_path import checkpoint_path
 
     root = _root(options)
     if not selection.step_directories(root) and not options.unfinished:
-        raise selection.no_checkpoint(root, place(options.run_dir))
+        raise selection.no_checkpoint(root, checkpoint_path(options.run_dir))
     kept, permanent = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
@@ -125,10 +125,10 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
     """Retention from the arguments, else from the run's configuration, which speaks for its own checkpoints alone."""
     section = _configured(options.run_dir)
     if section is not None and options.dir is not None:
-        from stablelm.checkpoint.remote_path import place
+        from stablelm.checkpoint.remote_path import checkpoint_path
 
-        asked = place(os.path.expanduser(section.dir)) if section.dir else None
-        section = section if asked == place(options.dir) else None
+        asked = checkpoint_path(os.path.expanduser(section.dir)) if section.dir else None
+        section = section if asked == checkpoint_path(options.dir) else None
     kept = options.keep if options.keep is not None else section and section.keep
     if kept is None:
         raise ConfigError(f"{options.run_dir} has no config.yaml that says checkpoint.keep for them: give --keep N")
@@ -138,11 +138,11 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
 
 def _configured(run_dir: str):
     """The section checkpoint of a run's config.yaml, None where it has none. Raises ConfigError."""
-    from stablelm.checkpoint.remote_path import place
+    from stablelm.checkpoint.remote_path import checkpoint_path
     from stablelm.config.load import loads
     from stablelm.small_files import read_small
 
-    path = place(run_dir) / "config.yaml"
+    path = checkpoint_path(run_dir) / "config.yaml"
     if not path.is_file():
         return None
     try:

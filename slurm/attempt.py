@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stablelm import json_text
 from stablelm.arguments import Parser, local_path
 from stablelm.checkpoint import manifest, selection
-from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.new_files import make_folder, open_to_append, replace_file
@@ -36,17 +36,17 @@ NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", 
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
-def checkpoints(run_dir: Path, own: bool = True) -> list[Place]:
+def checkpoints(run_dir: Path, own: bool = True) -> list[CheckpointPath]:
     """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer.
 
     `own`: the run is the caller's, so that they may lie where its configuration says.
     """
     try:
-        found = selection.step_directories(selection.checkpoints_root(place(str(run_dir))))
+        found = selection.step_directories(selection.checkpoints_root(checkpoint_path(str(run_dir))))
     except CheckpointError:
         return []
     asked = selection.configured_root(run_dir) if own and not found else None
-    return selection.step_directories(place(asked)) if asked else found
+    return selection.step_directories(checkpoint_path(asked)) if asked else found
 
 
 def committed_step(run_dir: Path) -> int | None:

@@ -34,7 +34,6 @@ from stablelm.checkpoint.files import (
     write_new,
 )
 from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
-from stablelm.checkpoint.index import read_index
 from stablelm.checkpoint.manifest import (
     COMMITTED,
     CONFIG,
@@ -50,8 +49,9 @@ from stablelm.checkpoint.manifest import (
     step_of,
     verify,
 )
-from stablelm.checkpoint.remote_path import Place, RemotePath
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
 from stablelm.checkpoint.selection import step_directories
+from stablelm.checkpoint.tensor_index import read_index
 from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
 from stablelm.printable import printable
@@ -65,7 +65,7 @@ SAMPLE_BYTES = 64 << 20
 class SaveResult:
     """Where a step was saved, how long this rank took (seconds), and the total bytes of its files."""
 
-    path: Place
+    path: CheckpointPath
     seconds: float
     bytes: int
 
@@ -120,7 +120,7 @@ def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.Proc
 class _Standing:
     """What there is of a step: a whole checkpoint and its bytes, or the inode of a damaged local one."""
 
-    whole: Place | None = None
+    whole: CheckpointPath | None = None
     bytes: int = 0
     damaged: int | None = None
 
@@ -140,7 +140,7 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
     return _Standing()
 
 
-def _lacks(path: Place, shapes: Mapping[str, torch.Size]) -> list[str]:
+def _lacks(path: CheckpointPath, shapes: Mapping[str, torch.Size]) -> list[str]:
     try:
         return gaps(read_index(path / TENSORS), shapes)
     except CheckpointError as error:
@@ -156,15 +156,15 @@ def _stage(
     consensus: Consensus,
     *,
     whole: dict[str, torch.Tensor],
-) -> tuple[Place, dict[str, FileRecord], float]:
+) -> tuple[CheckpointPath, dict[str, FileRecord], float]:
     """Writes all but COMMITTED, where a checkpoint of `whole` has space.
 
     Returns the staging place, the records of its manifest and the seconds that writing tensors took.
     """
-    made: list[Place] = []
+    made: list[CheckpointPath] = []
     consensus.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
 
-    def prepare() -> tuple[Place, dict[str, FileRecord]]:
+    def prepare() -> tuple[CheckpointPath, dict[str, FileRecord]]:
         with writing_behind(fence):
             made.append(_make_staging(fence, step, whole))
             state_json = json.dumps(state, sort_keys=True, indent=1) + "\n"
@@ -193,7 +193,7 @@ def _stage(
     return staging, consensus.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
 
 
-def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> Place:
+def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> CheckpointPath:
     root, token = fence.root, f"{fence.token:08d}"
     if isinstance(root, RemotePath):
         return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
@@ -213,7 +213,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     return staging
 
 
-def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
+def _seal(fence: Fence, staging: CheckpointPath, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
     with writing_behind(fence):
         for name, record in records.items():
             path = staging / name
@@ -227,7 +227,7 @@ def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[
         return records
 
 
-def _refuse_incomplete(fence: Fence, staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
+def _refuse_incomplete(fence: Fence, staging: CheckpointPath, step: int, shapes: Mapping[str, torch.Size]) -> None:
     try:
         missing = gaps(read_index(staging / TENSORS), shapes)
     except CheckpointError:
@@ -240,7 +240,9 @@ def _refuse_incomplete(fence: Fence, staging: Place, step: int, shapes: Mapping[
         )
 
 
-def _publish(fence: Fence, staging: Place, step: int, records: dict[str, FileRecord], standing: _Standing) -> Place:
+def _publish(
+    fence: Fence, staging: CheckpointPath, step: int, records: dict[str, FileRecord], standing: _Standing
+) -> CheckpointPath:
     sealed = record_of(manifest_content(records)).sha256
     content = commit_content(Commit(step, fence.attempt, fence.token, datetime.now(UTC).isoformat(), sealed))
     with writing_behind(fence):
@@ -274,7 +276,7 @@ def _set_aside(target: Path, inode: int) -> None:
         raise FileExistsError(f"{target} was saved anew")
 
 
-def _discard(staging: Place) -> None:
+def _discard(staging: CheckpointPath) -> None:
     """Removes what was staged; a directory under another name first, which no later attempt has to disarm."""
     if isinstance(staging, RemotePath):
         staging.remove()

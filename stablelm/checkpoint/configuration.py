@@ -7,7 +7,7 @@ from typing import Any
 
 from stablelm.checkpoint import selection
 from stablelm.checkpoint.manifest import CONFIG
-from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.saved import in_effect
@@ -19,7 +19,7 @@ from stablelm.small_files import read_small
 CONFIG_BYTES = 4 << 20
 
 
-def read(path: Place, *, own: Loaded | None = None, trusted: bool = False) -> Believed:
+def read(path: CheckpointPath, *, own: Loaded | None = None, trusted: bool = False) -> Believed:
     """What a checkpoint's configuration was when it was saved, as far as it is believed.
 
     `own` is the user's own configuration, whose keys win but for the model's. With `trusted` all of the checkpoint's
@@ -40,19 +40,19 @@ def read(path: Place, *, own: Loaded | None = None, trusted: bool = False) -> Be
     return found
 
 
-def model_of(path: Place) -> ModelConfig:
+def model_of(path: CheckpointPath) -> ModelConfig:
     """The model section alone, checked. Raises CheckpointError or ConfigError."""
     config = believed(saved(path)).config
     rules.check_saved(config)
     return config.model
 
 
-def saved(path: Place) -> Config:
+def saved(path: CheckpointPath) -> Config:
     """All of it, as it was written, by whomever. Raises CheckpointError or ConfigError."""
     return in_effect(_text(path), _identity(path), str(path / CONFIG))
 
 
-def _text(path: Place) -> str:
+def _text(path: CheckpointPath) -> str:
     try:
         return read_small(path / CONFIG, CONFIG_BYTES).decode()
     except StoreError:
@@ -61,7 +61,7 @@ def _text(path: Place) -> str:
         raise CheckpointError(f"cannot read {path / CONFIG} ({error}): load another checkpoint") from error
 
 
-def _identity(path: Place) -> dict[str, Any]:
+def _identity(path: CheckpointPath) -> dict[str, Any]:
     state = selection.read_state(path)
     identity = state.get("identity", {}) if isinstance(state, dict) else None
     if not isinstance(identity, dict):

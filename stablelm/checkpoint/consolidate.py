@@ -7,10 +7,10 @@ from pathlib import Path
 
 from stablelm.checkpoint import selection
 from stablelm.checkpoint.files import FULL, UNWRITABLE, sync_directory
-from stablelm.checkpoint.index import Slot, header, read_index
 from stablelm.checkpoint.manifest import TENSORS, read_commit
 from stablelm.checkpoint.reader import Reader, bytes_of
-from stablelm.checkpoint.remote_path import place
+from stablelm.checkpoint.remote_path import checkpoint_path
+from stablelm.checkpoint.tensor_index import Slot, header, read_index
 from stablelm.errors import ConfigError, StorageError
 
 _PREFIX = "model."
@@ -28,7 +28,7 @@ def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> 
         raise ConfigError(f"--out {out} exists already; name a new file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist; create it first")
-    found = selection.resolve_checkpoint(checkpoint, elsewhere=place(elsewhere) if elsewhere else None)
+    found = selection.resolve_checkpoint(checkpoint, elsewhere=checkpoint_path(elsewhere) if elsewhere else None)
     reader = Reader(found / TENSORS, read_index(found / TENSORS))
     held = reader.index.tensors
     slots = {name: Slot(name.removeprefix(_PREFIX), held[name].dtype, held[name].shape) for name in sorted(held)}

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from stablelm.checkpoint import configuration
-from stablelm.checkpoint.index import EarlierFormat, Index, read_index
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
-from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.checkpoint.selection import read_state
+from stablelm.checkpoint.tensor_index import EarlierFormat, TensorIndex, read_index
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -33,7 +33,7 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, 
     return shapes
 
 
-def gaps(held: Index, shapes: Mapping[str, torch.Size]) -> list[str]:
+def gaps(held: TensorIndex, shapes: Mapping[str, torch.Size]) -> list[str]:
     """Names of the tensors of `shapes` that are missing, of another shape, or not covered exactly once."""
     return [
         name
@@ -42,7 +42,7 @@ def gaps(held: Index, shapes: Mapping[str, torch.Size]) -> list[str]:
     ]
 
 
-def problems(path: Place, *, optimizer: bool = True) -> list[str]:
+def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
     """What a checkpoint lacks of the model that its own configuration describes, in a phrase; empty: it is complete.
 
     Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer, EarlierFormat
@@ -72,7 +72,7 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     ]
 
 
-def model_of(path: Place) -> ModelConfig:
+def model_of(path: CheckpointPath) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
     Raises OSError, ValueError, CheckpointError or ConfigError.

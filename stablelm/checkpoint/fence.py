@@ -33,7 +33,7 @@ from pathlib import Path
 
 from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
-from stablelm.checkpoint.remote_path import Place, RemotePath
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
 from stablelm.errors import CheckpointError, ConfigError, StorageError
 from stablelm.json_text import parse
 from stablelm.new_files import make_folder
@@ -49,7 +49,7 @@ _TOKEN = re.compile(r"[0-9]{8,18}")
 class Fence:
     """An attempt's right to commit below `root`, until a greater token exists."""
 
-    root: Place
+    root: CheckpointPath
     token: int
     attempt: str
     taken: bool = False
@@ -73,7 +73,7 @@ class Fence:
             )
 
 
-def take(root: Place, attempt: str) -> Fence:
+def take(root: CheckpointPath, attempt: str) -> Fence:
     """Takes the next token and disarms older attempts; call it on rank 0, before looking for a checkpoint.
 
     Raises StorageError if the place cannot be written, ConfigError if the store overwrites what it must not.
@@ -84,11 +84,11 @@ def take(root: Place, attempt: str) -> Fence:
     return fence
 
 
-def sweep(root: Place, token: int) -> list[Place]:
+def sweep(root: CheckpointPath, token: int) -> list[CheckpointPath]:
     """Disarms and deletes what attempts with smaller tokens staged, and deletions cut short; returns what went."""
     if isinstance(root, RemotePath):
         return [prefix for prefix in _prefixes(root) if attempt_of(prefix) < token and _disarm(prefix)]
-    gone: list[Place] = []
+    gone: list[CheckpointPath] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         doomed = path
         if path.name.startswith(STAGING) and attempt_of(path) < token:
@@ -104,7 +104,7 @@ def sweep(root: Place, token: int) -> list[Place]:
     return gone
 
 
-def read_token(root: Place, token: int) -> dict[str, str]:
+def read_token(root: CheckpointPath, token: int) -> dict[str, str]:
     """Who took a token, and when; empty if that cannot be read."""
     try:
         return dict(parse(read_small(root / FENCE / f"{token:08d}"), dict[str, str]))
@@ -112,7 +112,7 @@ def read_token(root: Place, token: int) -> dict[str, str]:
         return {}
 
 
-def _tokens(root: Place) -> list[int]:
+def _tokens(root: CheckpointPath) -> list[int]:
     folder = root / FENCE
     try:
         return [int(path.name) for path in folder.iterdir() if _TOKEN.fullmatch(path.name)] if folder.is_dir() else []
@@ -120,7 +120,7 @@ def _tokens(root: Place) -> list[int]:
         return []
 
 
-def _next_token(root: Place, attempt: str) -> int:
+def _next_token(root: CheckpointPath, attempt: str) -> int:
     told = {"attempt": attempt, "host": socket.gethostname(), "time": datetime.now(UTC).isoformat()}
     content = json.dumps({**told, "id": uuid.uuid4().hex}).encode()
     folder = root / FENCE
@@ -137,7 +137,7 @@ def _next_token(root: Place, attempt: str) -> int:
         return token
 
 
-def _create(path: Place, content: bytes) -> None:
+def _create(path: CheckpointPath, content: bytes) -> None:
     if isinstance(path, Path):
         write_durably(path, content)
         sync_directory(path.parent)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.errors import StorageError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -35,7 +35,7 @@ def record_of(content: bytes) -> FileRecord:
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
 
-def record_of_file(path: Place) -> FileRecord:
+def record_of_file(path: CheckpointPath) -> FileRecord:
     """Reads the whole file. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     buffer = memoryview(bytearray(1 << 20))
@@ -46,7 +46,7 @@ def record_of_file(path: Place) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def write_new(path: Place, content: bytes) -> FileRecord:
+def write_new(path: CheckpointPath, content: bytes) -> FileRecord:
     """Writes a small new file that is there for good once this returns. Raises OSError."""
     if isinstance(path, Path):
         return write_durably(path, content)
@@ -93,7 +93,7 @@ def gibibytes(count: float) -> str:
 
 
 @contextmanager
-def writing(place: Place) -> Iterator[None]:
+def writing(place: CheckpointPath) -> Iterator[None]:
     """Turns the OSErrors of full, unwritable or failing storage into a StorageError with `place` and the fix."""
     try:
         yield

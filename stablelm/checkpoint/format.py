@@ -20,19 +20,19 @@ import torch.distributed as dist
 
 from stablelm.checkpoint.contents import few
 from stablelm.checkpoint.files import FileRecord, sync_directory, write_new
-from stablelm.checkpoint.index import (
+from stablelm.checkpoint.reader import Reader, bytes_of
+from stablelm.checkpoint.remote_path import CheckpointPath
+from stablelm.checkpoint.tensor_index import (
     DTYPE_NAMES,
     INDEX,
-    Entry,
-    Index,
     Piece,
     Slot,
+    TensorEntry,
+    TensorIndex,
     header,
     name_in_file,
     read_index,
 )
-from stablelm.checkpoint.reader import Reader, bytes_of
-from stablelm.checkpoint.remote_path import Place
 from stablelm.engine.consensus import Consensus
 from stablelm.engine.tensor_parts import FlatShard, Part, clean_name, part_of, rectangles
 from stablelm.errors import CheckpointError
@@ -55,7 +55,7 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def save_tensors(
-    directory: Place, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    directory: CheckpointPath, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
 ) -> dict[str, FileRecord]:
     """Writes plain tensors (equal on all ranks), DTensors and FlatShards of any device into a new directory.
 
@@ -109,7 +109,7 @@ def sample(
     return taken, total / (limit - left) if left < limit else 1.0
 
 
-class _Written(NamedTuple):
+class _WrittenPiece(NamedTuple):
     """A piece that this rank writes; its elements are contiguous, on any device."""
 
     tensor: str
@@ -148,15 +148,15 @@ def own_parts(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None)
     return own
 
 
-def _pieces(parts: dict[str, Part]) -> Iterator[_Written]:
+def _pieces(parts: dict[str, Part]) -> Iterator[_WrittenPiece]:
     for name, part in parts.items():
         flat = part.local.reshape(-1)
         for block in rectangles(part.shape, part.start, part.stop):
             elements = flat[block.start - part.start : block.stop - part.start]
-            yield _Written(name, part.shape, block.offsets, block.sizes, elements)
+            yield _WrittenPiece(name, part.shape, block.offsets, block.sizes, elements)
 
 
-def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
+def _share_out(pieces: list[_WrittenPiece], stem: str) -> dict[str, list[_WrittenPiece]]:
     """A few files of about equal size, each in the order in which its bytes are aligned without gaps."""
     size = sum(piece.nbytes for piece in pieces)
     count = min(len(pieces), max(1, min(THREADS, size // BYTES_A_FILE)))
@@ -170,7 +170,7 @@ def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
     return {f"{stem}-{index}.safetensors": file for index, file in enumerate(files)}
 
 
-def _write_file(path: Place, pieces: list[_Written]) -> FileRecord:
+def _write_file(path: CheckpointPath, pieces: list[_WrittenPiece]) -> FileRecord:
     """Writes, hashes and forces to the disk as it goes."""
     digest, size, synced = sha256(), 0, 0
     with path.open("xb", buffering=WRITE_BUFFER) if isinstance(path, Path) else path.open("wb") as file:
@@ -188,7 +188,7 @@ def _write_file(path: Place, pieces: list[_Written]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _contents(pieces: list[_Written]) -> Iterator[bytes | memoryview]:
+def _contents(pieces: list[_WrittenPiece]) -> Iterator[bytes | memoryview]:
     yield header([piece.slot for piece in pieces], {"format": "pt"})
     for piece in pieces:
         content = bytes_of(piece.elements.cpu())  # little-endian, as all that torch runs on
@@ -205,7 +205,7 @@ def _gathered(written: list[_Row], group: dist.ProcessGroup | None) -> list[_Row
     return [row for rows in of_ranks for row in rows]
 
 
-def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> Index:
+def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> TensorIndex:
     """The pieces that were written, and every tensor of this rank even if nothing of it was."""
     kinds = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
@@ -213,14 +213,18 @@ def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> Index:
         assert kinds.setdefault(name, (dtype, shape)) == (dtype, shape), f"{name} differs between ranks"
         pieces.setdefault(name, []).append(Piece.model_construct(offsets=piece[0], sizes=piece[1], file=piece[2]))
     entries = {
-        name: Entry.model_construct(dtype=kinds[name][0], shape=kinds[name][1], pieces=tuple(found))
+        name: TensorEntry.model_construct(dtype=kinds[name][0], shape=kinds[name][1], pieces=tuple(found))
         for name, found in sorted(pieces.items())
     }
-    return Index.model_construct(tensors=entries)  # checked where it is read, as before a commit
+    return TensorIndex.model_construct(tensors=entries)  # checked where it is read, as before a commit
 
 
 def load_tensors(
-    directory: Place, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None, *, partial: bool = False
+    directory: CheckpointPath,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    *,
+    partial: bool = False,
 ) -> None:
     """Fills `tensors` (plain, DTensor or FlatShard, any device) in place from a directory that save_tensors wrote.
 
@@ -241,7 +245,7 @@ def load_tensors(
     consensus.run(lambda: reader[0].read({name: part_of(tensor, rank, size) for name, tensor in tensors.items()}))
 
 
-def _compare(directory: Place, tensors: dict[str, torch.Tensor], index: Index, partial: bool) -> None:
+def _compare(directory: CheckpointPath, tensors: dict[str, torch.Tensor], index: TensorIndex, partial: bool) -> None:
     held = index.tensors
     missing = sorted(tensors.keys() - held.keys())
     unexpected = [] if partial else sorted(held.keys() - tensors.keys())

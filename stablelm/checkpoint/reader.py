@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from stablelm import json_text
-from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, name_in_file, reason
-from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
+from stablelm.checkpoint.tensor_index import INDEX, Checked, Count, Dtype, Slot, TensorIndex, name_in_file, reason
 from stablelm.engine.tensor_parts import Part, part_of
 from stablelm.errors import CheckpointError
 
@@ -26,7 +26,7 @@ LARGEST_HEADER = 100_000_000
 class Reader:
     """Reads the tensors of a directory's index. Raises CheckpointError where the files do not agree with it."""
 
-    def __init__(self, directory: Place, index: Index):
+    def __init__(self, directory: CheckpointPath, index: TensorIndex):
         self.directory, self.index = directory, index
         self._starts: dict[str, dict[str, int]] = {}
 
@@ -109,7 +109,7 @@ def _fill(file: IO[bytes], rest: memoryview, name: str) -> None:
 
 
 @contextmanager
-def _damaged(directory: Place) -> Iterator[None]:
+def _damaged(directory: CheckpointPath) -> Iterator[None]:
     try:
         yield
     except StoreError:

@@ -143,10 +143,10 @@ class RemotePath:
                 return
 
 
-Place = Path | RemotePath
+CheckpointPath = Path | RemotePath
 
 
-def place(name: "str | Place") -> Place:
+def checkpoint_path(name: "str | CheckpointPath") -> CheckpointPath:
     """The place that a path or URL names. Raises ConfigError for stores that cannot hold checkpoints."""
     if not isinstance(name, str):
         return name

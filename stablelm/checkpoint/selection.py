@@ -11,7 +11,7 @@ from typing import Any
 
 from stablelm.checkpoint.files import sync_directory, writing
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
-from stablelm.checkpoint.remote_path import Place, RemotePath, StoreError, place
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError, checkpoint_path
 from stablelm.checkpoint.state import State
 from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, ConfigError
@@ -38,11 +38,11 @@ __all__ = [
 CHECKPOINTS = "checkpoints"
 """Where a run has its checkpoints unless checkpoint.dir says otherwise."""
 logger = logging.getLogger(__name__)
-Lacks = Callable[[Place], list[str]]
+Lacks = Callable[[CheckpointPath], list[str]]
 """What an undamaged checkpoint lacks, in phrases: `contents.problems`, where it is to hold a model."""
 
 
-def step_directories(root: Place) -> list[Place]:
+def step_directories(root: CheckpointPath) -> list[CheckpointPath]:
     """All directories of committed steps, the newest step first, valid or not."""
     if not root.is_dir():
         return []
@@ -52,7 +52,7 @@ def step_directories(root: Place) -> list[Place]:
     return sorted(found, key=lambda path: (step_of(path), attempt_of(path)), reverse=True)
 
 
-def _is_committed(prefix: Place) -> bool:
+def _is_committed(prefix: CheckpointPath) -> bool:
     try:
         return step_of(prefix) is not None and (prefix / COMMITTED).stat().st_size > 0
     except FileNotFoundError:
@@ -60,12 +60,12 @@ def _is_committed(prefix: Place) -> bool:
 
 
 def newest_valid(
-    root: Place,
+    root: CheckpointPath,
     *,
-    on_damaged: Callable[[Place, str], None],
+    on_damaged: Callable[[CheckpointPath, str], None],
     consensus: Consensus | None = None,
     lacks: Lacks | None = None,
-) -> Place | None:
+) -> CheckpointPath | None:
     """The newest checkpoint of which every byte verifies and that `lacks` nothing; None if there is none.
 
     Damaged ones that are newer go to `on_damaged` (of rank 0) with the reason; they are never deleted. With `consensus`
@@ -81,21 +81,23 @@ def newest_valid(
     return None
 
 
-def verify_together(path: Place, consensus: Consensus, lacks: Lacks | None = None) -> list[str]:
+def verify_together(path: CheckpointPath, consensus: Consensus, lacks: Lacks | None = None) -> list[str]:
     """`verify` with the files shared out over the ranks, then `lacks`; the same problems on all of them."""
     found = consensus.run(lambda: verify(path, share=(consensus.rank, consensus.size)))
     problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
     return problems or (consensus.first(lambda: lacks(path)) if lacks else [])
 
 
-def retain(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
+def retain(
+    root: CheckpointPath, keep: int, keep_permanent_every: int | None, *, hashes: bool = False
+) -> list[CheckpointPath]:
     """Deletes superseded checkpoints and returns them; see `superseded`. Raises StorageError."""
     with writing(root):
         gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
         return [path for path in gone if _delete(path)]
 
 
-def _delete(path: Place) -> bool:
+def _delete(path: CheckpointPath) -> bool:
     """False where a link has taken the checkpoint's place meanwhile, which is left alone."""
     # What makes it a checkpoint goes first and at once: a deletion that is cut short leaves nothing that looks valid.
     if isinstance(path, RemotePath):
@@ -112,7 +114,9 @@ def _delete(path: Place) -> bool:
     return True
 
 
-def superseded(root: Place, keep: int, keep_permanent_every: int | None, *, hashes: bool = False) -> list[Place]:
+def superseded(
+    root: CheckpointPath, keep: int, keep_permanent_every: int | None, *, hashes: bool = False
+) -> list[CheckpointPath]:
     """Valid checkpoints beyond the newest `keep` (at least 1) valid ones, but for multiples of keep_permanent_every.
 
     Damaged ones neither count nor are listed. Links, such as to an archive, count but are not listed, which is said
@@ -125,17 +129,17 @@ def superseded(root: Place, keep: int, keep_permanent_every: int | None, *, hash
 
 
 @cache
-def _left_alone(path: Place) -> bool:
+def _left_alone(path: CheckpointPath) -> bool:
     logger.warning("%s is a link and is left alone: delete it by hand if it is not needed", path)
     return True
 
 
-def is_permanent(path: Place, keep_permanent_every: int | None) -> bool:
+def is_permanent(path: CheckpointPath, keep_permanent_every: int | None) -> bool:
     step = step_of(path)
     return bool(keep_permanent_every) and step is not None and step % keep_permanent_every == 0
 
 
-def checkpoints_root(path: Place) -> Place:
+def checkpoints_root(path: CheckpointPath) -> CheckpointPath:
     """The directory of the step directories for a run directory, or `path` itself if it holds them.
 
     Nothing outside `path` is looked at: neither what a link in it leads to, nor the checkpoint.dir of its config.yaml,
@@ -147,11 +151,11 @@ def checkpoints_root(path: Place) -> Place:
     return inside if not step_directories(path) and not is_link(inside) and inside.is_dir() else path
 
 
-def is_link(path: Place) -> bool:
+def is_link(path: CheckpointPath) -> bool:
     return isinstance(path, Path) and path.is_symlink()
 
 
-def no_checkpoint(root: Place, path: Place) -> CheckpointError:
+def no_checkpoint(root: CheckpointPath, path: CheckpointPath) -> CheckpointError:
     """There is none below `root`, where those of `path` were looked for; says where else they may lie."""
     asked = configured_root(path)
     if is_link(path / CHECKPOINTS):
@@ -165,20 +169,20 @@ def no_checkpoint(root: Place, path: Place) -> CheckpointError:
 
 
 def resolve_checkpoint(
-    path: Place | str,
+    path: CheckpointPath | str,
     *,
-    on_damaged: Callable[[Place, str], None] | None = None,
+    on_damaged: Callable[[CheckpointPath, str], None] | None = None,
     consensus: Consensus | None = None,
     lacks: Lacks | None = None,
-    elsewhere: Place | None = None,
-) -> Place:
+    elsewhere: CheckpointPath | None = None,
+) -> CheckpointPath:
     """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
     `elsewhere` is where the user says that a run without any in its directory has them. With `consensus` collective:
     each rank reads its share of the files. Raises CheckpointError if there is none, or if the step directory that was
     named is damaged or `lacks` something.
     """
-    path, consensus = place(path), consensus or Consensus(None, 0)
+    path, consensus = checkpoint_path(path), consensus or Consensus(None, 0)
     step = consensus.first(lambda: step_directory(path))
     if step is not None:
         problems = verify_together(step, consensus, lacks)
@@ -198,7 +202,7 @@ def resolve_checkpoint(
     return found
 
 
-def step_directory(path: Place) -> Place | None:
+def step_directory(path: CheckpointPath) -> CheckpointPath | None:
     """The checkpoint that `path` itself is, or holds as a step of an object store; None for any other directory."""
     if step_of(path) is None or not path.is_dir():
         return None
@@ -207,7 +211,7 @@ def step_directory(path: Place) -> Place | None:
     return next((step for step in step_directories(path.parent) if step.parent == path), None)
 
 
-def read_state(path: Place) -> dict[str, Any]:
+def read_state(path: CheckpointPath) -> dict[str, Any]:
     """state.json of a checkpoint. Raises CheckpointError."""
     try:
         return parse(read_small(path / STATE), State)  # type: ignore[return-value]
@@ -217,7 +221,7 @@ def read_state(path: Place) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path / STATE} ({error}): load another checkpoint") from error
 
 
-def configured_root(run_dir: Place) -> str | None:
+def configured_root(run_dir: CheckpointPath) -> str | None:
     """checkpoint.dir of a directory's config.yaml, if it asks for one: for the run's own user, or to be shown."""
     import yaml
 
@@ -234,5 +238,5 @@ def _summary(problems: list[str], shown: int = 3) -> str:
     return "; ".join(problems[:shown]) + more
 
 
-def _warn(path: Place, reason: str) -> None:
+def _warn(path: CheckpointPath, reason: str) -> None:
     logger.warning("%s", printable(f"{path} is damaged ({reason}): skipped"))

@@ -13,7 +13,7 @@ from stablelm.data.options import ReadOptions
 from stablelm.data.packing import Windows
 from stablelm.data.seen_files import SeenFiles
 from stablelm.data.source_windows import SourceWindows
-from stablelm.data.together import Consensus
+from stablelm.data.together import Together
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunText:
         }
         turn = threading.Lock()
         together = [
-            {name: Consensus(self.tokenizer, threads=threads, turn=turn) for name in shared} for _ in range(threads)
+            {name: Together(self.tokenizer, threads=threads, turn=turn) for name in shared} for _ in range(threads)
         ]
         mixed = Mixture.of(mixture.sources(self.data), seed=self.seed) if self.data.mixture else None
         made: list[Windows] = []

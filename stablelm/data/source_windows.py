@@ -12,7 +12,7 @@ from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
 from stablelm.data.shards import SharedShards
 from stablelm.data.source import SharedFiles
-from stablelm.data.together import Consensus, block_chunks
+from stablelm.data.together import Together, block_chunks
 
 
 class SourceWindows:
@@ -26,7 +26,7 @@ class SourceWindows:
         else:
             self._shared = SharedFiles(len(order.files), options=options)
 
-    def of(self, lane: int, start: Cursor | None, together: Consensus) -> Windows:
+    def of(self, lane: int, start: Cursor | None, together: Together) -> Windows:
         """The windows of a lane, from its beginning or from `start` on."""
         start = start or self._order.start(lane)
         best_fit = self._data.packing == "best_fit"

@@ -26,7 +26,7 @@ class _Member:
     begun: bool = False
 
 
-class Consensus:
+class Together:
     """Lanes whose windows are made by one thread. Each has at most one chunk that was not asked for yet.
 
     `turn` is that of all threads of the process: one encodes at a time, with the strength of `threads` of them, so

@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         self.module.train(train)
         if self.optimizer is not None:
             names = {parameter: name for name, parameter in self.parameters().items()}
-            self._places = zero_shards.places(self._engine.optimizer, self._stage, names)
+            self._slices = zero_shards.buffer_slices(self._engine.optimizer, self._stage, names)
             zero_shards.make_moments(self.optimizer, self._masters())
             self._largest_norm = math.inf
             self.optimizer.register_step_pre_hook(self._refuse)
@@ -157,7 +157,7 @@ class DeepSpeedEngine:
             split = zero_shards.whole_shard if self._stage == 3 else Tensor.detach
             return found | {f"model.{name}": split(parameter) for name, parameter in self.parameters().items()}
         flats = self._masters()
-        for name, place in self._places.items():
+        for name, place in self._slices.items():
             found[f"model.{name}"] = place.shard(flats[place.group])
             if optimizer:
                 state = self.optimizer.state[flats[place.group]]
@@ -174,7 +174,7 @@ class DeepSpeedEngine:
 
     def gradient_shards(self) -> dict[str, zero_shards.FlatShard]:
         """This rank's part of every gradient by name, before `step`; parts may be empty."""
-        return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._places)
+        return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._slices)
 
     def gradients(self) -> dict[str, Tensor]:
         return gather(self.gradient_shards(), self.device)

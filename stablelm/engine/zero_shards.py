@@ -16,7 +16,7 @@ from stablelm.engine.tensor_parts import FlatShard
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Place(NamedTuple):
+class BufferSlice(NamedTuple):
     """Elements [start, start + length) of a parameter are [offset, offset + length) of the flat buffer `group`."""
 
     group: int
@@ -30,24 +30,26 @@ class Place(NamedTuple):
         return FlatShard(flat.detach()[self.offset : self.offset + self.length], self.shape, self.start)
 
 
-def places(zero: Any, stage: int, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def buffer_slices(zero: Any, stage: int, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """The place of every parameter, by name, in the buffers of a DeepSpeed ZeRO optimizer; length 0: not here."""
     return _of_stage_3(zero, names) if stage == 3 else _of_stage_1_2(zero, names)
 
 
-def _of_stage_3(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def _of_stage_3(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """Each parameter is cut into equal parts, one a rank, the last ones padded; parts follow one another."""
     found = {}
     for group, parameters in enumerate(zero.fp16_groups):
         offset = 0
         for parameter in parameters:
             shard = whole_shard(parameter)
-            found[names[parameter]] = Place(group, offset, shard.start, len(shard.local), tuple(parameter.ds_shape))
+            found[names[parameter]] = BufferSlice(
+                group, offset, shard.start, len(shard.local), tuple(parameter.ds_shape)
+            )
             offset += parameter.partition_numel()
     return found
 
 
-def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """All parameters of a group follow one another, and the whole is cut into equal parts, one a rank."""
     found = {}
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
@@ -57,7 +59,7 @@ def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]
             first = min(max(begin - offset, 0), parameter.numel())
             stop = min(max(begin + size - offset, 0), parameter.numel())
             inside = max(0, offset - begin) if stop > first else 0
-            found[names[parameter]] = Place(group, inside, first, stop - first, tuple(parameter.shape))
+            found[names[parameter]] = BufferSlice(group, inside, first, stop - first, tuple(parameter.shape))
     return found
 
 
@@ -111,7 +113,7 @@ def forget_gradients(zero: Any, stage: int) -> None:
         zero.reset_cpu_buffers()
 
 
-def gradient_shards(zero: Any, stage: int, where: dict[str, Place]) -> dict[str, FlatShard]:
+def gradient_shards(zero: Any, stage: int, where: dict[str, BufferSlice]) -> dict[str, FlatShard]:
     """This rank's part of every gradient, summed over ranks and not yet clipped, after the last backward pass."""
     offloaded = zero.offload_optimizer if stage == 3 else zero.cpu_offload
     if offloaded:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import selection
-from stablelm.checkpoint.remote_path import Place
+from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
@@ -38,10 +38,10 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate, all of it checked."""
 
-    checkpoint: Place
+    checkpoint: CheckpointPath
     step: int
     config: Config
     kind: str
@@ -99,7 +99,7 @@ def _prepare(
     launch: Launch,
     own: Loaded | None,
     trusted: bool,
-) -> Request:
+) -> EvaluationRequest:
     from stablelm.checkpoint import contents
 
     found = selection.resolve_checkpoint(
@@ -114,7 +114,7 @@ def _prepare(
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
     loaded = _tokenizer(tokenizer, found, config, state["identity"]["data.tokenizer"])
-    return Request(
+    return EvaluationRequest(
         checkpoint=found,
         step=state["step"],
         config=config,
@@ -125,7 +125,7 @@ def _prepare(
     )
 
 
-def _tokenizer(asked: str | None, checkpoint: Place, config: Config, sha256: str) -> Tokenizer:
+def _tokenizer(asked: str | None, checkpoint: CheckpointPath, config: Config, sha256: str) -> Tokenizer:
     """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
     kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
     path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
@@ -167,7 +167,7 @@ def _sets(
     return sets
 
 
-def _run(request: Request, launch: Launch, out: str | None) -> int:
+def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
     from stablelm.checkpoint.format import load_tensors
     from stablelm.engine.interface import build_engine
     from stablelm.engine.ranks import check_precision, connect, disconnect

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import configuration, selection
-from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config import data_rules
 from stablelm.config.keys import choices, find
 from stablelm.config.load import Loaded
@@ -34,16 +34,16 @@ def own_configuration(files: list[str]) -> Loaded | None:
     return own
 
 
-def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> Place | None:
+def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> CheckpointPath | None:
     """Where a run's checkpoints lie outside its directory, by the user's word; None: nowhere else."""
     asked = own.config.checkpoint.dir if own is not None else None
     if asked is None and trusted:
-        asked = selection.configured_root(place(checkpoint))
-    return place(asked) if asked else None
+        asked = selection.configured_root(checkpoint_path(checkpoint))
+    return checkpoint_path(asked) if asked else None
 
 
 def configuration_for(
-    checkpoint: Place, *, has_data: bool, own: Loaded | None, trusted: bool, first_rank: bool
+    checkpoint: CheckpointPath, *, has_data: bool, own: Loaded | None, trusted: bool, first_rank: bool
 ) -> Config:
     """The configuration to evaluate a checkpoint with; `has_data`: the user names the text.
 
@@ -107,6 +107,6 @@ def _short(value: Any) -> str:
     return words if len(words) <= SHOWN else words[: SHOWN - 3] + "..."
 
 
-def _hint(checkpoint: Place) -> str:
+def _hint(checkpoint: CheckpointPath) -> str:
     kept = checkpoint.parent.parent / "config.yaml" if isinstance(checkpoint, Path) else None
     return f" ({kept}, if the run is yours)" if kept is not None and kept.is_file() else ""

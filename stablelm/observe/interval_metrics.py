@@ -22,7 +22,7 @@ NOTICEABLE = 0.1
 """Share of a step that the slowest rank must lie behind the median rank to be named."""
 
 
-class Reading(Protocol):
+class DataCounts(Protocol):
     """What a loader says of its text: how often each source was read, and counts since they were last asked for."""
 
     def epochs(self) -> dict[str, float]: ...
@@ -78,7 +78,7 @@ class Meter:
         self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
-    def write(self, loader: Reading) -> None:
+    def write(self, loader: DataCounts) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
         `loader` says what was read. An interval of which no update was made has NaN for its loss and norm.

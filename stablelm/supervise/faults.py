@@ -5,7 +5,7 @@ import resource
 import time
 from pathlib import Path
 
-from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.checkpoint.selection import step_directories
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
@@ -18,7 +18,7 @@ class Faults:
 
     def __init__(self, config: Config, ranks: Ranks, attempt: int):
         self._faults, self._ranks, self._first = config.faults, ranks, attempt == 1
-        self._root = place(str(config.checkpoint.dir))
+        self._root = checkpoint_path(str(config.checkpoint.dir))
 
     def loss_factor(self, data_step: int) -> float:
         """What multiplies the loss of the batch `data_step` (from 0): 1 for all but the bad one."""
@@ -49,7 +49,7 @@ class Faults:
                     _flip(directory)
 
 
-def _flip(directory: Place) -> None:
+def _flip(directory: CheckpointPath) -> None:
     assert isinstance(directory, Path)
     largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:

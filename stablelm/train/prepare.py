@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.checkpoint import selection
-from stablelm.checkpoint.remote_path import place
+from stablelm.checkpoint.remote_path import checkpoint_path
 from stablelm.config import identity as identities
 from stablelm.config import rules, validation_sets
 from stablelm.config.load import Loaded
@@ -175,11 +175,11 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
     run_directory.check(config)
-    if config.run.init_from is not None and not place(config.run.init_from).exists():
+    if config.run.init_from is not None and not checkpoint_path(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
-    if resume not in ("auto", "none") and not place(resume).exists():
+    if resume not in ("auto", "none") and not checkpoint_path(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
-    steps = bool(selection.step_directories(place(str(config.checkpoint.dir))))
+    steps = bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
     begun = _has_text(run_dir / "metrics.jsonl")
     if not steps and not begun:
         return

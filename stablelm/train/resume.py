@@ -9,7 +9,7 @@ from stablelm.checkpoint import contents, selection
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.engine.interface import Engine
@@ -27,12 +27,12 @@ def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
 
     Raises StorageError if they cannot be written.
     """
-    return ranks.consensus().first(lambda: take(place(str(config.checkpoint.dir)), str(attempt)))
+    return ranks.consensus().first(lambda: take(checkpoint_path(str(config.checkpoint.dir)), str(attempt)))
 
 
 def find(
     config: Config, identity: dict[str, Any], resume: str, ranks: Ranks, message: Callable[[str], None]
-) -> Place | None:
+) -> CheckpointPath | None:
     """The checkpoint to go on from, verified file by file by all ranks, or None for a new run. Collective.
 
     Raises CheckpointError if the one asked for is damaged, ConfigError if it is another run's.
@@ -41,9 +41,9 @@ def find(
         return None
     consensus, damaged = ranks.consensus(), []
     if resume == "auto":
-        root = place(str(config.checkpoint.dir))
+        root = checkpoint_path(str(config.checkpoint.dir))
 
-        def skip(path: Place, why: str) -> None:
+        def skip(path: CheckpointPath, why: str) -> None:
             damaged.append(f"{path} is damaged ({why})")
             message(f"warning: {damaged[-1]}; trying the one before it")
 
@@ -60,12 +60,12 @@ def find(
     return found
 
 
-def _refuse_other_run(found: Place, identity: dict[str, Any]) -> None:
+def _refuse_other_run(found: CheckpointPath, identity: dict[str, Any]) -> None:
     state = selection.read_state(found)
     refuse_other_run(state["identity"], identity, str(found), step=state["step"])
 
 
-def evaluation_due(config: Config, found: Place | None) -> bool:
+def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:
     """Whether the evaluation of a checkpoint's step was cut short, and no attempt has made it since."""
     state, records = selection.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
     if not state.get("evaluation_due", False):
@@ -75,7 +75,7 @@ def evaluation_due(config: Config, found: Place | None) -> bool:
 
 
 def resume_from(
-    checkpoint: Place, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
+    checkpoint: CheckpointPath, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
 ) -> int:
     """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
     load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
@@ -109,7 +109,7 @@ def rewind(
     return True
 
 
-def candidates(root: Place, guard: Guard, spike: Outcome) -> list[Place]:
+def candidates(root: CheckpointPath, guard: Guard, spike: Outcome) -> list[CheckpointPath]:
     """Checkpoints to which a spike may return the run, the best first; not yet verified."""
     unseen, others = [], []
     for path in selection.step_directories(root):

@@ -6,7 +6,7 @@ from pathlib import Path
 from socket import gethostname
 
 from stablelm.checkpoint import selection
-from stablelm.checkpoint.remote_path import Place
+from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.durations import parse_duration
 from stablelm.config.schema import Config
 from stablelm.engine.interface import Engine, build_engine
@@ -175,7 +175,7 @@ def opening(config: Config, prepared: Prepared, ending: Ending) -> str:
     )
 
 
-def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Place) -> str:
+def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: CheckpointPath) -> str:
     state = selection.read_state(found)
     if ranks.is_first:
         earlier = read_summary(config.run.dir)

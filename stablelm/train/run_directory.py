@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from stablelm.checkpoint.fence import FENCE
-from stablelm.checkpoint.remote_path import Place, place
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.checkpoint.selection import CHECKPOINTS, is_link
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
@@ -27,7 +27,7 @@ APPENDED = "metrics.jsonl"
 
 def check(config: Config) -> None:
     """ConfigError where run.dir is no directory, another user's, or holds links where the run would write."""
-    fence = place(str(config.checkpoint.dir)) / FENCE
+    fence = checkpoint_path(str(config.checkpoint.dir)) / FENCE
     if is_link(fence):
         raise ConfigError(_through_a_link(fence))
     run_dir = Path(config.run.dir)
@@ -57,7 +57,7 @@ def _is_given(config: Config, folder: Path) -> bool:
     return config.checkpoint.dir is not None and folder.name == CHECKPOINTS and Path(config.checkpoint.dir) != folder
 
 
-def _through_a_link(folder: Place) -> str:
+def _through_a_link(folder: CheckpointPath) -> str:
     fix = "remove the link, or name another run.dir"
     if folder.name == CHECKPOINTS:
         fix = f"set checkpoint.dir={os.path.realpath(str(folder))} if that folder is yours, or remove the link"

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from stablelm.checkpoint import commit, contents, selection
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.index import Entry, Piece
+from stablelm.checkpoint.tensor_index import Piece, TensorEntry
 from stablelm.config.schema import ModelConfig, SigmaConfig
 from stablelm.engine.tensor_parts import FlatShard
 from stablelm.methods.catalogue import apply_method
@@ -41,7 +41,7 @@ COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
 def test_pieces_cover_a_tensor_once(shape: tuple[int, ...], pieces: list, covers: bool):
     file = "rank-00000-0.safetensors"
     made = tuple(Piece(file=file, offsets=offsets, sizes=sizes) for offsets, sizes in pieces)
-    entry = Entry(dtype="F32", shape=shape, pieces=made)
+    entry = TensorEntry(dtype="F32", shape=shape, pieces=made)
     assert entry.whole == covers
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from stablelm.checkpoint.background import HostCopy
 from stablelm.checkpoint.format import load_tensors, save_tensors
-from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES, read_index
+from stablelm.checkpoint.tensor_index import DTYPE_NAMES, DTYPES, read_index
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.errors import CheckpointError
 

@@ -11,7 +11,7 @@ from support.stores import all_objects, in_memory, rewrite, s3_server
 
 from stablelm.checkpoint import commit, fence, manifest, remote_path, selection
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.remote_path import RemotePath, place
+from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.errors import CheckpointError, ConfigError, DataError, StorageError
 
 
@@ -222,12 +222,12 @@ def test_a_store_that_overwrites_is_refused(monkeypatch):
 )
 def test_stores_that_cannot_keep_attempts_apart_are_refused(url, words):
     with pytest.raises(ConfigError, match=words):
-        place(url)
+        checkpoint_path(url)
 
 
 def test_a_missing_bucket_is_one_sentence(server):
     with pytest.raises(StorageError, match="cannot write a checkpoint to s3://absent"):
-        fence.take(place("s3://absent/run"), "a")
+        fence.take(checkpoint_path("s3://absent/run"), "a")
 
 
 def test_large_files_go_up_in_parts(server, monkeypatch):

@@ -13,7 +13,7 @@ from support.tiny import TinyCorpus
 from stablelm.checkpoint import commit, selection
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.index import read_index
+from stablelm.checkpoint.tensor_index import read_index
 
 
 def strip(step: Path, left_out: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stablelm import json_text
-from stablelm.checkpoint.remote_path import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.errors import CheckpointError
 
 INDEX = "index.json"
@@ -65,7 +65,7 @@ class Piece(Checked):
         return place
 
 
-class Entry(Checked):
+class TensorEntry(Checked):
     """One tensor."""
 
     dtype: Dtype
@@ -73,7 +73,7 @@ class Entry(Checked):
     pieces: tuple[Piece, ...]
 
     @model_validator(mode="after")
-    def _pieces_are_of_it(self) -> "Entry":
+    def _pieces_are_of_it(self) -> "TensorEntry":
         for piece in self.pieces:
             if not len(piece.offsets) == len(piece.sizes) == len(self.shape) or any(
                 offset + size > whole
@@ -111,14 +111,14 @@ class Slot(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Index(Checked):
+class TensorIndex(Checked):
     """index.json."""
 
     version: Literal[1] = 1
-    tensors: dict[Annotated[str, Field(min_length=1, max_length=4096)], Entry]
+    tensors: dict[Annotated[str, Field(min_length=1, max_length=4096)], TensorEntry]
 
     @model_validator(mode="after")
-    def _names_in_files_differ(self) -> "Index":
+    def _names_in_files_differ(self) -> "TensorIndex":
         for file, slots in self.files.items():
             if len({slot.name for slot in slots}) < len(slots):
                 raise ValueError(f"two pieces have one name in {file}")
@@ -148,7 +148,7 @@ def name_in_file(name: str, shape: Sequence[int], offsets: Sequence[int], sizes:
     return f"{name}[{','.join(f'{offset}:{offset + size}' for offset, size in zip(offsets, sizes, strict=True))}]"
 
 
-def read_index(directory: Place) -> Index:
+def read_index(directory: CheckpointPath) -> TensorIndex:
     """Which tensors a directory holds, and where; checked, but for whether they are whole and what the files hold.
 
     Raises CheckpointError (EarlierFormat for what stablelm 0.1 saved), StoreError.
@@ -161,7 +161,7 @@ def read_index(directory: Place) -> Index:
             raise ValueError(f"it has more than {LARGEST_INDEX} bytes")
         content = path.read_bytes()
         json_text.load(content)
-        return Index.model_validate_json(content)
+        return TensorIndex.model_validate_json(content)
     except StoreError:
         raise
     except FileNotFoundError as error:
