@@ -102,7 +102,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def prune(options: argparse.Namespace) -> None:
-    from stablelm.checkpoint import fence, selection
+    from stablelm.checkpoint import fence, retention, selection
     from stablelm.checkpoint.remote_path import checkpoint_path
 
     root = _root(options)
@@ -112,10 +112,10 @@ def prune(options: argparse.Namespace) -> None:
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
     if options.dry_run:
-        for path in selection.superseded(root, kept, permanent, hashes=True):
+        for path in retention.superseded(root, kept, permanent, hashes=True):
             print(f"would delete {path}")
         return
-    gone = selection.retain(root, kept, permanent, hashes=True)
+    gone = retention.retain(root, kept, permanent, hashes=True)
     gone += fence.sweep(root, sys.maxsize) if options.unfinished else []
     for path in gone:
         print(f"deleted {path}")
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "prune":
             prune(options)
         else:
-            from stablelm.checkpoint.consolidate import consolidate
+            from stablelm.checkpoint.reader import consolidate
 
             print(consolidate(options.run_dir, options.out, elsewhere=options.dir))
     except UserError as error:

@@ -21,18 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.contents import few, gaps
+from stablelm.checkpoint.contents import gaps
 from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
-from stablelm.checkpoint.files import (
-    FileRecord,
-    free_bytes,
-    gibibytes,
-    record_of,
-    rename_to_new,
-    sync_directory,
-    write_durably,
-    write_new,
-)
 from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
 from stablelm.checkpoint.manifest import (
     COMMITTED,
@@ -41,20 +31,24 @@ from stablelm.checkpoint.manifest import (
     STATE,
     TENSORS,
     Commit,
+    FileRecord,
     commit_content,
     manifest_content,
     read_commit,
     read_manifest,
+    record_of,
     step_name,
     step_of,
     verify,
+    write_new,
 )
 from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
 from stablelm.checkpoint.selection import step_directories
 from stablelm.checkpoint.tensor_index import read_index
 from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
-from stablelm.printable import printable
+from stablelm.new_files import free_bytes, rename_to_new, sync_directory, write_durably
+from stablelm.printable import few, printable
 
 logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 64 << 20
@@ -205,7 +199,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     free = free_bytes(root)
     if free < needed:
         raise StorageError(
-            f"{root} has {gibibytes(free)} free, but a checkpoint needs {gibibytes(needed)}: free space there, "
+            f"{root} has {_gibibytes(free)} free, but a checkpoint needs {_gibibytes(needed)}: free space there, "
             "lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
         )
     staging = root / f"{STAGING}{token}-{step:08d}-{uuid.uuid4().hex}"
@@ -291,3 +285,7 @@ def _discard(staging: CheckpointPath) -> None:
 
 def _total(records: dict[str, FileRecord]) -> int:
     return sum(record.size for record in records.values())
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,17 +1,18 @@
 """What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from stablelm.checkpoint import configuration
+from stablelm.checkpoint import saved_run
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
 from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
-from stablelm.checkpoint.selection import read_state
+from stablelm.checkpoint.saved_run import read_state
 from stablelm.checkpoint.tensor_index import EarlierFormat, TensorIndex, read_index
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
+from stablelm.printable import few
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
@@ -77,14 +78,8 @@ def model_of(path: CheckpointPath) -> ModelConfig:
 
     Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    found = configuration.model_of(path)
+    found = saved_run.model_of(path)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")
     return apply_method(found)
-
-
-def few(names: Sequence[str], shown: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

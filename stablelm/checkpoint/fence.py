@@ -31,12 +31,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
-from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, writing
 from stablelm.errors import CheckpointError, ConfigError, StorageError
 from stablelm.json_text import parse
-from stablelm.new_files import make_folder
+from stablelm.new_files import make_folder, sync_directory, write_durably
 from stablelm.small_files import read_small
 
 FENCE = "fence"

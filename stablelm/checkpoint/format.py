@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.contents import few
-from stablelm.checkpoint.files import FileRecord, sync_directory, write_new
+from stablelm.checkpoint.manifest import FileRecord, write_new
 from stablelm.checkpoint.reader import Reader, bytes_of
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.checkpoint.tensor_index import (
@@ -36,6 +35,8 @@ from stablelm.checkpoint.tensor_index import (
 from stablelm.engine.consensus import Consensus
 from stablelm.engine.tensor_parts import FlatShard, Part, clean_name, part_of, rectangles
 from stablelm.errors import CheckpointError
+from stablelm.new_files import sync_directory
+from stablelm.printable import few
 
 BYTES_A_FILE = 32 << 20
 """A rank spreads what it writes over more files, one a thread, while each gets at least this many bytes."""

@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
 from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError
 from stablelm.json_text import Count, parse
+from stablelm.new_files import write_durably
 from stablelm.small_files import read_small
 
 TENSORS = "tensors"
@@ -35,6 +35,39 @@ COMMITTED = "COMMITTED"
 COMMITTED_BYTES = 64 << 10
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest knows of one file: its size in bytes and the sha256 of its content in hex."""
+
+    size: int
+    sha256: str
+
+
+def record_of(content: bytes) -> FileRecord:
+    """The record of a file that holds `content`."""
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def record_of_file(path: CheckpointPath) -> FileRecord:
+    """Reads the whole file. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb") as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_new(path: CheckpointPath, content: bytes) -> FileRecord:
+    """Writes a small new file that is there for good once this returns. Raises OSError."""
+    if isinstance(path, Path):
+        write_durably(path, content)
+    else:
+        path.create(content)
+    return record_of(content)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from stablelm.errors import ConfigError, DataError
+from stablelm.errors import ConfigError, DataError, StorageError
 
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Protocols whose fsspec libraries pass `mode="create"` on to the store as a condition, not as a look before."""
 BLOCK = 32 << 20
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+# How local disks, network file systems and mounts say that they fail; ENOENT: what was written to has been removed.
+FAILING = {
+    *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.EREMOTEIO, errno.EBUSY, errno.EXDEV, errno.ENOENT, errno.ENOLCK),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLINK, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED),
+}
+UNWRITABLE = DENIED | FAILING
 
 
 class StoreError(OSError, DataError):
@@ -163,6 +172,31 @@ def checkpoint_path(name: "str | CheckpointPath") -> CheckpointPath:
     except ImportError as error:
         package = PACKAGES.get(protocol, protocol)
         raise ConfigError(f"checkpoints in {name} need the package {package}: pip install {package}") from error
+
+
+@contextmanager
+def writing(place: CheckpointPath) -> Iterator[None]:
+    """Turns the OSErrors of full, unwritable or failing storage into a StorageError with `place` and the fix."""
+    try:
+        yield
+    except StoreError as error:
+        raise StorageError(
+            f"cannot write a checkpoint to {place} ({error.strerror}): check its address, credentials and state, "
+            "then run again; committed checkpoints are kept"
+        ) from error
+    except OSError as error:
+        if error.errno in FULL:
+            raise StorageError(
+                f"no space left for a checkpoint in {place} ({error.strerror}): free space there, lower "
+                "checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
+            ) from error
+        if error.errno in UNWRITABLE:
+            fix = "make it a writable directory" if error.errno in DENIED else "look at its file system and run again,"
+            raise StorageError(
+                f"cannot write a checkpoint to {place} ({error.strerror}): {fix} or set checkpoint.dir to another "
+                "directory; committed checkpoints are kept"
+            ) from error
+        raise
 
 
 class _Reaching:

@@ -1,21 +1,14 @@
-"""Which checkpoint to load and which ones to keep."""
+"""Which checkpoint to load: the newest valid one of a run, or the one that was named."""
 
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-from stablelm.checkpoint.files import sync_directory, writing
-from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, attempt_of, step_of, verify
-from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError, checkpoint_path
-from stablelm.checkpoint.state import State
+from stablelm.checkpoint.manifest import COMMITTED, CONFIG, attempt_of, step_of, verify
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, checkpoint_path
 from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, ConfigError
-from stablelm.json_text import parse
 from stablelm.printable import printable
 from stablelm.small_files import read_small
 
@@ -25,12 +18,9 @@ __all__ = [
     "is_link",
     "newest_valid",
     "no_checkpoint",
-    "read_state",
     "resolve_checkpoint",
-    "retain",
     "step_directories",
     "step_directory",
-    "superseded",
     "verify",
     "verify_together",
 ]
@@ -86,57 +76,6 @@ def verify_together(path: CheckpointPath, consensus: Consensus, lacks: Lacks | N
     found = consensus.run(lambda: verify(path, share=(consensus.rank, consensus.size)))
     problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
     return problems or (consensus.first(lambda: lacks(path)) if lacks else [])
-
-
-def retain(
-    root: CheckpointPath, keep: int, keep_permanent_every: int | None, *, hashes: bool = False
-) -> list[CheckpointPath]:
-    """Deletes superseded checkpoints and returns them; see `superseded`. Raises StorageError."""
-    with writing(root):
-        gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
-        return [path for path in gone if _delete(path)]
-
-
-def _delete(path: CheckpointPath) -> bool:
-    """False where a link has taken the checkpoint's place meanwhile, which is left alone."""
-    # What makes it a checkpoint goes first and at once: a deletion that is cut short leaves nothing that looks valid.
-    if isinstance(path, RemotePath):
-        (path / COMMITTED).remove()
-        path.remove()
-        return True
-    doomed = path.with_name(f".deleting-{path.name}-{uuid.uuid4().hex}")
-    path.rename(doomed)
-    if doomed.is_symlink():
-        doomed.rename(path)
-        return False
-    sync_directory(path.parent)
-    shutil.rmtree(doomed)
-    return True
-
-
-def superseded(
-    root: CheckpointPath, keep: int, keep_permanent_every: int | None, *, hashes: bool = False
-) -> list[CheckpointPath]:
-    """Valid checkpoints beyond the newest `keep` (at least 1) valid ones, but for multiples of keep_permanent_every.
-
-    Damaged ones neither count nor are listed. Links, such as to an archive, count but are not listed, which is said
-    once. Without `hashes` valid means: committed, and all names and sizes agree.
-    """
-    assert keep >= 1
-    valid = [path for path in step_directories(root) if not verify(path, hashes=hashes)]
-    found = [path for path in valid[keep:] if not is_permanent(path, keep_permanent_every)]
-    return [path for path in found if not (is_link(path) and _left_alone(path))]
-
-
-@cache
-def _left_alone(path: CheckpointPath) -> bool:
-    logger.warning("%s is a link and is left alone: delete it by hand if it is not needed", path)
-    return True
-
-
-def is_permanent(path: CheckpointPath, keep_permanent_every: int | None) -> bool:
-    step = step_of(path)
-    return bool(keep_permanent_every) and step is not None and step % keep_permanent_every == 0
 
 
 def checkpoints_root(path: CheckpointPath) -> CheckpointPath:
@@ -209,16 +148,6 @@ def step_directory(path: CheckpointPath) -> CheckpointPath | None:
     if isinstance(path, Path) or attempt_of(path):
         return path
     return next((step for step in step_directories(path.parent) if step.parent == path), None)
-
-
-def read_state(path: CheckpointPath) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError."""
-    try:
-        return parse(read_small(path / STATE), State)  # type: ignore[return-value]
-    except StoreError:
-        raise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path / STATE} ({error}): load another checkpoint") from error
 
 
 def configured_root(run_dir: CheckpointPath) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import selection
+from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
@@ -107,7 +107,7 @@ def _prepare(
         lacks=partial(contents.problems, optimizer=False),
         elsewhere=consent.elsewhere(checkpoint, own, trusted),
     )
-    state = selection.read_state(found)
+    state = saved_run.read_state(found)
     first = launch.rank == 0
     config = consent.configuration_for(found, has_data=bool(data), own=own, trusted=trusted, first_rank=first)
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import configuration, selection
+from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config import data_rules
 from stablelm.config.keys import choices, find
@@ -51,7 +51,7 @@ def configuration_for(
     Raises ConfigError, before any of it is opened, where the checkpoint's own validation text needs more than reading
     plain files of this machine.
     """
-    found = configuration.read(checkpoint, own=own, trusted=trusted)
+    found = saved_run.read_configuration(checkpoint, own=own, trusted=trusted)
     asked = {name: value for name, value in found.withheld.items() if _reaches(name, value)}
     if trusted:
         _say(asked, "the checkpoint's configuration is trusted, with", first_rank)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from stablelm.checkpoint import selection
+from stablelm.checkpoint import retention
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
@@ -85,7 +85,7 @@ def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progre
         shapes=expected_shapes(prepared.config.model),
         background=checkpoint.async_,
         committed=committed,
-        retain=lambda: selection.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
+        retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
     )
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import contents, selection
+from stablelm.checkpoint import contents, saved_run, selection
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
@@ -61,13 +61,13 @@ def find(
 
 
 def _refuse_other_run(found: CheckpointPath, identity: dict[str, Any]) -> None:
-    state = selection.read_state(found)
+    state = saved_run.read_state(found)
     refuse_other_run(state["identity"], identity, str(found), step=state["step"])
 
 
 def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:
     """Whether the evaluation of a checkpoint's step was cut short, and no attempt has made it since."""
-    state, records = selection.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
+    state, records = saved_run.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
     if not state.get("evaluation_due", False):
         return False
     made = last_records(records).get(state["step"], {}) if records.exists() else {}
@@ -80,7 +80,7 @@ def resume_from(
     """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
     load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
     engine.loaded()
-    state = selection.read_state(checkpoint)
+    state = saved_run.read_state(checkpoint)
     loader.load(state["data"])
     progress.step, progress.tokens = state["step"], state["tokens"]
     progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
@@ -114,7 +114,7 @@ def candidates(root: CheckpointPath, guard: Guard, spike: Outcome) -> list[Check
     unseen, others = [], []
     for path in selection.step_directories(root):
         try:
-            state = selection.read_state(path)
+            state = saved_run.read_state(path)
         except CheckpointError:
             continue
         data_step, jumps = state["data"]["data_step"], state.get("guards", {}).get("jumps", [])

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from socket import gethostname
 
-from stablelm.checkpoint import selection
+from stablelm.checkpoint import saved_run
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.durations import parse_duration
 from stablelm.config.schema import Config
@@ -85,7 +85,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, resume:
     fence = restore.take_over(config, ranks, progress.attempt)
     found = restore.find(config, corpora.identity, resume, ranks, early.append)
     progress.evaluation_due = ranks.consensus().first(lambda: restore.evaluation_due(config, found))
-    if found is not None and selection.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
+    if found is not None and saved_run.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
     loader = build_loader(prepared, ranks)
     engine = build_engine(config, prepared.kind, ranks)
@@ -176,7 +176,7 @@ def opening(config: Config, prepared: Prepared, ending: Ending) -> str:
 
 
 def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: CheckpointPath) -> str:
-    state = selection.read_state(found)
+    state = saved_run.read_state(found)
     if ranks.is_first:
         earlier = read_summary(config.run.dir)
         for name in ("loss", "val_loss", "tokens_per_second"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.saved import assert_equal, flip_bit, save_small, save_toy, toy_tensors
 
-from stablelm.checkpoint.consolidate import consolidate
+from stablelm.checkpoint.reader import consolidate
 from stablelm.errors import CheckpointError, ConfigError
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"

@@ -20,7 +20,8 @@ from support.saved import (
     toy_tensors,
 )
 
-from stablelm.checkpoint import commit, files, manifest, selection
+from stablelm import new_files
+from stablelm.checkpoint import commit, manifest, saved_run
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.format import load_tensors
 from stablelm.engine.tensor_parts import FlatShard
@@ -43,7 +44,7 @@ def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
     assert result.bytes == sum(entry["size"] for entry in listed.values())
     assert list(listed) == sorted(listed)
     assert manifest.read_commit(result.path).attempt == "a1"
-    assert selection.read_state(result.path) == {**STATE, "step": 1200}
+    assert saved_run.read_state(result.path) == {**STATE, "step": 1200}
     assert (result.path / "config.yaml").read_text() == CONFIG
     loaded = blanks(toy_tensors(1200))
     load_tensors(result.path / "tensors", loaded, None)
@@ -138,8 +139,8 @@ def test_free_bytes_are_those_an_ordinary_user_may_write(tmp_path, monkeypatch):
     class Status:
         f_bavail, f_bfree, f_frsize, f_bsize = 10, 20, 512, 4096
 
-    monkeypatch.setattr(files.os, "statvfs", lambda path: Status)
-    assert files.free_bytes(tmp_path) == 5120
+    monkeypatch.setattr(new_files.os, "statvfs", lambda path: Status)
+    assert new_files.free_bytes(tmp_path) == 5120
 
 
 def test_a_file_in_place_of_the_directory_is_named(tmp_path):
@@ -152,7 +153,7 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path):
 @pytest.mark.parametrize("refused", ["state.json", "manifest.json", "COMMITTED"])
 def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatch, code, refused):
     save_toy(tmp_path, 1)
-    write = files.write_durably
+    write = new_files.write_durably
 
     def refusing(path, content):
         if path.name == refused:
@@ -160,7 +161,7 @@ def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatc
         return write(path, content)
 
     monkeypatch.setattr(commit, "write_durably", refusing)
-    monkeypatch.setattr(files, "write_durably", refusing)
+    monkeypatch.setattr(manifest, "write_durably", refusing)
     with pytest.raises(StorageError, match=r"refused.*committed checkpoints are kept") as caught:
         save_toy(tmp_path, 2)
     assert caught.value.exit_code == 74

@@ -15,7 +15,7 @@ from support.disks import watch
 from support.distributed import run_ranks
 from support.saved import blanks, flip_bit, save_toy, seal_anew, toy_tensors
 
-from stablelm.checkpoint import manifest, selection
+from stablelm.checkpoint import manifest, saved_run, selection
 from stablelm.checkpoint.format import load_tensors
 from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError
@@ -76,7 +76,7 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
 
     def whole_way():
         found = selection.resolve_checkpoint(path)
-        selection.read_state(found)
+        saved_run.read_state(found)
         load_tensors(found / "tensors", blanks(toy_tensors()), None)
 
     if sealed and name == "config.yaml":
@@ -86,7 +86,7 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
             whole_way()
     for read in (
         lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
-        lambda: selection.read_state(path),
+        lambda: saved_run.read_state(path),
         lambda: yaml.safe_load((path / "config.yaml").read_bytes()),
         lambda: manifest.read_manifest(path, manifest.read_commit(path)),
     ):

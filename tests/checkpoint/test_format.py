@@ -135,7 +135,7 @@ def saved(tmp_path):
 
 
 def test_records_are_those_of_the_files(saved, tmp_path):
-    from stablelm.checkpoint.files import record_of_file
+    from stablelm.checkpoint.manifest import record_of_file
 
     records = save_tensors(tmp_path / "again", toy_tensors(), None)
     assert records == {path.name: record_of_file(path) for path in (tmp_path / "again").iterdir()}

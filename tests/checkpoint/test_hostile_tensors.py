@@ -13,9 +13,9 @@ import torch
 from support.saved import blanks, save_toy, seal_anew, toy_tensors
 
 from stablelm.checkpoint import selection
-from stablelm.checkpoint.consolidate import consolidate
 from stablelm.checkpoint.contents import problems
 from stablelm.checkpoint.format import load_tensors, save_tensors
+from stablelm.checkpoint.reader import consolidate
 from stablelm.errors import CheckpointError
 
 FILE = "rank-00000-0.safetensors"

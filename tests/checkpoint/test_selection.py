@@ -4,7 +4,7 @@ import shutil
 import pytest
 from support.saved import flip_bit, left_over, save_toy
 
-from stablelm.checkpoint import fence, manifest, selection
+from stablelm.checkpoint import fence, manifest, retention, saved_run, selection
 from stablelm.errors import CheckpointError, StorageError
 
 TENSORS = ["tensors/index.json", "tensors/rank-00000-0.safetensors"]
@@ -101,15 +101,15 @@ def steps(root):
 def test_retention_keeps_the_newest_and_the_permanent(tmp_path):
     for step in range(100, 800, 100):
         save_toy(tmp_path, step)
-    assert [path.name for path in selection.retain(tmp_path, 2, 300)] == [
+    assert [path.name for path in retention.retain(tmp_path, 2, 300)] == [
         "step-00000500",
         "step-00000400",
         "step-00000200",
         "step-00000100",
     ]
     assert steps(tmp_path) == [300, 600, 700]
-    assert selection.retain(tmp_path, 2, 300) == []
-    selection.retain(tmp_path, 1, None)
+    assert retention.retain(tmp_path, 2, 300) == []
+    retention.retain(tmp_path, 1, None)
     assert steps(tmp_path) == [700]
     assert left_over(tmp_path) == []
 
@@ -119,14 +119,14 @@ def test_retention_counts_only_valid_ones_and_deletes_no_damaged_one(tmp_path):
         save_toy(tmp_path, step)
     (tmp_path / "step-00000003" / "COMMITTED").unlink()
     (tmp_path / "step-00000004" / "state.json").write_text("")
-    assert selection.retain(tmp_path, 1, None) == [tmp_path / "step-00000001"]
+    assert retention.retain(tmp_path, 1, None) == [tmp_path / "step-00000001"]
     assert steps(tmp_path) == [2, 3, 4]
     assert newest(tmp_path)[0] == tmp_path / "step-00000002"
 
 
 def test_retention_with_hashes_keeps_the_only_valid_one(two):
     flip_bit(two / "step-00000020" / "tensors/rank-00000-0.safetensors", 99)
-    assert selection.retain(two, 1, None, hashes=True) == []
+    assert retention.retain(two, 1, None, hashes=True) == []
     assert newest(two)[0] == two / "step-00000010"
 
 
@@ -134,9 +134,9 @@ def test_a_deletion_cut_short_leaves_nothing_that_looks_valid(two, monkeypatch):
     def dies(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selection.shutil, "rmtree", dies)
+    monkeypatch.setattr(retention.shutil, "rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
-        selection.retain(two, 1, None)
+        retention.retain(two, 1, None)
     monkeypatch.undo()
     assert steps(two) == [20]
     (left,) = left_over(two)
@@ -149,9 +149,9 @@ def test_a_deletion_on_read_only_storage_says_so(two, monkeypatch):
     def refuse(self, target):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(selection.Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(StorageError, match="Read-only file system"):
-        selection.retain(two, 1, None)
+        retention.retain(two, 1, None)
 
 
 def test_cleaning_spares_commits_and_what_was_set_aside(two):
@@ -193,8 +193,8 @@ def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
     (tmp_path / "archive").mkdir()
     (tmp_path / "step-00000001").rename(tmp_path / "archive" / "step-00000001")
     (tmp_path / "step-00000001").symlink_to(tmp_path / "archive" / "step-00000001")
-    assert selection.retain(tmp_path, 1, None) == [tmp_path / "step-00000002"]
-    assert selection.retain(tmp_path, 1, None) == []
+    assert retention.retain(tmp_path, 1, None) == [tmp_path / "step-00000002"]
+    assert retention.retain(tmp_path, 1, None) == []
     assert steps(tmp_path) == [1, 3]
     assert steps(tmp_path / "archive") == [1]
     assert caplog.text.count("step-00000001 is a link and is left alone") == 1
@@ -217,4 +217,4 @@ def test_what_cannot_be_resolved_is_explained(tmp_path, caplog):
 def test_state_that_is_no_json_is_explained(two):
     (two / "step-00000010" / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*state\.json"):
-        selection.read_state(two / "step-00000010")
+        saved_run.read_state(two / "step-00000010")

@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFile
 from support.saved import STATE, assert_equal, blanks, save_small, save_toy, shapes_of, toy_tensors
 from support.stores import all_objects, in_memory, rewrite, s3_server
 
-from stablelm.checkpoint import commit, fence, manifest, remote_path, selection
+from stablelm.checkpoint import commit, fence, manifest, remote_path, retention, saved_run, selection
 from stablelm.checkpoint.format import load_tensors
 from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -47,10 +47,10 @@ def test_a_step_is_saved_found_loaded_and_retained(root):
     assert paths[2].name.startswith("00000001-")
     assert newest(root) == (paths[2], [])
     assert_equal(load(paths[2]), toy_tensors(3))
-    assert selection.read_state(paths[2]) == {**STATE, "step": 3}
+    assert saved_run.read_state(paths[2]) == {**STATE, "step": 3}
     assert manifest.read_commit(paths[2]).token == 1
     assert save_toy(root, 3, fence=mine).path == paths[2]
-    assert selection.retain(root, 1, 2) == [paths[0]]
+    assert retention.retain(root, 1, 2) == [paths[0]]
     assert selection.step_directories(root) == [paths[2], paths[1]]
     for named in (str(root.parent), str(root), str(root / "step-00000003"), str(paths[2])):
         assert selection.resolve_checkpoint(named) == paths[2]
@@ -200,7 +200,7 @@ def test_a_store_that_does_not_answer_says_nothing_of_its_checkpoints(monkeypatc
     for step in (1, 2):
         path = save_toy(root, step).path
     break_store(monkeypatch, lambda path, method, *rest: "step-00000002" in path and path.endswith("state.json"))
-    for read in (lambda: newest(root), lambda: selection.read_state(path), lambda: selection.resolve_checkpoint(path)):
+    for read in (lambda: newest(root), lambda: saved_run.read_state(path), lambda: selection.resolve_checkpoint(path)):
         with pytest.raises(DataError, match=r"the store failed \(TimeoutError: no answer\); run again") as caught:
             read()
         assert caught.value.exit_code == 77

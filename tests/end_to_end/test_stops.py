@@ -10,7 +10,8 @@ import pytest
 from support.programs import TINY, command, environment, losses, run, summary
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint.selection import newest_valid, read_state
+from stablelm.checkpoint.saved_run import read_state
+from stablelm.checkpoint.selection import newest_valid
 from stablelm.observe.sinks import last_records
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from stablelm.checkpoint import commit, manifest
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.files import record_of_file
+from stablelm.checkpoint.manifest import record_of_file
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method

@@ -1,25 +1,76 @@
-"""The configuration of a checkpoint for programs that use one: the one place at which it is read.
+"""What a checkpoint says of its run, state.json and config.yaml: the one place at which they are read.
 
-A checkpoint may come from anybody. What is taken of it without a word from the user is said in `config.trust`.
+A checkpoint may come from anybody. What is taken of its configuration without the user's consent: `config.trust`.
 """
 
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from stablelm.checkpoint import selection
-from stablelm.checkpoint.manifest import CONFIG
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from stablelm.checkpoint.manifest import CONFIG, STATE
 from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.config import rules
+from stablelm.config.identity import Identity
 from stablelm.config.load import Loaded
 from stablelm.config.saved import in_effect
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.config.trust import Believed, believed, excesses
 from stablelm.errors import CheckpointError, ConfigError
+from stablelm.json_text import Count, Number, parse
 from stablelm.small_files import read_small
 
 CONFIG_BYTES = 4 << 20
+Cursor = Annotated[list[Count], Field(min_length=5, max_length=5)]
+"""Epoch, entry, block, index and offset (see `data.lanes`)."""
+Lane = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Jump = Annotated[list[Count], Field(min_length=2, max_length=2)]
+Judged = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
-def read(path: CheckpointPath, *, own: Loaded | None = None, trusted: bool = False) -> Believed:
+class Position(TypedDict):
+    """Where the next batch begins: the place of each lane that has moved, in its only source or by source."""
+
+    data_step: Count
+    lanes: dict[Lane, Cursor | dict[str, Cursor]]
+
+
+class Guards(TypedDict, total=False):
+    """What `train.guards` knows."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    skipped_steps: Count
+    skipped_in_a_row: Count
+    spikes: Count
+    rewinds: Count
+    jumps: list[Jump]
+    window: list[Judged]
+
+
+class State(TypedDict):
+    """Everything of a run that is not a tensor."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    step: Count
+    tokens: Count
+    data: Position
+    identity: Identity  # type: ignore[valid-type]
+    guards: NotRequired[Guards]
+    evaluation_due: NotRequired[bool]
+    skipped_rows: NotRequired[Count]
+
+
+def read_state(path: CheckpointPath) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError."""
+    try:
+        return parse(read_small(path / STATE), State)  # type: ignore[return-value]
+    except StoreError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path / STATE} ({error}): load another checkpoint") from error
+
+
+def read_configuration(path: CheckpointPath, *, own: Loaded | None = None, trusted: bool = False) -> Believed:
     """What a checkpoint's configuration was when it was saved, as far as it is believed.
 
     `own` is the user's own configuration, whose keys win but for the model's. With `trusted` all of the checkpoint's
@@ -62,7 +113,7 @@ def _text(path: CheckpointPath) -> str:
 
 
 def _identity(path: CheckpointPath) -> dict[str, Any]:
-    state = selection.read_state(path)
+    state = read_state(path)
     identity = state.get("identity", {}) if isinstance(state, dict) else None
     if not isinstance(identity, dict):
         raise CheckpointError(f"{path} has no readable identity in its state: load another checkpoint")
