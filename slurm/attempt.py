@@ -19,7 +19,6 @@ from typing_extensions import TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm import json_text
-from stablelm.arguments import Parser, local_path
 from stablelm.checkpoint import manifest, selection
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.load import load
@@ -27,10 +26,11 @@ from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.observe import provenance
 from stablelm.printable import printable
+from stablelm.programs.arguments import Parser, local_path
 from stablelm.small_files import read_small
 from stablelm.supervise import attempts
+from stablelm.supervise.attempts import read_summary
 from stablelm.supervise.requeue_policy import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
-from stablelm.train.summary import read_summary
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")

@@ -23,8 +23,8 @@ from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError
 from stablelm.evaluate import consent
-from stablelm.train.prepare import validation_options, validation_paths
-from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
+from stablelm.evaluate.validation_text import validation_options, validation_paths
+from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
 
 WHOLE = sys.maxsize
 
@@ -74,13 +74,13 @@ def evaluate_checkpoint(
         if out is not None and not Path(out).parent.is_dir():
             raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
-        report(error, launch)
+        report(error, launch.rank)
         return ConfigError.exit_code
     try:
         return _run(request, launch, out)
     except Exception as error:
         if isinstance(error, UserError):
-            report(error, launch)
+            report(error, launch.rank)
         else:
             time.sleep(OTHERS_WAIT_SECONDS if launch.rank else 0)
             traceback.print_exc()

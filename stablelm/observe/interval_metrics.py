@@ -14,9 +14,7 @@ from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.observe.accelerators import named_by
-from stablelm.observe.metrics import Interval
 from stablelm.observe.progress import Progress
-from stablelm.train.schedule import learning_rate
 
 NOTICEABLE = 0.1
 """Share of a step that the slowest rank must lie behind the median rank to be named."""
@@ -34,7 +32,49 @@ MANY_UNKNOWN = 0.05
 """Share of unknown tokens in an interval that is worth a warning."""
 
 
-class Meter:
+class Interval:
+    """Adds up named numbers between two records.
+
+    Tensors are added on their device without waiting for it; numbers of the host are added apart.
+    Every rank adds the same names.
+    """
+
+    def __init__(self, device: torch.device):
+        # float64 counts tokens beyond 2^53 and adds losses exactly enough; some devices lack it.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._device = device
+        self._clear()
+
+    def _clear(self) -> None:
+        self._on_device: dict[str, Tensor] = {}
+        self._on_host: dict[str, float] = {}
+        self._adds: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Adds a 0-dim tensor, or a number, to the sum of `name`; call once a step for each name."""
+        self._adds[name] = self._adds.get(name, 0) + 1
+        if isinstance(value, Tensor):
+            value = value.detach().to(self._device, self._dtype)
+            self._on_device[name] = self._on_device[name] + value if name in self._on_device else value.clone()
+        else:
+            self._on_host[name] = self._on_host.get(name, 0.0) + value
+
+    def reduce(self, group: dist.ProcessGroup | None) -> tuple[int, dict[str, float]]:
+        """Steps of the interval, and each sum over its steps and the ranks of `group`; starts the next interval.
+
+        `group` is a CPU group, None for one process. One transfer from the device, one all-reduce.
+        """
+        steps = max(self._adds.values(), default=0)
+        names = [*self._on_device, *self._on_host]
+        parts = [torch.stack(list(self._on_device.values())).cpu().double()] if self._on_device else []
+        sums = torch.cat([*parts, torch.tensor(list(self._on_host.values()), dtype=torch.float64)])
+        self._clear()
+        if group is not None and names:
+            dist.all_reduce(sums, group=group)
+        return steps, dict(zip(names, sums.tolist(), strict=True))
+
+
+class IntervalMetrics:
     """Adds up steps and writes a record of their means (seconds a step, nats a token)."""
 
     def __init__(
@@ -44,11 +84,12 @@ class Meter:
         config: Config,
         progress: Progress,
         record: Callable[[dict[str, Any]], None],
+        learning_rate: Callable[[int], float],
         hosts: Sequence[str] = (),
         message: Callable[[str], None] = lambda text: None,
     ):
         self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
-        self._device, self._hosts, self._message = device, hosts, message
+        self._device, self._learning_rate, self._hosts, self._message = device, learning_rate, hosts, message
         self._warned = False
         self._watches_spikes = config.guards.spike != "none"
         self._peak = peak_flops(device) * ranks.world_size
@@ -104,7 +145,7 @@ class Meter:
                 "tokens": progress.tokens,
                 "loss": loss,
                 "grad_norm": sums["grad_norm"] / ranks / made if made else math.nan,
-                "lr": learning_rate(progress.step, self._config.train),
+                "lr": self._learning_rate(progress.step),
                 "tokens_per_second": progress.tokens_per_second,
                 "step_seconds": seconds / steps,
                 "data_wait_seconds": sums["wait"] / ranks / steps,

@@ -12,7 +12,7 @@ from stablelm.config.schema import Config
 from stablelm.engine.launch_environment import AccelerateFlags, engine_kind
 from stablelm.errors import ConfigError, StorageError
 from stablelm.observe.accelerators import Accelerator, find
-from stablelm.train.start import exit_code_of
+from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
     from stablelm.plan.report import Plan

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from stablelm.errors import ConfigError
-from stablelm.json_text import Count, parse
-from stablelm.new_files import make_folder
+from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError
+from stablelm.json_text import Count, Number, as_number, parse
+from stablelm.new_files import make_folder, replace_file
 from stablelm.small_files import read_small
 
 FOLDER = "attempts"
@@ -121,3 +121,43 @@ def _create(path: Path) -> bool:
 
 def _path(run_dir: Path, number: int) -> Path:
     return run_dir / FOLDER / f"{number:08d}.json"
+
+
+class Summary(TypedDict, total=False):
+    """What is read back of a summary; the rest may be anything."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    exit_code: int | None
+    reason: str
+    attempts: Count
+    step: Count
+    tokens: Count
+    loss: Number | str | None
+    val_loss: dict[str, Number | str] | None
+    tokens_per_second: Number | str | None
+    params: Count
+
+
+def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
+    """Replaces the file in one step, but not the word of a later attempt, nor an attempt's own.
+
+    When one rank fails, its peers fail after it for lack of it: the first cause is the true one. Nor does an attempt
+    tell of a failure once a later one has begun, which it may fail for.
+    """
+    path, attempt = Path(run_dir) / "summary.json", summary.get("attempts", 0)
+    earlier = read_summary(run_dir)
+    told = earlier.get("attempts", 0)
+    if told > attempt or (told == attempt and earlier.get("exit_code") is not None):
+        return
+    succeeded = summary.get("exit_code") in (EXIT_FINISHED, EXIT_STOPPED_EARLY)
+    if newest(Path(run_dir)) > attempt and not succeeded:
+        return
+    replace_file(path, json.dumps(as_number(summary), indent=2, allow_nan=False) + "\n")
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any]:
+    """The last attempt's summary; empty where there is none, or it is not as we write it."""
+    try:
+        return dict(parse(read_small(Path(run_dir) / "summary.json"), Summary))
+    except (OSError, ValueError):
+        return {}

@@ -8,20 +8,21 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stablelm.engine.launch_environment import Launch
 from stablelm.errors import EXIT_RANK_LOST, UserError
 from stablelm.observe.progress import Progress
+from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
 from stablelm.redaction import redacted
+from stablelm.supervise.attempts import write_summary
 from stablelm.supervise.heartbeat import Watch
-from stablelm.train.prepare import Prepared
-from stablelm.train.start import OTHERS_WAIT_SECONDS, end_at_once, report
-from stablelm.train.summary import write_summary
 
 
 @dataclasses.dataclass
 class Ending:
     """What `summary.json` will tell, and who watches the ranks once there is a run directory."""
 
-    prepared: Prepared
+    run_dir: str
+    launch: Launch
     progress: Progress
     created: bool = False
     watch: Watch | None = None
@@ -34,7 +35,7 @@ class Ending:
         told = dataclasses.asdict(self.progress)
         summary = {"exit_code": code, "reason": reason, "attempts": told.pop("attempt"), **told, **self.extra}
         try:
-            write_summary(self.prepared.config.run.dir, summary)
+            write_summary(self.run_dir, summary)
         except OSError as error:
             print(f"warning: summary.json cannot be written ({error.strerror})", flush=True)
 
@@ -49,7 +50,7 @@ class Ending:
             if self.watch is not None:
                 self.watch.lost()
             else:
-                words = f"rank {self.prepared.launch.rank} lost another rank: {str(error).splitlines()[0]}"
+                words = f"rank {self.launch.rank} lost another rank: {str(error).splitlines()[0]}"
                 print(words, file=sys.stderr, flush=True)
                 self.write(EXIT_RANK_LOST, words)
             return self._leave(EXIT_RANK_LOST)
@@ -66,12 +67,12 @@ class Ending:
 
     def _report(self, error: UserError) -> None:
         if self.watch is None:
-            return report(error, self.prepared.launch)
-        rank = self.prepared.launch.rank
+            return report(error, self.launch.rank)
+        rank = self.launch.rank
         print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
 
     def _leave(self, code: int) -> int:
-        if self.prepared.launch.world_size > 1:
+        if self.launch.world_size > 1:
             # Peers wait in a collective that will never come: an orderly exit would wait with them.
             end_at_once(code)
         return code

@@ -1,11 +1,21 @@
-"""Evaluation within a run, which a stop may cut short between two of its batches."""
+"""Evaluation within a run, which a stop may cut short between two batches, and the comparison at its end."""
 
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from stablelm.evaluate.perplexity import evaluate
+from stablelm.config import mixture
+from stablelm.data import unigram
+from stablelm.data.mixture import Mixture
+from stablelm.data.options import ReadOptions
+from stablelm.errors import DataError
+from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
 from stablelm.train.job import Job
+from stablelm.train.prepare import Prepared
 from stablelm.train.stop import StepExchange
+
+UNIGRAM_TOKENS = 2_000_000
 
 
 class _CutShort(Exception):
@@ -42,3 +52,34 @@ def _reached(job: Job, agreement: StepExchange, place: str) -> None:
     pulse.reached(place)
     if agreement.ask(stop.wish(failed=job.saver.failed)):
         raise _CutShort
+
+
+def compare_with_unigram(prepared: Prepared, job: Job, message: Callable[[str], None]) -> dict[str, Any]:
+    """Prints each validation set's final loss, bits per byte and unigram cross-entropy (nats); returns them."""
+    config, corpora = job.config, prepared.corpora
+    assert corpora is not None and config.train.steps is not None
+    mixed = Mixture.of(mixture.sources(config.data), seed=config.run.seed) if config.data.mixture else None
+    told: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
+    for name, data in job.validation.items():
+        loss = job.progress.val_loss[name]
+        told["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
+        try:
+            baseline = unigram.cross_entropy(
+                corpora.train,
+                prepared.tokenizer,
+                data,
+                vocab=prepared.tokenizer.pieces,
+                tokens=UNIGRAM_TOKENS,
+                options=ReadOptions.of(config.data),
+                shares=mixed.shares(config.train.steps) if mixed else None,
+            )
+        except DataError as error:
+            # The run is complete and saved: a baseline that cannot be read must not fail it.
+            message(f"validation {name}: loss {loss:.4f}, {in_words(bits)} (no unigram baseline: {error})")
+            continue
+        told["unigram_loss"][name] = baseline
+        message(
+            f"validation {name}: loss {loss:.4f}, {in_words(bits)}; a unigram model of the training "
+            f"tokens has {baseline:.4f}: {baseline - loss:.4f} nats more"
+        )
+    return told

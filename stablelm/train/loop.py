@@ -6,10 +6,10 @@ from functools import partial
 
 from stablelm.data.loader import Batch
 from stablelm.engine.interface import StepResult
-from stablelm.observe.interval_metrics import Meter
+from stablelm.observe.interval_metrics import IntervalMetrics
 from stablelm.train.evaluation import validate
+from stablelm.train.guards import recheck
 from stablelm.train.job import Job
-from stablelm.train.recheck import recheck
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
 from stablelm.train.stop import REASONS, Outcome, StepExchange
@@ -21,7 +21,16 @@ def train(job: Job) -> str:
     steps = config.train.steps
     assert steps is not None
     records = job.records
-    interval = Meter(job.engine.device, job.ranks, config, progress, records.write, job.watch.hosts, records.message)
+    interval = IntervalMetrics(
+        job.engine.device,
+        job.ranks,
+        config,
+        progress,
+        records.write,
+        partial(learning_rate, train=config.train),
+        job.watch.hosts,
+        records.message,
+    )
     agreement = StepExchange(job.ranks)
     if progress.evaluation_due and not validate(job, agreement):
         return REASONS[agreement.known]
@@ -29,7 +38,7 @@ def train(job: Job) -> str:
         step = progress.step + 1
         started = time.perf_counter()
         pulse.at("data", step)
-        batch = job.guard.next_batch(job.loader)
+        batch = job.loader.next()
         pulse.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
@@ -90,7 +99,7 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
     )
 
 
-def rewound(job: Job, spike: Outcome, agreement: StepExchange, interval: Meter) -> bool:
+def rewound(job: Job, spike: Outcome, agreement: StepExchange, interval: IntervalMetrics) -> bool:
     """Rewinds if there is a checkpoint to return to; what was measured and not yet told of later steps is void."""
     later = agreement.settle()
     job.watch.pulse.at("rewind", job.progress.step)

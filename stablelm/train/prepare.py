@@ -12,7 +12,7 @@ from typing import Any
 from stablelm.checkpoint import selection
 from stablelm.checkpoint.remote_path import checkpoint_path
 from stablelm.config import identity as identities
-from stablelm.config import rules, validation_sets
+from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, training, validation
@@ -22,6 +22,7 @@ from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
+from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
 from stablelm.observe import provenance
 from stablelm.small_files import read_small
@@ -148,21 +149,6 @@ def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
     lists = [(asked[name], files) for name, files in corpora.train.items()]
     lists += [(sets[name], files) for name, files in corpora.validation.items()]
     return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
-
-
-def validation_paths(config: Config) -> dict[str, str | list[str]]:
-    """Validation sets by name; the embedded corpus brings its own."""
-    paths = {name: each.path for name, each in validation_sets.sets(config.data).items()}
-    if not paths and config.data.path == "embedded" and not config.data.mixture:
-        paths["default"] = "embedded"
-    return {name: training.asked(config.data, path, split="validation") for name, path in paths.items()}
-
-
-def validation_options(config: Config, name: str) -> ReadOptions:
-    """How the text of a validation set is read."""
-    named = validation_sets.sets(config.data).get(name)
-    options = ReadOptions.of(config.data)
-    return options if named is None else replace(options, text_column=named.text_column)
 
 
 def _remote(config: Config) -> bool:

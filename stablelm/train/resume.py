@@ -74,7 +74,7 @@ def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:
     return not any(name.startswith("val_loss/") for name in made)
 
 
-def resume_from(
+def load_checkpoint(
     checkpoint: CheckpointPath, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
 ) -> int:
     """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
@@ -85,6 +85,7 @@ def resume_from(
     progress.step, progress.tokens = state["step"], state["tokens"]
     progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
     guard.load(state.get("guards", {}))
+    loader.skip(guard.jumps)
     return int(state["data"]["data_step"])
 
 
@@ -105,7 +106,8 @@ def rewind(
         return False
     guard.may_rewind(spike)
     before = guard.state()
-    guard.rewound(spike, resume_from(found, engine, loader, ranks, progress, guard), before)
+    guard.rewound(spike, load_checkpoint(found, engine, loader, ranks, progress, guard), before)
+    loader.skip(guard.jumps)
     return True
 
 

@@ -1,14 +1,24 @@
-"""What must hold of a directory before a run writes to it: it is the user's own, and leads nowhere else."""
+"""The run directory: checked before a run writes to it, created once by rank 0, its failures known to all ranks."""
 
+import json
 import os
+import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 from stablelm.checkpoint.fence import FENCE
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.checkpoint.selection import CHECKPOINTS, is_link
+from stablelm.config.load import dump
 from stablelm.config.schema import Config
+from stablelm.data import seen_files
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
+from stablelm.new_files import replace_file
+from stablelm.observe import provenance
+from stablelm.observe.sinks import storage_error
+from stablelm.supervise import attempts
 
 FOLDERS = (
     CHECKPOINTS,
@@ -23,6 +33,7 @@ FOLDERS = (
     "data_seen",
 )
 APPENDED = "metrics.jsonl"
+RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
 
 
 def check(config: Config) -> None:
@@ -64,3 +75,42 @@ def _through_a_link(folder: CheckpointPath) -> str:
     return (
         f"{folder} is a link to {os.readlink(str(folder))!r}, and a run does not write through links in run.dir; {fix}"
     )
+
+
+def create(
+    config: Config,
+    asked: Config,
+    identity: dict[str, Any],
+    files: dict[str, list[str]],
+    tokenizer: str,
+    ranks: Ranks,
+    argv: list[str],
+    attempt: int,
+) -> int:
+    """Writes config.yaml, resolved.yaml, identity.json, the tokenizer and provenance; returns the attempt's number.
+
+    `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
+    number that was free when this one began (see `attempts.take`).
+    `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
+    Raises StorageError on every rank if rank 0 cannot write, ConfigError if another start holds the run.
+    """
+    run_dir = Path(config.run.dir)
+
+    hosts = list(dict.fromkeys(ranks.gather(socket.gethostname())))
+
+    def write() -> int:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            number = attempts.take(run_dir, attempt)
+            replace_file(run_dir / "config.yaml", dump(asked))
+            replace_file(run_dir / "resolved.yaml", RESOLVED + dump(config))
+            # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
+            replace_file(run_dir / "tokenizer.model", Path(tokenizer).read_bytes())
+            replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
+            replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
+            seen_files.gather(run_dir)
+            return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
+        except OSError as error:
+            raise storage_error(run_dir, error) from error
+
+    return ranks.consensus().first(write)

@@ -1,5 +1,6 @@
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 from support.saved import flip_bit, left_over, save_toy

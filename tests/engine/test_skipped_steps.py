@@ -14,7 +14,7 @@ from stablelm.engine.interface import StepResult, build_engine
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import FlatShard
-from stablelm.train.recheck import NO_UPDATE
+from stablelm.train.guards import NO_UPDATE
 from stablelm.train.step import train_step
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

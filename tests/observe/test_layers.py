@@ -28,7 +28,7 @@ from stablelm.observe.layer_hooks import Internals, LayerGauge, mean_square, nor
 from stablelm.observe.layers import LayerObserver, Recorder, measure, rows_for, sigma_name
 from stablelm.observe.sinks import last_records
 from stablelm.theory.embedding import tev
-from stablelm.train.build import build_loader, layers_batch
+from stablelm.train.job import build_loader, layers_batch
 from stablelm.train.prepare import prepare
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)

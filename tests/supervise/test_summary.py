@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stablelm.supervise import attempts
-from stablelm.train.summary import read_summary, write_summary
+from stablelm.supervise.attempts import read_summary, write_summary
 
 
 def told(attempt: int, code: int) -> dict:

@@ -8,7 +8,7 @@ import torch
 
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
-from stablelm.train.recheck import NO_UPDATE, differing, recheck
+from stablelm.train.guards import NO_UPDATE, differing, recheck
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
 HOSTS = ["left", "right"]
