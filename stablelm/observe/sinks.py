@@ -15,7 +15,6 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.config.schema import Config
-from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError, StorageError
 from stablelm.json_text import Count, parse
 from stablelm.new_files import make_folder, open_to_append
@@ -159,11 +158,11 @@ class TensorBoardSink:
 class Records:
     """Writes each record to every sink; silent on ranks above 0."""
 
-    def __init__(self, config: Config, ranks: Ranks, progress: Progress):
+    def __init__(self, config: Config, progress: Progress, *, first_rank: bool):
         self._progress, self._run_dir = progress, Path(config.run.dir)
         self._sinks: list[MetricsFile | TensorBoardSink | Console] = []
         self._console: Console | None = None
-        if ranks.is_first:
+        if first_rank:
             self._console = Console(total_steps=config.train.steps or 0, first_step=progress.step)
             self._sinks = [
                 MetricsFile(self._run_dir / "metrics.jsonl"),

@@ -86,7 +86,7 @@ def build_job(
         resume.load_checkpoint(checkpoint, engine, loader, ranks, progress, guard)
     elif config.run.init_from:
         resume.weights_from(config.run.init_from, engine, ranks)
-    records = Records(config, ranks, progress)
+    records = Records(config, progress, first_rank=ranks.is_first)
     origin = f"resumed from {checkpoint}" if checkpoint else "new run"
     for line in (*notices, f"{_opening(prepared, ending.extra['params'])}; {origin}"):
         records.message(line)

@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stablelm.checkpoint.fence import FENCE
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
@@ -13,12 +13,14 @@ from stablelm.checkpoint.selection import CHECKPOINTS, is_link
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
 from stablelm.data import seen_files
-from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
 from stablelm.supervise import attempts
+
+if TYPE_CHECKING:
+    from stablelm.engine.ranks import Ranks
 
 FOLDERS = (
     CHECKPOINTS,
@@ -83,7 +85,7 @@ def create(
     identity: dict[str, Any],
     files: dict[str, list[str]],
     tokenizer: str,
-    ranks: Ranks,
+    ranks: "Ranks",
     argv: list[str],
     attempt: int,
 ) -> int:
