@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stablelm import private_names
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings
@@ -78,7 +79,7 @@ class DeepSpeedEngine:
                 return
             owner, leaf = slots[name]
             parameter = nn.Parameter(whole.to(self.device, kinds[name].dtype))
-            owner._parameters[leaf] = parameter
+            owner.register_parameter(leaf, parameter)
             if split is not None:
                 split(parameter)
 
@@ -141,7 +142,7 @@ class DeepSpeedEngine:
 
     def _norm(self) -> Tensor:
         """The global norm of the step under way or of the last one, from when DeepSpeed has computed it."""
-        norm = self._engine.optimizer._global_grad_norm
+        norm = private_names.gradient_norm_of(self._engine.optimizer)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def _refuse(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -216,8 +217,7 @@ def import_deepspeed(ranks: Ranks) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Names of collectives that DeepSpeed calls in their older form.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    # No kernels of its own are needed; some it would compile on the spot, others it would probe for.
-    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - pyright does not know the attribute
+    private_names.without_own_kernels(deepspeed)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
 
@@ -227,8 +227,7 @@ def _splitter(deepspeed: Any, wanted: dict[str, Any]) -> Callable[[nn.Parameter]
     init = deepspeed.zero.Init(config_dict_or_path=wanted, dtype=torch.float32)
 
     def split(parameter: Any) -> None:
-        # As zero.Init does it, without its broadcast: the values are equal on all ranks by construction.
-        init._convert_to_deepspeed_param(parameter)
+        private_names.make_zero3_parameter(init, parameter)
         parameter.partition()
 
     return split
@@ -239,8 +238,7 @@ def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
         clean_name(f"{prefix}.{leaf}".lstrip(".")): (owner, leaf)
         for prefix, owner in module.named_modules()
-        for leaf, parameter in owner._parameters.items()
-        if parameter is not None
+        for leaf, _ in owner.named_parameters(recurse=False)
     }
 
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from stablelm.config.schema import ModelConfig, TrainConfig
 from stablelm.methods.initialise import Role, decays
 from stablelm.methods.rates import Rates, rates
+from stablelm.private_names import multiply_all, norms_of
 
 ROW = 4096
 """Elements that one fp32 sum takes on a CPU, whose kernels add up one after the other: a long sum loses digits."""
@@ -40,13 +41,12 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of the squares of all elements, 0-dim fp64, beside the first tensor."""
     if not tensors[0].is_cpu:
-        norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
-        return torch.stack(norms).double().square().sum()
+        return torch.stack(norms_of(tensors)).double().square().sum()
     # Rows of the large ones; one call for all the small ones.
     rows = [tensor.reshape(-1)[: tensor.numel() // ROW * ROW].view(-1, ROW) for tensor in tensors]
     rest = [tensor.reshape(-1)[tensor.numel() // ROW * ROW :] for tensor in tensors]
     norms = [torch.linalg.vector_norm(each, dim=1) for each in rows if len(each)]
-    norms.append(torch.stack(torch._foreach_norm(rest)))  # pyright: ignore[reportPrivateImportUsage]
+    norms.append(torch.stack(norms_of(rest)))
     return torch.cat(norms).double().square().sum()
 
 
@@ -60,7 +60,7 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for kind in filter(None, _kinds(parameters)):
         gradients = [_local(gradient) for gradient in kind]
-        torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
+        multiply_all(gradients, factor.to(gradients[0].device))
 
 
 def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from stablelm.config.engine_rules import hsdp_sizes
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
+from stablelm.private_names import checkpoint_wrapper
 
 GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
 

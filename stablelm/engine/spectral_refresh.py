@@ -1,5 +1,6 @@
 """Spectrally normalised matrices of a model as this rank holds them, and the collective of their refresh."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import clean_name
+from stablelm.engine.tensor_parts import clean_name, part_of
 from stablelm.methods import spectral
 from stablelm.model.linear import Linear
+from stablelm.private_names import copy_all
 
 
 class SigmaMatrices:
@@ -43,7 +44,7 @@ class SigmaMatrices:
         if skipped is not None:
             found = torch.where(skipped.to(kept.device), kept, torch.cat(vectors))
             parts = found.split([len(vector) for vector in vectors])
-            torch._foreach_copy_(vectors, parts)  # pyright: ignore[reportPrivateImportUsage]
+            copy_all(vectors, parts)
 
     def norms(self) -> dict[str, float]:
         """Tracked sigma of every matrix by name; a collective on sharded weights."""
@@ -108,5 +109,4 @@ def _start(weight: Any) -> int:
         return min(weight.ds_zero_partition_rank * weight.ds_tensor.ds_numel, weight.ds_numel)
     if not isinstance(weight, DTensor):
         return 0
-    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return offset[0]
+    return part_of(weight, 0, 1).start // math.prod(weight.shape[1:])

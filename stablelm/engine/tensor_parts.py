@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from stablelm.private_names import wrapper_tensor
+
 _WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|module)\.")
 
 
@@ -76,8 +78,7 @@ class FlatShard(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, shape: Sequence[int], start: int, *, copies: int = 1, copy: int = 0) -> "FlatShard":
-        made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=local.dtype, device=local.device)
-        return made  # pyright: ignore[reportReturnType]
+        return wrapper_tensor(cls, shape, local)
 
     def __init__(self, local: Tensor, shape: Sequence[int], start: int, *, copies: int = 1, copy: int = 0):
         assert local.ndim == 1

@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +22,7 @@ from stablelm.methods.stream import Concat
 from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums
 from stablelm.model.sublayer import Layer, Sublayer
+from stablelm.private_names import configure_compilation
 
 
 class TorchEngine:
@@ -168,10 +168,10 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
 
     On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    functorch_config.activation_memory_budget = memory_budget
+    limit = None
     if config.placement == "pre_scaled" or config.stream == "dense" or config.attention.shaping == "espa":
-        torch._dynamo.config.recompile_limit = max(8, 2 * config.n_layers)  # a graph for each layer
+        limit = max(8, 2 * config.n_layers)  # a graph for each layer
+    configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
     for layer in layers.modules():
         if isinstance(layer, Layer) and not isinstance(layer.stream, Concat):
             layer.compile()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.engine.tensor_parts import FlatShard
+from stablelm.private_names import forget_offloaded_gradients, publish_zero3_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -84,7 +85,7 @@ def publish(zero: Any, stage: int) -> None:
         return
     zero.parameter_offload.partition_all_parameters()
     for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
+        publish_zero3_group(zero, group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -101,7 +102,7 @@ def forget_gradients(zero: Any, stage: int) -> None:
     zero.zero_grad()
     if stage == 3:
         zero.averaged_gradients = {}
-        zero._offload_boundary_param_ids.clear()
+        forget_offloaded_gradients(zero, stage)
         if zero.offload_optimizer:
             zero.reset_cpu_buffers()
         return
@@ -109,7 +110,7 @@ def forget_gradients(zero: Any, stage: int) -> None:
         zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
     zero.micro_step_id = -1
     if zero.cpu_offload:
-        zero._offload_accumulated_param_ids.clear()
+        forget_offloaded_gradients(zero, stage)
         zero.reset_cpu_buffers()
 
 

@@ -21,6 +21,7 @@ from stablelm.data.waiting import waiting
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.new_files import make_folder, open_new, replace_file
+from stablelm.private_names import collectives_of_nccl
 from stablelm.supervise.hang_diagnosis import culprit
 from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
 from stablelm.supervise.rank_store import Alone, FileBoard, SafeBoard, StoreBoard
@@ -193,17 +194,9 @@ class Watch:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.hosts[self._ranks.rank]}: {now.words()}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        recorded = _flight_recorder() if self._ranks.device.type == "cuda" else b""
+        recorded = collectives_of_nccl() if self._ranks.device.type == "cuda" else b""
         if recorded:
             replace_file(folder / f"nccl-rank-{self._ranks.rank}.pickle", recorded)
-
-
-def _flight_recorder() -> bytes:
-    """NCCL's last collectives as torch has recorded them; empty where it does not."""
-    import torch._C._distributed_c10d as c10d
-
-    dump = getattr(c10d, "_dump_nccl_trace", None) or getattr(c10d, "_dump_fr_trace", None)
-    return dump() if dump is not None else b""
 
 
 def _within(seconds: float, act: Callable[[], Any]) -> None:
