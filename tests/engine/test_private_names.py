@@ -1,6 +1,7 @@
 """What is not public in torch and DeepSpeed is used in one module alone."""
 
 import ast
+import re
 from collections.abc import Iterator
 
 from support.samples import REPOSITORY
@@ -18,11 +19,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
             names = [ast.unparse(node)]
-        yield from (
-            name
-            for name in names
-            if name.startswith(("torch.", "deepspeed.")) and any(part.startswith("_") for part in name.split("."))
-        )
+        yield from (name for name in names if re.fullmatch(r"(torch|deepspeed)\.(\w+\.)*_\w+(\.\w+)*", name))
 
 
 def test_private_names_are_in_one_module():
