@@ -52,7 +52,7 @@ class Bench:
         self.mine = fence.take(self.root, "1")
         shapes = {name: tensor.shape for name, tensor in state.items()}
         self.shapes, self.saver = shapes, Saver(self.mine, None, shapes=shapes, background=True)
-        self.saver.rehearse(state)
+        self.saver.dry_run(state)
         self.step = 0
         self.target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 

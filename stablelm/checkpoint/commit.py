@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,7 +52,7 @@ from stablelm.printable import few, printable
 
 logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 64 << 20
-"""What a rehearsal writes, a rank."""
+"""What a dry run writes, a rank."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def save(
     *,
     shapes: Mapping[str, torch.Size],
     group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
 ) -> SaveResult:
     """Commits a step below `fence.root`; collective over `group` (gloo; None: one process).
 
@@ -84,17 +85,23 @@ def save(
     of `shapes` is missing or not whole.
     """
     started = time.perf_counter()
-    consensus = Consensus(group, 0 if group is None else dist.get_rank(group))
-    standing = consensus.first(lambda: _standing(fence, step, shapes))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
+    standing = consensus.first(lambda: _standing(fence, step, shapes), "look for an earlier save")
     if standing.whole is not None:
         return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
     staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors)
-    consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes))
-    path = consensus.first(lambda: _publish(fence, staging, step, records, standing))
+    consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes), "check of its tensors")
+    path = consensus.first(lambda: _publish(fence, staging, step, records, standing), "commit")
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
-def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.ProcessGroup | None) -> SaveResult:
+def dry_run(
+    fence: Fence,
+    tensors: dict[str, torch.Tensor],
+    *,
+    group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
+) -> SaveResult:
     """Shows early that saving works, and about its time: checks for the space that a checkpoint of `tensors` needs,
     writes and removes as much as SAMPLE_BYTES of what each rank would write.
 
@@ -102,11 +109,11 @@ def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.Proc
     save, the seconds extrapolated from the sample by its bytes.
     """
     started = time.perf_counter()
-    consensus = Consensus(group, 0 if group is None else dist.get_rank(group))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
     taken, times = sample(tensors, SAMPLE_BYTES, group)
     staging, _, writing = _stage(fence, 0, taken, {}, "", consensus, whole=tensors)
-    slowest = max(consensus.run(lambda: writing * (times - 1)))
-    consensus.first(lambda: _discard(staging))
+    slowest = max(consensus.run(lambda: writing * (times - 1), "estimate"))
+    consensus.first(lambda: _discard(staging), "removal")
     return SaveResult(fence.root, time.perf_counter() - started + slowest, tensor_bytes(tensors))
 
 
@@ -165,7 +172,7 @@ def _stage(
             texts = {STATE: state_json.encode(), CONFIG: config_yaml.encode()}
             return made[0], {name: write_new(made[0] / name, content) for name, content in texts.items()}
 
-    staging, texts = consensus.first(prepare)
+    staging, texts = consensus.first(prepare, "staging")
 
     def sees_it() -> None:
         if isinstance(staging, Path) and not staging.is_dir():
@@ -177,14 +184,14 @@ def _stage(
 
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
-            return save_tensors(staging / TENSORS, tensors, consensus.group)
+            return save_tensors(staging / TENSORS, tensors, consensus.group, consensus.reached)
 
-    consensus.run(sees_it)
+    consensus.run(sees_it, "look at the staging directory")
     started = time.perf_counter()
-    written = consensus.run(write_tensors)
+    written = consensus.run(write_tensors, "tensors")
     seconds = time.perf_counter() - started
     records = {f"{TENSORS}/{name}": record for of_rank in written for name, record in of_rank.items()}
-    return staging, consensus.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
+    return staging, consensus.first(lambda: _seal(fence, staging, {**records, **texts}), "manifest"), seconds
 
 
 def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> CheckpointPath:

@@ -9,7 +9,7 @@ file, builds each file in memory, and neither hashes what it writes nor writes t
 import heapq
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -56,7 +56,10 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def save_tensors(
-    directory: CheckpointPath, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    directory: CheckpointPath,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
 ) -> dict[str, FileRecord]:
     """Writes plain tensors (equal on all ranks), DTensors and FlatShards of any device into a new directory.
 
@@ -64,7 +67,7 @@ def save_tensors(
     name; they are on the disk. Equal tensors give equal files. Raises OSError; what another rank failed with arrives
     as a RuntimeError.
     """
-    consensus, rank = Consensus(group, _rank(group)), _rank(group)
+    consensus, rank = Consensus(group, _rank(group), reached), _rank(group)
     records: dict[str, FileRecord] = {}
     written: list[_Row] = []
 
@@ -82,7 +85,7 @@ def save_tensors(
             sync_directory(directory)
         written.extend(piece.row(file) for file, pieces in files.items() for piece in pieces)
 
-    consensus.run(write)
+    consensus.run(write, "tensor files")
     of_all = _gathered(written, group)
 
     def describe() -> None:
@@ -90,7 +93,7 @@ def save_tensors(
         if isinstance(directory, Path):
             sync_directory(directory)
 
-    consensus.first(describe)
+    consensus.first(describe, "index")
     return records
 
 

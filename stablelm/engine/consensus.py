@@ -23,12 +23,14 @@ class Consensus:
     After each phase the ranks exchange their results or failures. If any failed, rank 0 calls `undo` and then every
     rank raises: the first UserError there is, else the failure of the lowest failed rank (on other ranks as
     FailedElsewhere with its words). A rank that dies is not seen here: the collectives themselves raise then.
+    `reached` is called with the part's name once this rank has acted, before it waits for the others.
     """
 
-    def __init__(self, group: "ProcessGroup | None", rank: int):
+    def __init__(self, group: "ProcessGroup | None", rank: int, reached: Callable[[str], None] = lambda part: None):
         self.group = group
         self.rank = rank
         self.undo: Callable[[], None] = lambda: None
+        self.reached = reached
 
     @property
     def size(self) -> int:
@@ -39,21 +41,22 @@ class Consensus:
 
         return dist.get_world_size(self.group)
 
-    def run(self, action: Callable[[], T]) -> list[T]:
+    def run(self, action: Callable[[], T], part: str = "a phase") -> list[T]:
         """Every rank acts; every rank gets the (picklable) values of all, in rank order."""
         value, error = None, None
         try:
             value = action()
         except Exception as caught:
             error = caught
+        self.reached(part)
         values, failures = self._exchange(value, error)
         if failures:
             self._fail(failures, error)
         return values
 
-    def first(self, action: Callable[[], T]) -> T:
+    def first(self, action: Callable[[], T], part: str = "a phase") -> T:
         """Rank 0 acts; every rank gets its (picklable) value."""
-        return self.run(lambda: action() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.run(lambda: action() if self.rank == 0 else None, part)[0]  # type: ignore[return-value]
 
     def _exchange(self, value, error: Exception | None) -> tuple[list, dict[int, Exception]]:
         if self.group is None:

@@ -1,6 +1,6 @@
-"""Heartbeat and watchdog of a rank: it notices that the main thread is stuck, or another rank, and ends the process.
+"""Heartbeat and watchdog of a rank: it detects that the main thread or another rank is stuck, and ends the process.
 
-All ranks end within a quarter of a minute of the first that notices. One of them, whichever is first, says why.
+All ranks end within 15 seconds of the first one that detects it. The first of them reports the reason.
 """
 
 import faulthandler
@@ -22,33 +22,36 @@ from stablelm.engine.ranks import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.new_files import make_folder, open_new, replace_file
 from stablelm.private_names import collectives_of_nccl
-from stablelm.supervise.hang_diagnosis import culprit
-from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
-from stablelm.supervise.rank_store import Alone, FileBoard, SafeBoard, StoreBoard
+from stablelm.supervise.hang_diagnosis import diagnose
+from stablelm.supervise.progress_marker import Marker, ProgressMarker, waits_in
+from stablelm.supervise.rank_store import FallbackStore, FolderStore, LocalStore, ProcessGroupStore
 
 HEARTBEAT_SECONDS = 10.0
-LOOK_SECONDS = 3.0
-ANSWER_SECONDS = 7.0  # more than LOOK_SECONDS and STORE_SECONDS: a rank that is alive has answered by then
-LAST_WORDS_SECONDS = 5.0
+CHECK_SECONDS = 3.0
+ANSWER_SECONDS = 7.0  # above CHECK_SECONDS + STORE_SECONDS: a rank that is alive has answered by then
+REPORT_SECONDS = 5.0
 READING = ("starting", "data", "record")
-"""Phases in which the main thread may wait for text itself; in others it is the threads that read ahead."""
+"""Phases in which the main thread itself may wait for data; in others only the threads that read ahead do."""
 
 
-class Watch:
-    """Threads of one rank from `start` to `stop`; `hosts` by rank; `tell(code, words)` writes the summary."""
+class Watchdog:
+    """Threads of one rank from `start` to `stop`; `hosts` by rank; `summarise(code, reason)` writes the summary."""
 
-    def __init__(self, config: Config, ranks: Ranks, hosts: list[str], attempt: int, tell: Callable[[int, str], None]):
-        self.pulse = Pulse()
+    def __init__(
+        self, config: Config, ranks: Ranks, hosts: list[str], attempt: int, summarise: Callable[[int, str], None]
+    ):
+        self.marker = ProgressMarker()
         self.extra_seconds: dict[str, float] = {}
-        """By phase: what is waited on top of the time-out, since the phase has its own."""
+        """By phase: seconds added to the hang time-out."""
         self._retry_budget = config.data.retry_budget
-        self._observe, self._ranks, self.hosts, self._tell = config.observe, ranks, hosts, tell
+        self._observe, self._ranks, self.hosts, self._summarise = config.observe, ranks, hosts, summarise
         self._run_dir = Path(config.run.dir)
-        files = FileBoard(self._run_dir / "heartbeat", attempt)
-        self._board = Alone() if ranks.store is None else SafeBoard(StoreBoard(ranks.store, attempt), files)
+        files = FolderStore(self._run_dir / "heartbeat", attempt)
+        shared = None if ranks.store is None else ProcessGroupStore(ranks.store, attempt)
+        self._notes = LocalStore() if shared is None else FallbackStore(shared, files)
         self._main = threading.main_thread().ident or 0
         self._stopped = threading.Event()
-        self._seen, self._unchanged = self.pulse.now, 0.0
+        self._seen, self._unchanged = self._position(), 0.0
         self._last_wait: Any = None
 
     def start(self) -> None:
@@ -57,28 +60,28 @@ class Watch:
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def stop(self) -> None:
-        """Ends both threads: from here on nobody watches."""
+        """Ends both threads; nothing is watched afterwards."""
         self._stopped.set()
 
-    def speaks(self) -> bool:
-        """Whether this rank is the one that says why the run fails; call once a rank at most."""
-        return self._board.claim("told")
+    def may_report(self) -> bool:
+        """Whether this rank is the one that reports why the run fails; call at most once a rank."""
+        return self._notes.claim("report")
 
-    def said(self) -> None:
-        """After the reason was told: makes every other rank end soon, wherever it waits."""
-        self._board.put("alarm", {"kind": "failure", "rank": self._ranks.rank})
-        self._board.put("said", True)
+    def reported(self) -> None:
+        """After the reason was reported: makes every other rank end soon, wherever it waits."""
+        self._notes.put("alarm", {"kind": "failure", "rank": self._ranks.rank})
+        self._notes.put("reported", True)
         self.stop()
 
     def lost(self) -> None:
-        """For a rank whose collective broke, in its main thread: names who is silent, unless another rank speaks."""
-        self._board.put("alarm", {"kind": "lost", "rank": self._ranks.rank})
-        self._leave_note()
-        self._name_the_culprit()
+        """For a rank whose collective failed, in its main thread: reports who is silent, unless another rank does."""
+        self._notes.put("alarm", {"kind": "lost", "rank": self._ranks.rank})
+        self._share_position()
+        self._report_hang()
 
     def note(self) -> dict[str, Any]:
-        """What this rank says of itself."""
-        now, waits = self.pulse.now, waiting()
+        """The content of this rank's heartbeat file."""
+        now, waits = self.marker.now, waiting()
         return {
             "rank": self._ranks.rank,
             "host": self.hosts[self._ranks.rank],
@@ -87,7 +90,8 @@ class Watch:
             "phase": now.phase,
             "place": now.place,
             "since": now.since,
-            "waits_for": waits_for(self._main),
+            "finished": self.marker.last_finished(),
+            "waits_for": waits_in(self._main),
             **({"store": {**vars(waits[0]), "reads": len(waits)}} if waits else {}),
             "written": time.time(),
         }
@@ -95,94 +99,97 @@ class Watch:
     def _beat(self) -> None:
         path = self._run_dir / "heartbeat" / f"rank-{self._ranks.rank}.json"
         while True:
-            with suppress(OSError):  # a full disk is told where it matters
+            with suppress(OSError):  # a full disk is reported where it matters
                 replace_file(path, json.dumps(self.note()) + "\n")
             if self._stopped.wait(HEARTBEAT_SECONDS):
                 return
 
     def _watch(self) -> None:
-        look = min(LOOK_SECONDS, self._observe.hang_seconds / 4)
+        look = min(CHECK_SECONDS, self._observe.hang_seconds / 4)
         last = time.monotonic()
         while not self._stopped.wait(look):
-            # Time in which the process was suspended is none.
+            # Time for which the process was suspended does not count.
             last, passed = time.monotonic(), min(time.monotonic() - last, 2 * look)
-            alarm = self._board.get("alarm")
+            alarm = self._notes.get("alarm")
             if alarm is None and self._stuck(passed):
                 alarm = {"kind": "hang", "rank": self._ranks.rank}
-                self._board.put("alarm", alarm)
-            if alarm is None and getattr(self._board, "lost", False):
+                self._notes.put("alarm", alarm)
+            if alarm is None and getattr(self._notes, "lost", False):
                 alarm = {"kind": "lost", "rank": self._ranks.rank}
             if alarm is not None:
                 self._end(alarm["kind"])
 
+    def _position(self) -> tuple[Marker, tuple[int, int]]:
+        return self.marker.now, self.marker.progress()
+
     def _stuck(self, passed: float) -> bool:
-        """Whether nothing has changed for too long, `passed` more seconds of which nobody waited for a store."""
-        if self.pulse.now is not self._seen:
-            self._seen, self._unchanged = self.pulse.now, 0.0
+        """Whether nothing has changed for too long; `passed`: seconds since the last call."""
+        if self._position() != self._seen:
+            self._seen, self._unchanged = self._position(), 0.0
             return False
-        limit = self._observe.hang_seconds if self.pulse.steps else self._observe.first_step_seconds
-        limit += self.extra_seconds.get(self._seen.phase, 0.0)
+        limit = self._observe.hang_seconds if self.marker.steps else self._observe.first_step_seconds
+        limit += self.extra_seconds.get(self.marker.now.phase, 0.0)
         if self._waits_for_a_store():
-            self._board.put("wait", [self._ranks.rank, time.time()])
+            self._notes.put("wait", [self._ranks.rank, time.time()])
             return False
         before, self._unchanged = self._unchanged, self._unchanged + passed
         if before < limit / 2 <= self._unchanged:
-            self._last_wait = self._board.get("wait")
+            self._last_wait = self._notes.get("wait")
         if self._unchanged < limit:
             return False
-        last, self._last_wait = self._last_wait, self._board.get("wait")
+        last, self._last_wait = self._last_wait, self._notes.get("wait")
         if self._last_wait != last:  # another rank waits, and this one for it
             self._unchanged = limit / 2
             return False
         return True
 
     def _waits_for_a_store(self) -> bool:
-        """Whether the main thread waits for text that is tried again, or may be before it has failed."""
-        now = time.time()
-        if self._seen.phase == "data" and now - self._seen.since < STALL_SECONDS:
+        """Whether the main thread waits for a read that is being retried, or that has not failed yet."""
+        now, marker = time.time(), self.marker.now
+        if marker.phase == "data" and now - marker.since < STALL_SECONDS:
             return True
         oldest = now - self._retry_budget - STALL_SECONDS  # the last try may go beyond the budget
-        return self._seen.phase in READING and any(wait.since > oldest for wait in waiting())
+        return marker.phase in READING and any(wait.since > oldest for wait in waiting())
 
     def _end(self, kind: str) -> None:
-        self._leave_note()
-        _within(LAST_WORDS_SECONDS, self._write_stacks)
+        self._share_position()
+        _within(REPORT_SECONDS, self._write_stacks)
         if kind == "failure":
-            # Who failed has said why; a main thread that waits for it in vain gets time to notice by itself.
-            self._stopped.wait(LAST_WORDS_SECONDS)
+            # The rank that failed has reported; a main thread that waits for it gets time to notice by itself.
+            self._stopped.wait(REPORT_SECONDS)
         else:
-            self._name_the_culprit()
+            self._report_hang()
         if not self._stopped.is_set():
             os._exit(EXIT_RANK_LOST)
 
-    def _leave_note(self) -> None:
-        now, note = self.pulse.now, self.note()
+    def _share_position(self) -> None:
+        now, note = self.marker.now, self.note()
         where = now.words() + (f", waiting for {note['store']['file']}" if "store" in note else "")
-        own = {"count": now.count, "where": where, "seconds": time.time() - now.since}
-        self._board.put(f"rank/{self._ranks.rank}", note | own | {"collective": in_collective(self._main)})
+        own = {"progress": self.marker.progress(), "where": where, "seconds": time.time() - now.since}
+        self._notes.put(f"rank/{self._ranks.rank}", note | own)
 
-    def _name_the_culprit(self) -> None:
-        """One rank gathers the notes and speaks; the others wait for it, as a launcher ends all with the first."""
-        if not self._stopped.is_set() and self.speaks():
-            words = f"{culprit(self._notes(), self.hosts)}; stacks of all ranks: {self._run_dir / 'stacks'}"
-            _within(LAST_WORDS_SECONDS, lambda: self._say(words))
-            self._board.put("said", True)
-        deadline = time.monotonic() + ANSWER_SECONDS + LAST_WORDS_SECONDS
-        while self._board.get("said") is None and time.monotonic() < deadline:
+    def _report_hang(self) -> None:
+        """One rank gathers the positions and reports; the others wait, since a launcher ends all with the first."""
+        if not self._stopped.is_set() and self.may_report():
+            words = f"{diagnose(self._positions(), self.hosts)}; stacks of all ranks: {self._run_dir / 'stacks'}"
+            _within(REPORT_SECONDS, lambda: self._print(words))
+            self._notes.put("reported", True)
+        deadline = time.monotonic() + ANSWER_SECONDS + REPORT_SECONDS
+        while self._notes.get("reported") is None and time.monotonic() < deadline:
             time.sleep(0.2)
 
-    def _say(self, words: str) -> None:
+    def _print(self, words: str) -> None:
         sys.stdout.flush()
         os.write(2, f"error: {words}\n".encode())
-        self._tell(EXIT_RANK_LOST, words)
+        self._summarise(EXIT_RANK_LOST, words)
 
-    def _notes(self) -> dict[int, dict[str, Any] | None]:
-        """The notes of all ranks, None for those that leave none in time."""
+    def _positions(self) -> dict[int, dict[str, Any] | None]:
+        """The positions of all ranks, None for those that share none in time."""
         notes: dict[int, dict[str, Any] | None] = dict.fromkeys(range(self._ranks.world_size))
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             for rank in [rank for rank, note in notes.items() if note is None]:
-                notes[rank] = self._board.get(f"rank/{rank}")
+                notes[rank] = self._notes.get(f"rank/{rank}")
             if None not in notes.values() or time.monotonic() > deadline:
                 return notes
             time.sleep(0.2)
@@ -190,7 +197,7 @@ class Watch:
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
         with io.TextIOWrapper(open_new(folder / f"rank-{self._ranks.rank}.txt")) as file:
-            now = self.pulse.now
+            now = self.marker.now
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.hosts[self._ranks.rank]}: {now.words()}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -200,7 +207,7 @@ class Watch:
 
 
 def _within(seconds: float, act: Callable[[], Any]) -> None:
-    """Acts in a thread of its own and waits no longer for it: a dead file system must not hold up the end."""
+    """Runs `act` in its own thread and waits at most `seconds`: a dead file system must not delay the end."""
     thread = threading.Thread(target=lambda: _try(act), daemon=True)
     thread.start()
     thread.join(seconds)
@@ -209,5 +216,5 @@ def _within(seconds: float, act: Callable[[], Any]) -> None:
 def _try(act: Callable[[], Any]) -> None:
     try:
         act()
-    except Exception as error:  # no mishap here may be the end of a sound run
+    except Exception as error:  # no failure here may end a healthy run
         print(f"warning: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -1,63 +1,84 @@
-"""Where a rank is in its work: set by the loop, read by the threads that watch it."""
+"""How far a rank is: written by the loop, evaluations and saves; read by the threads that watch.
+
+Every rank passes the same places in the same order, so their number compares ranks: who is behind holds the others up.
+What a thread waits in does not tell: under NCCL a rank that waits for others sits in a copy or an event.
+"""
 
 import sys
 import time
-from types import FrameType
 from typing import NamedTuple
 
 
-class Beat(NamedTuple):
-    """`count`: places reached before it, comparable between ranks; `since`: seconds since 1970 of its reaching."""
+class Marker(NamedTuple):
+    """The phase that is under way, and at which place in it; `since`: seconds since 1970.
+
+    `count` is the number of places passed before, `finished` the last of them in words.
+    """
 
     count: int
     step: int
     phase: str
     place: str
     since: float
+    finished: str
 
     def words(self) -> str:
-        """`step 12, data` or `step 12, step (micro-batch 2 of 4)`."""
+        """`step 12, data` or `step 12, forward (micro-batch 2 of 4)`."""
         return f"step {self.step}, {self.phase}" + (f" ({self.place})" if self.place else "")
 
 
-class Pulse:
-    """The last place that the main thread reached."""
+class ProgressMarker:
+    """The last place that the main thread reached, and the last part of a save, which another thread may make."""
 
     def __init__(self) -> None:
-        self.now = Beat(0, 0, "starting", "", time.time())
+        self.now = Marker(0, 0, "starting", "", time.time(), "nothing")
         self.steps = 0
         """Steps that this attempt has finished."""
+        self.save_parts = 0
+        """Parts of saves that this attempt has finished."""
+        self._save_part = ""
 
-    def at(self, phase: str, step: int) -> None:
-        """A phase begins: starting, data, step, record, evaluate, save, rewind, ending."""
-        self.now = Beat(self.now.count + 1, step, phase, "", time.time())
+    def at(self, phase: str, step: int, place: str = "") -> None:
+        """A phase begins, and the one before is finished.
+
+        Phases: starting, dry run, data, step, forward, backward, update, record, evaluation, save, rewind.
+        """
+        before = self.now
+        self.now = Marker(before.count + 1, step, phase, place, time.time(), before.words())
 
     def reached(self, place: str) -> None:
-        """Progress inside the phase."""
-        now = self.now
-        self.now = Beat(now.count + 1, now.step, now.phase, place, time.time())
+        """The next place inside the phase."""
+        self.at(self.now.phase, self.now.step, place)
+
+    def in_step(self, phase: str, place: str) -> None:
+        """A phase of the same step begins."""
+        self.at(phase, self.now.step, place)
 
     def finished(self, step: int) -> None:
-        """A step is finished; what comes until the next one are records, layers and agreements."""
+        """A step is finished; records, layers and agreements come before the next one."""
         self.steps += 1
         self.at("record", step)
 
+    def saved_part(self, part: str) -> None:
+        """A save has finished a part; in whichever thread it runs."""
+        self._save_part = part
+        self.save_parts += 1
 
-def waits_for(thread: int) -> str:
-    """Function, file and line at which a thread is, in this code's own words: `all_reduce (c10d.py:31)`."""
+    def progress(self) -> tuple[int, int]:
+        """What compares ranks: places passed, and parts of saves where the rank waits for a save."""
+        now = self.now
+        return now.count, self.save_parts if now.phase == "save" else 0
+
+    def last_finished(self) -> str:
+        """In words, for a message."""
+        now = self.now
+        return f"the save's {self._save_part}" if now.phase == "save" and self._save_part else now.finished
+
+
+def waits_in(thread: int) -> str:
+    """Function, file and line at which a thread is, for people: `all_reduce (c10d.py:31)`."""
     frame = sys._current_frames().get(thread)
-    return "" if frame is None else f"{frame.f_code.co_name} ({_file(frame)}:{frame.f_lineno})"
-
-
-def in_collective(thread: int) -> bool:
-    """Whether a thread is inside a function of torch.distributed, waiting for other ranks that is."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if "/torch/distributed/" in frame.f_code.co_filename.replace("\\", "/"):
-            return not frame.f_code.co_filename.endswith("/run.py")
-        frame = frame.f_back
-    return False
-
-
-def _file(frame: FrameType) -> str:
-    return frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+    if frame is None:
+        return ""
+    file = frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+    return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"

@@ -1,4 +1,4 @@
-"""A board on which the ranks of an attempt leave each other notes when collectives no longer work."""
+"""Notes that the ranks of an attempt leave one another when collectives no longer work."""
 
 import json
 import os
@@ -20,7 +20,7 @@ STORE_SECONDS = 2.0
 """How long the process group's store, or the folder, may take for one note."""
 
 
-class Board(Protocol):
+class RankStore(Protocol):
     """Notes by name; a name that was claimed once stays claimed."""
 
     def put(self, name: str, value: Any) -> None: ...
@@ -33,7 +33,7 @@ class Board(Protocol):
         ...
 
 
-class StoreBoard:
+class ProcessGroupStore:
     """On the process group's store, through a connection of its own: the main thread may be waiting on the other.
 
     A store whose process was suspended, or whose host is silent, lets its caller wait without end, whatever time-out it
@@ -53,8 +53,8 @@ class StoreBoard:
         return self._store.add(f"claim/{name}", 1) == 1
 
 
-class FileBoard:
-    """In a folder that ranks share: for when the store has gone, with the process that kept it."""
+class FolderStore:
+    """In a folder that all ranks share: for when the process that kept the store has ended."""
 
     def __init__(self, folder: Path, attempt: int):
         self._folder, self._attempt = folder, attempt
@@ -74,14 +74,14 @@ class FileBoard:
         except FileExistsError:
             return False
         except OSError:
-            return True  # better said twice than not at all
+            return True  # better reported twice than not at all
         return True
 
     def _path(self, name: str) -> Path:
         return self._folder / f".{self._attempt}-{name.replace('/', '-')}"
 
 
-class Alone:
+class LocalStore:
     """For one process."""
 
     def __init__(self) -> None:
@@ -97,33 +97,33 @@ class Alone:
         return self._notes.setdefault(f"claim/{name}", claimed := object()) is claimed
 
 
-class SafeBoard:
-    """The store's board, and the folder's where the store fails or is silent. Raises nothing and returns in time.
+class FallbackStore:
+    """The process group's store, and the folder where that fails or is silent. Raises nothing and returns in time.
 
-    From the first failure on the store counts as `lost`, with the process that kept it. One that is silent may answer
-    later. Claims and notes that are not a rank's own are left on both: who keeps the store may be the first to end.
+    After its first failure the store counts as `lost`, with the process that kept it. One that is silent may answer
+    later. Claims, and notes that are not a rank's own, go to both: the process that keeps the store may end first.
     """
 
-    def __init__(self, store: Board, folder: Board):
+    def __init__(self, store: RankStore, folder: RankStore):
         self._store, self._folder = _Calls(store), _Calls(folder)
         self.lost = False
 
     def put(self, name: str, value: Any) -> None:
-        on_store = self._on_store(lambda board: board.put(name, value), late=True)
+        on_store = self._on_store(lambda notes: notes.put(name, value), late=True)
         if on_store is _NO_ANSWER or not name.startswith("rank/"):
-            self._on_folder(lambda board: board.put(name, value), None)
+            self._on_folder(lambda notes: notes.put(name, value), None)
 
     def get(self, name: str) -> Any:
-        note = self._on_store(lambda board: board.get(name))
-        return self._on_folder(lambda board: board.get(name), None) if note is _NO_ANSWER else note
+        note = self._on_store(lambda notes: notes.get(name))
+        return self._on_folder(lambda notes: notes.get(name), None) if note is _NO_ANSWER else note
 
     def claim(self, name: str) -> bool:
         # Ranks that the store answers and ranks that it does not must not both have it.
-        mine = self._on_store(lambda board: board.claim(name))
-        return bool(mine) and self._on_folder(lambda board: board.claim(name), True)
+        mine = self._on_store(lambda notes: notes.claim(name))
+        return bool(mine) and self._on_folder(lambda notes: notes.claim(name), True)
 
-    def _on_store(self, act: Callable[[Board], Any], *, late: bool = False) -> Any:
-        """What the store answers, or `_NO_ANSWER`; with `late` it is asked all the same as soon as it hears."""
+    def _on_store(self, act: Callable[[RankStore], Any], *, late: bool = False) -> Any:
+        """What the store answers, or `_NO_ANSWER`; with `late` the request reaches a silent store once it answers."""
         for _ in range(2):
             if self.lost:
                 break
@@ -136,10 +136,10 @@ class SafeBoard:
         self.lost = True
         return _NO_ANSWER
 
-    def _on_folder(self, act: Callable[[Board], Any], otherwise: Any) -> Any:
+    def _on_folder(self, act: Callable[[RankStore], Any], otherwise: Any) -> Any:
         try:
             return self._folder.answer(act, late=False)
-        except Exception:  # nor does a disk stop it
+        except Exception:  # nor does a disk failure stop it
             return otherwise
 
 
@@ -151,14 +151,14 @@ _NO_ANSWER = _NoAnswer()
 
 
 class _Calls:
-    """Calls of a board, one after the other in a thread of their own, which may wait for ever: the callers do not."""
+    """Calls of a store, one after the other in a thread of their own, which may block for ever: its callers do not."""
 
-    def __init__(self, board: Board):
-        self._board, self._queue = board, SimpleQueue[tuple[Future[Any], Callable[[Board], Any]]]()
+    def __init__(self, store: RankStore):
+        self._store, self._queue = store, SimpleQueue[tuple[Future[Any], Callable[[RankStore], Any]]]()
         self._began: float | None = None  # the call under way
-        Thread(target=self._work, name="board", daemon=True).start()
+        Thread(target=self._work, name="rank store", daemon=True).start()
 
-    def answer(self, act: Callable[[Board], Any], late: bool) -> Any:
+    def answer(self, act: Callable[[RankStore], Any], late: bool) -> Any:
         """Raises TimeoutError `STORE_SECONDS` after the call under way began, this one or one before it."""
         future: Future[Any] = Future()
         began, now = self._began, time.monotonic()
@@ -177,7 +177,7 @@ class _Calls:
                 continue
             self._began = time.monotonic()
             try:
-                future.set_result(act(self._board))
+                future.set_result(act(self._store))
             except Exception as error:
                 future.set_exception(error)
             self._began = None

@@ -31,7 +31,7 @@ def validate(job: Job, agreement: StepExchange) -> bool:
     progress.evaluation_due = True
     try:
         for name, data in job.validation.items():
-            job.watch.pulse.at("evaluate", progress.step)
+            job.watchdog.marker.at("evaluation", progress.step)
             scores[name] = evaluate(job.engine, job.ranks, data, rows, partial(_reached, job, agreement))
     except _CutShort:
         return False
@@ -47,9 +47,9 @@ def validate(job: Job, agreement: StepExchange) -> bool:
 
 def _reached(job: Job, agreement: StepExchange, place: str) -> None:
     """Before each micro-batch, on all ranks alike."""
-    pulse, stop = job.watch.pulse, job.stop
-    stop.batch_seconds = max(stop.batch_seconds, time.time() - pulse.now.since)
-    pulse.reached(place)
+    marker, stop = job.watchdog.marker, job.stop
+    stop.batch_seconds = max(stop.batch_seconds, time.time() - marker.now.since)
+    marker.reached(place)
     if agreement.ask(stop.wish(failed=job.saver.failed)):
         raise _CutShort
 

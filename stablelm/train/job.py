@@ -27,7 +27,8 @@ from stablelm.observe.profile import Profiler
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import Records
 from stablelm.supervise.faults import Faults
-from stablelm.supervise.heartbeat import Watch
+from stablelm.supervise.heartbeat import Watchdog
+from stablelm.supervise.progress_marker import ProgressMarker
 from stablelm.supervise.shutdown import Ending
 from stablelm.train import resume
 from stablelm.train.guards import Guard
@@ -52,7 +53,7 @@ class Job:
     stop: Stop
     guard: Guard
     faults: Faults
-    watch: Watch
+    watchdog: Watchdog
     profiler: Profiler
     layers: LayerObserver
     records: Records
@@ -67,7 +68,7 @@ def build_job(
     prepared: Prepared,
     ranks: Ranks,
     ending: Ending,
-    watch: Watch,
+    watchdog: Watchdog,
     fence: Fence,
     checkpoint: CheckpointPath | None,
     started: float,
@@ -93,10 +94,10 @@ def build_job(
     stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
     stop.listen(lambda code: ending.write(code, "second signal"))
     faults = Faults(config, ranks, progress.attempt)
-    saver = build_saver(prepared, fence, ranks, progress, faults)
-    watch.pulse.at("dry run", progress.step)
+    saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
+    watchdog.marker.at("dry run", progress.step)
     records.message(dry_run(config, engine, ranks, saver))
-    watch.extra_seconds["save"] = SAVES_WAITED * saver.seconds
+    watchdog.extra_seconds["save"] = SAVES_WAITED * saver.seconds
     stop.save_seconds = saver.margin_seconds
 
     def save_now(wait: bool) -> None:
@@ -113,7 +114,7 @@ def build_job(
         stop=stop,
         guard=guard,
         faults=faults,
-        watch=watch,
+        watchdog=watchdog,
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
         layers=_layers(prepared, engine, ranks, records),
         records=records,
@@ -182,7 +183,9 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
     }
 
 
-def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress, faults: Faults) -> Saver:
+def build_saver(
+    prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress, faults: Faults, marker: ProgressMarker
+) -> Saver:
     """Saves this attempt's steps and keeps as many as configured."""
     checkpoint = prepared.config.checkpoint
 
@@ -196,6 +199,7 @@ def build_saver(prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progre
         shapes=expected_shapes(prepared.config.model),
         background=checkpoint.async_,
         committed=committed,
+        reached=marker.saved_part,
         retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
     )
 

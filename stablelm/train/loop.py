@@ -17,7 +17,7 @@ from stablelm.train.stop import REASONS, Outcome, StepExchange
 
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
-    config, progress, pulse = job.config, job.progress, job.watch.pulse
+    config, progress, marker = job.config, job.progress, job.watchdog.marker
     steps = config.train.steps
     assert steps is not None
     records = job.records
@@ -28,7 +28,7 @@ def train(job: Job) -> str:
         progress,
         records.write,
         partial(learning_rate, train=config.train),
-        job.watch.hosts,
+        job.watchdog.hosts,
         records.message,
     )
     agreement = StepExchange(job.ranks)
@@ -37,19 +37,20 @@ def train(job: Job) -> str:
     while progress.step < steps:
         step = progress.step + 1
         started = time.perf_counter()
-        pulse.at("data", step)
+        marker.at("data", step)
+        job.faults.hang(step, "data")
         batch = job.loader.next()
-        pulse.at("step", step)
+        marker.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
         take = update(job, batch, step)
         result = take(largest_norm=job.guard.largest_norm(step))
         if config.guards.recheck:
-            recheck(step, result, take, job.ranks, job.watch.hosts, job.records.message)
+            recheck(step, result, take, job.ranks, job.watchdog.hosts, job.records.message)
         progress.step = step
         progress.tokens += config.train.global_batch_size * config.data.seq_len
         interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
-        pulse.finished(step)
+        marker.finished(step)
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
@@ -68,7 +69,7 @@ def train(job: Job) -> str:
         if spike is not None and not stopping and rewound(job, spike, agreement, interval):
             continue
         if saving:
-            pulse.at("save", step)
+            marker.at("save", step)
             job.saver.wait()
             # A stop at a spike leaves it to the next attempt, which finds it again.
             if spike is None or not stopping or progress.checkpointed_step < 0:
@@ -95,14 +96,14 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
         seed=config.run.seed,
         micro=config.train.micro_batch_size or len(batch.tokens),
         loss_factor=job.faults.loss_factor(batch.data_step),
-        reached=job.watch.pulse.reached,
+        mark=job.watchdog.marker.in_step,
     )
 
 
 def rewound(job: Job, spike: Outcome, agreement: StepExchange, interval: IntervalMetrics) -> bool:
     """Rewinds if there is a checkpoint to return to; what was measured and not yet told of later steps is void."""
     later = agreement.settle()
-    job.watch.pulse.at("rewind", job.progress.step)
+    job.watchdog.marker.at("rewind", job.progress.step)
     if not job.rewind(spike):
         job.records.message("there is no checkpoint to return to yet; going on")
         job.guard.judge(later)

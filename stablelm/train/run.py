@@ -14,7 +14,7 @@ from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
 from stablelm.evaluate.consent import needs_consent
 from stablelm.observe.progress import Progress
 from stablelm.supervise.attempts import read_summary
-from stablelm.supervise.heartbeat import Watch
+from stablelm.supervise.heartbeat import Watchdog
 from stablelm.supervise.shutdown import Ending
 from stablelm.train import resume, run_directory
 from stablelm.train.evaluation import compare_with_unigram
@@ -48,10 +48,11 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
             prepared.attempt,
         )
         ending.created = True
-        ending.watch = Watch(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
-        ending.watch.start()
-        reason = _run(prepared, ranks, ending, ending.watch, source, started)
-        ending.watch.stop()
+        ending.watchdog = Watchdog(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
+        ending.watchdog.start()
+        ranks = dataclasses.replace(ranks, reached=ending.watchdog.marker.reached)
+        reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
+        ending.watchdog.stop()
     except Exception as error:
         return ending.fail(error)
     code = EXIT_STOPPED_EARLY if reason else EXIT_FINISHED
@@ -67,7 +68,7 @@ def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
     return dataclasses.replace(prepared, corpora=found)
 
 
-def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, source: str, started: float) -> str:
+def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, source: str, started: float) -> str:
     config, corpora, progress = prepared.config, prepared.corpora, ending.progress
     assert corpora is not None and config.train.steps is not None
     notices: list[str] = []
@@ -76,7 +77,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, source:
     progress.evaluation_due = ranks.consensus().first(lambda: resume.evaluation_due(config, found))
     if found is not None and saved_run.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
-    job = build_job(prepared, ranks, ending, watch, fence, found, started, notices)
+    job = build_job(prepared, ranks, ending, watchdog, fence, found, started, notices)
     try:
         reason = train(job)
     except BaseException:
@@ -89,7 +90,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watch: Watch, source:
 def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
     """What is left takes one rank's time while the others wait for it."""
     config, records = job.config, job.records
-    job.watch.stop()
+    job.watchdog.stop()
     job.loader.close()
     job.profiler.close()
     if reason:

@@ -29,16 +29,16 @@ def train_step(
     micro: int,
     largest_norm: float = math.inf,
     loss_factor: float = 1.0,
-    reached: Callable[[str], None] = lambda place: None,
+    mark: Callable[[str, str], None] = lambda phase, place: None,
 ) -> StepResult:
     """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
 
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
     so that accumulation and world size do not change the gradient. Nothing is updated on any rank where the loss of one
     or the gradient's norm is not finite, or the norm is above `largest_norm`. `loss_factor` is for faults on
-    purpose; `reached` hears how far the step is.
+    purpose; `mark` is called with each phase and place that begins.
     """
-    reached("batch sizes")
+    mark("forward", "batch sizes")
     valid = (targets >= 0).sum().to(engine.device)
     valid_global = valid.clone()
     if ranks.world_size > 1:
@@ -48,7 +48,8 @@ def train_step(
     cross_entropy = torch.zeros((), dtype=torch.float64 if engine.device.type == "cpu" else torch.float32)
     cross_entropy = cross_entropy.to(engine.device)
     for index, (part_tokens, part_targets) in enumerate(parts):
-        reached(f"micro-batch {index + 1} of {len(parts)}")
+        part = f"micro-batch {index + 1} of {len(parts)}"
+        mark("forward", part)
         seed_dropout(seed, step, index, ranks.rank)
         last = index == len(parts) - 1
         sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
@@ -56,9 +57,10 @@ def train_step(
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
         # 1, or NaN where the loss is not finite: every rank's gradients then tell.
         sound = 1 + 0 * sums.total.detach()
+        mark("backward", part)
         engine.backward(sums.total / valid_global * sound, last=last)
         cross_entropy += sums.cross_entropy
-    reached("update")
+    mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)
     return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm))
 

@@ -96,7 +96,7 @@ def test_without_background_a_save_returns_committed(tmp_path):
 
 def test_a_rehearsal_takes_the_memory_and_leaves_nothing(tmp_path):
     saver = make(tmp_path)
-    assert saver.rehearse(toy_tensors()).bytes > 0
+    assert saver.dry_run(toy_tensors()).bytes > 0
     assert list(tmp_path.iterdir()) == []
     assert saver.seconds > 0
     buffers = {name: buffer.data_ptr() for name, buffer in saver._host._buffers.items()}

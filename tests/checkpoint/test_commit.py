@@ -77,7 +77,7 @@ def test_a_damaged_step_is_set_aside_and_saved_anew(tmp_path, caplog):
 
 
 def test_a_rehearsal_leaves_nothing_and_tells_bytes_and_time(tmp_path):
-    told = commit.rehearse(Fence(tmp_path / "new", 1, "a1"), toy_tensors(7), group=None)
+    told = commit.dry_run(Fence(tmp_path / "new", 1, "a1"), toy_tensors(7), group=None)
     assert list((tmp_path / "new").iterdir()) == []
     assert told.bytes == sum(tensor.nbytes for tensor in toy_tensors(7).values())
     assert told.seconds > 0
@@ -88,7 +88,7 @@ def test_a_rehearsal_writes_a_bounded_part_of_a_large_checkpoint(tmp_path):
     tensors = {"model.large": torch.ones(1, 1 << 20).expand(90, -1).contiguous(), "model.small": torch.ones(3)}
     with small_files(commit.SAMPLE_BYTES + 4096):
         started = time.perf_counter()
-        told = commit.rehearse(Fence(tmp_path, 1, "a1"), tensors, group=None)
+        told = commit.dry_run(Fence(tmp_path, 1, "a1"), tensors, group=None)
         took = time.perf_counter() - started
     assert told.bytes == 4 * 90 * 2**20 + 12
     assert took < told.seconds < 6 * took
@@ -99,7 +99,7 @@ def test_a_rehearsal_asks_for_the_space_of_a_whole_checkpoint(tmp_path):
     whole = torch.empty(1).expand(2**30, 2**10)  # 4 TiB, of which no byte is written
     shard = FlatShard(torch.ones(8), whole.shape, 0)
     with pytest.raises(StorageError, match=r"free, but a checkpoint needs 4300\.80 GiB"):
-        commit.rehearse(Fence(tmp_path, 1, "a1"), {"model.w": shard}, group=None)
+        commit.dry_run(Fence(tmp_path, 1, "a1"), {"model.w": shard}, group=None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,7 +54,7 @@ def test_a_step_is_saved_found_loaded_and_retained(root):
     assert selection.step_directories(root) == [paths[2], paths[1]]
     for named in (str(root.parent), str(root), str(root / "step-00000003"), str(paths[2])):
         assert selection.resolve_checkpoint(named) == paths[2]
-    assert commit.rehearse(mine, toy_tensors(), group=None).bytes > 0
+    assert commit.dry_run(mine, toy_tensors(), group=None).bytes > 0
     assert {name.split("/")[0] for name in all_objects(root)} == {"step-00000002", "step-00000003"}
 
 

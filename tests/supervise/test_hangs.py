@@ -16,7 +16,7 @@ from stablelm.data.waiting import Wait, noted
 from stablelm.engine.ranks import Ranks
 from stablelm.supervise import heartbeat, rank_store
 from stablelm.supervise.hang_diagnosis import culprit
-from stablelm.supervise.heartbeat import Watch
+from stablelm.supervise.heartbeat import Watchdog
 from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
 from stablelm.supervise.rank_store import FileBoard, SafeBoard, StoreBoard
 
@@ -48,13 +48,13 @@ def test_nobody_is_blamed_where_all_wait_for_each_other():
 
 
 def test_a_pulse_counts_places_alike_on_all_ranks():
-    pulse = Pulse()
-    pulse.at("data", 1)
-    pulse.at("step", 1)
-    pulse.reached("micro-batch 1 of 2")
-    assert (pulse.now.count, pulse.now.words()) == (3, "step 1, step (micro-batch 1 of 2)")
-    pulse.finished(1)
-    assert (pulse.steps, pulse.now.phase) == (1, "record")
+    marker = Pulse()
+    marker.at("data", 1)
+    marker.at("step", 1)
+    marker.reached("micro-batch 1 of 2")
+    assert (marker.now.count, marker.now.words()) == (3, "step 1, step (micro-batch 1 of 2)")
+    marker.finished(1)
+    assert (marker.steps, marker.now.phase) == (1, "record")
 
 
 def test_where_a_thread_is():
@@ -151,46 +151,46 @@ def test_one_rank_speaks(tmp_path: Path):
     assert not any(claimed for _, _, claimed in found)
 
 
-def watch(tmp_path: Path, **observe: Any) -> Watch:
+def watch(tmp_path: Path, **observe: Any) -> Watchdog:
     config = Config(
         run=RunConfig(dir=str(tmp_path)), data=DataConfig(retry_budget=5.0), observe=ObserveConfig(**observe)
     )
     ranks = Ranks(0, 1, torch.device("cpu"), None, None)
-    return Watch(config, ranks, ["here"], 1, lambda code, words: None)
+    return Watchdog(config, ranks, ["here"], 1, lambda code, words: None)
 
 
 def test_what_counts_as_stuck(tmp_path: Path):
     watched = watch(tmp_path, hang_seconds=10.0, first_step_seconds=30.0)
     assert not any(watched._stuck(4.0) for _ in range(7))
     assert watched._stuck(4.0)  # 32 s at "starting"
-    watched.pulse.at("step", 1)
-    watched.pulse.steps = 1
+    watched.marker.at("step", 1)
+    watched.marker.steps = 1
     assert not any(watched._stuck(4.0) for _ in range(3))
     assert watched._stuck(4.0)
-    watched.pulse.reached("somewhere")
+    watched.marker.reached("somewhere")
     assert not watched._stuck(100.0)
     watched.extra_seconds["save"] = 5.0
-    watched.pulse.at("save", 1)
+    watched.marker.at("save", 1)
     assert not any(watched._stuck(4.0) for _ in range(4))
     assert watched._stuck(4.0)
 
 
 def test_a_rank_that_waits_for_a_store_is_not_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     watched = watch(tmp_path, hang_seconds=10.0)
-    watched.pulse.steps = 1
-    watched.pulse.at("data", 3)
+    watched.marker.steps = 1
+    watched.marker.at("data", 3)
     assert not any(watched._stuck(4.0) for _ in range(10))  # a first try that stalls is not known of
     monkeypatch.setattr(heartbeat, "STALL_SECONDS", 0.0)
     with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
         assert not any(watched._stuck(4.0) for _ in range(10))
         told = watched.note()["store"]
         assert (told["file"], told["attempt"], told["cause"], told["reads"]) == ("https://h/a.json.gz", 4, "503", 1)
-        watched.pulse.at("step", 3)  # only the threads that read ahead wait
+        watched.marker.at("step", 3)  # only the threads that read ahead wait
         assert not any(watched._stuck(4.0) for _ in range(3))
         assert watched._stuck(4.0)
     assert "store" not in watched.note()
     # A try that never ends is found all the same, once the budget of 5 s is over.
-    watched.pulse.at("data", 4)
+    watched.marker.at("data", 4)
     with noted(Wait("https://h/a.json.gz", 4, time.time() - 5.0 - 1.0, "503")):
         assert not any(watched._stuck(4.0) for _ in range(3))
         assert watched._stuck(4.0)
@@ -200,8 +200,8 @@ def test_nor_are_those_that_wait_for_it(tmp_path: Path):
     reader, other = (watch(tmp_path, hang_seconds=10.0) for _ in range(2))
     reader._board = other._board
     for watched, phase in ((reader, "data"), (other, "step")):
-        watched.pulse.steps = 1
-        watched.pulse.at(phase, 3)
+        watched.marker.steps = 1
+        watched.marker.at(phase, 3)
     with noted(Wait("f", 2, time.time(), "gone")):
         assert not any(watched._stuck(4.0) for _ in range(10) for watched in (reader, other))
     assert [other._stuck(4.0) for _ in range(8)].index(True) <= 4
@@ -211,7 +211,7 @@ def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
     watched = watch(tmp_path)
     watched.start()
-    watched.pulse.at("evaluate", 7)
+    watched.marker.at("evaluate", 7)
     deadline, told = time.monotonic() + 20, {}
     while told.get("phase") != "evaluate":
         assert time.monotonic() < deadline
