@@ -49,7 +49,7 @@ def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[]
     guard = Guard(config.guards, progress, print)
     guard.judge([Outcome(step, step, 3 + step % 7 / 100, 1 + step % 5 / 100, False) for step in range(-300, 0)])
     stop, agreement = Stop(ranks, deadline=time.time() + 1e6), StepExchange(ranks)
-    meter = IntervalMetrics(device, ranks, config, progress, lambda record: None)
+    meter = IntervalMetrics(device, ranks, config, progress, lambda record: None, lambda step: config.train.lr)
     numbers = [torch.tensor(value, device=device) for value in (3.0, 100, 1.0)]
     count = iter(range(1, 1_000_000))
 

@@ -1,9 +1,67 @@
-"""Which rank holds up the others, by how far each of them is."""
+"""When a rank is stuck, and which rank holds up the others, by how far each of them is."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stablelm.config.schema import Config
+from stablelm.data.stores import STALL_SECONDS
+from stablelm.data.waiting import waiting
+from stablelm.supervise.progress_marker import ProgressMarker
+from stablelm.supervise.rank_store import RankStore
+
 NAMED = 3
+READING = ("starting", "data", "record")
+"""Phases in which the main thread itself may wait for data; in others only the threads that read ahead do."""
+
+
+class HangDetector:
+    """Whether the main thread of a rank is stuck; `notes` are shared with the other ranks.
+
+    `stall_seconds`: how long a read may take before it counts as failed and is retried.
+    """
+
+    def __init__(
+        self, marker: ProgressMarker, config: Config, notes: RankStore, rank: int, stall_seconds: float = STALL_SECONDS
+    ):
+        self.extra_seconds: dict[str, float] = {}
+        """By phase: seconds added to the hang time-out."""
+        self._marker, self._observe, self._notes, self._rank = marker, config.observe, notes, rank
+        self._retry_budget, self._stall_seconds = config.data.retry_budget, stall_seconds
+        self._seen, self._unchanged = self._position(), 0.0
+        self._last_wait: Any = None
+
+    def stuck(self, passed: float) -> bool:
+        """Whether nothing has changed for too long; `passed`: seconds since the last call."""
+        if self._position() != self._seen:
+            self._seen, self._unchanged = self._position(), 0.0
+            return False
+        limit = self._observe.hang_seconds if self._marker.steps else self._observe.first_step_seconds
+        limit += self.extra_seconds.get(self._marker.now.phase, 0.0)
+        if self._waits_for_data():
+            self._notes.put("wait", [self._rank, time.time()])
+            return False
+        before, self._unchanged = self._unchanged, self._unchanged + passed
+        if before < limit / 2 <= self._unchanged:
+            self._last_wait = self._notes.get("wait")
+        if self._unchanged < limit:
+            return False
+        last, self._last_wait = self._last_wait, self._notes.get("wait")
+        if self._last_wait != last:  # another rank waits for data, and this one for it
+            self._unchanged = limit / 2
+            return False
+        return True
+
+    def _position(self) -> Any:
+        return self._marker.now, self._marker.progress()
+
+    def _waits_for_data(self) -> bool:
+        """Whether the main thread waits for a read that is being retried, or that has not failed yet."""
+        now, marker = time.time(), self._marker.now
+        if marker.phase == "data" and now - marker.since < self._stall_seconds:
+            return True
+        oldest = now - self._retry_budget - self._stall_seconds  # the last try may go beyond the budget
+        return marker.phase in READING and any(wait.since > oldest for wait in waiting())
 
 
 def diagnose(notes: Mapping[int, dict[str, Any] | None], hosts: Sequence[str]) -> str:

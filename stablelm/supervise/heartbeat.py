@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.config.schema import Config
-from stablelm.data.stores import STALL_SECONDS
 from stablelm.data.waiting import waiting
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.new_files import make_folder, open_new, replace_file
 from stablelm.private_names import collectives_of_nccl
-from stablelm.supervise.hang_diagnosis import diagnose
-from stablelm.supervise.progress_marker import Marker, ProgressMarker, waits_in
+from stablelm.supervise.hang_diagnosis import HangDetector, diagnose
+from stablelm.supervise.progress_marker import ProgressMarker, waits_in
 from stablelm.supervise.rank_store import FallbackStore, FolderStore, LocalStore, ProcessGroupStore
 
 HEARTBEAT_SECONDS = 10.0
 CHECK_SECONDS = 3.0
 ANSWER_SECONDS = 7.0  # above CHECK_SECONDS + STORE_SECONDS: a rank that is alive has answered by then
 REPORT_SECONDS = 5.0
-READING = ("starting", "data", "record")
-"""Phases in which the main thread itself may wait for data; in others only the threads that read ahead do."""
 
 
 class Watchdog:
@@ -41,18 +38,17 @@ class Watchdog:
         self, config: Config, ranks: Ranks, hosts: list[str], attempt: int, summarise: Callable[[int, str], None]
     ):
         self.marker = ProgressMarker()
-        self.extra_seconds: dict[str, float] = {}
-        """By phase: seconds added to the hang time-out."""
-        self._retry_budget = config.data.retry_budget
-        self._observe, self._ranks, self.hosts, self._summarise = config.observe, ranks, hosts, summarise
+        self.hosts = hosts
+        self._ranks, self._summarise = ranks, summarise
+        self._check_seconds = min(CHECK_SECONDS, config.observe.hang_seconds / 4)
         self._run_dir = Path(config.run.dir)
         files = FolderStore(self._run_dir / "heartbeat", attempt)
         shared = None if ranks.store is None else ProcessGroupStore(ranks.store, attempt)
         self._notes = LocalStore() if shared is None else FallbackStore(shared, files)
         self._main = threading.main_thread().ident or 0
         self._stopped = threading.Event()
-        self._seen, self._unchanged = self._position(), 0.0
-        self._last_wait: Any = None
+        self._detector = HangDetector(self.marker, config, self._notes, ranks.rank)
+        self.extra_seconds = self._detector.extra_seconds
 
     def start(self) -> None:
         _try(lambda: [make_folder(self._run_dir / name) for name in ("heartbeat", "stacks")])
@@ -105,51 +101,19 @@ class Watchdog:
                 return
 
     def _watch(self) -> None:
-        look = min(CHECK_SECONDS, self._observe.hang_seconds / 4)
+        look = self._check_seconds
         last = time.monotonic()
         while not self._stopped.wait(look):
             # Time for which the process was suspended does not count.
             last, passed = time.monotonic(), min(time.monotonic() - last, 2 * look)
             alarm = self._notes.get("alarm")
-            if alarm is None and self._stuck(passed):
+            if alarm is None and self._detector.stuck(passed):
                 alarm = {"kind": "hang", "rank": self._ranks.rank}
                 self._notes.put("alarm", alarm)
             if alarm is None and getattr(self._notes, "lost", False):
                 alarm = {"kind": "lost", "rank": self._ranks.rank}
             if alarm is not None:
                 self._end(alarm["kind"])
-
-    def _position(self) -> tuple[Marker, tuple[int, int]]:
-        return self.marker.now, self.marker.progress()
-
-    def _stuck(self, passed: float) -> bool:
-        """Whether nothing has changed for too long; `passed`: seconds since the last call."""
-        if self._position() != self._seen:
-            self._seen, self._unchanged = self._position(), 0.0
-            return False
-        limit = self._observe.hang_seconds if self.marker.steps else self._observe.first_step_seconds
-        limit += self.extra_seconds.get(self.marker.now.phase, 0.0)
-        if self._waits_for_a_store():
-            self._notes.put("wait", [self._ranks.rank, time.time()])
-            return False
-        before, self._unchanged = self._unchanged, self._unchanged + passed
-        if before < limit / 2 <= self._unchanged:
-            self._last_wait = self._notes.get("wait")
-        if self._unchanged < limit:
-            return False
-        last, self._last_wait = self._last_wait, self._notes.get("wait")
-        if self._last_wait != last:  # another rank waits, and this one for it
-            self._unchanged = limit / 2
-            return False
-        return True
-
-    def _waits_for_a_store(self) -> bool:
-        """Whether the main thread waits for a read that is being retried, or that has not failed yet."""
-        now, marker = time.time(), self.marker.now
-        if marker.phase == "data" and now - marker.since < STALL_SECONDS:
-            return True
-        oldest = now - self._retry_budget - STALL_SECONDS  # the last try may go beyond the budget
-        return marker.phase in READING and any(wait.since > oldest for wait in waiting())
 
     def _end(self, kind: str) -> None:
         self._share_position()

@@ -18,10 +18,15 @@ from stablelm.engine.ranks import Ranks
 from stablelm.model.flops import flops_per_token
 from stablelm.observe import interval_metrics
 from stablelm.observe.accelerators import ACCELERATORS, named_by
+from stablelm.observe.interval_metrics import IntervalMetrics
 from stablelm.observe.progress import Progress
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None, None)
+
+
+def rate(step: int) -> float:
+    return 3e-4 * step
 
 
 class Read:
@@ -51,7 +56,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, peak: float) -> tuple[dict[str, An
     """The record of two steps of two seconds, and the FLOPs of one of their tokens."""
     monkeypatch.setattr(interval_metrics, "peak_flops", lambda device: peak)
     config, progress, records = resolved(), Progress(), []
-    made = interval_metrics.Meter(CPU, ALONE, config, progress, records.append)
+    made = IntervalMetrics(CPU, ALONE, config, progress, records.append, rate)
     for norm in (1.0, 3.0):
         made.add(result(96.0, 32, norm), wait=0.5, own=0.0, seconds=2.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
@@ -72,7 +77,7 @@ def test_a_record_holds_the_means_of_its_interval(monkeypatch: pytest.MonkeyPatc
 def test_bad_rows_add_up_and_many_unknown_tokens_are_told_once():
     records, told = [], []
     progress = Progress()
-    made = interval_metrics.Meter(CPU, ALONE, resolved(), progress, records.append, message=told.append)
+    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records.append, rate, message=told.append)
     for unknown in (3, 4, 32):
         made.add(result(96.0, 32, 1.0), wait=0.0, own=0.0, seconds=1.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
@@ -92,7 +97,7 @@ def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch):
 def test_records_leave_skipped_steps_out():
     records: list[dict] = []
     progress = Progress(step=1, tokens=0)
-    made = interval_metrics.Meter(CPU, ALONE, resolved(), progress, records.append)
+    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records.append, rate)
     rows = [(6.0, 2, 1.0, False), (math.nan, 5, math.inf, True), (2.0, 2, 3.0, False)]
     for row in rows:
         made.add(result(*row[:3], skipped=row[3]), wait=0.0, own=0.0, seconds=1.0)
@@ -111,7 +116,7 @@ def wait_for_a_store(rank: int, world_size: int) -> tuple[float, dict[str, Any]]
     group, records, progress = dist.group.WORLD, [], Progress()
     with noted(Wait("early", 1, 0.0, "gone")):
         time.sleep(0.3)
-    made = interval_metrics.Meter(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records.append)
+    made = IntervalMetrics(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records.append, rate)
     began = time.monotonic()
     if rank == 1:
         with noted(Wait("a", 1, 0.0, "gone")), noted(Wait("b", 1, 0.0, "gone")):
@@ -133,7 +138,7 @@ def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
     group = dist.group.WORLD
     ranks, records = Ranks(rank, world_size, CPU, group, group), []
     progress = Progress()
-    made = interval_metrics.Meter(CPU, ranks, resolved(), progress, records.append, ["left", "right"])
+    made = IntervalMetrics(CPU, ranks, resolved(), progress, records.append, rate, ["left", "right"])
     for _ in range(2):
         made.add(result(1.0, 1, 1.0), wait=0.0, own=own[rank], seconds=1.0)
     progress.step, progress.tokens = 2, 2

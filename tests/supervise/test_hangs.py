@@ -13,65 +13,76 @@ from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
 from stablelm.data.waiting import Wait, noted
+from stablelm.engine.consensus import Consensus
 from stablelm.engine.ranks import Ranks
 from stablelm.supervise import heartbeat, rank_store
-from stablelm.supervise.hang_diagnosis import culprit
+from stablelm.supervise.hang_diagnosis import HangDetector, diagnose
 from stablelm.supervise.heartbeat import Watchdog
-from stablelm.supervise.progress_marker import Pulse, in_collective, waits_for
-from stablelm.supervise.rank_store import FileBoard, SafeBoard, StoreBoard
+from stablelm.supervise.progress_marker import ProgressMarker
+from stablelm.supervise.rank_store import FallbackStore, FolderStore, LocalStore, ProcessGroupStore, RankStore
 
 HOSTS = ["n0", "n0", "n1", "n1", "n2"]
 
 
-def note(count: int, *, collective: bool = True, where: str = "step 12, step") -> dict[str, Any]:
-    return {"count": count, "collective": collective, "where": where, "waits_for": "f (x.py:1)", "seconds": 9.0}
+def note(*progress: int, where: str = "step 12, forward") -> dict[str, Any]:
+    finished = "step 12, data"
+    return {"progress": progress, "where": where, "finished": finished, "waits_for": "f (x.py:1)", "seconds": 9.0}
 
 
-def test_the_one_furthest_behind_is_named():
-    notes = {0: note(40), 1: note(40), 2: note(39, where="step 12, data"), 3: note(40)}
-    assert culprit(notes, HOSTS) == "rank 2 on n1 is stuck: step 12, data, in f (x.py:1), for 9 s"
+def test_the_rank_that_has_finished_least_is_named():
+    notes = {0: note(40, 0), 1: note(40, 0), 2: note(39, 0, where="step 12, data"), 3: note(40, 0)}
+    assert diagnose(notes, HOSTS) == (
+        "rank 2 on n1 is stuck: step 12, data for 9 s, last finished step 12, data (in f (x.py:1))"
+    )
 
 
-def test_of_those_at_one_place_the_one_that_waits_for_nobody_is_named():
-    notes = {0: note(40), 1: note(40, collective=False), 2: note(40)}
-    assert culprit(notes, HOSTS).startswith("rank 1 on n0 is stuck")
+def test_parts_of_a_save_count_where_ranks_wait_for_it():
+    notes = {0: note(40, 7), 1: note(40, 6), 2: note(40, 7)}
+    assert diagnose(notes, HOSTS).startswith("rank 1 on n0 is stuck")
 
 
-def test_silence_is_told_first():
-    assert culprit({0: note(40), 1: note(39), 2: None}, HOSTS) == "rank 2 on n1 does not answer any more"
-    many = culprit(dict.fromkeys(range(5)), HOSTS)
-    assert many == "rank 0 on n0, rank 1 on n0, rank 2 on n1 and 2 more do not answer any more"
+def test_silence_is_reported_first():
+    assert diagnose({0: note(40, 0), 1: note(39, 0), 2: None}, HOSTS) == "rank 2 on n1 does not answer"
+    many = diagnose(dict.fromkeys(range(5)), HOSTS)
+    assert many == "rank 0 on n0, rank 1 on n0, rank 2 on n1 and 2 more do not answer"
 
 
-def test_nobody_is_blamed_where_all_wait_for_each_other():
-    assert culprit({0: note(40), 1: note(40)}, HOSTS).startswith("all 2 ranks are stuck at the same place, none behind")
+def test_nobody_is_blamed_where_all_are_at_one_place():
+    found = diagnose({0: note(40, 0), 1: note(40, 0)}, HOSTS)
+    assert found.startswith("all 2 ranks are stuck at the same place, none behind the others: step 12, forward")
+    assert "rank 0 in f (x.py:1), rank 1 in f (x.py:1)" in found
 
 
-def test_a_pulse_counts_places_alike_on_all_ranks():
-    marker = Pulse()
+def test_a_marker_counts_places_alike_on_all_ranks():
+    marker = ProgressMarker()
     marker.at("data", 1)
     marker.at("step", 1)
-    marker.reached("micro-batch 1 of 2")
-    assert (marker.now.count, marker.now.words()) == (3, "step 1, step (micro-batch 1 of 2)")
+    marker.in_step("forward", "micro-batch 1 of 2")
+    assert (marker.now.count, marker.now.words()) == (3, "step 1, forward (micro-batch 1 of 2)")
+    assert marker.last_finished() == "step 1, step"
+    marker.saved_part("staging")  # in the background: it says nothing of the main thread
+    assert marker.progress() == (3, 0)
     marker.finished(1)
     assert (marker.steps, marker.now.phase) == (1, "record")
+    marker.at("save", 1)
+    assert (marker.progress(), marker.last_finished()) == ((5, 1), "the save's staging")
 
 
-def test_where_a_thread_is():
-    release = threading.Event()
-
-    def waiting() -> None:
-        release.wait()
-
-    thread = threading.Thread(target=waiting)
+def stops_in_the_middle(rank: int, world_size: int) -> list[str]:
+    """Rank 1 is slow in the second part; what each rank has finished when rank 0 has waited for it a while."""
+    finished: list[str] = []
+    consensus = Consensus(dist.group.WORLD, rank, finished.append)
+    consensus.run(lambda: None, "first")
+    thread = threading.Thread(target=lambda: consensus.run(lambda: time.sleep(1.5 * rank), "second"))
     thread.start()
-    try:
-        assert thread.ident is not None
-        assert waits_for(thread.ident).startswith("wait (threading.py:")
-        assert not in_collective(thread.ident)
-    finally:
-        release.set()
-        thread.join()
+    time.sleep(0.5)
+    seen = list(finished)
+    thread.join()
+    return seen
+
+
+def test_a_rank_that_waits_for_others_has_finished_its_own_part():
+    assert run_ranks(stops_in_the_middle, 2) == [["first", "second"], ["first"]]
 
 
 class Silent:
@@ -95,8 +106,8 @@ class Silent:
 
 def test_a_silent_store_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rank_store, "STORE_SECONDS", 0.3)
-    store, files = Silent(), FileBoard(tmp_path, 1)
-    ranks = [SafeBoard(store, files) for _ in range(2)]
+    store, files = Silent(), FolderStore(tmp_path, 1)
+    ranks = [FallbackStore(store, files) for _ in range(2)]
     began = time.monotonic()
     assert ranks[0].get("alarm") is None
     ranks[0].put("alarm", "hang")
@@ -124,24 +135,24 @@ class Broken:
 
 
 def test_files_take_over_from_a_store_that_has_gone(tmp_path: Path):
-    notes = SafeBoard(Broken(), FileBoard(tmp_path, 1))  # type: ignore[arg-type]
+    notes = FallbackStore(Broken(), FolderStore(tmp_path, 1))  # type: ignore[arg-type]
     assert not notes.lost
     assert notes.get("alarm") is None
     assert notes.lost
     notes.put("rank/1", {"a": 1})
-    assert FileBoard(tmp_path, 1).get("rank/1") == {"a": 1}
+    assert FolderStore(tmp_path, 1).get("rank/1") == {"a": 1}
     assert notes.claim("told")
-    assert not FileBoard(tmp_path, 1).claim("told")
-    assert FileBoard(tmp_path, 2).claim("told")
+    assert not FolderStore(tmp_path, 1).claim("told")
+    assert FolderStore(tmp_path, 2).claim("told")
 
 
 def claims(rank: int, world_size: int, folder: str) -> tuple[list[bool], Any, Any]:
     store = dist.distributed_c10d._get_default_store()
-    notes = SafeBoard(StoreBoard(store, 1), FileBoard(Path(folder), 1))
+    notes = FallbackStore(ProcessGroupStore(store, 1), FolderStore(Path(folder), 1))
     mine = [notes.claim(f"told {turn}") for turn in range(5)]
     notes.put(f"rank/{rank}", rank)
     dist.barrier()
-    return mine, notes.get("rank/0"), FileBoard(Path(folder), 1).claim("told 0")
+    return mine, notes.get("rank/0"), FolderStore(Path(folder), 1).claim("told 0")
 
 
 def test_one_rank_speaks(tmp_path: Path):
@@ -151,74 +162,79 @@ def test_one_rank_speaks(tmp_path: Path):
     assert not any(claimed for _, _, claimed in found)
 
 
-def watch(tmp_path: Path, **observe: Any) -> Watchdog:
-    config = Config(
-        run=RunConfig(dir=str(tmp_path)), data=DataConfig(retry_budget=5.0), observe=ObserveConfig(**observe)
-    )
-    ranks = Ranks(0, 1, torch.device("cpu"), None, None)
-    return Watchdog(config, ranks, ["here"], 1, lambda code, words: None)
+class Watched:
+    """A detector and the marker that it reads."""
+
+    def __init__(self, notes: RankStore | None = None, stall_seconds: float = 1e9, **observe: Any):
+        self.marker, self.notes = ProgressMarker(), notes or LocalStore()
+        config = Config(data=DataConfig(retry_budget=5.0), observe=ObserveConfig(**observe))
+        self.detector = HangDetector(self.marker, config, self.notes, 0, stall_seconds)
+
+    def checks(self, count: int) -> list[bool]:
+        """So many, four seconds apart."""
+        return [self.detector.stuck(4.0) for _ in range(count)]
 
 
-def test_what_counts_as_stuck(tmp_path: Path):
-    watched = watch(tmp_path, hang_seconds=10.0, first_step_seconds=30.0)
-    assert not any(watched._stuck(4.0) for _ in range(7))
-    assert watched._stuck(4.0)  # 32 s at "starting"
+def test_what_counts_as_stuck():
+    watched = Watched(hang_seconds=10.0, first_step_seconds=30.0)
+    assert watched.checks(8) == [False] * 7 + [True]  # 32 s at "starting"
     watched.marker.at("step", 1)
     watched.marker.steps = 1
-    assert not any(watched._stuck(4.0) for _ in range(3))
-    assert watched._stuck(4.0)
+    assert watched.checks(4) == [False] * 3 + [True]
     watched.marker.reached("somewhere")
-    assert not watched._stuck(100.0)
-    watched.extra_seconds["save"] = 5.0
+    assert not watched.detector.stuck(100.0)
+    watched.detector.extra_seconds["save"] = 5.0
     watched.marker.at("save", 1)
-    assert not any(watched._stuck(4.0) for _ in range(4))
-    assert watched._stuck(4.0)
+    assert watched.checks(5) == [False] * 4 + [True]
+    watched.marker.saved_part("tensors")
+    assert not watched.detector.stuck(100.0)
 
 
-def test_a_rank_that_waits_for_a_store_is_not_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    watched = watch(tmp_path, hang_seconds=10.0)
+def test_a_rank_that_waits_for_a_store_is_not_stuck():
+    watched = Watched(hang_seconds=10.0)
     watched.marker.steps = 1
     watched.marker.at("data", 3)
-    assert not any(watched._stuck(4.0) for _ in range(10))  # a first try that stalls is not known of
-    monkeypatch.setattr(heartbeat, "STALL_SECONDS", 0.0)
+    assert not any(watched.checks(10))  # a first try that stalls is not known of
+    watched = Watched(hang_seconds=10.0, stall_seconds=0.0)
+    watched.marker.steps = 1
+    watched.marker.at("data", 3)
     with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
-        assert not any(watched._stuck(4.0) for _ in range(10))
-        told = watched.note()["store"]
-        assert (told["file"], told["attempt"], told["cause"], told["reads"]) == ("https://h/a.json.gz", 4, "503", 1)
+        assert not any(watched.checks(10))
         watched.marker.at("step", 3)  # only the threads that read ahead wait
-        assert not any(watched._stuck(4.0) for _ in range(3))
-        assert watched._stuck(4.0)
-    assert "store" not in watched.note()
+        assert watched.checks(5)[-1]
     # A try that never ends is found all the same, once the budget of 5 s is over.
     watched.marker.at("data", 4)
     with noted(Wait("https://h/a.json.gz", 4, time.time() - 5.0 - 1.0, "503")):
-        assert not any(watched._stuck(4.0) for _ in range(3))
-        assert watched._stuck(4.0)
+        assert watched.checks(4) == [False] * 3 + [True]
 
 
-def test_nor_are_those_that_wait_for_it(tmp_path: Path):
-    reader, other = (watch(tmp_path, hang_seconds=10.0) for _ in range(2))
-    reader._board = other._board
+def test_nor_are_those_that_wait_for_it():
+    reader = Watched(hang_seconds=10.0)
+    other = Watched(reader.notes, hang_seconds=10.0)
     for watched, phase in ((reader, "data"), (other, "step")):
         watched.marker.steps = 1
         watched.marker.at(phase, 3)
     with noted(Wait("f", 2, time.time(), "gone")):
-        assert not any(watched._stuck(4.0) for _ in range(10) for watched in (reader, other))
-    assert [other._stuck(4.0) for _ in range(8)].index(True) <= 4
+        assert not any(watched.detector.stuck(4.0) for _ in range(10) for watched in (reader, other))
+    assert other.checks(8).index(True) <= 4
 
 
 def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.05)
-    watched = watch(tmp_path)
+    config = Config(run=RunConfig(dir=str(tmp_path)))
+    watched = Watchdog(config, Ranks(0, 1, torch.device("cpu"), None, None), ["here"], 1, lambda code, words: None)
     watched.start()
-    watched.marker.at("evaluate", 7)
+    watched.marker.at("evaluation", 7)
     deadline, told = time.monotonic() + 20, {}
-    while told.get("phase") != "evaluate":
-        assert time.monotonic() < deadline
-        path = tmp_path / "heartbeat" / "rank-0.json"
-        told = json.loads(path.read_text()) if path.exists() else {}
+    with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
+        while told.get("phase") != "evaluation" or "store" not in told:
+            assert time.monotonic() < deadline
+            path = tmp_path / "heartbeat" / "rank-0.json"
+            told = json.loads(path.read_text()) if path.exists() else {}
     watched.stop()
+    assert (told["store"]["file"], told["store"]["attempt"], told["store"]["reads"]) == ("https://h/a.json.gz", 4, 1)
     assert (told["rank"], told["host"], told["step"]) == (0, "here", 7)
+    assert told["finished"] == "step 0, starting"
     assert told["waits_for"]
     assert told["since"] <= told["written"]
     assert list((tmp_path / "heartbeat").glob("*.json")) == [path]

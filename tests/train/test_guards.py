@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.distributed import run_ranks
+from support.tiny import TinyCorpus
 
-from stablelm.config.schema import Config, GuardsConfig, TrainConfig
-from stablelm.data.loader import Batch
+from stablelm.config.schema import Config, DataConfig, GuardsConfig, TrainConfig
+from stablelm.data.loader import Loader
+from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
@@ -122,39 +124,32 @@ def test_the_state_comes_back():
     assert old.guard.state() == Told().guard.state()
 
 
-class Numbers:
-    """A loader whose batches are only numbers."""
-
-    def __init__(self) -> None:
-        self.at = 0
-
-    def next(self) -> Batch:
-        self.at += 1
-        return Batch(torch.empty(0), torch.empty(0), self.at - 1)
+def fed(guard: Guard, corpus: TinyCorpus, count: int) -> list[int]:
+    """The data steps of a loader that skips what the guard says."""
+    data = DataConfig(seq_len=8, lanes=2, workers=0)
+    files = sorted(map(str, (corpus.folder / "train").iterdir()))
+    loader = Loader(files, Tokenizer(corpus.tokenizer), data, seed=1, global_batch_size=2)
+    loader.skip(guard.jumps)
+    return [loader.next().data_step for _ in range(count)]
 
 
-def fed(guard: Guard, count: int) -> list[int]:
-    loader: Any = Numbers()
-    return [guard.next_batch(loader).data_step for _ in range(count)]
-
-
-def test_a_rewind_jumps_over_the_data_around_the_spike():
+def test_a_rewind_jumps_over_the_data_around_the_spike(tiny_corpus: TinyCorpus):
     told = Told()
     before = told.guard.state()
     told.guard.load({})
     told.guard.rewound(outcome(11), 4, before)
-    assert fed(told.guard, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13]
+    assert fed(told.guard, tiny_corpus, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13]
     assert told.progress.rewinds == 1
     assert "batches 9 to 12 are jumped over" in told.lines[-1]
 
 
-def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay():
+def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay(tiny_corpus: TinyCorpus):
     told = Told()
     told.guard.rewound(outcome(11), 10, told.guard.state())
     before = told.guard.state()
     told.guard.load({})
     told.guard.rewound(outcome(3), 1, before)
-    assert fed(told.guard, 10) == [0, 5, 6, 7, 8, 9, 14, 15, 16, 17]
+    assert fed(told.guard, tiny_corpus, 10) == [0, 5, 6, 7, 8, 9, 14, 15, 16, 17]
     assert told.progress.rewinds == 2
     with pytest.raises(DivergedError, match=r"guards\.max_rewinds=2"):
         told.guard.may_rewind(outcome(20))
