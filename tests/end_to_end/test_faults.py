@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -110,9 +111,16 @@ def test_rewinds_are_used_up_with_76(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert state(tmp_path)["step"] == 8
 
 
-@pytest.mark.parametrize(("rank", "launcher"), [(0, ""), (1, ""), (1, "torchrun")])
-def test_a_hung_rank_is_named_once_and_the_job_ends(rank: int, launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path):
-    hang = (ALLOW, f"faults.hang=[{rank},5]", "observe.hang_seconds=4", "checkpoint.every=2", "train.steps=8")
+@pytest.mark.parametrize(
+    ("rank", "phase", "launcher"),
+    # Step: the other rank waits in a collective. A first read is waited for, so that a hang in data is found later.
+    [(0, "step", ""), (1, "step", ""), (1, "step", "torchrun"), (1, "data", ""), (0, "save", ""), (1, "save", "")],
+)
+def test_a_hung_rank_is_named_once_and_the_job_ends(
+    rank: int, phase: str, launcher: str, tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    hang = (ALLOW, f"faults.hang=[{rank},6]", f"faults.hang_in={phase}", "observe.hang_seconds=4", "checkpoint.every=2")
+    hang += ("train.steps=8",)
     began = time.monotonic()
     done = start(tiny_corpus, tmp_path, *hang, processes=2, launcher=launcher)
     assert time.monotonic() - began < 120
@@ -121,7 +129,8 @@ def test_a_hung_rank_is_named_once_and_the_job_ends(rank: int, launcher: str, ti
     told = summary(tmp_path)
     assert told["exit_code"] == 80
     assert f"rank {rank} on " in told["reason"]
-    assert "step 5, step, in before (faults.py:" in told["reason"]
+    finished = {"data": "step 5, record", "step": "step 6, data", "save": "step 6, record"}[phase]
+    assert re.search(rf"is stuck: step 6, {phase} for \d+ s, last finished {finished}", told["reason"]), told["reason"]
     for each in (0, 1):
         assert "Thread 0x" in (tmp_path / "stacks" / f"rank-{each}.txt").read_text()
         assert json.loads((tmp_path / "heartbeat" / f"rank-{each}.json").read_text())["rank"] == each

@@ -70,7 +70,7 @@ def test_second_signal_ends_at_once(tiny_corpus: TinyCorpus, tmp_path: Path):
     process = start(tiny_corpus, tmp_path, *slow)
     deadline = time.monotonic() + 120
     assert process.stdout is not None
-    while "rehearsal" not in process.stdout.readline():
+    while "dry run" not in process.stdout.readline():
         assert time.monotonic() < deadline
         assert process.poll() is None
     assert process.stderr is not None
