@@ -66,7 +66,7 @@ def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[]
         result = StepResult(numbers[0], numbers[1], numbers[2], refused(numbers[2], largest))
         meter.add(result, wait=0.0, own=0.0, seconds=0.0)
         watch.marker.finished(step)
-        _, outcomes = agreement.exchange(step, step, result, stop.wish())
+        _, outcomes = agreement.exchange(step, step, result, stop.request())
         guard.judge(outcomes)
 
     def end() -> None:

@@ -30,7 +30,7 @@ from stablelm.programs.arguments import Parser, local_path
 from stablelm.small_files import read_small
 from stablelm.supervise import attempts
 from stablelm.supervise.attempts import read_summary
-from stablelm.supervise.requeue_policy import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
+from stablelm.supervise.requeue_policy import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Decision, decide, true_code
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
@@ -147,7 +147,7 @@ def begin(run_dir: Path) -> int:
     last = history.lines()[-1:] or [{}]
     lost = "from_step" in last[0]
     if fruitless >= FRUITLESS_ATTEMPTS or history.restart >= limit():
-        found = verdict(
+        found = decide(
             80, "", attempt=history.restart, limit=limit(), fruitless=fruitless, outages=0, backoff=0
         )  # fmt: skip
         print(found.words)
@@ -171,7 +171,7 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
         code, reason, said = 78, "", f"{other}: let that one go on, or give this one another run.dir"
     step = committed_step(run_dir)
     history.add(code=code, step=step)
-    found = verdict(
+    found = decide(
         code,
         reason or said,
         attempt=history.restart + 1,
@@ -201,7 +201,7 @@ def unevaluated(run_dir: Path, own: bool) -> list[str]:
     return [f"{name} {path}" for name, path in steps.items() if name not in done]
 
 
-def amend_summary(run_dir: Path, found: Verdict) -> None:
+def amend_summary(run_dir: Path, found: Decision) -> None:
     """Lets `summary.json` say what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
     told = read_summary(run_dir) | {"exit_code": found.code, "reason": found.words}

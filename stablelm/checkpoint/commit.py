@@ -1,4 +1,4 @@
-"""Saving a step so that it is either there, whole and hashed, or not there at all.
+"""Saving a step so that it either exists, complete and hashed, or does not exist at all.
 
 Rank 0 makes a staging place with the state and the configuration, all ranks write their tensors into it, rank 0 adds
 the manifest, and one last operation is the commit: in a folder, the rename of the staging directory, COMMITTED already
@@ -82,7 +82,7 @@ def save(
     that is committed already and verifies is left as it is; a damaged or incomplete one is set aside under
     `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
     unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over, RuntimeError if a tensor
-    of `shapes` is missing or not whole.
+    of `shapes` is missing or incomplete.
     """
     started = time.perf_counter()
     consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
@@ -236,7 +236,7 @@ def _refuse_incomplete(fence: Fence, staging: CheckpointPath, step: int, shapes:
         raise
     if missing:
         raise RuntimeError(
-            f"step {step} is not committed, its save is incomplete: {few(missing)} missing or not whole; "
+            f"step {step} is not committed, its save is incomplete: {few(missing)} missing or incomplete; "
             "this is a fault of the program, please report it"
         )
 

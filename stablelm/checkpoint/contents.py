@@ -1,4 +1,4 @@
-"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
+"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them complete."""
 
 from collections.abc import Mapping
 
@@ -39,7 +39,7 @@ def gaps(held: TensorIndex, shapes: Mapping[str, torch.Size]) -> list[str]:
     return [
         name
         for name, shape in shapes.items()
-        if (entry := held.tensors.get(name)) is None or entry.shape != shape or not entry.whole
+        if (entry := held.tensors.get(name)) is None or entry.shape != shape or not entry.complete
     ]
 
 
@@ -54,7 +54,7 @@ def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
         if state["step"] != commit.step:
             return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_index(path / TENSORS), model_of(path)
-        # What is no checkpoint of ours may name a model that is too large even to be described.
+        # A foreign checkpoint may name a model that is too large even to be described.
         if model.n_layers > len(held.tensors):
             return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
         weights = gaps(held, expected_shapes(model, optimizer=False))
@@ -63,12 +63,12 @@ def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
     except (CheckpointError, ConfigError, OSError, ValueError, RuntimeError, OverflowError) as error:
         return [f"its contents cannot be checked ({error})"]
     if weights or not optimizer:
-        return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
+        return [f"it was saved incomplete: {few(weights)} missing or incomplete"] if weights else []
     moments = gaps(held, expected_shapes(model))
     if not moments:
         return []
     return [
-        f"it was saved incomplete: {few(moments)} missing or not whole; its weights are complete: "
+        f"it was saved incomplete: {few(moments)} missing or incomplete; its weights are complete: "
         f"run.init_from={path} starts a new run from them"
     ]
 

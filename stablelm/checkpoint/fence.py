@@ -64,10 +64,10 @@ class Fence:
                 "ends; put it back to go on from it, or start anew"
             )
         if newest > self.token:
-            told = read_token(self.root, newest)
+            holder = read_token(self.root, newest)
             raise CheckpointError(
-                f"attempt {told.get('attempt', '?')} on {told.get('host', '?')} has taken over {self.root} since "
-                f"{told.get('time', '?')[:19]} (fencing token {newest}; this attempt holds {self.token}): this one "
+                f"attempt {holder.get('attempt', '?')} on {holder.get('host', '?')} has taken over {self.root} since "
+                f"{holder.get('time', '?')[:19]} (fencing token {newest}; this attempt holds {self.token}): this one "
                 "commits nothing more and ends"
             )
 
@@ -87,7 +87,7 @@ def sweep(root: CheckpointPath, token: int) -> list[CheckpointPath]:
     """Disarms and deletes what attempts with smaller tokens staged, and deletions cut short; returns what went."""
     if isinstance(root, RemotePath):
         return [prefix for prefix in _prefixes(root) if attempt_of(prefix) < token and _disarm(prefix)]
-    gone: list[CheckpointPath] = []
+    removed: list[CheckpointPath] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         doomed = path
         if path.name.startswith(STAGING) and attempt_of(path) < token:
@@ -99,8 +99,8 @@ def sweep(root: CheckpointPath, token: int) -> list[CheckpointPath]:
         elif not path.name.startswith(DELETING):
             continue
         shutil.rmtree(doomed, ignore_errors=True)
-        gone.append(path)
-    return gone
+        removed.append(path)
+    return removed
 
 
 def read_token(root: CheckpointPath, token: int) -> dict[str, str]:
@@ -120,8 +120,8 @@ def _tokens(root: CheckpointPath) -> list[int]:
 
 
 def _next_token(root: CheckpointPath, attempt: str) -> int:
-    told = {"attempt": attempt, "host": socket.gethostname(), "time": datetime.now(UTC).isoformat()}
-    content = json.dumps({**told, "id": uuid.uuid4().hex}).encode()
+    fields = {"attempt": attempt, "host": socket.gethostname(), "time": datetime.now(UTC).isoformat()}
+    content = json.dumps({**fields, "id": uuid.uuid4().hex}).encode()
     folder = root / FENCE
     if isinstance(folder, Path):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def save_tensors(
 
     def write() -> None:
         for name, tensor in tensors.items():
-            assert isinstance(tensor, torch.Tensor), f"{name} is no tensor: other values belong into the state"
+            assert isinstance(tensor, torch.Tensor), f"{name} is not a tensor: other values belong into the state"
             assert name == clean_name(name), f"{name} carries a wrapper's prefix"
         files = _share_out(list(_pieces(own_parts(tensors, group))), f"rank-{rank:05d}")
         if isinstance(directory, Path):
@@ -137,7 +137,7 @@ class _WrittenPiece(NamedTuple):
 
 
 def own_parts(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, Part]:
-    """The parts that this rank writes: what several ranks hold is dealt out among them, the largest first."""
+    """The parts that this rank writes: tensors that several ranks hold are divided among them, the largest first."""
     rank, size = _rank(group), 1 if group is None else dist.get_world_size(group)
     parts = {name: part_of(tensor, rank, size) for name, tensor in tensors.items()}
     loads: dict[int, list[tuple[int, int]]] = {}
@@ -266,10 +266,10 @@ def _compare(directory: CheckpointPath, tensors: dict[str, torch.Tensor], index:
             f"the tensors in {directory} do not fit this model ({'; '.join(problems)}): "
             "use the configuration that the checkpoint was trained with"
         )
-    partly = sorted(name for name in tensors if not held[name].whole)
+    partly = sorted(name for name in tensors if not held[name].complete)
     if partly:
         raise CheckpointError(
-            f"the tensors in {directory} are not complete ({few(partly)} not whole): load another checkpoint"
+            f"the tensors in {directory} are not complete ({few(partly)} incomplete): load another checkpoint"
         )
 
 

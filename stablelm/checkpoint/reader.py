@@ -157,7 +157,7 @@ def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str,
         raise ValueError("its header is longer than it or the format allows")
     held = json_text.load(file.read(length))
     if not isinstance(held, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     held.pop("__metadata__", None)
     entries = _HEADER.validate_python(held)
     if {Slot(name, each.dtype, tuple(each.shape)) for name, each in entries.items()} != set(wanted):

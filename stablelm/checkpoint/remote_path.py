@@ -144,7 +144,7 @@ class RemotePath:
             file.close()
 
     def remove(self) -> None:
-        """Deletes all below, with this one last; what is gone already is no error."""
+        """Deletes all below, with this one last; what does not exist is not an error."""
         with _asking(self):
             try:
                 self.fs.rm(self.path, recursive=True)

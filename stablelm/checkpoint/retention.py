@@ -18,8 +18,8 @@ def retain(
 ) -> list[CheckpointPath]:
     """Deletes superseded checkpoints and returns them; see `superseded`. Raises StorageError."""
     with writing(root):
-        gone = superseded(root, keep, keep_permanent_every, hashes=hashes)
-        return [path for path in gone if _delete(path)]
+        found = superseded(root, keep, keep_permanent_every, hashes=hashes)
+        return [path for path in found if _delete(path)]
 
 
 def _delete(path: CheckpointPath) -> bool:

@@ -72,7 +72,7 @@ def newest_valid(
 
 
 def verify_together(path: CheckpointPath, consensus: Consensus, lacks: Lacks | None = None) -> list[str]:
-    """`verify` with the files shared out over the ranks, then `lacks`; the same problems on all of them."""
+    """`verify` with the files divided among the ranks, then `lacks`; the same problems on all of them."""
     found = consensus.run(lambda: verify(path, share=(consensus.rank, consensus.size)))
     problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
     return problems or (consensus.first(lambda: lacks(path)) if lacks else [])
@@ -85,7 +85,7 @@ def checkpoints_root(path: CheckpointPath) -> CheckpointPath:
     which anybody may have written. Raises CheckpointError if the path does not exist.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory: name a run, its checkpoints or one step-... directory in it")
+        raise CheckpointError(f"{path} is not a directory: name a run, its checkpoints or one step-... directory in it")
     inside = path / CHECKPOINTS
     return inside if not step_directories(path) and not is_link(inside) and inside.is_dir() else path
 
@@ -134,7 +134,7 @@ def resolve_checkpoint(
     found = newest_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
     if found is None and step_directories(root):
         raise CheckpointError(
-            f"{root} holds only damaged checkpoints: name the directory of a run that has saved a whole one"
+            f"{root} holds only damaged checkpoints: name the directory of a run that has saved an intact one"
         )
     if found is None:
         raise no_checkpoint(root, path)

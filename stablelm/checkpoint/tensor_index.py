@@ -81,7 +81,9 @@ class TensorEntry(Checked):
             ):
                 raise ValueError(f"a piece at {piece.offsets} of sizes {piece.sizes} is not inside {self.shape}")
             if not _contiguous(piece.sizes, self.shape):
-                raise ValueError(f"a piece of sizes {piece.sizes} is no range of the row-major order of {self.shape}")
+                raise ValueError(
+                    f"a piece of sizes {piece.sizes} is not a range of the row-major order of {self.shape}"
+                )
         return self
 
     @property
@@ -89,7 +91,7 @@ class TensorEntry(Checked):
         return DTYPES[self.dtype]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether the pieces cover the tensor, each element exactly once."""
         reached = 0
         for start, count in sorted((piece.start(self.shape), piece.count) for piece in self.pieces if piece.count):

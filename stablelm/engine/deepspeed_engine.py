@@ -29,7 +29,7 @@ from stablelm.model.loss import LossSums
 
 
 class DeepSpeedEngine:
-    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer.
+    """Implements `engine.interface.Engine`. `config` is resolved; `train=False` builds no optimizer.
 
     The process group exists already. Under zero3 no rank ever holds more than its part of the model and one whole
     parameter; under zero1 and zero2 every rank holds the working weights whole.
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         return zero_shards.masters(self._engine.optimizer, self._stage)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by portable name; under zero3 empty outside the passes, with what is left in `ds_tensor`."""
+        """Parameters by portable name; under zero3 empty outside the passes, with this rank's part in `ds_tensor`."""
         return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
 
     def buffers(self) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ class DeepSpeedEngine:
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def _refuse(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before each group's update: the norm is known by then, and the fused kernel reads the verdict."""
+        """Before each group's update: the norm is known by then, and the fused kernel reads the decision."""
         setattr(optimizer, "found_inf", refused(self._norm(), self._largest_norm).float())  # noqa: B010
 
     def clear_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""What a training step needs of an engine: the protocol that every way of sharing the work meets."""
+"""What a training step needs of an engine: the protocol that every kind of engine implements."""
 
 import math
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class Engine(Protocol):
         """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
 
         Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
-        ranks), a DTensor or a `checkpoint.flatshard.FlatShard`; filling them in place restores the state, once
+        ranks), a DTensor or a `engine.tensor_parts.FlatShard`; filling them in place restores the state, once
         `loaded` was called. They are the same tensors whatever passes ran before.
         """
         ...

@@ -14,7 +14,7 @@ from stablelm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands among all ranks of the run."""
+    """The place of this process among all ranks of the run."""
 
     rank: int = 0
     local_rank: int = 0
@@ -92,7 +92,7 @@ def first_host(nodelist: str) -> str:
 
 def accelerate_flags(environ: Mapping[str, str] = os.environ) -> AccelerateFlags:
     """The engine and settings that accelerate's flags name; ConfigError for what we do not have."""
-    if says(environ, "ACCELERATE_USE_MEGATRON_LM"):
+    if is_set(environ, "ACCELERATE_USE_MEGATRON_LM"):
         raise ConfigError(
             "accelerate's --use_megatron_lm is not supported; use --use_fsdp, --use_deepspeed or no engine flag"
         )
@@ -100,14 +100,14 @@ def accelerate_flags(environ: Mapping[str, str] = os.environ) -> AccelerateFlags
     if precision not in ("no", "false", "bf16"):
         raise ConfigError(f"accelerate's --mixed_precision {precision} is not supported; use bf16 or no")
     flags = AccelerateFlags(precision="bf16" if precision == "bf16" else None)
-    if says(environ, "ACCELERATE_USE_DEEPSPEED"):
+    if is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
         return _deepspeed_flags(environ, flags)
-    return _fsdp_flags(environ, flags) if says(environ, "ACCELERATE_USE_FSDP") else flags
+    return _fsdp_flags(environ, flags) if is_set(environ, "ACCELERATE_USE_FSDP") else flags
 
 
 def _fsdp_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> AccelerateFlags:
-    flags = replace(flags, engine="fsdp2", offload="parameters" if says(environ, "FSDP_OFFLOAD_PARAMS") else None)
-    if says(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+    flags = replace(flags, engine="fsdp2", offload="parameters" if is_set(environ, "FSDP_OFFLOAD_PARAMS") else None)
+    if is_set(environ, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         sizes = {name: int(environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in _DIMENSIONS}
         for name in ("TP", "CP", "SP"):
             if sizes[name] > 1:
@@ -127,7 +127,7 @@ _DIMENSIONS = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
 
 def _deepspeed_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> AccelerateFlags:
     """From accelerate's own settings, and those of the DeepSpeed file that they may name, which win."""
-    said: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "stage": environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
         "optimizer": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
         "param": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"),
@@ -136,22 +136,22 @@ def _deepspeed_flags(environ: Mapping[str, str], flags: AccelerateFlags) -> Acce
     }
     path = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path.lower() not in ("", "none"):
-        said |= {key: value for key, value in _deepspeed_file(path).items() if value is not None}
-        if said.pop("bf16", False):
+        asked |= {key: value for key, value in _deepspeed_file(path).items() if value is not None}
+        if asked.pop("bf16", False):
             flags = replace(flags, precision="bf16")
-    said = {key: None if str(value).lower() in ("none", "auto", "") else value for key, value in said.items()}
-    stage = _number(said["stage"] if said["stage"] is not None else 2, "zero_stage")
+    asked = {key: None if str(value).lower() in ("none", "auto", "") else value for key, value in asked.items()}
+    stage = _number(asked["stage"] if asked["stage"] is not None else 2, "zero_stage")
     if stage not in (1, 2, 3):
         raise ConfigError(f"accelerate's zero_stage {stage:g} is not supported; use 1, 2 or 3, or engine.kind=ddp")
     for key in ("optimizer", "param"):
-        if said[key] not in (None, "cpu"):
-            raise ConfigError(f"accelerate's offload_{key}_device {said[key]} is not supported; use cpu or none")
+        if asked[key] not in (None, "cpu"):
+            raise ConfigError(f"accelerate's offload_{key}_device {asked[key]} is not supported; use cpu or none")
     return replace(
         flags,
         engine=f"zero{stage:g}",
-        offload="parameters" if said["param"] else "optimizer" if said["optimizer"] else None,
-        grad_clip=None if said["clip"] is None else _number(said["clip"], "gradient_clipping"),
-        accumulation=None if said["accumulation"] is None else int(_number(said["accumulation"], "accumulation")),
+        offload="parameters" if asked["param"] else "optimizer" if asked["optimizer"] else None,
+        grad_clip=None if asked["clip"] is None else _number(asked["clip"], "gradient_clipping"),
+        accumulation=None if asked["accumulation"] is None else int(_number(asked["accumulation"], "accumulation")),
     )
 
 
@@ -177,11 +177,11 @@ def _number(value: Any, name: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"accelerate's {name} {value} is no number") from None
+        raise ConfigError(f"accelerate's {name} {value} is not a number") from None
 
 
-def says(environ: Mapping[str, str], name: str) -> bool:
-    """Whether a variable is set to something that means yes."""
+def is_set(environ: Mapping[str, str], name: str) -> bool:
+    """Whether a variable is set to a value that means yes."""
     return environ.get(name, "false").lower() not in ("", "0", "no", "false")
 
 
@@ -291,9 +291,9 @@ def unused_flags_warning(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _unused(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    fsdp, deepspeed = says(environ, "ACCELERATE_USE_FSDP"), says(environ, "ACCELERATE_USE_DEEPSPEED")
+    fsdp, deepspeed = is_set(environ, "ACCELERATE_USE_FSDP"), is_set(environ, "ACCELERATE_USE_DEEPSPEED")
     # Sizes of a mesh are read with FSDP alone.
-    mesh = says(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") and not fsdp
+    mesh = is_set(environ, "ACCELERATE_USE_PARALLELISM_CONFIG") and not fsdp
     rows = _ANY + _FSDP * fsdp + _DEEPSPEED * deepspeed + _PARALLELISM * mesh
     for variable, unsaid, flag, instead in rows:
         value = environ.get(variable, "").lower()

@@ -51,7 +51,7 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def refused(norm: Tensor, largest: float = math.inf) -> Tensor:
-    """Whether an update is left out, 0-dim bool: its gradient's norm is not finite or above `largest`; no host sync."""
+    """Whether an update is skipped, 0-dim bool: its gradient's norm is not finite or above `largest`; no host sync."""
     return torch.logical_not(norm <= min(largest, torch.finfo(norm.dtype).max))
 
 

@@ -94,7 +94,7 @@ def connect(
         meet = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
         store, _, _ = next(rendezvous(meet, launch.rank, launch.world_size, timeout=join))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    # After a restart by torchrun its store still holds the keys of the processes that are gone.
+    # After a restart by torchrun its store still holds the keys of the processes that have ended.
     store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     own = PrefixStore("process group", store)
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=own)

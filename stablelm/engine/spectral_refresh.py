@@ -93,7 +93,7 @@ def _local(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_flat(weight: Any) -> bool:
-    """Whether DeepSpeed's ZeRO-3 split the parameter: what is left in it then is its `ds_tensor`."""
+    """Whether DeepSpeed's ZeRO-3 split the parameter, whose part on this rank is its `ds_tensor`."""
     return hasattr(weight, "ds_tensor")
 
 

@@ -26,7 +26,7 @@ from stablelm.private_names import configure_compilation
 
 
 class TorchEngine:
-    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer."""
+    """Implements `engine.interface.Engine`. `config` is resolved; `train=False` builds no optimizer."""
 
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
         self.kind, self.device = kind, ranks.device
@@ -124,7 +124,7 @@ class TorchEngine:
         return found
 
     def loaded(self) -> None:
-        """Drops what an earlier pass left gathered of the values that `tensors` held before."""
+        """Drops parameters that an earlier pass gathered from the former values of `tensors`."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
 

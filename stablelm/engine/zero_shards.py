@@ -98,7 +98,7 @@ def whole_shard(parameter: Any) -> FlatShard:
 
 
 def forget_gradients(zero: Any, stage: int) -> None:
-    """Drops what backward passes left, wherever they stopped."""
+    """Drops the gradients of backward passes, wherever they stopped."""
     zero.zero_grad()
     if stage == 3:
         zero.averaged_gradients = {}

@@ -197,7 +197,7 @@ def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
                 flush=True,
             )
     if ranks.is_first and out is not None:
-        told = {"checkpoint": str(request.checkpoint), "step": request.step, "sets": figures, "tasks": {}}
-        Path(out).write_text(json.dumps(told, indent=2) + "\n")
+        figures_of = {"checkpoint": str(request.checkpoint), "step": request.step, "sets": figures, "tasks": {}}
+        Path(out).write_text(json.dumps(figures_of, indent=2) + "\n")
     disconnect(ranks)
     return 0

@@ -21,7 +21,7 @@ NOTICEABLE = 0.1
 
 
 class DataCounts(Protocol):
-    """What a loader says of its text: how often each source was read, and counts since they were last asked for."""
+    """What a loader reports of its text: how often each source was read, and counts since the last call."""
 
     def epochs(self) -> dict[str, float]: ...
 
@@ -99,7 +99,7 @@ class IntervalMetrics:
         self.restart()
 
     def restart(self) -> None:
-        """Begins an interval where the run stands now; what was added and not written is dropped."""
+        """Begins an interval at the current step; what was added and not written is dropped."""
         self._interval = Interval(self._device)
         self._tokens_before = self._progress.tokens
         self._own_seconds, self._waited_before = 0.0, waited_seconds()
@@ -107,7 +107,7 @@ class IntervalMetrics:
     def add(self, result: StepResult, *, wait: float, own: float, seconds: float) -> None:
         """Takes in one step: `wait` for data, `own` until the ranks first meet in it, and `seconds` in all.
 
-        Loss and norm of a step whose update was left out do not count.
+        Loss and norm of a step whose update was skipped do not count.
         """
         counts = ~result.skipped
         for name in ("cross_entropy", "valid", "grad_norm"):

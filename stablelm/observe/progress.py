@@ -1,11 +1,11 @@
-"""Where a run stands: what the loop advances, the records quote and `summary.json` tells at the end."""
+"""How far a run is: advanced by the loop, quoted in records and written to `summary.json` at the end."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Progress:
-    """Where the run stands; what `summary.json` tells when it ends."""
+    """How far the run is; the fields of `summary.json`."""
 
     step: int = 0
     tokens: int = 0
@@ -17,8 +17,8 @@ class Progress:
     evaluation_due: bool = False
     """Whether the evaluation of this step was cut short by a stop, so that the next attempt makes it."""
     skipped_steps: int = 0
-    """Updates left out, of those steps that count."""
+    """Skipped updates, of those steps that count."""
     skipped_rows: int = 0
-    """Bad rows that were left out of the text, with `data.bad_rows=skip`."""
+    """Bad rows that were skipped, with `data.bad_rows=skip`."""
     spikes: int = 0
     rewinds: int = 0

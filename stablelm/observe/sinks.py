@@ -97,7 +97,7 @@ def _to_json(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records in the order they were written; a torn last line is left out.
+    """All complete records in the order they were written; a torn last line is dropped.
 
     Raises ConfigError with the number of a line that is not as we write it.
     """
@@ -176,7 +176,7 @@ class Records:
             sink.write({**record, "attempt": self._progress.attempt})
 
     def rewound(self) -> None:
-        """The run stands at an earlier step again: TensorBoard forgets what came after it."""
+        """The run is at an earlier step again: TensorBoard forgets what came after it."""
         self._sinks = [self._reopened(sink) if isinstance(sink, TensorBoardSink) else sink for sink in self._sinks]
 
     def _reopened(self, sink: TensorBoardSink) -> TensorBoardSink:

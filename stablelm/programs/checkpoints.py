@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, text in {
         "list": "one line a checkpoint, newest first; compares names and sizes",
         "verify": "reads and hashes every file",
-        "prune": "deletes superseded checkpoints after hashing all; damaged ones are never deleted",
+        "prune": "deletes superseded checkpoints after hashing all; corrupt ones are never deleted",
     }.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
@@ -25,7 +25,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
-            command.add_argument("--unfinished", action="store_true", help="also what dead attempts left half written")
+            command.add_argument(
+                "--unfinished", action="store_true", help="also incomplete saves of attempts that have ended"
+            )
             command.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     text = "writes the weights of a checkpoint, verified, to one safetensors file"
     command = commands.add_parser("consolidate", help=text, description=text)
@@ -36,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _root(options: argparse.Namespace):
-    """Where the checkpoints lie: in what was given, or where --dir says."""
+    """The directory of the checkpoints: in what was given, or as --dir says."""
     from stablelm.checkpoint import selection
     from stablelm.checkpoint.remote_path import checkpoint_path
 
@@ -69,7 +71,7 @@ def show(options: argparse.Namespace) -> None:
     for path in _steps(options):
         problems = manifest.verify(path, hashes=False)
         if problems:
-            print(printable(f"{_name(path):<16} damaged: {'; '.join(problems)}"))
+            print(printable(f"{_name(path):<16} corrupt: {'; '.join(problems)}"))
             continue
         commit = manifest.read_commit(path)
         size = sum(record.size for record in manifest.read_manifest(path, commit).values())
@@ -86,16 +88,16 @@ def _name(path) -> str:
 def check(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import contents, manifest
 
-    damaged = []
+    corrupt = []
     for path in _steps(options):
         try:
             problems = manifest.verify(path) or contents.problems(path)
         except CheckpointError as error:  # of an earlier version
             problems = [str(error)]
-        damaged += [_name(path)] if problems else []
-        print(f"{_name(path):<16} {printable('damaged: ' + '; '.join(problems)) if problems else 'whole'}", flush=True)
-    if damaged:
-        raise CheckpointError(f"damaged checkpoints in {options.run_dir}: {', '.join(damaged)}; resume skips them")
+        corrupt += [_name(path)] if problems else []
+        print(f"{_name(path):<16} {printable('corrupt: ' + '; '.join(problems)) if problems else 'OK'}", flush=True)
+    if corrupt:
+        raise CheckpointError(f"corrupt checkpoints in {options.run_dir}: {', '.join(corrupt)}; resume skips them")
 
 
 def prune(options: argparse.Namespace) -> None:
@@ -112,14 +114,14 @@ def prune(options: argparse.Namespace) -> None:
         for path in retention.superseded(root, kept, permanent, hashes=True):
             print(f"would delete {path}")
         return
-    gone = retention.retain(root, kept, permanent, hashes=True)
-    gone += fence.sweep(root, sys.maxsize) if options.unfinished else []
-    for path in gone:
+    deleted = retention.retain(root, kept, permanent, hashes=True)
+    deleted += fence.sweep(root, sys.maxsize) if options.unfinished else []
+    for path in deleted:
         print(f"deleted {path}")
 
 
 def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
-    """Retention from the arguments, else from the run's configuration, which speaks for its own checkpoints alone."""
+    """Retention from the arguments, else from the run's configuration, which holds for its own checkpoints alone."""
     section = _configured(options.run_dir)
     if section is not None and options.dir is not None:
         from stablelm.checkpoint.remote_path import checkpoint_path

@@ -93,7 +93,7 @@ def _runs(pid: int) -> bool:
 
 def _create(path: Path) -> bool:
     """Whether the file was made now, with all of its content at once where the file system has links."""
-    told: dict[str, Any] = {
+    taker: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "time": datetime.now(UTC).isoformat(),
@@ -102,7 +102,7 @@ def _create(path: Path) -> bool:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with draft.open("x") as file:
-            file.write(json.dumps(told) + "\n")
+            file.write(json.dumps(taker) + "\n")
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -139,15 +139,15 @@ class Summary(TypedDict, total=False):
 
 
 def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
-    """Replaces the file in one step, but not the word of a later attempt, nor an attempt's own.
+    """Replaces the file in one step, unless it is a later attempt's, or already says how this one ended.
 
-    When one rank fails, its peers fail after it for lack of it: the first cause is the true one. Nor does an attempt
-    tell of a failure once a later one has begun, which it may fail for.
+    When one rank fails, its peers fail because of it: the first cause is the true one. Nor does an attempt report a
+    failure once a later one has begun, which may have caused it.
     """
     path, attempt = Path(run_dir) / "summary.json", summary.get("attempts", 0)
     earlier = read_summary(run_dir)
-    told = earlier.get("attempts", 0)
-    if told > attempt or (told == attempt and earlier.get("exit_code") is not None):
+    last = earlier.get("attempts", 0)
+    if last > attempt or (last == attempt and earlier.get("exit_code") is not None):
         return
     succeeded = summary.get("exit_code") in (EXIT_FINISHED, EXIT_STOPPED_EARLY)
     if newest(Path(run_dir)) > attempt and not succeeded:

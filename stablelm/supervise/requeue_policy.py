@@ -12,8 +12,11 @@ LONGEST_WAIT_SECONDS = 3600
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What follows an attempt: `action` is finished, requeue (no sooner than `wait` seconds from now) or end."""
+class Decision:
+    """What follows an attempt, and why (`words`).
+
+    `action` is finished, requeue (no sooner than `wait` seconds from now) or end.
+    """
 
     code: int
     action: str
@@ -21,30 +24,30 @@ class Verdict:
     words: str
 
 
-def verdict(code: int, reason: str, *, attempt: int, limit: int, fruitless: int, outages: int, backoff: int) -> Verdict:
+def decide(code: int, reason: str, *, attempt: int, limit: int, fruitless: int, outages: int, backoff: int) -> Decision:
     """What to do after an attempt that ended with `code`.
 
     `attempt` counts starts of this job from 1, `fruitless` those in a row that committed nothing, `outages` those in a
     row that ended with 77, the last one included in each.
     """
     if code == 0:
-        return Verdict(0, "finished", 0, "finished")
+        return Decision(0, "finished", 0, "finished")
     because = f": {reason}" if reason else ""
     if code in FINAL:
-        return Verdict(code, "end", 0, f"not requeued, {FINAL[code]} ({code}){because}")
+        return Decision(code, "end", 0, f"not requeued, {FINAL[code]} ({code}){because}")
     if code not in REQUEUED:
-        return Verdict(code, "end", 0, f"not requeued, the program failed ({code}){because}")
+        return Decision(code, "end", 0, f"not requeued, the program failed ({code}){because}")
     if code == 75 and reason == "run.stop_after":
-        return Verdict(code, "end", 0, "not requeued, run.stop_after is reached (75)")
+        return Decision(code, "end", 0, "not requeued, run.stop_after is reached (75)")
     if fruitless >= FRUITLESS_ATTEMPTS:
         words = f"not requeued, {fruitless} attempts in a row without a new commit ({FRUITLESS}), last {code}{because}"
-        return Verdict(FRUITLESS, "end", 0, words)
+        return Decision(FRUITLESS, "end", 0, words)
     if attempt >= limit:
         words = f"not requeued, attempt {attempt} of at most {limit} (STABLELM_MAX_ATTEMPTS) ended ({code}){because}"
-        return Verdict(code, "end", 0, words)
+        return Decision(code, "end", 0, words)
     wait = min(backoff * 2 ** (outages - 1), LONGEST_WAIT_SECONDS) if code == 77 else 0
     words = f"requeued{f' in {wait} s' if wait else ''} after attempt {attempt}, {REQUEUED[code]} ({code}){because}"
-    return Verdict(code, "requeue", wait, words)
+    return Decision(code, "requeue", wait, words)
 
 
 def true_code(rc: int, summary: dict[str, Any], *, before: int, started: int, launcher: str) -> tuple[int, str]:

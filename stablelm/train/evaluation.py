@@ -22,17 +22,17 @@ class _CutShort(Exception):
     """All ranks have agreed to stop."""
 
 
-def validate(job: Job, agreement: StepExchange) -> bool:
+def validate(job: Job, exchange: StepExchange) -> bool:
     """Scores every validation set at the current step and records them as `val_loss/<set>`.
 
-    False if a stop cut that short: nothing is recorded then, and the evaluation stays due.
+    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
     """
     progress, rows, scores = job.progress, job.config.evaluate.micro_batch_size, {}
     progress.evaluation_due = True
     try:
         for name, data in job.validation.items():
             job.watchdog.marker.at("evaluation", progress.step)
-            scores[name] = evaluate(job.engine, job.ranks, data, rows, partial(_reached, job, agreement))
+            scores[name] = evaluate(job.engine, job.ranks, data, rows, partial(_reached, job, exchange))
     except _CutShort:
         return False
     progress.evaluation_due = False
@@ -45,12 +45,12 @@ def validate(job: Job, agreement: StepExchange) -> bool:
     return True
 
 
-def _reached(job: Job, agreement: StepExchange, place: str) -> None:
+def _reached(job: Job, exchange: StepExchange, place: str) -> None:
     """Before each micro-batch, on all ranks alike."""
     marker, stop = job.watchdog.marker, job.stop
     stop.batch_seconds = max(stop.batch_seconds, time.time() - marker.now.since)
     marker.reached(place)
-    if agreement.ask(stop.wish(failed=job.saver.failed)):
+    if exchange.ask(stop.request(failed=job.saver.failed)):
         raise _CutShort
 
 
@@ -59,10 +59,10 @@ def compare_with_unigram(prepared: Prepared, job: Job, message: Callable[[str], 
     config, corpora = job.config, prepared.corpora
     assert corpora is not None and config.train.steps is not None
     mixed = Mixture.of(mixture.sources(config.data), seed=config.run.seed) if config.data.mixture else None
-    told: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
+    found: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
     for name, data in job.validation.items():
         loss = job.progress.val_loss[name]
-        told["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
+        found["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
         try:
             baseline = unigram.cross_entropy(
                 corpora.train,
@@ -77,9 +77,10 @@ def compare_with_unigram(prepared: Prepared, job: Job, message: Callable[[str], 
             # The run is complete and saved: a baseline that cannot be read must not fail it.
             message(f"validation {name}: loss {loss:.4f}, {in_words(bits)} (no unigram baseline: {error})")
             continue
-        told["unigram_loss"][name] = baseline
+        found["unigram_loss"][name] = baseline
+        side = "below" if loss <= baseline else "above"
         message(
-            f"validation {name}: loss {loss:.4f}, {in_words(bits)}; a unigram model of the training "
-            f"tokens has {baseline:.4f}: {baseline - loss:.4f} nats more"
+            f"validation {name}: loss {loss:.4f}, {in_words(bits)}; {abs(baseline - loss):.4f} nats {side} the unigram "
+            f"baseline ({baseline:.4f})"
         )
-    return told
+    return found

@@ -1,7 +1,7 @@
-"""Whether a run is still sound: updates left out in a row, and spikes of loss and gradient norm.
+"""Whether a run is still healthy: updates skipped in a row, and spikes of loss and gradient norm.
 
-A spike lies `guards.threshold` spreads above the median of the last `guards.window` steps that were neither left out
-nor spikes themselves: median and MAD cannot be moved by a few values, and spikes do not get in at all.
+A spike lies `guards.threshold` spreads above the median of the last `guards.window` steps that were neither skipped
+nor spikes themselves: a few values cannot move median and MAD, and spikes never enter the window.
 """
 
 import math
@@ -21,9 +21,9 @@ from stablelm.train.stop import Outcome
 NO_UPDATE = -1.0
 """As the largest gradient norm of a step: nothing is updated, whatever comes out."""
 LAG = 3
-"""A step is judged by what happened at least so many steps earlier, whether later figures are known yet or not."""
+"""A step is compared with steps at least this much earlier, whether or not later figures are known yet."""
 SPREADS_A_MAD = 1.4826  # of a normal distribution
-LEAST_SPREAD = 0.005  # of the median: where figures hardly vary, small changes are no spikes
+LEAST_SPREAD = 0.005  # of the median: where figures hardly vary, small changes are not spikes
 
 
 class Typical(NamedTuple):
@@ -49,7 +49,7 @@ class Guard:
         self._typicals: dict[int, tuple[Typical, Typical] | None] = {}
 
     def largest_norm(self, step: int) -> float:
-        """The gradient norm above which the update of `step` is left out: inf unless `guards.spike` is skip."""
+        """The gradient norm above which the update of `step` is skipped: inf unless `guards.spike` is skip."""
         typical = self._typical(step) if self._config.spike == "skip" else None
         return math.inf if typical is None else typical[1].median + self._config.threshold * typical[1].spread
 
@@ -90,10 +90,10 @@ class Guard:
         if far:
             self._progress.spikes += 1
         why = far or f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
-        self._message(f"step {outcome.step}: update left out ({why}); {self._in_a_row} in a row")
+        self._message(f"step {outcome.step}: update skipped ({why}); {self._in_a_row} in a row")
         if self._in_a_row > self._config.max_skips:
             raise DivergedError(
-                f"{self._in_a_row} updates in a row were left out up to step {outcome.step}, more than "
+                f"{self._in_a_row} updates in a row were skipped up to step {outcome.step}, more than "
                 f"guards.max_skips={self._config.max_skips} ({why}); start again with a lower train.lr or a more "
                 "stable model.method"
             )
@@ -113,11 +113,11 @@ class Guard:
         self.jumps = [*before["jumps"], [first, self._config.skip_data]]
         self._message(
             f"rewind {self._progress.rewinds} of {self._config.max_rewinds}: back to step {self._progress.step}; "
-            f"batches {first + 1} to {first + self._config.skip_data} are jumped over"
+            f"batches {first + 1} to {first + self._config.skip_data} are skipped"
         )
 
     def first_jumped(self, spike: Outcome) -> int:
-        """The data step from which batches are jumped over because of a spike."""
+        """The data step from which batches are skipped because of a spike."""
         return max(0, spike.data_step - self._config.skip_data // 2)
 
     def shares(self, data_step: int, jumps: list[list[int]]) -> bool:
@@ -179,7 +179,7 @@ def recheck(
     hosts: Sequence[str],
     message: Callable[[str], None],
 ) -> None:
-    """Takes the step `first` again, if its update was left out, and says whether all bits are the same. Collective.
+    """Takes the step `first` again, if its update was skipped, and reports whether all bits are the same. Collective.
 
     Nothing has changed since: weights, rows and dropout are those of the first time. Waits for the device.
     """
@@ -194,17 +194,17 @@ def recheck(
         message(f"step {step}: run again, it is the same in every bit: the data or the model, not the hardware")
 
 
-def differing(told: Sequence[tuple[int, list[float], list[float]]], hosts: Sequence[str]) -> str:
-    """Ranks whose summed loss is another at the second time, and the gradient norm if it is; '' if all are the same.
+def differing(results: Sequence[tuple[int, list[float], list[float]]], hosts: Sequence[str]) -> str:
+    """Ranks whose summed loss is another at the second time, and the gradient norm if it is; '' if all are equal.
 
-    `told`: a rank's number and its two pairs of loss (nats, of all its rows) and gradient norm.
+    `results`: a rank's number and its two pairs of loss (nats, of all its rows) and gradient norm.
     """
     words = [
         f"loss of rank {rank} on {hosts[rank]}: {before[0]:.8g}, then {after[0]:.8g}"
-        for rank, before, after in told
+        for rank, before, after in results
         if not _same(before[0], after[0])
     ]
-    _, before, after = told[0]
+    _, before, after = results[0]
     if not _same(before[1], after[1]):
         words.append(f"gradient norm: {before[1]:.8g}, then {after[1]:.8g}")
     return "; ".join(words)

@@ -31,9 +31,9 @@ def train(job: Job) -> str:
         job.watchdog.hosts,
         records.message,
     )
-    agreement = StepExchange(job.ranks)
-    if progress.evaluation_due and not validate(job, agreement):
-        return REASONS[agreement.known]
+    exchange = StepExchange(job.ranks)
+    if progress.evaluation_due and not validate(job, exchange):
+        return REASONS[exchange.known]
     while progress.step < steps:
         step = progress.step + 1
         started = time.perf_counter()
@@ -57,16 +57,17 @@ def train(job: Job) -> str:
             interval.write(job.loader)
         job.layers.step(step, progress.tokens)
         if due(step, config.evaluate.every, steps):
-            validate(job, agreement)
-        wish, outcomes = agreement.exchange(step, batch.data_step, result, job.stop.wish(failed=job.saver.failed))
-        reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
+            validate(job, exchange)
+        request = job.stop.request(failed=job.saver.failed)
+        agreed, outcomes = exchange.exchange(step, batch.data_step, result, request)
+        reason = REASONS[agreed] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
-        if saving:  # nothing that has not been judged
+        if saving:  # only steps that the guard has checked
             interval.write(job.loader)
-            outcomes += agreement.settle()
+            outcomes += exchange.settle()
         spike = job.guard.judge(outcomes)
         stopping = bool(reason) and (step < steps or progress.evaluation_due)
-        if spike is not None and not stopping and rewound(job, spike, agreement, interval):
+        if spike is not None and not stopping and rewound(job, spike, exchange, interval):
             continue
         if saving:
             marker.at("save", step)
@@ -77,13 +78,13 @@ def train(job: Job) -> str:
         job.stop.save_seconds, job.stop.step_seconds = job.saver.margin_seconds, interval.slowest
         job.stop.layers_seconds = job.layers.slowest
         if stopping:
-            agreement.settle()
+            exchange.settle()
             return reason
     return ""
 
 
 def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
-    """`train_step` of this batch, whose `largest_norm` is left to say."""
+    """`train_step` of this batch, without its `largest_norm`."""
     config = job.config
     return partial(
         train_step,
@@ -100,12 +101,12 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
     )
 
 
-def rewound(job: Job, spike: Outcome, agreement: StepExchange, interval: IntervalMetrics) -> bool:
-    """Rewinds if there is a checkpoint to return to; what was measured and not yet told of later steps is void."""
-    later = agreement.settle()
+def rewound(job: Job, spike: Outcome, exchange: StepExchange, interval: IntervalMetrics) -> bool:
+    """Rewinds if there is a checkpoint to return to; what was measured of later steps and not recorded is dropped."""
+    later = exchange.settle()
     job.watchdog.marker.at("rewind", job.progress.step)
     if not job.rewind(spike):
-        job.records.message("there is no checkpoint to return to yet; going on")
+        job.records.message("there is no checkpoint to return to yet; continuing")
         job.guard.judge(later)
         return False
     job.profiler.interrupt()

@@ -85,8 +85,8 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 
 
 def next_attempt(run_dir: Path) -> int:
-    """One more than any attempt that has begun, those of before attempts had files of their own included."""
-    begun = [told["attempt"] for told in provenance.read(run_dir)]
+    """One more than the last attempt that has begun, also where attempts had no files of their own yet."""
+    begun = [entry["attempt"] for entry in provenance.read(run_dir)]
     return 1 + max(attempts.newest(run_dir), *begun, 0)
 
 
@@ -118,7 +118,7 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
 
 
 def check_remote(config: Config, train: training.Sources, sets: dict[str, list[str]], known: training.Lists) -> None:
-    """Looks at remote text. Not at lists the run has begun with: what befalls their store now is no bad input."""
+    """Checks remote text, except lists that the run began with: a failure of their store now is not bad input."""
     asked = {
         f"data.validation.{name}": (path, sets[name], validation_options(config, name))
         for name, path in validation_paths(config).items()

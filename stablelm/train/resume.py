@@ -92,10 +92,10 @@ def load_checkpoint(
 def rewind(
     spike: Outcome, saver: Saver, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
 ) -> bool:
-    """Returns to a checkpoint from before the spike, from where the batches around it are jumped over. Collective.
+    """Returns to a checkpoint from before the spike, and skips the batches around it from there. Collective.
 
-    It is the newest one that has seen none of these batches, so that the run becomes the same wherever it was saved;
-    the newest of all if every one has seen some. False, and nothing is changed, if there is none. Raises
+    It is the newest one that has seen none of these batches, so that the result does not depend on where the run was
+    saved; the newest of all if every one has seen some. False, with nothing changed, if there is none. Raises
     DivergedError if all rewinds are used up.
     """
     saver.wait()

@@ -29,11 +29,11 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
     """Runs to the end, an early stop or a failure; returns the exit code, which `summary.json` repeats."""
     config, ending = prepared.config, Ending(prepared.config.run.dir, prepared.launch, Progress())
     try:
-        # Longer than the watchdog's patience: it names the rank at fault, which a broken collective cannot.
-        patience = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
+        # Longer than the watchdog's time-out: it names the rank at fault, which a broken collective cannot.
+        timeout = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
         # While a rank waits for a store the others wait for it.
-        patience += config.data.retry_budget
-        ranks = connect(prepared.launch, prepared.kind, collective_seconds=patience)
+        timeout += config.data.retry_budget
+        ranks = connect(prepared.launch, prepared.kind, collective_seconds=timeout)
         prepared = share_corpora(prepared, ranks)
         check_precision(str(config.train.precision), ranks.device)
         assert prepared.corpora is not None
@@ -88,14 +88,14 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
 
 
 def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
-    """What is left takes one rank's time while the others wait for it."""
+    """The closing reports take one rank's time while the others wait for it."""
     config, records = job.config, job.records
     job.watchdog.stop()
     job.loader.close()
     job.profiler.close()
     if reason:
-        told = f"stopped early ({reason}) at step {job.progress.step} of {config.train.steps}; run again to go on"
-        records.message(told)
+        line = f"stopped early ({reason}) at step {job.progress.step} of {config.train.steps}; run again to go on"
+        records.message(line)
     elif job.ranks.is_first:
         ending.extra |= compare_with_unigram(prepared, job, records.message)
     records.message(where_to_look(config))

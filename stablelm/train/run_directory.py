@@ -39,7 +39,7 @@ RESOLVED = "# What the keys of config.yaml became in the last attempt. To start 
 
 
 def check(config: Config) -> None:
-    """ConfigError where run.dir is no directory, another user's, or holds links where the run would write."""
+    """ConfigError where run.dir is not a directory, is another user's, or holds links where the run would write."""
     fence = checkpoint_path(str(config.checkpoint.dir)) / FENCE
     if is_link(fence):
         raise ConfigError(_through_a_link(fence))

@@ -55,10 +55,10 @@ def train_step(
         sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
-        # 1, or NaN where the loss is not finite: every rank's gradients then tell.
-        sound = 1 + 0 * sums.total.detach()
+        # 1, or NaN where the loss is not finite: it reaches every rank's gradients.
+        finite = 1 + 0 * sums.total.detach()
         mark("backward", part)
-        engine.backward(sums.total / valid_global * sound, last=last)
+        engine.backward(sums.total / valid_global * finite, last=last)
         cross_entropy += sums.cross_entropy
     mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)

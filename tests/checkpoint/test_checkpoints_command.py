@@ -44,7 +44,7 @@ def test_list_and_verify_show_what_is_damaged(tmp_path):
     flip_bit(run / "checkpoints" / "step-00000002" / "state.json", 17)
     checked = call("verify", run)
     assert checked.returncode == 78
-    assert "step-00000002    damaged: state.json was changed" in checked.stdout
+    assert "step-00000002    corrupt: state.json was changed" in checked.stdout
     assert checked.stderr.count("\n") == 1
     assert "step-00000002" in checked.stderr
     assert call("verify", run / "checkpoints" / "step-00000001").returncode == 0

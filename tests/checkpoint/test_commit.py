@@ -213,7 +213,7 @@ def test_two_ranks_share_the_work_and_fail_together(tmp_path):
     assert str(tmp_path) in full[0][1]
     assert "no space left" in full[0][1]
     assert [kind for kind, *_ in bug] == ["FailedElsewhere", "AssertionError"]
-    assert "rank 1 failed: AssertionError: model.bug is no tensor" in bug[0][1]
+    assert "rank 1 failed: AssertionError: model.bug is not a tensor" in bug[0][1]
     assert unshared[0][:2] == unshared[1][:2]
     assert unshared[0][0] == "StorageError"
     assert "rank 1 does not see the directory that rank 0 made in unshared" in unshared[0][1]

@@ -76,9 +76,9 @@ def test_a_save_that_lacks_a_tensor_is_not_committed(tmp_path: Path):
     shapes = shapes_of(tensors)
     for name in tensors:
         partial = {each: tensor for each, tensor in tensors.items() if each != name}
-        assert f"its save is incomplete: {name} missing or not whole" in save(tmp_path, partial, shapes)
+        assert f"its save is incomplete: {name} missing or incomplete" in save(tmp_path, partial, shapes)
     wrong = tensors | {"model.layers.0.bias": torch.zeros(8, dtype=torch.bfloat16)}
-    assert "model.layers.0.bias missing or not whole" in save(tmp_path, wrong, shapes)
+    assert "model.layers.0.bias missing or incomplete" in save(tmp_path, wrong, shapes)
     assert left_over(tmp_path) == []
     assert selection.step_directories(tmp_path) == []
     assert save(tmp_path, tensors, shapes) == ""

@@ -202,7 +202,7 @@ def test_a_linked_step_counts_and_is_left_alone_by_retention(tmp_path, caplog):
 
 
 def test_what_cannot_be_resolved_is_explained(tmp_path, caplog):
-    with pytest.raises(CheckpointError, match="absent is no directory"):
+    with pytest.raises(CheckpointError, match="absent is not a directory"):
         selection.resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         selection.resolve_checkpoint(tmp_path)

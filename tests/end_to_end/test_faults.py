@@ -51,7 +51,7 @@ def test_a_bad_batch_is_skipped_and_counted(processes: int, tiny_corpus: TinyCor
     assert [step for step, loss in found.items() if math.isnan(loss)] == [3]
     told = summary(tmp_path / "whole")
     assert (told["skipped_steps"], told["step"]) == (1, 8)
-    assert "step 3: update left out (loss nan" in whole.stdout
+    assert "step 3: update skipped (loss nan" in whole.stdout
     assert state(tmp_path / "whole")["guards"]["skipped_steps"] == 1
     # An attempt that ends and one that goes on make the same run.
     parts = (*bad, "train.steps=8", "guards.recheck=true")
@@ -71,7 +71,7 @@ def test_too_many_in_a_row_end_with_76(tiny_corpus: TinyCorpus, tmp_path: Path):
     done = start(tiny_corpus, tmp_path, *wild, processes=2)
     assert done.returncode == 76, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("updates in a row were left out") == 1
+    assert done.stderr.count("updates in a row were skipped") == 1
     assert summary(tmp_path)["exit_code"] == 76
 
 
@@ -79,7 +79,7 @@ def test_a_spike_of_the_norm_is_left_out(tiny_corpus: TinyCorpus, tmp_path: Path
     spike = (ALLOW, "faults.bad_batch=9", "faults.spike=50", "guards.spike=skip", *SPIKES, "train.steps=12")
     done = start(tiny_corpus, tmp_path, *spike)
     assert done.returncode == 0, done.stderr
-    assert "step 9: update left out (loss" in done.stdout
+    assert "step 9: update skipped (loss" in done.stdout
     told = summary(tmp_path)
     assert (told["skipped_steps"], told["spikes"], told["rewinds"]) == (1, 1, 0)
 
@@ -88,7 +88,7 @@ def test_a_spike_rewinds_and_a_resumed_run_repeats_it(tiny_corpus: TinyCorpus, t
     spike = (ALLOW, "faults.bad_batch=10", "faults.spike=50", "guards.spike=rewind", *SPIKES, "train.steps=14")
     whole = start(tiny_corpus, tmp_path / "whole", *spike, processes=2)
     assert whole.returncode == 0, whole.stderr
-    assert "rewind 1 of 3: back to step 8; batches 9 to 10 are jumped over" in whole.stdout
+    assert "rewind 1 of 3: back to step 8; batches 9 to 10 are skipped" in whole.stdout
     told = summary(tmp_path / "whole")
     assert (told["rewinds"], told["step"], told["skipped_steps"]) == (1, 14, 0)
     saved = state(tmp_path / "whole")
@@ -231,7 +231,7 @@ def test_a_silent_rank_is_named_by_the_others(
     assert sum(text.count("error: ") for text in told) == 1, told
     reason = summary(run_dir)["reason"]
     assert reason.startswith(f"rank {rank} on ")
-    assert "does not answer any more" in reason
+    assert "does not answer" in reason
     assert all((run_dir / "stacks" / f"rank-{own}.txt").exists() for own in range(3) if own != rank)
 
 

@@ -1,4 +1,4 @@
-"""Spikes, updates left out, what is jumped over, and the sum by which all ranks learn of it."""
+"""Spikes, skipped updates and batches, and the sum by which all ranks learn of them."""
 
 import math
 import statistics
@@ -140,7 +140,7 @@ def test_a_rewind_jumps_over_the_data_around_the_spike(tiny_corpus: TinyCorpus):
     told.guard.rewound(outcome(11), 4, before)
     assert fed(told.guard, tiny_corpus, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13]
     assert told.progress.rewinds == 1
-    assert "batches 9 to 12 are jumped over" in told.lines[-1]
+    assert "batches 9 to 12 are skipped" in told.lines[-1]
 
 
 def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay(tiny_corpus: TinyCorpus):
@@ -190,7 +190,7 @@ def disagree(rank: int, world_size: int) -> None:
 
 
 def test_ranks_that_differ_are_noticed():
-    with pytest.raises(RuntimeError, match="1 of 2 ranks left out the update of step 1"):
+    with pytest.raises(RuntimeError, match="1 of 2 ranks skipped the update of step 1"):
         run_ranks(disagree, 2)
 
 
