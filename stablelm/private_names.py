@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -20,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FakeStore",
     "FakeTensorMode",
+    "HashStore",
+    "PrefixStore",
+    "Store",
     "TorchDispatchMode",
     "active_fake_mode",
     "checkpoint_wrapper",

@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from stablelm.engine.consensus import Consensus
 from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
+from stablelm.private_names import HashStore, PrefixStore, Store
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
 
-from torch.distributed import PrefixStore, Store
-
 from stablelm.json_text import load
 from stablelm.new_files import replace_file
+from stablelm.private_names import PrefixStore, Store
 from stablelm.small_files import read_small
 
 STORE_SECONDS = 2.0

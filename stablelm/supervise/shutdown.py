@@ -59,12 +59,12 @@ class Ending:
         return self._leave(1)
 
     def _report_once(self, code: int, reason: str, print_error: Callable[[], None]) -> None:
-        if self.watchdog is not None and not self.watchdogdog.may_report():
+        if self.watchdog is not None and not self.watchdog.may_report():
             return
         print_error()
         self.write(code, reason)
         if self.watchdog is not None:
-            self.watchdogdog.reported()
+            self.watchdog.reported()
 
     def _print(self, error: UserError) -> None:
         if self.watchdog is None:

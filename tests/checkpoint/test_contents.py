@@ -42,7 +42,7 @@ def test_pieces_cover_a_tensor_once(shape: tuple[int, ...], pieces: list, covers
     file = "rank-00000-0.safetensors"
     made = tuple(Piece(file=file, offsets=offsets, sizes=sizes) for offsets, sizes in pieces)
     entry = TensorEntry(dtype="F32", shape=shape, pieces=made)
-    assert entry.whole == covers
+    assert entry.complete == covers
 
 
 def test_every_tensor_of_the_model_is_expected():

@@ -64,8 +64,8 @@ def twice(index):
 
 
 INDEXES = {
-    "no pieces": (lambda index: index["tensors"][NAME].update(pieces=[]), f"not complete .{NAME} not whole"),
-    "overlap": (two_halves, f"not complete .{NAME} not whole"),
+    "no pieces": (lambda index: index["tensors"][NAME].update(pieces=[]), f"not complete .{NAME} incomplete"),
+    "overlap": (two_halves, f"not complete .{NAME} incomplete"),
     "twice": (twice, "two pieces have one name"),
     "beyond the whole": (lambda index: piece(index).update(offsets=[1, 0]), "not inside"),
     "far beyond": (lambda index: piece(index).update(sizes=[1 << 62, 16]), "not inside"),
