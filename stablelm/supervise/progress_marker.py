@@ -36,7 +36,7 @@ class ProgressMarker:
         """Steps that this attempt has finished."""
         self.save_parts = 0
         """Parts of saves that this attempt has finished."""
-        self._save_part = ""
+        self._save_part, self._parts_before = "", 0
 
     def at(self, phase: str, step: int, place: str = "") -> None:
         """A phase begins, and the one before is finished.
@@ -44,6 +44,8 @@ class ProgressMarker:
         Phases: starting, dry run, data, step, forward, backward, update, record, evaluation, save, rewind.
         """
         before = self.now
+        if (phase, step) != (before.phase, before.step):
+            self._parts_before = self.save_parts
         self.now = Marker(before.count + 1, step, phase, place, time.time(), before.words())
 
     def reached(self, place: str) -> None:
@@ -72,7 +74,8 @@ class ProgressMarker:
     def last_finished(self) -> str:
         """In words, for a message."""
         now = self.now
-        return f"the save's {self._save_part}" if now.phase == "save" and self._save_part else now.finished
+        in_save = now.phase == "save" and self.save_parts > self._parts_before
+        return f"the save's {self._save_part}" if in_save else now.finished
 
 
 def waits_in(thread: int) -> str:

@@ -65,7 +65,9 @@ def test_a_marker_counts_places_alike_on_all_ranks():
     marker.finished(1)
     assert (marker.steps, marker.now.phase) == (1, "record")
     marker.at("save", 1)
-    assert (marker.progress(), marker.last_finished()) == ((5, 1), "the save's staging")
+    assert (marker.progress(), marker.last_finished()) == ((5, 1), "step 1, record")
+    marker.saved_part("tensors")
+    assert (marker.progress(), marker.last_finished()) == ((5, 2), "the save's tensors")
 
 
 def stops_in_the_middle(rank: int, world_size: int) -> list[str]:
