@@ -86,12 +86,12 @@ def save(
     """
     started = time.perf_counter()
     consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
-    standing = consensus.first(lambda: _standing(fence, step, shapes), "look for an earlier save")
-    if standing.whole is not None:
-        return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
+    earlier = consensus.first(lambda: _find_earlier(fence, step, shapes), "look for an earlier save")
+    if earlier.path is not None:
+        return SaveResult(earlier.path, time.perf_counter() - started, earlier.bytes)
     staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors)
     consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes), "check of its tensors")
-    path = consensus.first(lambda: _publish(fence, staging, step, records, standing), "commit")
+    path = consensus.first(lambda: _publish(fence, staging, step, records, earlier), "commit")
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
@@ -118,15 +118,15 @@ def dry_run(
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What there is of a step: a whole checkpoint and its bytes, or the inode of a damaged local one."""
+class _Earlier:
+    """An earlier save of the step: an intact checkpoint and its bytes, or the inode of a damaged local one."""
 
-    whole: CheckpointPath | None = None
+    path: CheckpointPath | None = None
     bytes: int = 0
     damaged: int | None = None
 
 
-def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Standing:
+def _find_earlier(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Earlier:
     fence.check()
     for path in step_directories(fence.root):
         if step_of(path) != step:
@@ -134,11 +134,11 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
         inode = path.stat().st_ino if isinstance(path, Path) else None
         problems = verify(path) or _lacks(path, shapes)
         if not problems:
-            return _Standing(path, _total(read_manifest(path, read_commit(path))))
+            return _Earlier(path, _total(read_manifest(path, read_commit(path))))
         logger.warning("%s", printable(f"{path} is damaged ({problems[0]}): the step will be saved anew"))
         if inode is not None:
-            return _Standing(damaged=inode)
-    return _Standing()
+            return _Earlier(damaged=inode)
+    return _Earlier()
 
 
 def _lacks(path: CheckpointPath, shapes: Mapping[str, torch.Size]) -> list[str]:
@@ -242,7 +242,7 @@ def _refuse_incomplete(fence: Fence, staging: CheckpointPath, step: int, shapes:
 
 
 def _publish(
-    fence: Fence, staging: CheckpointPath, step: int, records: dict[str, FileRecord], standing: _Standing
+    fence: Fence, staging: CheckpointPath, step: int, records: dict[str, FileRecord], earlier: _Earlier
 ) -> CheckpointPath:
     sealed = record_of(manifest_content(records)).sha256
     content = commit_content(Commit(step, fence.attempt, fence.token, datetime.now(UTC).isoformat(), sealed))
@@ -256,8 +256,8 @@ def _publish(
             write_durably(staging / COMMITTED, content)
             sync_directory(staging)
             fence.check()
-            if standing.damaged is not None:
-                _set_aside(target, standing.damaged)
+            if earlier.damaged is not None:
+                _set_aside(target, earlier.damaged)
             rename_to_new(staging, target)
             sync_directory(target.parent)
             return target

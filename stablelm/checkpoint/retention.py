@@ -23,8 +23,8 @@ def retain(
 
 
 def _delete(path: CheckpointPath) -> bool:
-    """False where a link has taken the checkpoint's place meanwhile, which is left alone."""
-    # What makes it a checkpoint goes first and at once: a deletion that is cut short leaves nothing that looks valid.
+    """False, with nothing deleted, where a link has replaced the checkpoint meanwhile."""
+    # What makes it a checkpoint is removed first and at once: an interrupted deletion leaves nothing that looks valid.
     if isinstance(path, RemotePath):
         (path / COMMITTED).remove()
         path.remove()
@@ -44,17 +44,17 @@ def superseded(
 ) -> list[CheckpointPath]:
     """Valid checkpoints beyond the newest `keep` (at least 1) valid ones, but for multiples of keep_permanent_every.
 
-    Damaged ones neither count nor are listed. Links, such as to an archive, count but are not listed, which is said
+    Damaged ones neither count nor are listed. Links, such as to an archive, count but are not listed; a warning says so
     once. Without `hashes` valid means: committed, and all names and sizes agree.
     """
     assert keep >= 1
     valid = [path for path in step_directories(root) if not verify(path, hashes=hashes)]
     found = [path for path in valid[keep:] if not is_permanent(path, keep_permanent_every)]
-    return [path for path in found if not (is_link(path) and _left_alone(path))]
+    return [path for path in found if not (is_link(path) and _warned_of_link(path))]
 
 
 @cache
-def _left_alone(path: CheckpointPath) -> bool:
+def _warned_of_link(path: CheckpointPath) -> bool:
     logger.warning("%s is a link and is left alone: delete it by hand if it is not needed", path)
     return True
 

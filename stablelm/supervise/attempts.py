@@ -1,10 +1,10 @@
-"""The numbers of a run's attempts: `run.dir/attempts/<8 digits>.json`, each created by one start alone.
+"""A run's attempts: their numbers, `run.dir/attempts/<8 digits>.json`, and the summary of the last one.
 
-A start looks at once for the number that comes next, and takes it after its own look at the data and its meeting of
-ranks. If another start has taken the number in between, both began at the same moment, and the later one ends. A start
-that begins afterwards finds the next number and takes over by the fencing token, whatever became of the one before: so
-a record that a dead process left behind refuses nobody. Nor does one of the same Slurm job, which the node failure
-that it was requeued for may have stalled, or of a process of this host that has ended.
+Each file is created by one start alone. A start first looks up the next number, and takes it once its data is checked
+and its ranks have met. If another start has taken the number meanwhile, both began at the same moment, and the later
+one ends. A start that begins afterwards finds the next number and takes over by the fencing token, whatever became of
+the one before: the record of a dead process blocks nobody. Neither does that of an earlier attempt of the same Slurm
+job, which a node failure may have stalled, nor that of a process of this host that has ended.
 """
 
 import errno
@@ -56,7 +56,7 @@ def holder(run_dir: Path, number: int) -> Holder | None:
 
 
 def take(run_dir: Path, number: int) -> int:
-    """Takes `number`, or the next one that is free if its holder cannot be going on; `run_dir` exists.
+    """Takes `number`, or the next free one if its holder cannot be running any more; `run_dir` exists.
 
     Raises ConfigError if another start holds it, with nothing changed, and OSError where nothing can be written.
     """
@@ -67,14 +67,14 @@ def take(run_dir: Path, number: int) -> int:
             who = f"process {found['pid']} on {found['host']} since {found['time'][:19]} UTC" if found else "another"
             raise ConfigError(
                 f"run.dir={run_dir} is held by another start that began at the same moment (attempt {number}: {who}); "
-                "let it go on, or give this one another run.dir"
+                "let it continue, or give this one another run.dir"
             )
         number += 1
     return number
 
 
 def _superseded(found: Holder) -> bool:
-    """Whether a holder has ended, or is an earlier attempt of this very Slurm job."""
+    """Whether a holder has ended, or is an earlier attempt of the same Slurm job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None and found["slurm_job"] == job:
         return True
@@ -92,7 +92,7 @@ def _runs(pid: int) -> bool:
 
 
 def _create(path: Path) -> bool:
-    """Whether the file was made now, with all of its content at once where the file system has links."""
+    """Whether this call created the file; its content appears at once where the file system has links."""
     taker: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -124,7 +124,7 @@ def _path(run_dir: Path, number: int) -> Path:
 
 
 class Summary(TypedDict, total=False):
-    """What is read back of a summary; the rest may be anything."""
+    """The fields of a summary that are read back; others may be anything."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     exit_code: int | None
@@ -156,7 +156,7 @@ def write_summary(run_dir: str | Path, summary: dict[str, Any]) -> None:
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The last attempt's summary; empty where there is none, or it is not as we write it."""
+    """The last attempt's summary; empty where there is none, or it is not one that we wrote."""
     try:
         return dict(parse(read_small(Path(run_dir) / "summary.json"), Summary))
     except (OSError, ValueError):

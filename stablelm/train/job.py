@@ -149,7 +149,7 @@ def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
 
 
 def first_rows(prepared: Prepared, rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
-    """The first windows of the training text, (rows, seq_len) tokens and targets, whatever the batch and the ranks."""
+    """The first windows of the training text, (rows, seq_len) tokens and targets, for any batch size and ranks."""
     config = prepared.config
     assert prepared.corpora is not None
     data = replace(config.data, seq_len=seq_len, workers=0)

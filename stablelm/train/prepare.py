@@ -136,7 +136,7 @@ def check_remote(config: Config, train: training.Sources, sets: dict[str, list[s
 
 
 def known_files(config: Config) -> dict[str, list[str]]:
-    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
+    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume lists no store again."""
     try:
         return parse(read_small(Path(config.run.dir) / "data_files.json"), dict[str, list[str]])
     except (OSError, ValueError):
