@@ -87,6 +87,6 @@ def test_a_place_without_checkpoints_is_one_sentence(tmp_path):
         answer = call(command, tmp_path / "absent")
         assert answer.returncode == 78
         assert answer.stderr == (
-            f"{tmp_path / 'absent'} is no directory: name a run, its checkpoints or one step-... directory in it\n"
+            f"{tmp_path / 'absent'} is not a directory: name a run, its checkpoints or one step-... directory in it\n"
         )
         assert "holds no checkpoint" in call(command, tmp_path).stderr
