@@ -19,7 +19,7 @@ def stage(mine, step):
     """All of a save but its commit."""
     tensors, state = toy_tensors(step), {**STATE, "step": step}
     staged = commit._stage(mine, step, tensors, state, "", Consensus(None, 0), whole=tensors)
-    return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Standing())
+    return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Earlier())
 
 
 def steps(root):

@@ -107,7 +107,7 @@ def test_a_stalled_older_attempt_cannot_commit(root: Any):
     with pytest.raises(FileExistsError):
         (staging / "COMMITTED").create(content)
     assert newest(root) == (kept, [])
-    publish = (older, staging, 2, records, commit._Standing())
+    publish = (older, staging, 2, records, commit._Earlier())
     for late in (lambda: save_toy(root, 3, fence=older), lambda: commit._publish(*publish)):
         with pytest.raises(CheckpointError, match=r"attempt new .* has taken over .*fencing token 2.* holds 1"):
             late()
