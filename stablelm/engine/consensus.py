@@ -41,7 +41,7 @@ class Consensus:
 
         return dist.get_world_size(self.group)
 
-    def run(self, action: Callable[[], T], part: str = "a phase") -> list[T]:
+    def run(self, action: Callable[[], T], part: str = "") -> list[T]:
         """Every rank acts; every rank gets the (picklable) values of all, in rank order."""
         value, error = None, None
         try:
@@ -54,7 +54,7 @@ class Consensus:
             self._fail(failures, error)
         return values
 
-    def first(self, action: Callable[[], T], part: str = "a phase") -> T:
+    def first(self, action: Callable[[], T], part: str = "") -> T:
         """Rank 0 acts; every rank gets its (picklable) value."""
         return self.run(lambda: action() if self.rank == 0 else None, part)[0]  # type: ignore[return-value]
 

@@ -30,8 +30,8 @@ class Ranks:
     nodes: int = 1
     store: Store | None = None
     """Of the process group, if there are other ranks."""
-    reached: Callable[[str], None] = lambda part: None
-    """Called by `consensus` and `gather` before this rank waits for the others."""
+    passed: Callable[[], None] = lambda: None
+    """Called by phases of `consensus` and by `gather` before this rank waits for the others."""
 
     @property
     def is_first(self) -> bool:
@@ -39,13 +39,13 @@ class Ranks:
 
     def consensus(self) -> Consensus:
         """For phases in which all ranks fail together."""
-        return Consensus(self.cpu_group, self.rank, self.reached)
+        return Consensus(self.cpu_group, self.rank, lambda part: self.passed())
 
     def gather(self, value) -> list:
         """Every rank's picklable value, in rank order, on every rank."""
         if self.cpu_group is None:
             return [value]
-        self.reached("gathering")
+        self.passed()
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values

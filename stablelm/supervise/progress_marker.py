@@ -52,6 +52,10 @@ class ProgressMarker:
         """The next place inside the phase."""
         self.at(self.now.phase, self.now.step, place)
 
+    def passed(self) -> None:
+        """A place without a name, such as an exchange with the other ranks."""
+        self.now = self.now._replace(count=self.now.count + 1, since=time.time())
+
     def in_step(self, phase: str, place: str) -> None:
         """A phase of the same step begins."""
         self.at(phase, self.now.step, place)

@@ -50,7 +50,7 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
         ending.created = True
         ending.watchdog = Watchdog(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
         ending.watchdog.start()
-        ranks = dataclasses.replace(ranks, reached=ending.watchdog.marker.reached)
+        ranks = dataclasses.replace(ranks, passed=ending.watchdog.marker.passed)
         reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
         ending.watchdog.stop()
     except Exception as error:
