@@ -104,12 +104,14 @@ class Saver:
             self._thread.join()
 
     def _commit(self, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, started: float):
-        commit.save(
-            self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=self._group, reached=self._reached
-        )
+        def reached(part: str) -> None:
+            self._reached(f"step {step}, save ({part})")
+
+        group = self._group
+        commit.save(self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=group, reached=reached)
         self._committed(step)
-        rank = 0 if self._group is None else dist.get_rank(self._group)
-        Consensus(self._group, rank, self._reached).first(self._retain, "retention")
+        rank = 0 if group is None else dist.get_rank(group)
+        Consensus(group, rank, reached).first(self._retain, "retention")
         self.seconds = time.perf_counter() - started
 
 

@@ -66,7 +66,7 @@ class ProgressMarker:
         self.at("record", step)
 
     def saved_part(self, part: str) -> None:
-        """A save has finished a part; in whichever thread it runs."""
+        """A save has finished a part, `step 12, save (tensors)`, in whichever thread it runs."""
         self._save_part = part
         self.save_parts += 1
 
@@ -79,7 +79,7 @@ class ProgressMarker:
         """In words, for a message."""
         now = self.now
         in_save = now.phase == "save" and self.save_parts > self._parts_before
-        return f"the save's {self._save_part}" if in_save else now.finished
+        return self._save_part if in_save else now.finished
 
 
 def waits_in(thread: int) -> str:

@@ -60,7 +60,7 @@ def test_a_marker_counts_places_alike_on_all_ranks():
     marker.in_step("forward", "micro-batch 1 of 2")
     assert (marker.now.count, marker.now.words()) == (3, "step 1, forward (micro-batch 1 of 2)")
     assert marker.last_finished() == "step 1, step"
-    marker.saved_part("staging")  # in the background: it says nothing of the main thread
+    marker.saved_part("step 0, save (staging)")  # in the background: it says nothing of the main thread
     assert marker.progress() == (3, 0)
     marker.passed()
     assert (marker.progress(), marker.now.words()) == ((4, 0), "step 1, forward (micro-batch 1 of 2)")
@@ -68,8 +68,8 @@ def test_a_marker_counts_places_alike_on_all_ranks():
     assert (marker.steps, marker.now.phase) == (1, "record")
     marker.at("save", 1)
     assert (marker.progress(), marker.last_finished()) == ((6, 1), "step 1, record")
-    marker.saved_part("tensors")
-    assert (marker.progress(), marker.last_finished()) == ((6, 2), "the save's tensors")
+    marker.saved_part("step 1, save (tensors)")
+    assert (marker.progress(), marker.last_finished()) == ((6, 2), "step 1, save (tensors)")
 
 
 def stops_in_the_middle(rank: int, world_size: int) -> list[str]:
