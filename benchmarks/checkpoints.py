@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from stablelm.checkpoint import commit, fence, keep
+from stablelm.checkpoint import commit, fence, selection
 from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.format import load_tensors
 
@@ -52,7 +52,7 @@ class Bench:
         self.mine = fence.take(self.root, "1")
         shapes = {name: tensor.shape for name, tensor in state.items()}
         self.shapes, self.saver = shapes, Saver(self.mine, None, shapes=shapes, background=True)
-        self.saver.rehearse(state)
+        self.saver.dry_run(state)
         self.step = 0
         self.target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
@@ -77,10 +77,10 @@ class Bench:
         self._hash()
 
     def load(self) -> None:
-        load_tensors(keep.resolve_checkpoint(self.root) / "tensors", self.target, None)
+        load_tensors(selection.resolve_checkpoint(self.root) / "tensors", self.target, None)
 
     def clear(self) -> None:
-        for path in keep.step_directories(self.root):
+        for path in selection.step_directories(self.root):
             shutil.rmtree(path)  # type: ignore[arg-type]
 
     def _hash(self) -> None:

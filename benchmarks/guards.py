@@ -4,7 +4,7 @@
 
 The step is forward, backward, clip and AdamW of `pre_ln` at layers x d_model x batch x seq_len in one process. The
 added code is everything that a run does for them in every step: the verdict on the norm and the loss, sums that leave
-a skipped step out, the window of past figures, the pulse, wishes to stop, and the sum over `--ranks` gloo processes;
+a skipped step out, the window of past figures, the marker, wishes to stop, and the sum over `--ranks` gloo processes;
 the threads of heartbeat and watchdog run meanwhile. It is made many times in a row, so the sum over ranks is waited
 for, which a step never does. Medians come with their quartiles.
 """
@@ -28,17 +28,15 @@ from methods import config_of, record, step_of, text_of
 from torch.multiprocessing.spawn import spawn
 
 from stablelm.config.schema import Config, GuardsConfig, ObserveConfig, RunConfig
-from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import StepResult
+from stablelm.engine.optimizers import refused
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.observe.metrics import Interval
-from stablelm.train.agreement import Agreement, Outcome
+from stablelm.observe.interval_metrics import Interval, IntervalMetrics
+from stablelm.observe.progress import Progress
+from stablelm.supervise.heartbeat import Watchdog
 from stablelm.train.guards import Guard
-from stablelm.train.meter import Meter
-from stablelm.train.progress import Progress
-from stablelm.train.step import StepResult
-from stablelm.train.stop import Stop
-from stablelm.train.watchdog import Watch
+from stablelm.train.stop import Outcome, StepExchange, Stop
 
 REPEATS, ROUNDS = 50, 20
 
@@ -46,29 +44,29 @@ REPEATS, ROUNDS = 50, 20
 def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[], None]]:
     """The code of one step that is there for guards, heartbeat and stops, on figures that are at hand; and its end."""
     device, progress = ranks.device, Progress()
-    watch = Watch(config, ranks, ["here"] * ranks.world_size, 1, lambda code, words: None)
+    watch = Watchdog(config, ranks, ["here"] * ranks.world_size, 1, lambda code, words: None)
     watch.start()
     guard = Guard(config.guards, progress, print)
     guard.judge([Outcome(step, step, 3 + step % 7 / 100, 1 + step % 5 / 100, False) for step in range(-300, 0)])
-    stop, agreement = Stop(ranks, deadline=time.time() + 1e6), Agreement(ranks)
-    meter = Meter(device, ranks, config, progress, lambda record: None)
+    stop, agreement = Stop(ranks, deadline=time.time() + 1e6), StepExchange(ranks)
+    meter = IntervalMetrics(device, ranks, config, progress, lambda record: None, lambda step: config.train.lr)
     numbers = [torch.tensor(value, device=device) for value in (3.0, 100, 1.0)]
     count = iter(range(1, 1_000_000))
 
     def work() -> None:
         step = next(count)
-        watch.pulse.at("data", step)
-        watch.pulse.at("step", step)
+        watch.marker.at("data", step)
+        watch.marker.at("step", step)
         largest = guard.largest_norm(step)
         for place in ("batch sizes", "micro-batch 1 of 1", "update"):
-            watch.pulse.reached(place)
+            watch.marker.reached(place)
         _ = numbers[0] / numbers[1] * (1 + 0 * numbers[0].detach())
         skipped = refused(numbers[2], largest)
         skipped.float()
         result = StepResult(numbers[0], numbers[1], numbers[2], refused(numbers[2], largest))
         meter.add(result, wait=0.0, own=0.0, seconds=0.0)
-        watch.pulse.finished(step)
-        _, outcomes = agreement.exchange(step, step, result, stop.wish())
+        watch.marker.finished(step)
+        _, outcomes = agreement.exchange(step, step, result, stop.request())
         guard.judge(outcomes)
 
     def end() -> None:

@@ -20,7 +20,7 @@ from stablelm.config.load import load
 from stablelm.probe.measure import measure
 from stablelm.probe.predict import predict
 from stablelm.probe.run import Request, collision_of, prepare
-from stablelm.train.build import first_rows
+from stablelm.train.job import first_rows
 
 METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"
 SHAPES = "12x256,48x256,192x256,1000x64"

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.trainability_report import Run, best_lr, name_of, read_run, read_runs, write_report
 from stablelm.errors import ConfigError, DivergedError
 from stablelm.methods.catalogue import METHODS
-from stablelm.train.summary import read_summary
+from stablelm.supervise.attempts import read_summary
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 DEFAULT_METHODS = (

@@ -14,7 +14,7 @@ import yaml
 from stablelm.errors import DivergedError
 from stablelm.observe.sinks import last_records
 from stablelm.study.sensitivity import lr_sensitivity
-from stablelm.train.summary import read_summary
+from stablelm.supervise.attempts import read_summary
 
 LAST = 20  # steps whose mean is the final training loss
 LEARNED = 0.5  # nats below the first step's loss that a run must end at

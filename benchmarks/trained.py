@@ -15,7 +15,7 @@ from stablelm.config.load import load
 from stablelm.probe.measure import measure
 from stablelm.probe.run import prepare
 from stablelm.probe.verdict import TRAINABILITY
-from stablelm.train.build import first_rows
+from stablelm.train.job import first_rows
 
 LEARNED = 0.1
 SEQUENCES = 8

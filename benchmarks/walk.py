@@ -29,7 +29,8 @@ from stablelm.config.schema import (
     ModelConfig,
     TrainConfig,
 )
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.optimizers import adamw
+from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.methods import catalogue
 from stablelm.methods.catalogue import apply_method
 from stablelm.methods.completep import CompletepOptions
@@ -38,7 +39,6 @@ from stablelm.methods.sigma_reparam import SigmaOptions
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise, roles
 from stablelm.probe.predict import predict
-from stablelm.train.optimizer import adamw
 
 LAYERS, WIDTH, HEADS, SEQ_LEN, VOCABULARY, BATCH = 2, 32, 2, 16, 64, 2
 LR = 1e-3

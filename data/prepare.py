@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser, path_or_url
 from stablelm.errors import ConfigError, UserError
+from stablelm.programs.arguments import Parser, path_or_url
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

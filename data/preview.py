@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser, path_or_url
+from stablelm.programs.arguments import Parser, path_or_url
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from stablelm.config.load import load
     from stablelm.data.preview import prepare, preview
-    from stablelm.train.start import exit_code_of
+    from stablelm.process_exit import exit_code_of
 
     # A log has no width of its own: nothing is cut there.
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)

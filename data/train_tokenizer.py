@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser, path_or_url
 from stablelm.errors import ConfigError, UserError
+from stablelm.programs.arguments import Parser, path_or_url
 
 HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
 HELD_OUT = 1000  # documents held out at most

@@ -1,78 +1,11 @@
 """Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data NAME=PATH ...]`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser, named_path, path_or_url
-
-READING = ("text_column", "text_unit", "bad_rows")
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path_or_url,
-        metavar="DIR",
-        help="a run (its newest valid checkpoint) or a step directory",
-    )
-    parser.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        type=named_path,
-        metavar="[NAME=]PATH",
-        help="file, glob, folder or URL of documents; may be repeated; default: the run's validation sets",
-    )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help="key or column that holds the text; default: as the run has it"
-    )
-    parser.add_argument("--text-unit", choices=["file", "line"], help="a document in *.txt files; default: as the run")
-    parser.add_argument("--bad-rows", choices=["stop", "skip"], help="a row without a document; default: as the run")
-    parser.add_argument("--tokenizer", type=path_or_url, metavar="FILE.model", help="default: the run's own")
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        metavar="N",
-        help="at most N sequences a set, 0 for all; default: as many as training used",
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        type=path_or_url,
-        metavar="FILE",
-        help="your own configuration, whose keys win but for the model's: what a checkpoint's asks for beyond reading "
-        "plain files of this machine is done only where this one, --data or --trust-checkpoint says so",
-    )
-    parser.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="use the checkpoint's whole configuration, its functions by import path and its URLs included; says which",
-    )
-    parser.add_argument("--out", type=path_or_url, metavar="FILE.json", help="write the figures as JSON")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.evaluate.checkpoint import evaluate_checkpoint
-
-    return evaluate_checkpoint(
-        arguments.checkpoint,
-        data=arguments.data,
-        tokenizer=arguments.tokenizer,
-        sequences=arguments.sequences,
-        out=arguments.out,
-        reading={name: value for name in READING if (value := getattr(arguments, name)) is not None},
-        config=arguments.config,
-        trusted=arguments.trust_checkpoint,
-    )
-
+from stablelm.programs.eval import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the shell scripts of this folder ask: where a run is, how an attempt ended, whether another may follow.
+"""Answers for the shell scripts of this folder: where a run is, how an attempt ended, whether another may follow.
 
 A small process on a busy node: nothing here imports torch.
 """
@@ -19,34 +19,34 @@ from typing_extensions import TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm import json_text
-from stablelm.arguments import Parser, local_path
-from stablelm.checkpoint import keep, manifest
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint import manifest, selection
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.load import load
 from stablelm.errors import CheckpointError, ConfigError, UserError
 from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.observe import provenance
 from stablelm.printable import printable
+from stablelm.programs.arguments import Parser, local_path
 from stablelm.small_files import read_small
-from stablelm.train import attempts
-from stablelm.train.summary import read_summary
-from stablelm.train.verdict import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Verdict, true_code, verdict
+from stablelm.supervise import attempts
+from stablelm.supervise.attempts import read_summary
+from stablelm.supervise.requeue_policy import FRUITLESS, FRUITLESS_ATTEMPTS, REQUEUED, Decision, decide, true_code
 
 NAMED = ("STABLELM_", "NCCL_", "GLOO_", "TORCH", "CUDA", "OMP_", "FI_", "UCX_", "PATH", "LD_LIBRARY_", "LOADEDMODULES")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
 
-def checkpoints(run_dir: Path, own: bool = True) -> list[Place]:
+def checkpoints(run_dir: Path, own: bool = True) -> list[CheckpointPath]:
     """Committed checkpoints, the newest first. Raises UserError or OSError where the store does not answer.
 
     `own`: the run is the caller's, so that they may lie where its configuration says.
     """
     try:
-        found = keep.step_directories(keep.checkpoints_root(place(str(run_dir))))
+        found = selection.step_directories(selection.checkpoints_root(checkpoint_path(str(run_dir))))
     except CheckpointError:
         return []
-    asked = keep.configured_root(run_dir) if own and not found else None
-    return keep.step_directories(place(asked)) if asked else found
+    asked = selection.configured_root(run_dir) if own and not found else None
+    return selection.step_directories(checkpoint_path(asked)) if asked else found
 
 
 def committed_step(run_dir: Path) -> int | None:
@@ -83,18 +83,18 @@ class History:
             lines = read_small(self.path).splitlines()
         except OSError:
             return []
-        told = [line for line in map(_entry, lines) if line is not None]
-        return [line for line in told if line["job"] == self.job]
+        entries = [line for line in map(_entry, lines) if line is not None]
+        return [line for line in entries if line["job"] == self.job]
 
     def add(self, **values: Any) -> None:
         self.path.parent.parent.mkdir(parents=True, exist_ok=True)
         make_folder(self.path.parent)
-        told = {"job": self.job, "restart": self.restart, "time": int(time.time()), **values}
+        entry = {"job": self.job, "restart": self.restart, "time": int(time.time()), **values}
         with open_to_append(self.path) as stream:
-            stream.write((json.dumps(told) + "\n").encode())
+            stream.write((json.dumps(entry) + "\n").encode())
 
     def fruitless(self, step: int | None) -> int:
-        """Attempts in a row, up to the last one begun, that left the newest commit at `step`."""
+        """Attempts in a row, up to the last one begun, after which the newest commit was still `step`."""
         starts = [line["from_step"] for line in self.lines() if "from_step" in line]
         count = 0
         while step is not None and count < len(starts) and starts[-1 - count] == step:
@@ -116,7 +116,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 def attempts_begun(run_dir: Path) -> int:
     """The number of the newest attempt; runs that began before attempts had files have them in provenance.json."""
-    return max([attempts.newest(run_dir), *(told["attempt"] for told in provenance.read(run_dir))])
+    return max([attempts.newest(run_dir), *(entry["attempt"] for entry in provenance.read(run_dir))])
 
 
 def follower(run_dir: Path, before: int, job: str) -> str:
@@ -141,13 +141,13 @@ def limit() -> int:
 
 
 def begin(run_dir: Path) -> int:
-    """Notes the start; says what was found. 79 and the attempt limit hold for attempts that a dead node cut off too."""
+    """Records the start and prints the position. Attempts that a failed node cut off count for 79 and the limit too."""
     history, step = History(run_dir), committed_step(run_dir)
     fruitless = history.fruitless(step)
     last = history.lines()[-1:] or [{}]
     lost = "from_step" in last[0]
     if fruitless >= FRUITLESS_ATTEMPTS or history.restart >= limit():
-        found = verdict(
+        found = decide(
             80, "", attempt=history.restart, limit=limit(), fruitless=fruitless, outages=0, backoff=0
         )  # fmt: skip
         print(found.words)
@@ -155,7 +155,7 @@ def begin(run_dir: Path) -> int:
         return found.code
     history.add(from_step=step, begun=attempts_begun(run_dir))
     where = "no checkpoint yet" if step == -1 else f"newest checkpoint: step {step}"
-    print(where + ("; the attempt before was cut off without a word, as by a dead node" if lost else ""))
+    print(where + ("; the previous attempt ended without a summary, as when a node fails" if lost else ""))
     return 0
 
 
@@ -166,14 +166,14 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     begun = [line["begun"] for line in history.lines() if "begun" in line]
     started = attempts_begun(run_dir)
     before = begun[-1] if begun else started
-    code, said = true_code(rc, summary, before=before, started=started, launcher=launcher)
+    code, why = true_code(rc, summary, before=before, started=started, launcher=launcher)
     if summary.get("attempts", 0) <= before and (other := follower(run_dir, before, history.job)):
-        code, reason, said = 78, "", f"{other}: let that one go on, or give this one another run.dir"
+        code, reason, why = 78, "", f"{other}: let that one go on, or give this one another run.dir"
     step = committed_step(run_dir)
     history.add(code=code, step=step)
-    found = verdict(
+    found = decide(
         code,
-        reason or said,
+        reason or why,
         attempt=history.restart + 1,
         limit=limit(),
         fruitless=history.fruitless(step),
@@ -186,7 +186,7 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
 
 
 def state(run_dir: Path) -> str:
-    """going, or how the run ended for good; an attempt that began after the last summary keeps it going."""
+    """`going`, or how the run ended; an attempt that began after the last summary keeps it going."""
     summary = read_summary(run_dir)
     code = summary.get("exit_code")
     if code is None or code in REQUEUED or attempts_begun(run_dir) > summary.get("attempts", 0):
@@ -201,14 +201,14 @@ def unevaluated(run_dir: Path, own: bool) -> list[str]:
     return [f"{name} {path}" for name, path in steps.items() if name not in done]
 
 
-def amend_summary(run_dir: Path, found: Verdict) -> None:
-    """Lets `summary.json` say what ended the job, where that was decided here."""
+def amend_summary(run_dir: Path, found: Decision) -> None:
+    """Writes to `summary.json` what ended the job, where that was decided here."""
     path = run_dir / "summary.json"
-    told = read_summary(run_dir) | {"exit_code": found.code, "reason": found.words}
-    replace_file(path, json.dumps(told, indent=2) + "\n")
+    summary = read_summary(run_dir) | {"exit_code": found.code, "reason": found.words}
+    replace_file(path, json.dumps(summary, indent=2) + "\n")
 
 
-def tell(run_dir: Path) -> None:
+def report(run_dir: Path) -> None:
     """The summary at the end of a job's log."""
     history, summary = History(run_dir), read_summary(run_dir)
     starts = [line for line in history.lines() if "from_step" in line]
@@ -217,7 +217,7 @@ def tell(run_dir: Path) -> None:
         print(f"     seconds       {int(time.time()) - starts[-1]['time']}")
         print(f"     commits       from step {starts[-1]['from_step']} to step {committed_step(run_dir)}")
     if starts and summary.get("attempts", 0) <= starts[-1]["begun"]:
-        print("     it left no word of its own: its processes were killed, or ended before the run began")
+        print("     it wrote no summary: its processes were killed, or ended before the run began")
         return
     for name in ("exit_code", "reason", "step", "tokens", "loss", "val_loss", "tokens_per_second"):
         if summary.get(name) not in (None, {}):
@@ -231,14 +231,14 @@ def where(words: list[str]) -> str:
 
 
 def numbered_runs(file: Path) -> dict[int, list[str]]:
-    """Arguments by number of line, from 1; empty lines and those that begin with # are no runs."""
+    """Arguments by number of line, from 1; empty lines and those that begin with # are not runs."""
     lines = enumerate(file.read_text().splitlines(), 1)
     return {number: words for number, line in lines if (words := shlex.split(line, comments=True))}
 
 
 def unfinished(file: Path) -> list[int]:
     """Lines of FILE whose run has not finished. Raises ConfigError where a line is wrong or two share a directory."""
-    left, seen = [], {}
+    found, seen = [], {}
     for number, words in numbered_runs(file).items():
         try:
             run_dir = where(words)
@@ -248,8 +248,8 @@ def unfinished(file: Path) -> list[int]:
             raise ConfigError(f"{file}:{number}: run.dir={run_dir} is that of line {seen[run_dir]}; give it its own")
         seen[run_dir] = number
         if read_summary(run_dir).get("exit_code") != 0:
-            left.append(number)
-    return left
+            found.append(number)
+    return found
 
 
 def environment() -> list[str]:
@@ -272,11 +272,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     line = commands.add_parser("line")
     line.add_argument("file", type=local_path)
     line.add_argument("number", type=int)
-    for name in ("begin", "end", "tell", "state", "unevaluated"):
+    for name in ("begin", "end", "report", "state", "unevaluated"):
         command = commands.add_parser(name)
         command.add_argument("run_dir", type=local_path)
         if name == "unevaluated":
-            command.add_argument("--own", action="store_true", help="look where the run's configuration says, too")
+            command.add_argument("--own", action="store_true", help="look where the run's configuration says as well")
         if name == "end":
             command.add_argument("--rc", type=int, required=True)
             command.add_argument("--reason", default="")
@@ -299,8 +299,8 @@ def main(argv: list[str] | None = None) -> int:
             return begin(options.run_dir)
         elif options.command == "end":
             end(options.run_dir, options.rc, options.reason, options.launcher)
-        elif options.command == "tell":
-            tell(options.run_dir)
+        elif options.command == "report":
+            report(options.run_dir)
         elif options.command == "state":
             print(printable(state(options.run_dir)))
         elif options.command == "unevaluated":

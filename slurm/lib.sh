@@ -10,7 +10,7 @@ me=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 me=${me:-${SLURM_JOB_ID:-}}
 step='' stop_asked='' # the training step's srun, and whether a stop was asked for
 
-patiently() { # CMD...: a controller that restarts or a node's client that is slow is no reason to lose a job
+patiently() { # CMD...: retries, so that a restarting controller or a slow client does not lose a job
     local try
     for try in 1 2 3 4 5 6 7 8 9 10 11 12; do
         "$@" && return 0
@@ -96,7 +96,7 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
         comment "not requeued, storage full or unwritable (74): $run_dir"
         return 74
     fi
-    # The copy is no checkout: what commit it is and what was changed is kept beside it.
+    # The copy is not a checkout: its commit and its uncommitted changes are kept beside it.
     if [ -e "$code/.git" ] && git -C "$code" rev-parse HEAD >"$new/.commit" 2>/dev/null; then
         git -C "$code" diff HEAD --no-ext-diff --no-color >"$new/.commit.diff"
     else
@@ -151,7 +151,7 @@ set_deadline() { # exports SLURM_JOB_END_TIME, which Slurm sets by itself only i
 
 set_rendezvous() { # exports MASTER_ADDR and MASTER_PORT
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Below the ports that kernels hand out; another one in each attempt, so that a lost node's ranks meet nobody.
+    # Below the ports that kernels hand out; another one in each attempt, so that the ranks of a lost node join no later attempt.
     MASTER_PORT=$((12000 + (SLURM_JOB_ID * 13 + ${SLURM_RESTART_COUNT:-0}) % 16000))
     export MASTER_ADDR MASTER_PORT
 }
@@ -168,31 +168,31 @@ set_network() { # what gloo, NCCL and torch read; whatever is set already wins
     export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$run_dir/stacks/nccl-rank-}
     export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-    # NCCL says nothing but errors, or the one useful line drowns in those of a thousand ranks.
+    # Warnings and errors alone: NCCL's information from a thousand ranks would hide the one useful line.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
     # Every rank would start a thread a core; a job without --cpus-per-task means one.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    # Last words must be in the log when a process is killed; a crash in C gives a Python stack.
+    # Output must reach the log when a process is killed; a crash in C gives a Python stack.
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
-    # What a library will change some day is printed once a rank.
+    # Libraries' notes on future changes would be printed once a rank.
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 }
 
-preflight() { # one task a node looks at node, GPUs and network; sets unfit to the nodes that complained
-    local told
+preflight() { # one task a node checks node, GPUs and network; sets unfit to the nodes with errors
+    local found
     [ "${STABLELM_PREFLIGHT:-1}" != 0 ] || return 0
-    told=$(srun --export=ALL --mpi=none --job-name=preflight --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+    found=$(srun --export=ALL --mpi=none --job-name=preflight --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         "${wrap[@]}" "$python" "$code/slurm/preflight.py" "$run_dir" "$(date +%s)" 2>&1) && {
-        [ -z "$told" ] || echo "$told"
+        [ -z "$found" ] || echo "$found"
         return 0
     }
-    echo "$told"
-    unfit=$(sed -n 's/^pre-flight: \([^:]*\): error: .*/\1/p' <<<"$told" | sort -u | paste -sd, -)
+    echo "$found"
+    unfit=$(sed -n 's/^pre-flight: \([^:]*\): error: .*/\1/p' <<<"$found" | sort -u | paste -sd, -)
     return 1
 }
 
 # --- an attempt ------------------------------------------------------------------------------------------------------
-begin_attempt() { # notes the start; ends the job where too many attempts led nowhere
+begin_attempt() { # records the start; ends the job after too many attempts without a new commit
     local code_=0 words
     say "attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of $ranks rank(s) on $SLURM_JOB_NODELIST ($launcher), run $run_dir"
     words=$(helper begin "$run_dir") || code_=$?
@@ -218,8 +218,8 @@ signal_step() { # TERM to the training step alone: srun itself would end the ste
         patiently scancel --quiet --signal=TERM "$id"
     done
     # A hung rank must not keep the job beyond its limit, where Slurm would end it for good.
-    local left=$((${SLURM_JOB_END_TIME:-0} - $(date +%s) - 15))
-    [ "$left" -le 0 ] || (sleep "$left" && kill -TERM "$step") >/dev/null 2>&1 &
+    local remaining=$((${SLURM_JOB_END_TIME:-0} - $(date +%s) - 15))
+    [ "$remaining" -le 0 ] || (sleep "$remaining" && kill -TERM "$step") >/dev/null 2>&1 &
 }
 
 train() { # runs the ranks and waits; sets rc
@@ -248,11 +248,11 @@ await() { # a trapped signal cuts `wait` short
 # --- the end of an attempt -------------------------------------------------------------------------------------------
 comment() { patiently scontrol update JobId="$me" Comment="$1" 2>/dev/null; }
 
-settle() { # RC REASON: decides what the attempt's end means, says so and ends this script
+settle() { # RC REASON: decides what follows the attempt, prints it and ends this script
     local state reason action wait_ words code_
     state=$(field JobState) reason=$(field Reason)
     IFS=$'\t' read -r code_ action wait_ words < <(helper end "$run_dir" --rc "$1" --reason "$2" --launcher "$launcher")
-    helper tell "$run_dir"
+    helper report "$run_dir"
     if [ "${state:-RUNNING}" != RUNNING ] && [ "$reason" != TimeLimit ]; then
         say "Slurm ended this attempt (cancelled, or requeued by Slurm itself): nothing to decide"
         leave "${code_:-1}"

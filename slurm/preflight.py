@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.arguments import Parser, local_path
+from stablelm.programs.arguments import Parser, local_path
 
 MEET_SECONDS = 30.0
 SKEW_SECONDS = 20.0

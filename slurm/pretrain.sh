@@ -11,7 +11,7 @@
 #
 # Submit from the repository, with the environment whose python is to be used. Nodes, tasks, GPUs, time, partition and
 # account are sbatch's options, or SBATCH_* variables that slurm/site.sh sets. One srun task is one rank;
-# STABLELM_LAUNCHER=torchrun or accelerate starts one launcher a node instead. docs/slurm.md tells the rest.
+# STABLELM_LAUNCHER=torchrun or accelerate starts one launcher a node instead. docs/slurm.md describes the rest.
 #
 # USR1 comes to this script (B:) a minute before the time limit and from a site's preemption; sent by hand
 # (scancel --batch --signal=USR1 JOB) it stops with a checkpoint and requeues. The ranks know the time limit too and stop

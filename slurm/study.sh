@@ -4,9 +4,9 @@
 #   slurm/study.sh FILE [sbatch options]
 #   STABLELM_AT_ONCE=8 slurm/study.sh runs.txt --gpus-per-node=1 --time=12:00:00
 #
-# The number of a line is the number of its array task. Finished runs are left out, so the same command after a mishap
+# The number of a line is the number of its array task. Finished runs are skipped, so the same command after a failure
 # submits the rest. Every line needs a run.dir of its own. At most STABLELM_AT_ONCE (4) of them run at a time. Prints the
-# array's job id. Lines may quote as a shell does; empty ones and those that begin with # are no runs.
+# array's job id. Lines may quote as a shell does; empty ones and those that begin with # are not runs.
 set -euo pipefail
 
 [ -f "${1:-}" ] || { echo "error: name a file with a run a line: slurm/study.sh FILE [sbatch options]" >&2; exit 78; }

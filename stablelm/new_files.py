@@ -1,6 +1,6 @@
-"""Files and folders of a run directory, where anybody may have put links: made anew, and no link is followed.
+"""Files and folders of a run directory, where anybody may have put links: created anew, and no link is followed.
 
-The run directory itself and its parents may be links, as on cluster file systems; what stands below is the run's own.
+The run directory itself and its parents may be links, as on cluster file systems; what lies below is the run's own.
 """
 
 import errno
@@ -59,3 +59,36 @@ def make_folder(path: Path) -> Path:
     if path.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, f"a link to {os.readlink(path)!r}, which is not followed", str(path))
     return path
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a new file and forces it to the disk. Raises OSError."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Forces the names in a directory to the disk: a file's own fsync does not cover its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_to_new(source: Path, target: Path) -> None:
+    """Renames a directory in one step onto a name that is free. Raises FileExistsError if it is not, and OSError."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

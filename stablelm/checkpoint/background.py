@@ -15,16 +15,17 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from stablelm.checkpoint import commit
-from stablelm.checkpoint.agree import Together
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard, part_of
+from stablelm.engine.consensus import Consensus
+from stablelm.engine.tensor_parts import FlatShard, part_of
 
 
 class Saver:
     """Commits steps below `fence.root`; collective over `group` (gloo, used by nothing else; None: one process).
 
     `shapes` is what each save must hold (see `commit.save`). `committed` is called with the step after each commit,
-    `retain` once on rank 0 after that; both in the background.
+    `retain` once on rank 0 after that, `reached` with each part of a save that this rank has finished; all of them in
+    the background.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class Saver:
         background: bool,
         committed: Callable[[int], None] = lambda step: None,
         retain: Callable[[], Any] = lambda: None,
+        reached: Callable[[str], None] = lambda part: None,
     ):
         self.fence, self.background, self._shapes = fence, background, shapes
         self.seconds = 0.0
-        """How long the last save took, from the copy to the commit; before the first one, as the rehearsal says."""
-        self._group, self._committed, self._retain = group, committed, retain
+        """Duration of the last save, from the copy to the commit; before the first one, the dry run's estimate."""
+        self._group, self._committed, self._retain, self._reached = group, committed, retain, reached
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -55,12 +57,12 @@ class Saver:
         """What a stop should leave for saving: the save in flight and its own, and as much as one in reserve."""
         return (3 if self.background else 2) * self.seconds
 
-    def rehearse(self, tensors: dict[str, torch.Tensor]) -> commit.SaveResult:
-        """See `commit.rehearse`, here and now; also takes the host memory that saves will need."""
+    def dry_run(self, tensors: dict[str, torch.Tensor]) -> commit.SaveResult:
+        """See `commit.dry_run`, here and now; also takes the host memory that saves will need."""
         started = time.perf_counter()
         held = self._host.copy(tensors) if self.background else tensors
         copying = time.perf_counter() - started
-        result = commit.rehearse(self.fence, held, group=self._group)
+        result = commit.dry_run(self.fence, held, group=self._group, reached=self._reached)
         self.seconds = copying + result.seconds
         return result
 
@@ -102,10 +104,14 @@ class Saver:
             self._thread.join()
 
     def _commit(self, step: int, tensors: dict[str, torch.Tensor], state: dict, config_yaml: str, started: float):
-        commit.save(self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=self._group)
+        def reached(part: str) -> None:
+            self._reached(f"step {step}, save ({part})")
+
+        group = self._group
+        commit.save(self.fence, step, tensors, state, config_yaml, shapes=self._shapes, group=group, reached=reached)
         self._committed(step)
-        rank = 0 if self._group is None else dist.get_rank(self._group)
-        Together(self._group, rank).first(self._retain)
+        rank = 0 if group is None else dist.get_rank(group)
+        Consensus(group, rank, reached).first(self._retain, "retention")
         self.seconds = time.perf_counter() - started
 
 

@@ -1,4 +1,4 @@
-"""Saving a step so that it is either there, whole and hashed, or not there at all.
+"""Saving a step so that it either exists, complete and hashed, or does not exist at all.
 
 Rank 0 makes a staging place with the state and the configuration, all ranks write their tensors into it, rank 0 adds
 the manifest, and one last operation is the commit: in a folder, the rename of the staging directory, COMMITTED already
@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,22 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.agree import Together
-from stablelm.checkpoint.contents import few, gaps
+from stablelm.checkpoint.contents import gaps
 from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
-from stablelm.checkpoint.files import (
-    FileRecord,
-    free_bytes,
-    gibibytes,
-    record_of,
-    rename_to_new,
-    sync_directory,
-    write_durably,
-    write_new,
-)
 from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
-from stablelm.checkpoint.index import read_index
-from stablelm.checkpoint.keep import step_directories
 from stablelm.checkpoint.manifest import (
     COMMITTED,
     CONFIG,
@@ -44,28 +31,35 @@ from stablelm.checkpoint.manifest import (
     STATE,
     TENSORS,
     Commit,
+    FileRecord,
     commit_content,
     manifest_content,
     read_commit,
     read_manifest,
+    record_of,
     step_name,
     step_of,
     verify,
+    write_new,
 )
-from stablelm.checkpoint.places import Place, RemotePath
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
+from stablelm.checkpoint.selection import step_directories
+from stablelm.checkpoint.tensor_index import read_index
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
-from stablelm.printable import printable
+from stablelm.new_files import free_bytes, rename_to_new, sync_directory, write_durably
+from stablelm.printable import few, printable
 
 logger = logging.getLogger(__name__)
 SAMPLE_BYTES = 64 << 20
-"""What a rehearsal writes, a rank."""
+"""What a dry run writes, a rank."""
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """Where a step was saved, how long this rank took (seconds), and the bytes of all files together."""
+    """Where a step was saved, how long this rank took (seconds), and the total bytes of its files."""
 
-    path: Place
+    path: CheckpointPath
     seconds: float
     bytes: int
 
@@ -79,6 +73,7 @@ def save(
     *,
     shapes: Mapping[str, torch.Size],
     group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
 ) -> SaveResult:
     """Commits a step below `fence.root`; collective over `group` (gloo; None: one process).
 
@@ -87,20 +82,26 @@ def save(
     that is committed already and verifies is left as it is; a damaged or incomplete one is set aside under
     `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
     unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over, RuntimeError if a tensor
-    of `shapes` is missing or not whole.
+    of `shapes` is missing or incomplete.
     """
     started = time.perf_counter()
-    together = Together(group, 0 if group is None else dist.get_rank(group))
-    standing = together.first(lambda: _standing(fence, step, shapes))
-    if standing.whole is not None:
-        return SaveResult(standing.whole, time.perf_counter() - started, standing.bytes)
-    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, together, whole=tensors)
-    together.first(lambda: _refuse_incomplete(fence, staging, step, shapes))
-    path = together.first(lambda: _publish(fence, staging, step, records, standing))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
+    earlier = consensus.first(lambda: _find_earlier(fence, step, shapes), "look for an earlier save")
+    if earlier.path is not None:
+        return SaveResult(earlier.path, time.perf_counter() - started, earlier.bytes)
+    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors)
+    consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes), "check of its tensors")
+    path = consensus.first(lambda: _publish(fence, staging, step, records, earlier), "commit")
     return SaveResult(path, time.perf_counter() - started, _total(records))
 
 
-def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.ProcessGroup | None) -> SaveResult:
+def dry_run(
+    fence: Fence,
+    tensors: dict[str, torch.Tensor],
+    *,
+    group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
+) -> SaveResult:
     """Shows early that saving works, and about its time: checks for the space that a checkpoint of `tensors` needs,
     writes and removes as much as SAMPLE_BYTES of what each rank would write.
 
@@ -108,24 +109,24 @@ def rehearse(fence: Fence, tensors: dict[str, torch.Tensor], *, group: dist.Proc
     save, the seconds extrapolated from the sample by its bytes.
     """
     started = time.perf_counter()
-    together = Together(group, 0 if group is None else dist.get_rank(group))
+    consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
     taken, times = sample(tensors, SAMPLE_BYTES, group)
-    staging, _, writing = _stage(fence, 0, taken, {}, "", together, whole=tensors)
-    slowest = max(together.run(lambda: writing * (times - 1)))
-    together.first(lambda: _discard(staging))
+    staging, _, writing = _stage(fence, 0, taken, {}, "", consensus, whole=tensors)
+    slowest = max(consensus.run(lambda: writing * (times - 1), "estimate"))
+    consensus.first(lambda: _discard(staging), "removal")
     return SaveResult(fence.root, time.perf_counter() - started + slowest, tensor_bytes(tensors))
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What there is of a step: a whole checkpoint and its bytes, or the inode of a damaged local one."""
+class _Earlier:
+    """An earlier save of the step: an intact checkpoint and its bytes, or the inode of a damaged local one."""
 
-    whole: Place | None = None
+    path: CheckpointPath | None = None
     bytes: int = 0
     damaged: int | None = None
 
 
-def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Standing:
+def _find_earlier(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Earlier:
     fence.check()
     for path in step_directories(fence.root):
         if step_of(path) != step:
@@ -133,14 +134,14 @@ def _standing(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> _Sta
         inode = path.stat().st_ino if isinstance(path, Path) else None
         problems = verify(path) or _lacks(path, shapes)
         if not problems:
-            return _Standing(path, _total(read_manifest(path, read_commit(path))))
+            return _Earlier(path, _total(read_manifest(path, read_commit(path))))
         logger.warning("%s", printable(f"{path} is damaged ({problems[0]}): the step will be saved anew"))
         if inode is not None:
-            return _Standing(damaged=inode)
-    return _Standing()
+            return _Earlier(damaged=inode)
+    return _Earlier()
 
 
-def _lacks(path: Place, shapes: Mapping[str, torch.Size]) -> list[str]:
+def _lacks(path: CheckpointPath, shapes: Mapping[str, torch.Size]) -> list[str]:
     try:
         return gaps(read_index(path / TENSORS), shapes)
     except CheckpointError as error:
@@ -153,47 +154,47 @@ def _stage(
     tensors: dict[str, torch.Tensor],
     state: dict,
     config_yaml: str,
-    together: Together,
+    consensus: Consensus,
     *,
     whole: dict[str, torch.Tensor],
-) -> tuple[Place, dict[str, FileRecord], float]:
+) -> tuple[CheckpointPath, dict[str, FileRecord], float]:
     """Writes all but COMMITTED, where a checkpoint of `whole` has space.
 
     Returns the staging place, the records of its manifest and the seconds that writing tensors took.
     """
-    made: list[Place] = []
-    together.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
+    made: list[CheckpointPath] = []
+    consensus.undo = lambda: [_discard(place) for place in made]  # type: ignore[assignment]
 
-    def prepare() -> tuple[Place, dict[str, FileRecord]]:
+    def prepare() -> tuple[CheckpointPath, dict[str, FileRecord]]:
         with writing_behind(fence):
             made.append(_make_staging(fence, step, whole))
             state_json = json.dumps(state, sort_keys=True, indent=1) + "\n"
             texts = {STATE: state_json.encode(), CONFIG: config_yaml.encode()}
             return made[0], {name: write_new(made[0] / name, content) for name, content in texts.items()}
 
-    staging, texts = together.first(prepare)
+    staging, texts = consensus.first(prepare, "staging")
 
     def sees_it() -> None:
         if isinstance(staging, Path) and not staging.is_dir():
             fence.check()
             raise StorageError(
-                f"rank {together.rank} does not see the directory that rank 0 made in {fence.root}: "
+                f"rank {consensus.rank} does not see the directory that rank 0 made in {fence.root}: "
                 "set checkpoint.dir to a directory that all nodes share"
             )
 
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
-            return save_tensors(staging / TENSORS, tensors, together.group)
+            return save_tensors(staging / TENSORS, tensors, consensus.group, consensus.reached)
 
-    together.run(sees_it)
+    consensus.run(sees_it, "look at the staging directory")
     started = time.perf_counter()
-    written = together.run(write_tensors)
+    written = consensus.run(write_tensors, "tensors")
     seconds = time.perf_counter() - started
     records = {f"{TENSORS}/{name}": record for of_rank in written for name, record in of_rank.items()}
-    return staging, together.first(lambda: _seal(fence, staging, {**records, **texts})), seconds
+    return staging, consensus.first(lambda: _seal(fence, staging, {**records, **texts}), "manifest"), seconds
 
 
-def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> Place:
+def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> CheckpointPath:
     root, token = fence.root, f"{fence.token:08d}"
     if isinstance(root, RemotePath):
         return root / step_name(step) / f"{token}-{uuid.uuid4().hex}"
@@ -205,7 +206,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     free = free_bytes(root)
     if free < needed:
         raise StorageError(
-            f"{root} has {gibibytes(free)} free, but a checkpoint needs {gibibytes(needed)}: free space there, "
+            f"{root} has {_gibibytes(free)} free, but a checkpoint needs {_gibibytes(needed)}: free space there, "
             "lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
         )
     staging = root / f"{STAGING}{token}-{step:08d}-{uuid.uuid4().hex}"
@@ -213,7 +214,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     return staging
 
 
-def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
+def _seal(fence: Fence, staging: CheckpointPath, records: dict[str, FileRecord]) -> dict[str, FileRecord]:
     with writing_behind(fence):
         for name, record in records.items():
             path = staging / name
@@ -227,7 +228,7 @@ def _seal(fence: Fence, staging: Place, records: dict[str, FileRecord]) -> dict[
         return records
 
 
-def _refuse_incomplete(fence: Fence, staging: Place, step: int, shapes: Mapping[str, torch.Size]) -> None:
+def _refuse_incomplete(fence: Fence, staging: CheckpointPath, step: int, shapes: Mapping[str, torch.Size]) -> None:
     try:
         missing = gaps(read_index(staging / TENSORS), shapes)
     except CheckpointError:
@@ -235,12 +236,14 @@ def _refuse_incomplete(fence: Fence, staging: Place, step: int, shapes: Mapping[
         raise
     if missing:
         raise RuntimeError(
-            f"step {step} is not committed, its save is incomplete: {few(missing)} missing or not whole; "
+            f"step {step} is not committed, its save is incomplete: {few(missing)} missing or incomplete; "
             "this is a fault of the program, please report it"
         )
 
 
-def _publish(fence: Fence, staging: Place, step: int, records: dict[str, FileRecord], standing: _Standing) -> Place:
+def _publish(
+    fence: Fence, staging: CheckpointPath, step: int, records: dict[str, FileRecord], earlier: _Earlier
+) -> CheckpointPath:
     sealed = record_of(manifest_content(records)).sha256
     content = commit_content(Commit(step, fence.attempt, fence.token, datetime.now(UTC).isoformat(), sealed))
     with writing_behind(fence):
@@ -253,8 +256,8 @@ def _publish(fence: Fence, staging: Place, step: int, records: dict[str, FileRec
             write_durably(staging / COMMITTED, content)
             sync_directory(staging)
             fence.check()
-            if standing.damaged is not None:
-                _set_aside(target, standing.damaged)
+            if earlier.damaged is not None:
+                _set_aside(target, earlier.damaged)
             rename_to_new(staging, target)
             sync_directory(target.parent)
             return target
@@ -274,7 +277,7 @@ def _set_aside(target: Path, inode: int) -> None:
         raise FileExistsError(f"{target} was saved anew")
 
 
-def _discard(staging: Place) -> None:
+def _discard(staging: CheckpointPath) -> None:
     """Removes what was staged; a directory under another name first, which no later attempt has to disarm."""
     if isinstance(staging, RemotePath):
         staging.remove()
@@ -289,3 +292,7 @@ def _discard(staging: Place) -> None:
 
 def _total(records: dict[str, FileRecord]) -> int:
     return sum(record.size for record in records.values())
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,17 +1,18 @@
-"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them whole."""
+"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them complete."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from stablelm.checkpoint import configuration
-from stablelm.checkpoint.index import EarlierFormat, Index, read_index
-from stablelm.checkpoint.keep import read_state
+from stablelm.checkpoint import saved_run
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read_commit
-from stablelm.checkpoint.places import Place, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
+from stablelm.checkpoint.saved_run import read_state
+from stablelm.checkpoint.tensor_index import EarlierFormat, TensorIndex, read_index
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
+from stablelm.printable import few
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
@@ -33,16 +34,16 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, 
     return shapes
 
 
-def gaps(held: Index, shapes: Mapping[str, torch.Size]) -> list[str]:
+def gaps(held: TensorIndex, shapes: Mapping[str, torch.Size]) -> list[str]:
     """Names of the tensors of `shapes` that are missing, of another shape, or not covered exactly once."""
     return [
         name
         for name, shape in shapes.items()
-        if (entry := held.tensors.get(name)) is None or entry.shape != shape or not entry.whole
+        if (entry := held.tensors.get(name)) is None or entry.shape != shape or not entry.complete
     ]
 
 
-def problems(path: Place, *, optimizer: bool = True) -> list[str]:
+def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
     """What a checkpoint lacks of the model that its own configuration describes, in a phrase; empty: it is complete.
 
     Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer, EarlierFormat
@@ -53,7 +54,7 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
         if state["step"] != commit.step:
             return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_index(path / TENSORS), model_of(path)
-        # What is no checkpoint of ours may name a model that is too large even to be described.
+        # A foreign checkpoint may name a model that is too large even to be described.
         if model.n_layers > len(held.tensors):
             return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
         weights = gaps(held, expected_shapes(model, optimizer=False))
@@ -62,29 +63,23 @@ def problems(path: Place, *, optimizer: bool = True) -> list[str]:
     except (CheckpointError, ConfigError, OSError, ValueError, RuntimeError, OverflowError) as error:
         return [f"its contents cannot be checked ({error})"]
     if weights or not optimizer:
-        return [f"it was saved incomplete: {few(weights)} missing or not whole"] if weights else []
+        return [f"it was saved incomplete: {few(weights)} missing or incomplete"] if weights else []
     moments = gaps(held, expected_shapes(model))
     if not moments:
         return []
     return [
-        f"it was saved incomplete: {few(moments)} missing or not whole; its weights are complete: "
+        f"it was saved incomplete: {few(moments)} missing or incomplete; its weights are complete: "
         f"run.init_from={path} starts a new run from them"
     ]
 
 
-def model_of(path: Place) -> ModelConfig:
+def model_of(path: CheckpointPath) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
     Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    found = configuration.model_of(path)
+    found = saved_run.model_of(path)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")
     return apply_method(found)
-
-
-def few(names: Sequence[str], shown: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

@@ -31,12 +31,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stablelm.checkpoint.files import sync_directory, write_durably, writing
 from stablelm.checkpoint.manifest import COMMITTED, attempt_of, step_of
-from stablelm.checkpoint.places import Place, RemotePath
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, writing
 from stablelm.errors import CheckpointError, ConfigError, StorageError
 from stablelm.json_text import parse
-from stablelm.new_files import make_folder
+from stablelm.new_files import make_folder, sync_directory, write_durably
 from stablelm.small_files import read_small
 
 FENCE = "fence"
@@ -49,7 +48,7 @@ _TOKEN = re.compile(r"[0-9]{8,18}")
 class Fence:
     """An attempt's right to commit below `root`, until a greater token exists."""
 
-    root: Place
+    root: CheckpointPath
     token: int
     attempt: str
     taken: bool = False
@@ -65,15 +64,15 @@ class Fence:
                 "ends; put it back to go on from it, or start anew"
             )
         if newest > self.token:
-            told = read_token(self.root, newest)
+            holder = read_token(self.root, newest)
             raise CheckpointError(
-                f"attempt {told.get('attempt', '?')} on {told.get('host', '?')} has taken over {self.root} since "
-                f"{told.get('time', '?')[:19]} (fencing token {newest}; this attempt holds {self.token}): this one "
+                f"attempt {holder.get('attempt', '?')} on {holder.get('host', '?')} has taken over {self.root} since "
+                f"{holder.get('time', '?')[:19]} (fencing token {newest}; this attempt holds {self.token}): this one "
                 "commits nothing more and ends"
             )
 
 
-def take(root: Place, attempt: str) -> Fence:
+def take(root: CheckpointPath, attempt: str) -> Fence:
     """Takes the next token and disarms older attempts; call it on rank 0, before looking for a checkpoint.
 
     Raises StorageError if the place cannot be written, ConfigError if the store overwrites what it must not.
@@ -84,11 +83,11 @@ def take(root: Place, attempt: str) -> Fence:
     return fence
 
 
-def sweep(root: Place, token: int) -> list[Place]:
+def sweep(root: CheckpointPath, token: int) -> list[CheckpointPath]:
     """Disarms and deletes what attempts with smaller tokens staged, and deletions cut short; returns what went."""
     if isinstance(root, RemotePath):
         return [prefix for prefix in _prefixes(root) if attempt_of(prefix) < token and _disarm(prefix)]
-    gone: list[Place] = []
+    removed: list[CheckpointPath] = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         doomed = path
         if path.name.startswith(STAGING) and attempt_of(path) < token:
@@ -100,11 +99,11 @@ def sweep(root: Place, token: int) -> list[Place]:
         elif not path.name.startswith(DELETING):
             continue
         shutil.rmtree(doomed, ignore_errors=True)
-        gone.append(path)
-    return gone
+        removed.append(path)
+    return removed
 
 
-def read_token(root: Place, token: int) -> dict[str, str]:
+def read_token(root: CheckpointPath, token: int) -> dict[str, str]:
     """Who took a token, and when; empty if that cannot be read."""
     try:
         return dict(parse(read_small(root / FENCE / f"{token:08d}"), dict[str, str]))
@@ -112,7 +111,7 @@ def read_token(root: Place, token: int) -> dict[str, str]:
         return {}
 
 
-def _tokens(root: Place) -> list[int]:
+def _tokens(root: CheckpointPath) -> list[int]:
     folder = root / FENCE
     try:
         return [int(path.name) for path in folder.iterdir() if _TOKEN.fullmatch(path.name)] if folder.is_dir() else []
@@ -120,9 +119,9 @@ def _tokens(root: Place) -> list[int]:
         return []
 
 
-def _next_token(root: Place, attempt: str) -> int:
-    told = {"attempt": attempt, "host": socket.gethostname(), "time": datetime.now(UTC).isoformat()}
-    content = json.dumps({**told, "id": uuid.uuid4().hex}).encode()
+def _next_token(root: CheckpointPath, attempt: str) -> int:
+    fields = {"attempt": attempt, "host": socket.gethostname(), "time": datetime.now(UTC).isoformat()}
+    content = json.dumps({**fields, "id": uuid.uuid4().hex}).encode()
     folder = root / FENCE
     if isinstance(folder, Path):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +136,7 @@ def _next_token(root: Place, attempt: str) -> int:
         return token
 
 
-def _create(path: Place, content: bytes) -> None:
+def _create(path: CheckpointPath, content: bytes) -> None:
     if isinstance(path, Path):
         write_durably(path, content)
         sync_directory(path.parent)

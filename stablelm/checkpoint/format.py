@@ -9,8 +9,7 @@ file, builds each file in memory, and neither hashes what it writes nor writes t
 import heapq
 import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -19,24 +18,25 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from stablelm.checkpoint.agree import Together
-from stablelm.checkpoint.contents import few
-from stablelm.checkpoint.files import FileRecord, sync_directory, write_new
-from stablelm.checkpoint.flatshard import FlatShard, Part, part_of, rectangles
-from stablelm.checkpoint.index import (
+from stablelm.checkpoint.manifest import FileRecord, write_new
+from stablelm.checkpoint.reader import Reader, bytes_of
+from stablelm.checkpoint.remote_path import CheckpointPath
+from stablelm.checkpoint.tensor_index import (
     DTYPE_NAMES,
     INDEX,
-    Entry,
-    Index,
     Piece,
     Slot,
+    TensorEntry,
+    TensorIndex,
     header,
     name_in_file,
     read_index,
 )
-from stablelm.checkpoint.places import Place
-from stablelm.checkpoint.reader import Reader, bytes_of
+from stablelm.engine.consensus import Consensus
+from stablelm.engine.tensor_parts import FlatShard, Part, clean_name, part_of, rectangles
 from stablelm.errors import CheckpointError
+from stablelm.new_files import sync_directory
+from stablelm.printable import few
 
 BYTES_A_FILE = 32 << 20
 """A rank spreads what it writes over more files, one a thread, while each gets at least this many bytes."""
@@ -48,12 +48,6 @@ WRITE_BUFFER = 1 << 16
 """Smaller pieces are gathered to so many bytes; larger ones are not copied."""
 _Row = tuple[str, str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], str]]
 """A piece in a file: tensor, dtype, whole shape, (offsets, sizes, file)."""
-_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|module)\.")
-
-
-def clean_name(name: str) -> str:
-    """The parameter's name without what compile, recompute and data-parallel wrappers put into it."""
-    return _WRAPPER.sub("", name)
 
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
@@ -62,7 +56,10 @@ def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def save_tensors(
-    directory: Place, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    directory: CheckpointPath,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    reached: Callable[[str], None] = lambda part: None,
 ) -> dict[str, FileRecord]:
     """Writes plain tensors (equal on all ranks), DTensors and FlatShards of any device into a new directory.
 
@@ -70,13 +67,13 @@ def save_tensors(
     name; they are on the disk. Equal tensors give equal files. Raises OSError; what another rank failed with arrives
     as a RuntimeError.
     """
-    together, rank = Together(group, _rank(group)), _rank(group)
+    consensus, rank = Consensus(group, _rank(group), reached), _rank(group)
     records: dict[str, FileRecord] = {}
     written: list[_Row] = []
 
     def write() -> None:
         for name, tensor in tensors.items():
-            assert isinstance(tensor, torch.Tensor), f"{name} is no tensor: other values belong into the state"
+            assert isinstance(tensor, torch.Tensor), f"{name} is not a tensor: other values belong into the state"
             assert name == clean_name(name), f"{name} carries a wrapper's prefix"
         files = _share_out(list(_pieces(own_parts(tensors, group))), f"rank-{rank:05d}")
         if isinstance(directory, Path):
@@ -88,7 +85,7 @@ def save_tensors(
             sync_directory(directory)
         written.extend(piece.row(file) for file, pieces in files.items() for piece in pieces)
 
-    together.run(write)
+    consensus.run(write, "tensor files")
     of_all = _gathered(written, group)
 
     def describe() -> None:
@@ -96,7 +93,7 @@ def save_tensors(
         if isinstance(directory, Path):
             sync_directory(directory)
 
-    together.first(describe)
+    consensus.first(describe, "index")
     return records
 
 
@@ -116,7 +113,7 @@ def sample(
     return taken, total / (limit - left) if left < limit else 1.0
 
 
-class _Written(NamedTuple):
+class _WrittenPiece(NamedTuple):
     """A piece that this rank writes; its elements are contiguous, on any device."""
 
     tensor: str
@@ -140,7 +137,7 @@ class _Written(NamedTuple):
 
 
 def own_parts(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, Part]:
-    """The parts that this rank writes: what several ranks hold is dealt out among them, the largest first."""
+    """The parts that this rank writes: tensors that several ranks hold are divided among them, the largest first."""
     rank, size = _rank(group), 1 if group is None else dist.get_world_size(group)
     parts = {name: part_of(tensor, rank, size) for name, tensor in tensors.items()}
     loads: dict[int, list[tuple[int, int]]] = {}
@@ -155,15 +152,15 @@ def own_parts(tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None)
     return own
 
 
-def _pieces(parts: dict[str, Part]) -> Iterator[_Written]:
+def _pieces(parts: dict[str, Part]) -> Iterator[_WrittenPiece]:
     for name, part in parts.items():
         flat = part.local.reshape(-1)
         for block in rectangles(part.shape, part.start, part.stop):
             elements = flat[block.start - part.start : block.stop - part.start]
-            yield _Written(name, part.shape, block.offsets, block.sizes, elements)
+            yield _WrittenPiece(name, part.shape, block.offsets, block.sizes, elements)
 
 
-def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
+def _share_out(pieces: list[_WrittenPiece], stem: str) -> dict[str, list[_WrittenPiece]]:
     """A few files of about equal size, each in the order in which its bytes are aligned without gaps."""
     size = sum(piece.nbytes for piece in pieces)
     count = min(len(pieces), max(1, min(THREADS, size // BYTES_A_FILE)))
@@ -177,7 +174,7 @@ def _share_out(pieces: list[_Written], stem: str) -> dict[str, list[_Written]]:
     return {f"{stem}-{index}.safetensors": file for index, file in enumerate(files)}
 
 
-def _write_file(path: Place, pieces: list[_Written]) -> FileRecord:
+def _write_file(path: CheckpointPath, pieces: list[_WrittenPiece]) -> FileRecord:
     """Writes, hashes and forces to the disk as it goes."""
     digest, size, synced = sha256(), 0, 0
     with path.open("xb", buffering=WRITE_BUFFER) if isinstance(path, Path) else path.open("wb") as file:
@@ -195,7 +192,7 @@ def _write_file(path: Place, pieces: list[_Written]) -> FileRecord:
     return FileRecord(size, digest.hexdigest())
 
 
-def _contents(pieces: list[_Written]) -> Iterator[bytes | memoryview]:
+def _contents(pieces: list[_WrittenPiece]) -> Iterator[bytes | memoryview]:
     yield header([piece.slot for piece in pieces], {"format": "pt"})
     for piece in pieces:
         content = bytes_of(piece.elements.cpu())  # little-endian, as all that torch runs on
@@ -212,7 +209,7 @@ def _gathered(written: list[_Row], group: dist.ProcessGroup | None) -> list[_Row
     return [row for rows in of_ranks for row in rows]
 
 
-def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> Index:
+def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> TensorIndex:
     """The pieces that were written, and every tensor of this rank even if nothing of it was."""
     kinds = {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     pieces: dict[str, list[Piece]] = {name: [] for name in tensors}
@@ -220,14 +217,18 @@ def _index(tensors: dict[str, torch.Tensor], written: list[_Row]) -> Index:
         assert kinds.setdefault(name, (dtype, shape)) == (dtype, shape), f"{name} differs between ranks"
         pieces.setdefault(name, []).append(Piece.model_construct(offsets=piece[0], sizes=piece[1], file=piece[2]))
     entries = {
-        name: Entry.model_construct(dtype=kinds[name][0], shape=kinds[name][1], pieces=tuple(found))
+        name: TensorEntry.model_construct(dtype=kinds[name][0], shape=kinds[name][1], pieces=tuple(found))
         for name, found in sorted(pieces.items())
     }
-    return Index.model_construct(tensors=entries)  # checked where it is read, as before a commit
+    return TensorIndex.model_construct(tensors=entries)  # checked where it is read, as before a commit
 
 
 def load_tensors(
-    directory: Place, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None, *, partial: bool = False
+    directory: CheckpointPath,
+    tensors: dict[str, torch.Tensor],
+    group: dist.ProcessGroup | None,
+    *,
+    partial: bool = False,
 ) -> None:
     """Fills `tensors` (plain, DTensor or FlatShard, any device) in place from a directory that save_tensors wrote.
 
@@ -236,7 +237,7 @@ def load_tensors(
     CheckpointError on all ranks, before any tensor is touched unless a file proves damaged while it is read.
     """
     rank, size = _rank(group), 1 if group is None else dist.get_world_size(group)
-    together = Together(group, rank)
+    consensus = Consensus(group, rank)
     reader: list[Reader] = []
 
     # All ranks compare first: one that fails alone would leave the others waiting, or loaded.
@@ -244,11 +245,11 @@ def load_tensors(
         reader.append(Reader(directory, read_index(directory)))
         _compare(directory, tensors, reader[0].index, partial)
 
-    together.run(compare)
-    together.run(lambda: reader[0].read({name: part_of(tensor, rank, size) for name, tensor in tensors.items()}))
+    consensus.run(compare)
+    consensus.run(lambda: reader[0].read({name: part_of(tensor, rank, size) for name, tensor in tensors.items()}))
 
 
-def _compare(directory: Place, tensors: dict[str, torch.Tensor], index: Index, partial: bool) -> None:
+def _compare(directory: CheckpointPath, tensors: dict[str, torch.Tensor], index: TensorIndex, partial: bool) -> None:
     held = index.tensors
     missing = sorted(tensors.keys() - held.keys())
     unexpected = [] if partial else sorted(held.keys() - tensors.keys())
@@ -265,10 +266,10 @@ def _compare(directory: Place, tensors: dict[str, torch.Tensor], index: Index, p
             f"the tensors in {directory} do not fit this model ({'; '.join(problems)}): "
             "use the configuration that the checkpoint was trained with"
         )
-    partly = sorted(name for name in tensors if not held[name].whole)
+    partly = sorted(name for name in tensors if not held[name].complete)
     if partly:
         raise CheckpointError(
-            f"the tensors in {directory} are not complete ({few(partly)} not whole): load another checkpoint"
+            f"the tensors in {directory} are not complete ({few(partly)} incomplete): load another checkpoint"
         )
 
 

@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from stablelm.checkpoint.files import FileRecord, record_of, record_of_file
-from stablelm.checkpoint.places import Place, RemotePath, StoreError
+from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError
 from stablelm.json_text import Count, parse
+from stablelm.new_files import write_durably
 from stablelm.small_files import read_small
 
 TENSORS = "tensors"
@@ -35,6 +35,39 @@ COMMITTED = "COMMITTED"
 COMMITTED_BYTES = 64 << 10
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest knows of one file: its size in bytes and the sha256 of its content in hex."""
+
+    size: int
+    sha256: str
+
+
+def record_of(content: bytes) -> FileRecord:
+    """The record of a file that holds `content`."""
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def record_of_file(path: CheckpointPath) -> FileRecord:
+    """Reads the whole file. Raises OSError."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb") as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_new(path: CheckpointPath, content: bytes) -> FileRecord:
+    """Writes a small new file that is there for good once this returns. Raises OSError."""
+    if isinstance(path, Path):
+        write_durably(path, content)
+    else:
+        path.create(content)
+    return record_of(content)
 
 
 @dataclass(frozen=True)
@@ -67,7 +100,7 @@ class Recorded(TypedDict):
     sha256: str
 
 
-class Manifest(TypedDict):
+class CheckpointManifest(TypedDict):
     files: dict[str, Recorded]
 
 
@@ -75,7 +108,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(path: Place) -> int | None:
+def step_of(path: CheckpointPath) -> int | None:
     """The step that the name of a checkpoint's directory states; None for any other name."""
     match = _STEP_NAME.fullmatch(path.name)
     if match is None and isinstance(path, RemotePath) and _ATTEMPT.fullmatch(path.name):
@@ -83,7 +116,7 @@ def step_of(path: Place) -> int | None:
     return int(match[1]) if match else None
 
 
-def attempt_of(path: Place) -> int:
+def attempt_of(path: CheckpointPath) -> int:
     """The fencing token in the name of a staging directory or prefix; 0 where there is none."""
     match = _ATTEMPT.fullmatch(path.name)
     return int(match[1]) if match else 0
@@ -100,7 +133,7 @@ def commit_content(commit: Commit) -> bytes:
     return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
 
 
-def read_commit(path: Place) -> Commit:
+def read_commit(path: CheckpointPath) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
     content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
@@ -113,13 +146,13 @@ def read_commit(path: Place) -> Commit:
     return commit
 
 
-def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
+def read_manifest(path: CheckpointPath, commit: Commit) -> dict[str, FileRecord]:
     """manifest.json of a checkpoint. Raises OSError if unreadable, ValueError if it is not the committed one."""
     content = read_small(path / MANIFEST)
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     try:
-        files = parse(content, Manifest)["files"]
+        files = parse(content, CheckpointManifest)["files"]
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is not readable ({error})") from error
     for name in files:
@@ -128,7 +161,7 @@ def read_manifest(path: Place, commit: Commit) -> dict[str, FileRecord]:
     return {name: FileRecord(**fields) for name, fields in files.items()}
 
 
-def verify(path: Place, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
+def verify(path: CheckpointPath, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint, one phrase a problem; empty: it is whole.
 
     With hashes every file is read; without, names and sizes are compared, which misses changed bytes. `share` (r, W):
@@ -158,14 +191,14 @@ def verify(path: Place, *, hashes: bool = True, share: tuple[int, int] = (0, 1))
     return problems
 
 
-def files_below(path: Place) -> set[str]:
+def files_below(path: CheckpointPath) -> set[str]:
     """Names of all that is not a directory below `path`, relative to it, with forward slashes."""
     if isinstance(path, RemotePath):
         return path.files()
     return {(Path(folder) / name).relative_to(path).as_posix() for folder, _, names in os.walk(path) for name in names}
 
 
-def _problem(path: Place, record: FileRecord, hashes: bool) -> str | None:
+def _problem(path: CheckpointPath, record: FileRecord, hashes: bool) -> str | None:
     try:
         if not path.is_file():
             return "is missing"

@@ -1,6 +1,9 @@
 """Reading from the files of `tensors/` what a rank needs, and nothing that they do not hold."""
 
+import math
+import os
 import struct
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,11 +14,26 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from stablelm import json_text
-from stablelm.checkpoint.flatshard import Part, part_of
-from stablelm.checkpoint.index import INDEX, Checked, Count, Dtype, Index, Slot, name_in_file, reason
-from stablelm.checkpoint.places import Place, StoreError
-from stablelm.errors import CheckpointError
+from stablelm.checkpoint import selection
+from stablelm.checkpoint.manifest import TENSORS, read_commit
+from stablelm.checkpoint.remote_path import FULL, UNWRITABLE, CheckpointPath, StoreError, checkpoint_path
+from stablelm.checkpoint.tensor_index import (
+    INDEX,
+    Checked,
+    Count,
+    Dtype,
+    Slot,
+    TensorIndex,
+    header,
+    name_in_file,
+    read_index,
+    reason,
+)
+from stablelm.engine.tensor_parts import Part, part_of
+from stablelm.errors import CheckpointError, ConfigError, StorageError
+from stablelm.new_files import sync_directory
 
+MODEL_PREFIX = "model."
 THREADS = 2
 """Files read side by side."""
 BUFFER = 1 << 16
@@ -26,7 +44,7 @@ LARGEST_HEADER = 100_000_000
 class Reader:
     """Reads the tensors of a directory's index. Raises CheckpointError where the files do not agree with it."""
 
-    def __init__(self, directory: Place, index: Index):
+    def __init__(self, directory: CheckpointPath, index: TensorIndex):
         self.directory, self.index = directory, index
         self._starts: dict[str, dict[str, int]] = {}
 
@@ -109,7 +127,7 @@ def _fill(file: IO[bytes], rest: memoryview, name: str) -> None:
 
 
 @contextmanager
-def _damaged(directory: Place) -> Iterator[None]:
+def _damaged(directory: CheckpointPath) -> Iterator[None]:
     try:
         yield
     except StoreError:
@@ -139,7 +157,7 @@ def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str,
         raise ValueError("its header is longer than it or the format allows")
     held = json_text.load(file.read(length))
     if not isinstance(held, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not an object")
     held.pop("__metadata__", None)
     entries = _HEADER.validate_python(held)
     if {Slot(name, each.dtype, tuple(each.shape)) for name, each in entries.items()} != set(wanted):
@@ -158,3 +176,41 @@ def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str,
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor of the CPU that is not empty."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> str:
+    """Writes the weights, named as in the decoder, to a new file; returns a line that says what is in it.
+
+    `elsewhere`: where a run has its checkpoints, if not in its directory.
+
+    Tensors go through memory one at a time. Raises CheckpointError for a missing or damaged checkpoint, ConfigError
+    where `out` cannot be made, StorageError where it cannot be written to the end.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out} exists already; name a new file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist; create it first")
+    found = selection.resolve_checkpoint(checkpoint, elsewhere=checkpoint_path(elsewhere) if elsewhere else None)
+    reader = Reader(found / TENSORS, read_index(found / TENSORS))
+    held = reader.index.tensors
+    slots = {name: Slot(name.removeprefix(MODEL_PREFIX), held[name].dtype, held[name].shape) for name in sorted(held)}
+    weights = {name: slot for name, slot in slots.items() if name.startswith(MODEL_PREFIX)}
+    temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(header(weights.values(), {"format": "pt", "step": str(read_commit(found).step)}))
+            for name in weights:
+                tensor = reader.tensor(name)
+                file.write(bytes_of(tensor) if tensor.numel() else b"")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(out)
+        sync_directory(out.parent)
+    except OSError as error:
+        if error.errno in FULL | UNWRITABLE:
+            raise StorageError(f"cannot write {out} ({error.strerror})") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    elements = sum(math.prod(slot.shape) for slot in weights.values())
+    return f"{out}: {len(weights)} tensors, {elements / 1e6:.2f} M elements of {found}"

@@ -45,6 +45,8 @@ def _faults(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"{', '.join(names)} would break the run on purpose; leave it out, or set faults.allow=true", names
     if faults.spike is not None and faults.bad_batch is None:
         yield "faults.spike needs the number of a batch; set faults.bad_batch", ("faults.spike",)
+    if faults.hang_in is not None and faults.hang is None:
+        yield "faults.hang_in needs a rank and a step; set faults.hang", ("faults.hang_in",)
     if "://" in str(config.checkpoint.dir):
         for name in ("corrupt_save", "full_disk"):
             if getattr(faults, name) is not None:

@@ -341,6 +341,7 @@ class FaultsConfig:
     bad_batch: int | None = key(None, "number of the batch, from 1, whose loss is not finite")
     spike: float | None = key(None, "what multiplies that batch's loss instead")
     hang: tuple[int, int] | None = key(None, "[rank, step]: where the first attempt hangs")
+    hang_in: Literal["data", "step", "save"] | None = key(None, "phase in which faults.hang hangs; unset: step")
     crash: tuple[int, int] | None = key(None, "[rank, step]: where the first attempt raises an error")
     slow: tuple[int, float] | None = key(None, "[rank, seconds]: who sleeps in every step, and how long")
     corrupt_save: int | None = key(None, "step whose checkpoint is damaged once it is committed, in the first attempt")

@@ -5,7 +5,7 @@ and so the rows ≡ r mod W. Workers, threads or processes, each serve some of t
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +80,24 @@ class Loader:
         self._padding = self._given = 0  # tokens and windows
         self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = 0
+        self._skipped: list[range] = []
         self._cursors: dict[int, Cursor | Cursors] = {}  # where it began
         self._places: dict[int, Place | Places | Cursor | Cursors] = {}  # where lanes that have moved since are
         self._producer: Producer | None = None
         self._closed = False
 
+    def skip(self, ranges: Sequence[Sequence[int]]) -> None:
+        """From now on leaves out these batches, and no others: [first data step, count] each."""
+        self._skipped = [range(first, first + count) for first, count in ranges]
+
     def next(self) -> Batch:
-        """The batch of the next data step."""
+        """The batch of the next data step that is not skipped."""
+        batch = self._next()
+        while any(batch.data_step in skipped for skipped in self._skipped):
+            batch = self._next()
+        return batch
+
+    def _next(self) -> Batch:
         import torch
 
         assert not self._closed

@@ -6,6 +6,7 @@ import torch
 
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
+from stablelm.private_names import settings_in_effect
 
 # Elements up to which ZeRO-3 leaves a parameter whole on every rank: vectors, which are too small to gather (ours).
 PERSISTENT = 2**14
@@ -143,7 +144,7 @@ def _found(engine: Any, key: str) -> Any:
     for start, place in _PLACES.items():
         if key == start or key.startswith(start + "."):
             key = place + key[len(start) :]
-    value = engine._config
+    value = settings_in_effect(engine)
     for part in key.replace("stage3_", "").split("."):
         value = getattr(value, part)
     if isinstance(value, torch.dtype):

@@ -11,25 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stablelm.checkpoint.format import clean_name
+from stablelm import private_names
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
 from stablelm.engine.deepspeed_config import check, settings
-from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
-from stablelm.engine.recompute import recompute_layers
-from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.engine.optimizers import adamw, refused, set_learning_rate
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.sharding import recompute_layers
+from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.torch_engine import compile_layers
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
-from stablelm.train.optimizer import adamw, set_learning_rate
 
 
 class DeepSpeedEngine:
-    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer.
+    """Implements `engine.interface.Engine`. `config` is resolved; `train=False` builds no optimizer.
 
     The process group exists already. Under zero3 no rank ever holds more than its part of the model and one whole
     parameter; under zero1 and zero2 every rank holds the working weights whole.
@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self.module.train(train)
         if self.optimizer is not None:
             names = {parameter: name for name, parameter in self.parameters().items()}
-            self._places = zero_shards.places(self._engine.optimizer, self._stage, names)
+            self._slices = zero_shards.buffer_slices(self._engine.optimizer, self._stage, names)
             zero_shards.make_moments(self.optimizer, self._masters())
             self._largest_norm = math.inf
             self.optimizer.register_step_pre_hook(self._refuse)
@@ -79,7 +79,7 @@ class DeepSpeedEngine:
                 return
             owner, leaf = slots[name]
             parameter = nn.Parameter(whole.to(self.device, kinds[name].dtype))
-            owner._parameters[leaf] = parameter
+            owner.register_parameter(leaf, parameter)
             if split is not None:
                 split(parameter)
 
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         return zero_shards.masters(self._engine.optimizer, self._stage)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by portable name; under zero3 empty outside the passes, with what is left in `ds_tensor`."""
+        """Parameters by portable name; under zero3 empty outside the passes, with this rank's part in `ds_tensor`."""
         return {clean_name(name): parameter for name, parameter in self.module.named_parameters()}
 
     def buffers(self) -> dict[str, Tensor]:
@@ -142,11 +142,11 @@ class DeepSpeedEngine:
 
     def _norm(self) -> Tensor:
         """The global norm of the step under way or of the last one, from when DeepSpeed has computed it."""
-        norm = self._engine.optimizer._global_grad_norm
+        norm = private_names.gradient_norm_of(self._engine.optimizer)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def _refuse(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before each group's update: the norm is known by then, and the fused kernel reads the verdict."""
+        """Before each group's update: the norm is known by then, and the fused kernel reads the decision."""
         setattr(optimizer, "found_inf", refused(self._norm(), self._largest_norm).float())  # noqa: B010
 
     def clear_gradients(self) -> None:
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
             split = zero_shards.whole_shard if self._stage == 3 else Tensor.detach
             return found | {f"model.{name}": split(parameter) for name, parameter in self.parameters().items()}
         flats = self._masters()
-        for name, place in self._places.items():
+        for name, place in self._slices.items():
             found[f"model.{name}"] = place.shard(flats[place.group])
             if optimizer:
                 state = self.optimizer.state[flats[place.group]]
@@ -175,7 +175,7 @@ class DeepSpeedEngine:
 
     def gradient_shards(self) -> dict[str, zero_shards.FlatShard]:
         """This rank's part of every gradient by name, before `step`; parts may be empty."""
-        return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._places)
+        return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._slices)
 
     def gradients(self) -> dict[str, Tensor]:
         return gather(self.gradient_shards(), self.device)
@@ -217,8 +217,7 @@ def import_deepspeed(ranks: Ranks) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Names of collectives that DeepSpeed calls in their older form.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    # No kernels of its own are needed; some it would compile on the spot, others it would probe for.
-    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - pyright does not know the attribute
+    private_names.without_own_kernels(deepspeed)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
 
@@ -228,8 +227,7 @@ def _splitter(deepspeed: Any, wanted: dict[str, Any]) -> Callable[[nn.Parameter]
     init = deepspeed.zero.Init(config_dict_or_path=wanted, dtype=torch.float32)
 
     def split(parameter: Any) -> None:
-        # As zero.Init does it, without its broadcast: the values are equal on all ranks by construction.
-        init._convert_to_deepspeed_param(parameter)
+        private_names.make_zero3_parameter(init, parameter)
         parameter.partition()
 
     return split
@@ -240,8 +238,7 @@ def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
         clean_name(f"{prefix}.{leaf}".lstrip(".")): (owner, leaf)
         for prefix, owner in module.named_modules()
-        for leaf, parameter in owner._parameters.items()
-        if parameter is not None
+        for leaf, _ in owner.named_parameters(recurse=False)
     }
 
 

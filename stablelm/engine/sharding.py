@@ -14,7 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from stablelm.config.engine_rules import hsdp_sizes
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
+from stablelm.private_names import checkpoint_wrapper
 
 GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
 
@@ -92,3 +93,9 @@ def _prefetch(firsts: list[nn.Module], depth: int) -> None:
         assert isinstance(first, FSDPModule)
         first.set_modules_to_forward_prefetch(cast(list[FSDPModule], firsts[index + 1 : index + 1 + depth]))
         first.set_modules_to_backward_prefetch(cast(list[FSDPModule], firsts[max(0, index - depth) : index][::-1]))
+
+
+def recompute_layers(layers: nn.ModuleList) -> None:
+    """Replaces each layer by one that keeps its inputs only; dropout draws the same masks again."""
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer, preserve_rng_state=True)

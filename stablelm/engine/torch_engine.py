@@ -4,30 +4,28 @@ import math
 from contextlib import nullcontext
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stablelm.checkpoint.format import clean_name
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.engine.gradients import average, clip, norms, refused, total_norm
-from stablelm.engine.mesh import Ranks
-from stablelm.engine.recompute import recompute_layers
-from stablelm.engine.sharding import allocate, make_mesh, offloads, replicated, shard
-from stablelm.engine.sigma import SigmaMatrices, sum_over_ranks
+from stablelm.engine.optimizers import adamw, average, clip, norms, refused, set_learning_rate, total_norm
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
+from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
 from stablelm.model.sublayer import Layer, Sublayer
-from stablelm.train.optimizer import adamw, set_learning_rate
+from stablelm.private_names import configure_compilation
 
 
 class TorchEngine:
-    """Meets `engine.base.Engine`. `config` is resolved; `train=False` builds no optimizer."""
+    """Implements `engine.interface.Engine`. `config` is resolved; `train=False` builds no optimizer."""
 
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
         self.kind, self.device = kind, ranks.device
@@ -125,7 +123,7 @@ class TorchEngine:
         return found
 
     def loaded(self) -> None:
-        """Drops what an earlier pass left gathered of the values that `tensors` held before."""
+        """Drops parameters that an earlier pass gathered from the former values of `tensors`."""
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
 
@@ -169,11 +167,10 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
 
     On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    functorch_config.activation_memory_budget = memory_budget
-    axes = config.axes
+    axes, limit = config.axes, None
     if axes.placement.by_depth or axes.stream.layers_differ or axes.shaping.active:
-        torch._dynamo.config.recompile_limit = max(8, 2 * config.n_layers)  # a graph for each layer
+        limit = max(8, 2 * config.n_layers)  # a graph for each layer
+    configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
     for layer in layers.modules():
         if isinstance(layer, Layer) and not axes.stream.grows:
             layer.compile()

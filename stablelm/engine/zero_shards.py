@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stablelm.checkpoint.flatshard import FlatShard
+from stablelm.engine.tensor_parts import FlatShard
+from stablelm.private_names import forget_offloaded_gradients, publish_zero3_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Place(NamedTuple):
+class BufferSlice(NamedTuple):
     """Elements [start, start + length) of a parameter are [offset, offset + length) of the flat buffer `group`."""
 
     group: int
@@ -30,24 +31,26 @@ class Place(NamedTuple):
         return FlatShard(flat.detach()[self.offset : self.offset + self.length], self.shape, self.start)
 
 
-def places(zero: Any, stage: int, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def buffer_slices(zero: Any, stage: int, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """The place of every parameter, by name, in the buffers of a DeepSpeed ZeRO optimizer; length 0: not here."""
     return _of_stage_3(zero, names) if stage == 3 else _of_stage_1_2(zero, names)
 
 
-def _of_stage_3(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def _of_stage_3(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """Each parameter is cut into equal parts, one a rank, the last ones padded; parts follow one another."""
     found = {}
     for group, parameters in enumerate(zero.fp16_groups):
         offset = 0
         for parameter in parameters:
             shard = whole_shard(parameter)
-            found[names[parameter]] = Place(group, offset, shard.start, len(shard.local), tuple(parameter.ds_shape))
+            found[names[parameter]] = BufferSlice(
+                group, offset, shard.start, len(shard.local), tuple(parameter.ds_shape)
+            )
             offset += parameter.partition_numel()
     return found
 
 
-def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]:
+def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, BufferSlice]:
     """All parameters of a group follow one another, and the whole is cut into equal parts, one a rank."""
     found = {}
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
@@ -57,7 +60,7 @@ def _of_stage_1_2(zero: Any, names: dict[nn.Parameter, str]) -> dict[str, Place]
             first = min(max(begin - offset, 0), parameter.numel())
             stop = min(max(begin + size - offset, 0), parameter.numel())
             inside = max(0, offset - begin) if stop > first else 0
-            found[names[parameter]] = Place(group, inside, first, stop - first, tuple(parameter.shape))
+            found[names[parameter]] = BufferSlice(group, inside, first, stop - first, tuple(parameter.shape))
     return found
 
 
@@ -82,7 +85,7 @@ def publish(zero: Any, stage: int) -> None:
         return
     zero.parameter_offload.partition_all_parameters()
     for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
+        publish_zero3_group(zero, group)
     if zero.persistent_parameters:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -95,11 +98,11 @@ def whole_shard(parameter: Any) -> FlatShard:
 
 
 def forget_gradients(zero: Any, stage: int) -> None:
-    """Drops what backward passes left, wherever they stopped."""
+    """Drops the gradients of backward passes, wherever they stopped."""
     zero.zero_grad()
     if stage == 3:
         zero.averaged_gradients = {}
-        zero._offload_boundary_param_ids.clear()
+        forget_offloaded_gradients(zero, stage)
         if zero.offload_optimizer:
             zero.reset_cpu_buffers()
         return
@@ -107,11 +110,11 @@ def forget_gradients(zero: Any, stage: int) -> None:
         zero.averaged_gradients[group] = zero.all_grad_tensors[group] = None
     zero.micro_step_id = -1
     if zero.cpu_offload:
-        zero._offload_accumulated_param_ids.clear()
+        forget_offloaded_gradients(zero, stage)
         zero.reset_cpu_buffers()
 
 
-def gradient_shards(zero: Any, stage: int, where: dict[str, Place]) -> dict[str, FlatShard]:
+def gradient_shards(zero: Any, stage: int, where: dict[str, BufferSlice]) -> dict[str, FlatShard]:
     """This rank's part of every gradient, summed over ranks and not yet clipped, after the last backward pass."""
     offloaded = zero.offload_optimizer if stage == 3 else zero.cpu_offload
     if offloaded:

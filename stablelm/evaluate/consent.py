@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import configuration, keep
-from stablelm.checkpoint.places import Place, place
+from stablelm.checkpoint import saved_run, selection
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config import data_rules
 from stablelm.config.keys import choices, find
 from stablelm.config.load import Loaded
@@ -36,16 +36,16 @@ def own_configuration(files: list[str]) -> Loaded | None:
     return own
 
 
-def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> Place | None:
+def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> CheckpointPath | None:
     """Where a run's checkpoints lie outside its directory, by the user's word; None: nowhere else."""
     asked = own.config.checkpoint.dir if own is not None else None
     if asked is None and trusted:
-        asked = keep.configured_root(place(checkpoint))
-    return place(asked) if asked else None
+        asked = selection.configured_root(checkpoint_path(checkpoint))
+    return checkpoint_path(asked) if asked else None
 
 
 def configuration_for(
-    checkpoint: Place, *, has_data: bool, own: Loaded | None, trusted: bool, first_rank: bool
+    checkpoint: CheckpointPath, *, has_data: bool, own: Loaded | None, trusted: bool, first_rank: bool
 ) -> Config:
     """The configuration to evaluate a checkpoint with; `has_data`: the user names the text.
 
@@ -53,7 +53,7 @@ def configuration_for(
     Raises ConfigError, before any of it is opened, where the checkpoint's own validation text needs more than reading
     plain files of this machine.
     """
-    found = configuration.read(checkpoint, own=own, trusted=trusted)
+    found = saved_run.read_configuration(checkpoint, own=own, trusted=trusted)
     asked = {name: value for name, value in found.withheld.items() if _reaches(name, value)}
     if trusted:
         _say(asked, "the checkpoint's configuration is trusted, with", first_rank)
@@ -109,6 +109,6 @@ def _short(value: Any) -> str:
     return words if len(words) <= SHOWN else words[: SHOWN - 3] + "..."
 
 
-def _hint(checkpoint: Place) -> str:
+def _hint(checkpoint: CheckpointPath) -> str:
     kept = checkpoint.parent.parent / "config.yaml" if isinstance(checkpoint, Path) else None
     return f" ({kept}, if the run is yours)" if kept is not None and kept.is_file() else ""

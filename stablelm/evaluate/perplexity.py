@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
 
 IGNORED = -100
 
@@ -43,9 +43,9 @@ def evaluate(
 ) -> Scores:
     """Mean cross-entropy over the set's valid targets.
 
-    `reached` hears before each micro-batch how far it is, on all ranks alike; what it raises ends the evaluation.
+    `reached` is called before each micro-batch with its place, on all ranks alike; what it raises ends the evaluation.
     The set is cut into the same micro-batches in every world size and rank r takes those ≡ r mod W,
-    so that only the order of a float64 sum can differ. Ranks without one left run an empty one,
+    so that only the order of a float64 sum can differ. Ranks without a micro-batch run an empty one,
     because a sharded model is called by all or by none.
     """
     parts = _micro_batches(torch.as_tensor(data.tokens), torch.as_tensor(data.targets), micro_batch_size)

@@ -12,7 +12,7 @@ from stablelm.redaction import redacted
 class Console:
     """Prints training records and messages to `stream` (default: standard output).
 
-    On a terminal a bar with step, loss, tokens/s and time left stays below the messages; elsewhere
+    On a terminal a bar with step, loss, tokens/s and the remaining time stays below the messages; elsewhere
     each record is one line, so that the log of a requeued job can be read.
     """
 
@@ -28,11 +28,11 @@ class Console:
             if losses := validation_words(record):
                 self.message(f"step {record['step']}/{self._total}  {losses}")
             return
-        left = self._seconds_left(record["step"])
+        remaining = self._seconds_remaining(record["step"])
         if self._bar is None:
-            self.message(training_words(record, self._total, left))
+            self.message(training_words(record, self._total, remaining))
         else:
-            self._bar.show(record, left)
+            self._bar.show(record, remaining)
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
@@ -46,13 +46,13 @@ class Console:
         if self._bar is not None:
             self._bar.close()
 
-    def _seconds_left(self, step: int) -> float | None:
+    def _seconds_remaining(self, step: int) -> float | None:
         done = step - self._first
         return (time.monotonic() - self._started) / done * (self._total - step) if done > 0 else None
 
 
-def training_words(record: dict[str, Any], total: int, left: float | None) -> str:
-    """`step 120/400  loss 5.1234  lr 3.0e-04  grad_norm 0.81  12.3k tokens/s  data 0.4%  left 2m10s`."""
+def training_words(record: dict[str, Any], total: int, remaining: float | None) -> str:
+    """`step 120/400  loss 5.1234  lr 3.0e-04  grad_norm 0.81  12.3k tokens/s  data 0.4%  remaining 2m10s`."""
     words = [f"step {record['step']}/{total}", f"loss {record['loss']:.4f}"]
     if "lr" in record:
         words.append(f"lr {record['lr']:.1e}")
@@ -68,8 +68,8 @@ def training_words(record: dict[str, Any], total: int, left: float | None) -> st
         words.append(f"slowest rank {record['slowest_rank']} on {record['slowest_host']}")
     if record.get("step_seconds") and "data_wait_seconds" in record:
         words.append(f"data {record['data_wait_seconds'] / record['step_seconds']:.1%}")
-    if left is not None:
-        words.append(f"left {short_time(left)}")
+    if remaining is not None:
+        words.append(f"remaining {short_time(remaining)}")
     return "  ".join(words)
 
 
@@ -123,12 +123,12 @@ class _Bar:
         # A process that ends without close() must not leave a terminal without its cursor.
         self._progress.console.show_cursor(True)
 
-    def show(self, record: dict[str, Any], left: float | None) -> None:
+    def show(self, record: dict[str, Any], remaining: float | None) -> None:
         words = [f"loss {record['loss']:.4f}"]
         if "tokens_per_second" in record:
             words.append(f"{short_number(record['tokens_per_second'])} tokens/s")
-        if left is not None:
-            words.append(f"left {short_time(left)}")
+        if remaining is not None:
+            words.append(f"remaining {short_time(remaining)}")
         self._progress.update(self._task, completed=record["step"], figures="  ".join(words))
 
     def message(self, text: str) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablelm.checkpoint.format import clean_name
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
-from stablelm.engine.sigma import SigmaMatrices
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.spectral_refresh import SigmaMatrices
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Chunks, Layer
-from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, stream_figures
+from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 
 TOKENS = 1024
 
@@ -141,7 +141,7 @@ class LayerObserver:
         self._engine, self._sigma, self._ranks = engine, sigma, ranks
         self._every, self._pieces, self._record = every, pieces, record
         # Read once, by one rank, before the clock starts.
-        self._batch = ranks.together().first(batch) if every else None
+        self._batch = ranks.consensus().first(batch) if every else None
         self.slowest = 0.0
         """Longest measurement so far, seconds."""
 

@@ -7,6 +7,7 @@ import torch
 from stablelm.config.schema import ObserveConfig
 from stablelm.new_files import clear, make_folder
 from stablelm.observe.sinks import storage_error
+from stablelm.private_names import record_memory_history, write_memory_history
 
 
 class Profiler:
@@ -26,7 +27,7 @@ class Profiler:
         self._running: torch.profiler.profile | None = None
         self._traced: tuple[int, int] | None = None
         if self._snapshot:
-            torch.cuda.memory._record_memory_history(max_entries=100_000)
+            record_memory_history(100_000)
         self._start_if_due(finished)
 
     def step(self, finished: int) -> None:
@@ -48,8 +49,8 @@ class Profiler:
         self._end()
         if self._snapshot:
             self._snapshot = False
-            self._write(f"memory-rank{self._rank}.pickle", torch.cuda.memory._dump_snapshot)
-            torch.cuda.memory._record_memory_history(enabled=None)
+            self._write(f"memory-rank{self._rank}.pickle", write_memory_history)
+            record_memory_history(None)
 
     def _start_if_due(self, finished: int) -> None:
         if self._window is None or self._running is not None:

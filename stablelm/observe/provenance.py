@@ -25,7 +25,7 @@ COPIED = ".commit"
 
 
 class Attempt(TypedDict):
-    """What must be right in an entry; the rest is told, not used."""
+    """What must be right in an entry; the rest is shown, not used."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     attempt: Count
@@ -41,7 +41,7 @@ def write(
     """
     run_dir = Path(run_dir)
     attempts = read(run_dir)
-    attempt = attempt or 1 + max((told["attempt"] for told in attempts), default=0)
+    attempt = attempt or 1 + max((entry["attempt"] for entry in attempts), default=0)
     commit, diff = git_state(REPOSITORY)
     diff_file = f"provenance-{attempt}.diff" if diff else None
     if diff_file:

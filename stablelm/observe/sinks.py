@@ -14,10 +14,12 @@ from typing import Any, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from stablelm.config.schema import Config
 from stablelm.errors import ConfigError, StorageError
 from stablelm.json_text import Count, parse
 from stablelm.new_files import make_folder, open_to_append
 from stablelm.observe.console import Console as Console  # the third sink
+from stablelm.observe.progress import Progress
 
 COUNTERS = ("step", "tokens", "attempt")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -95,7 +97,7 @@ def _to_json(value: Any) -> Any:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records in the order they were written; a torn last line is left out.
+    """All complete records in the order they were written; a torn last line is dropped.
 
     Raises ConfigError with the number of a line that is not as we write it.
     """
@@ -151,3 +153,41 @@ class TensorBoardSink:
             return act()
         except OSError as error:
             raise storage_error(self._directory, error) from error
+
+
+class Records:
+    """Writes each record to every sink; silent on ranks above 0."""
+
+    def __init__(self, config: Config, progress: Progress, *, first_rank: bool):
+        self._progress, self._run_dir = progress, Path(config.run.dir)
+        self._sinks: list[MetricsFile | TensorBoardSink | Console] = []
+        self._console: Console | None = None
+        if first_rank:
+            self._console = Console(total_steps=config.train.steps or 0, first_step=progress.step)
+            self._sinks = [
+                MetricsFile(self._run_dir / "metrics.jsonl"),
+                TensorBoardSink(self._run_dir / "tensorboard", purge_step=progress.step + 1 if progress.step else None),
+                self._console,
+            ]
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record` holds `step` and metrics by name; the attempt's number is added."""
+        for sink in self._sinks:
+            sink.write({**record, "attempt": self._progress.attempt})
+
+    def rewound(self) -> None:
+        """The run is at an earlier step again: TensorBoard forgets what came after it."""
+        self._sinks = [self._reopened(sink) if isinstance(sink, TensorBoardSink) else sink for sink in self._sinks]
+
+    def _reopened(self, sink: TensorBoardSink) -> TensorBoardSink:
+        sink.close()
+        return TensorBoardSink(self._run_dir / "tensorboard", purge_step=self._progress.step + 1)
+
+    def message(self, text: str) -> None:
+        """A line for the reader at the terminal."""
+        if self._console is not None:
+            self._console.message(text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()

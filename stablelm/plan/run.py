@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from stablelm.config import rules
 from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config
-from stablelm.engine.environment import AccelerateFlags, engine_kind
+from stablelm.engine.launch_environment import AccelerateFlags, engine_kind
 from stablelm.errors import ConfigError, StorageError
-from stablelm.plan.accelerators import Accelerator, find
-from stablelm.train.start import exit_code_of
+from stablelm.observe.accelerators import Accelerator, find
+from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
     from stablelm.plan.report import Plan

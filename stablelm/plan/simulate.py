@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.methods.deepscalelm import DeepscaleOptions
 from stablelm.plan import estimate, memory
 from stablelm.plan.ledger import Ledger
 from stablelm.plan.memory import Layout, Parameter
+from stablelm.private_names import FakeStore, FakeTensorMode
 from stablelm.train.step import train_step
 
 UNITS = 5

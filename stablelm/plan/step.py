@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
 from stablelm.methods.sizes import flops_per_token
+from stablelm.observe.accelerators import Accelerator
 from stablelm.plan import activations, memory
-from stablelm.plan.accelerators import Accelerator
 from stablelm.plan.collectives import Collectives
 from stablelm.plan.memory import Layout, Parameter
 

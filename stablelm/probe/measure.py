@@ -19,7 +19,7 @@ from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
-from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, stream_figures
+from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 from stablelm.probe.shelf import Shelf, boundaries, shares
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev

@@ -16,11 +16,11 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.data import training
 from stablelm.data.embedded import embedded
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import Launch
+from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 from stablelm.new_files import clear, replace_file
+from stablelm.process_exit import exit_code_of
 from stablelm.train.prepare import Corpora, Prepared
-from stablelm.train.start import exit_code_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def _probe(request: Request) -> "Probe":
     from stablelm.probe.measure import measure
     from stablelm.probe.report import Probe
     from stablelm.probe.verdict import read_runs, verdict
-    from stablelm.train.build import first_rows
+    from stablelm.train.job import first_rows
 
     started = time.perf_counter()
     config, model = request.config, request.config.model

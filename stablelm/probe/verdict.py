@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm.observe.gauges import Internals
+from stablelm.observe.layer_hooks import Internals
 from stablelm.probe.predict import Prediction
 
 TRAINABILITY = Path(__file__).with_name("trainability.json")

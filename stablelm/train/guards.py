@@ -1,7 +1,7 @@
-"""Whether a run is still sound: updates left out in a row, and spikes of loss and gradient norm.
+"""Whether a run is still healthy: updates skipped in a row, and spikes of loss and gradient norm.
 
-A spike lies `guards.threshold` spreads above the median of the last `guards.window` steps that were neither left out
-nor spikes themselves: median and MAD cannot be moved by a few values, and spikes do not get in at all.
+A spike lies `guards.threshold` spreads above the median of the last `guards.window` steps that were neither skipped
+nor spikes themselves: a few values cannot move median and MAD, and spikes never enter the window.
 """
 
 import math
@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stablelm.config.schema import GuardsConfig
-from stablelm.data.loader import Batch, Loader
+from stablelm.engine.interface import StepResult
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
-from stablelm.train.agreement import Outcome
-from stablelm.train.progress import Progress
+from stablelm.observe.progress import Progress
+from stablelm.train.stop import Outcome
 
+NO_UPDATE = -1.0
+"""As the largest gradient norm of a step: nothing is updated, whatever comes out."""
 LAG = 3
-"""A step is judged by what happened at least so many steps earlier, whether later figures are known yet or not."""
+"""A step is compared with steps at least this much earlier, whether or not later figures are known yet."""
 SPREADS_A_MAD = 1.4826  # of a normal distribution
-LEAST_SPREAD = 0.005  # of the median: where figures hardly vary, small changes are no spikes
+LEAST_SPREAD = 0.005  # of the median: where figures hardly vary, small changes are not spikes
 
 
 class Typical(NamedTuple):
@@ -41,18 +44,12 @@ class Guard:
         self._config, self._progress, self._message = config, progress, message
         self._in_a_row = 0
         self._window: deque[tuple[int, float, float]] = deque(maxlen=config.window + LAG)
-        self._jumps: list[list[int]] = []
+        self.jumps: list[list[int]] = []
+        """Batches to skip: [first data step, count] each."""
         self._typicals: dict[int, tuple[Typical, Typical] | None] = {}
 
-    def next_batch(self, loader: Loader) -> Batch:
-        """The next batch that is not to be jumped over."""
-        batch = loader.next()
-        while any(first <= batch.data_step < first + count for first, count in self._jumps):
-            batch = loader.next()
-        return batch
-
     def largest_norm(self, step: int) -> float:
-        """The gradient norm above which the update of `step` is left out: inf unless `guards.spike` is skip."""
+        """The gradient norm above which the update of `step` is skipped: inf unless `guards.spike` is skip."""
         typical = self._typical(step) if self._config.spike == "skip" else None
         return math.inf if typical is None else typical[1].median + self._config.threshold * typical[1].spread
 
@@ -93,10 +90,10 @@ class Guard:
         if far:
             self._progress.spikes += 1
         why = far or f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
-        self._message(f"step {outcome.step}: update left out ({why}); {self._in_a_row} in a row")
+        self._message(f"step {outcome.step}: update skipped ({why}); {self._in_a_row} in a row")
         if self._in_a_row > self._config.max_skips:
             raise DivergedError(
-                f"{self._in_a_row} updates in a row were left out up to step {outcome.step}, more than "
+                f"{self._in_a_row} updates in a row were skipped up to step {outcome.step}, more than "
                 f"guards.max_skips={self._config.max_skips} ({why}); start again with a lower train.lr or a more "
                 "stable model.method"
             )
@@ -113,19 +110,19 @@ class Guard:
         """After a checkpoint was loaded, whose next batch is `data_step`; `before`: the state that it replaced."""
         first = max(data_step, self.first_jumped(spike))
         self._progress.spikes, self._progress.rewinds = before["spikes"], before["rewinds"] + 1
-        self._jumps = [*before["jumps"], [first, self._config.skip_data]]
+        self.jumps = [*before["jumps"], [first, self._config.skip_data]]
         self._message(
             f"rewind {self._progress.rewinds} of {self._config.max_rewinds}: back to step {self._progress.step}; "
-            f"batches {first + 1} to {first + self._config.skip_data} are jumped over"
+            f"batches {first + 1} to {first + self._config.skip_data} are skipped"
         )
 
     def first_jumped(self, spike: Outcome) -> int:
-        """The data step from which batches are jumped over because of a spike."""
+        """The data step from which batches are skipped because of a spike."""
         return max(0, spike.data_step - self._config.skip_data // 2)
 
     def shares(self, data_step: int, jumps: list[list[int]]) -> bool:
         """Whether the run as it is now went through the state whose next batch was `data_step`, after `jumps`."""
-        return all(jump in jumps or data_step <= jump[0] for jump in self._jumps)
+        return all(jump in jumps or data_step <= jump[0] for jump in self.jumps)
 
     def may_rewind(self, spike: Outcome) -> None:
         """Raises DivergedError if all rewinds are used up."""
@@ -143,7 +140,7 @@ class Guard:
             "skipped_in_a_row": self._in_a_row,
             "spikes": self._progress.spikes,
             "rewinds": self._progress.rewinds,
-            "jumps": self._jumps,
+            "jumps": self.jumps,
             "window": [list(entry) for entry in self._window],
         }
 
@@ -151,7 +148,7 @@ class Guard:
         """Goes on from a `state`; an empty one is that of a run without guards."""
         self._progress.skipped_steps = state.get("skipped_steps", 0)
         self._progress.spikes, self._progress.rewinds = state.get("spikes", 0), state.get("rewinds", 0)
-        self._in_a_row, self._jumps = state.get("skipped_in_a_row", 0), state.get("jumps", [])
+        self._in_a_row, self.jumps = state.get("skipped_in_a_row", 0), state.get("jumps", [])
         self._typicals.clear()
         self._window.clear()
         self._window.extend((step, loss, norm) for step, loss, norm in state.get("window", []))
@@ -172,3 +169,46 @@ def _median(rows: np.ndarray) -> np.ndarray:
     """Of each column; np.median takes several times as long for so few."""
     ordered = np.sort(rows, axis=0)
     return (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+
+
+def recheck(
+    step: int,
+    first: StepResult,
+    take: Callable[..., StepResult],
+    ranks: Ranks,
+    hosts: Sequence[str],
+    message: Callable[[str], None],
+) -> None:
+    """Takes the step `first` again, if its update was skipped, and reports whether all bits are the same. Collective.
+
+    Nothing has changed since: weights, rows and dropout are those of the first time. Waits for the device.
+    """
+    if not bool(first.skipped):
+        return
+    again = take(largest_norm=NO_UPDATE)
+    before, after = ([float(result.cross_entropy), float(result.grad_norm)] for result in (first, again))
+    found = differing(ranks.gather((ranks.rank, before, after)), hosts)
+    if found:
+        message(f"step {step}: run again, it differs ({found}): hardware, unless kernels are not deterministic")
+    else:
+        message(f"step {step}: run again, it is the same in every bit: the data or the model, not the hardware")
+
+
+def differing(results: Sequence[tuple[int, list[float], list[float]]], hosts: Sequence[str]) -> str:
+    """Ranks whose summed loss is another at the second time, and the gradient norm if it is; '' if all are equal.
+
+    `results`: a rank's number and its two pairs of loss (nats, of all its rows) and gradient norm.
+    """
+    words = [
+        f"loss of rank {rank} on {hosts[rank]}: {before[0]:.8g}, then {after[0]:.8g}"
+        for rank, before, after in results
+        if not _same(before[0], after[0])
+    ]
+    _, before, after = results[0]
+    if not _same(before[1], after[1]):
+        words.append(f"gradient norm: {before[1]:.8g}, then {after[1]:.8g}")
+    return "; ".join(words)
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))

@@ -1,28 +1,48 @@
-"""What the loop works with."""
+"""Everything that the loop works with, built from a prepared configuration."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from torch import Tensor
+
+from stablelm.checkpoint import retention
 from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.contents import expected_shapes
+from stablelm.checkpoint.fence import Fence
+from stablelm.checkpoint.remote_path import CheckpointPath
+from stablelm.config.durations import parse_duration
+from stablelm.config.load import dump
 from stablelm.config.schema import Config
+from stablelm.data import validation
 from stablelm.data.loader import Loader
+from stablelm.data.seen_files import SeenFiles
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.mesh import Ranks
-from stablelm.observe.layers import LayerObserver
+from stablelm.engine.interface import Engine, build_engine
+from stablelm.engine.ranks import Ranks
+from stablelm.evaluate.validation_text import validation_options
+from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.profile import Profiler
-from stablelm.train.agreement import Outcome
-from stablelm.train.faults import Faults
+from stablelm.observe.progress import Progress
+from stablelm.observe.sinks import Records
+from stablelm.supervise.faults import Faults
+from stablelm.supervise.heartbeat import Watchdog
+from stablelm.supervise.progress_marker import ProgressMarker
+from stablelm.supervise.shutdown import Ending
+from stablelm.train import resume
 from stablelm.train.guards import Guard
-from stablelm.train.progress import Progress
-from stablelm.train.records import Records
-from stablelm.train.stop import Stop
-from stablelm.train.watchdog import Watch
+from stablelm.train.prepare import Prepared
+from stablelm.train.step import dry_run
+from stablelm.train.stop import Outcome, Stop, deadline
+
+SAVES_WAITED = 10
+"""A save that takes up to this many times its expected length is not a hang."""
 
 
 @dataclass
 class Job:
-    """Everything the loop works with, built by `train.run`."""
+    """Everything the loop works with; `build_job` makes it."""
 
     config: Config
     engine: Engine
@@ -33,7 +53,7 @@ class Job:
     stop: Stop
     guard: Guard
     faults: Faults
-    watch: Watch
+    watchdog: Watchdog
     profiler: Profiler
     layers: LayerObserver
     records: Records
@@ -42,3 +62,186 @@ class Job:
     """Saves the current state; with True it returns once that is committed, else as soon as training can go on."""
     rewind: Callable[[Outcome], bool]
     """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
+
+
+def build_job(
+    prepared: Prepared,
+    ranks: Ranks,
+    ending: Ending,
+    watchdog: Watchdog,
+    fence: Fence,
+    checkpoint: CheckpointPath | None,
+    started: float,
+    notices: Sequence[str],
+) -> Job:
+    """The run at `checkpoint` (None: at its beginning), after a dry run of one micro-batch and a save. Collective.
+
+    `started`: seconds since 1970; `notices` go to the terminal first; `ending.extra` gets the number of parameters.
+    """
+    config, progress = prepared.config, ending.progress
+    loader = build_loader(prepared, ranks)
+    engine = build_engine(config, prepared.kind, ranks)
+    ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
+    guard = Guard(config.guards, progress, lambda text: records.message(text))
+    if checkpoint is not None:
+        resume.load_checkpoint(checkpoint, engine, loader, ranks, progress, guard)
+    elif config.run.init_from:
+        resume.weights_from(config.run.init_from, engine, ranks)
+    records = Records(config, progress, first_rank=ranks.is_first)
+    origin = f"resumed from {checkpoint}" if checkpoint else "new run"
+    for line in (*notices, f"{_opening(prepared, ending.extra['params'])}; {origin}"):
+        records.message(line)
+    stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
+    stop.listen(lambda code: ending.write(code, "second signal"))
+    faults = Faults(config, ranks, progress.attempt)
+    saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
+    watchdog.marker.at("dry run", progress.step)
+    records.message(dry_run(config, engine, ranks, saver))
+    watchdog.extra_seconds["save"] = SAVES_WAITED * saver.seconds
+    stop.save_seconds = saver.margin_seconds
+
+    def save_now(wait: bool) -> None:
+        faults.saving(progress.step)
+        save(prepared, engine, loader, ranks, progress, guard, saver, wait=wait)
+
+    return Job(
+        config=config,
+        engine=engine,
+        ranks=ranks,
+        loader=loader,
+        validation=read_validation(prepared),
+        progress=progress,
+        stop=stop,
+        guard=guard,
+        faults=faults,
+        watchdog=watchdog,
+        profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
+        layers=_layers(prepared, engine, ranks, records),
+        records=records,
+        saver=saver,
+        save=save_now,
+        rewind=lambda spike: resume.rewind(spike, saver, engine, loader, ranks, progress, guard),
+    )
+
+
+def _opening(prepared: Prepared, parameters: int) -> str:
+    """One line: what trains on what."""
+    model = prepared.config.model
+    return (
+        f"{model.method}, {model.n_layers} layers x {model.d_model}, {parameters / 1e6:.2f} M parameters, "
+        f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}"
+    )
+
+
+def build_loader(prepared: Prepared, ranks: Ranks) -> Loader:
+    """The stream of this rank's batches."""
+    assert prepared.corpora is not None
+    return Loader(
+        prepared.corpora.train,
+        prepared.tokenizer,
+        prepared.config.data,
+        seed=prepared.config.run.seed,
+        global_batch_size=prepared.config.train.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seen=SeenFiles.of(prepared.config.run.dir),
+    )
+
+
+def first_rows(prepared: Prepared, rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    """The first windows of the training text, (rows, seq_len) tokens and targets, for any batch size and ranks."""
+    config = prepared.config
+    assert prepared.corpora is not None
+    data = replace(config.data, seq_len=seq_len, workers=0)
+    files = prepared.corpora.train
+    loader = Loader(files, prepared.tokenizer, data, seed=config.run.seed, global_batch_size=rows)
+    batch = loader.next()
+    loader.close()
+    return batch.tokens, batch.targets
+
+
+def layers_batch(prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """The fixed batch on which layers are measured: the run's first rows."""
+    seq_len = prepared.config.data.seq_len
+    return first_rows(prepared, rows_for(seq_len), seq_len)
+
+
+def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
+    """Every validation set, the same on all ranks."""
+    config = prepared.config
+    assert prepared.corpora is not None
+    seen = SeenFiles.of(config.run.dir)
+    return {
+        name: validation.read(
+            files,
+            prepared.tokenizer,
+            seq_len=config.data.seq_len,
+            sequences=config.evaluate.batches * config.train.global_batch_size,
+            options=replace(validation_options(config, name), seen=seen),
+        )
+        for name, files in prepared.corpora.validation.items()
+    }
+
+
+def build_saver(
+    prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress, faults: Faults, marker: ProgressMarker
+) -> Saver:
+    """Saves this attempt's steps and keeps as many as configured."""
+    checkpoint = prepared.config.checkpoint
+
+    def committed(step: int) -> None:
+        progress.checkpointed_step = step
+        faults.saved(step)
+
+    return Saver(
+        fence,
+        ranks.save_group,
+        shapes=expected_shapes(prepared.config.model),
+        background=checkpoint.async_,
+        committed=committed,
+        reached=marker.saved_part,
+        retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
+    )
+
+
+def save(
+    prepared: Prepared,
+    engine: Engine,
+    loader: Loader,
+    ranks: Ranks,
+    progress: Progress,
+    guard: Guard,
+    saver: Saver,
+    *,
+    wait: bool,
+) -> None:
+    """Saves the current step unless that is done; returns before the commit only without `wait`."""
+    saver.wait()
+    if progress.checkpointed_step == progress.step:
+        return
+    assert prepared.corpora is not None
+    lanes: dict[str, list[int]] = {}
+    for part in ranks.gather(loader.state()):
+        lanes |= part["lanes"]
+    state = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "skipped_rows": progress.skipped_rows,
+        "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
+        "identity": prepared.corpora.identity,
+        "guards": guard.state(),
+        "evaluation_due": progress.evaluation_due,
+    }
+    saver.save(progress.step, engine.tensors(), state, dump(prepared.asked), wait=wait)
+
+
+def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:
+    return LayerObserver(
+        engine,
+        engine.sigma,
+        ranks,
+        every=prepared.config.observe.layers_every,
+        batch=lambda: layers_batch(prepared),
+        pieces=prepared.tokenizer.pieces,
+        record=records.write,
+    )

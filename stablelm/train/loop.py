@@ -5,61 +5,72 @@ from collections.abc import Callable
 from functools import partial
 
 from stablelm.data.loader import Batch
-from stablelm.train.agreement import Agreement, Outcome
+from stablelm.engine.interface import StepResult
+from stablelm.observe.interval_metrics import IntervalMetrics
+from stablelm.train.evaluation import validate
+from stablelm.train.guards import recheck
 from stablelm.train.job import Job
-from stablelm.train.meter import Meter
-from stablelm.train.recheck import recheck
 from stablelm.train.schedule import learning_rate
-from stablelm.train.step import StepResult, train_step
-from stablelm.train.stop import REASONS
-from stablelm.train.validate import validate
+from stablelm.train.step import train_step
+from stablelm.train.stop import REASONS, Outcome, StepExchange
 
 
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
-    config, progress, pulse = job.config, job.progress, job.watch.pulse
+    config, progress, marker = job.config, job.progress, job.watchdog.marker
     steps = config.train.steps
     assert steps is not None
     records = job.records
-    interval = Meter(job.engine.device, job.ranks, config, progress, records.write, job.watch.hosts, records.message)
-    agreement = Agreement(job.ranks)
-    if progress.evaluation_due and not validate(job, agreement):
-        return REASONS[agreement.known]
+    interval = IntervalMetrics(
+        job.engine.device,
+        job.ranks,
+        config,
+        progress,
+        records.write,
+        partial(learning_rate, train=config.train),
+        job.watchdog.hosts,
+        records.message,
+    )
+    exchange = StepExchange(job.ranks)
+    if progress.evaluation_due and not validate(job, exchange):
+        return REASONS[exchange.known]
     while progress.step < steps:
         step = progress.step + 1
         started = time.perf_counter()
-        pulse.at("data", step)
-        batch = job.guard.next_batch(job.loader)
-        pulse.at("step", step)
+        marker.at("data", step)
+        job.faults.hang(step, "data")
+        batch = job.loader.next()
+        marker.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
         take = update(job, batch, step)
         result = take(largest_norm=job.guard.largest_norm(step))
         if config.guards.recheck:
-            recheck(step, result, take, job.ranks, job.watch.hosts, job.records.message)
+            recheck(step, result, take, job.ranks, job.watchdog.hosts, job.records.message)
         progress.step = step
         progress.tokens += config.train.global_batch_size * config.data.seq_len
         interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
-        pulse.finished(step)
+        marker.finished(step)
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
             interval.write(job.loader)
         job.layers.step(step, progress.tokens)
         if due(step, config.evaluate.every, steps):
-            validate(job, agreement)
-        wish, outcomes = agreement.exchange(step, batch.data_step, result, job.stop.wish(failed=job.saver.failed))
-        reason = REASONS[wish] or ("run.stop_after" if step == config.run.stop_after else "")
+            validate(job, exchange)
+        request = job.stop.request(failed=job.saver.failed)
+        agreed, outcomes = exchange.exchange(step, batch.data_step, result, request)
+        reason = REASONS[agreed] or ("run.stop_after" if step == config.run.stop_after else "")
         saving = due(step, config.checkpoint.every, steps) or bool(reason)
-        if saving:  # nothing that has not been judged
+        if saving:  # only steps that the guard has checked
             interval.write(job.loader)
-            outcomes += agreement.settle()
+            outcomes += exchange.settle()
         spike = job.guard.judge(outcomes)
         stopping = bool(reason) and (step < steps or progress.evaluation_due)
-        if spike is not None and not stopping and rewound(job, spike, agreement, interval):
+        if spike is not None and not stopping and rewound(job, spike, exchange, interval):
             continue
         if saving:
-            pulse.at("save", step)
+            marker.at("save", step)
             job.saver.wait()
             # A stop at a spike leaves it to the next attempt, which finds it again.
             if spike is None or not stopping or progress.checkpointed_step < 0:
@@ -67,13 +78,13 @@ def train(job: Job) -> str:
         job.stop.save_seconds, job.stop.step_seconds = job.saver.margin_seconds, interval.slowest
         job.stop.layers_seconds = job.layers.slowest
         if stopping:
-            agreement.settle()
+            exchange.settle()
             return reason
     return ""
 
 
 def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
-    """`train_step` of this batch, whose `largest_norm` is left to say."""
+    """`train_step` of this batch, without its `largest_norm`."""
     config = job.config
     return partial(
         train_step,
@@ -86,16 +97,16 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
         seed=config.run.seed,
         micro=config.train.micro_batch_size or len(batch.tokens),
         loss_factor=job.faults.loss_factor(batch.data_step),
-        reached=job.watch.pulse.reached,
+        mark=job.watchdog.marker.in_step,
     )
 
 
-def rewound(job: Job, spike: Outcome, agreement: Agreement, interval: Meter) -> bool:
-    """Rewinds if there is a checkpoint to return to; what was measured and not yet told of later steps is void."""
-    later = agreement.settle()
-    job.watch.pulse.at("rewind", job.progress.step)
+def rewound(job: Job, spike: Outcome, exchange: StepExchange, interval: IntervalMetrics) -> bool:
+    """Rewinds if there is a checkpoint to return to; what was measured of later steps and not recorded is dropped."""
+    later = exchange.settle()
+    job.watchdog.marker.at("rewind", job.progress.step)
     if not job.rewind(spike):
-        job.records.message("there is no checkpoint to return to yet; going on")
+        job.records.message("there is no checkpoint to return to yet; continuing")
         job.guard.judge(later)
         return False
     job.profiler.interrupt()

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import keep
-from stablelm.checkpoint.places import place
+from stablelm.checkpoint import selection
+from stablelm.checkpoint.remote_path import checkpoint_path
 from stablelm.config import identity as identities
-from stablelm.config import rules, validation_sets
+from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, training, validation
@@ -20,12 +20,14 @@ from stablelm.data.embedded import embedded
 from stablelm.data.options import ReadOptions
 from stablelm.data.problems import Problems
 from stablelm.data.tokenizer import Tokenizer
-from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
+from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
+from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
 from stablelm.observe import provenance
 from stablelm.small_files import read_small
-from stablelm.train import attempts, run_place
+from stablelm.supervise import attempts
+from stablelm.train import run_directory
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 
 
 def next_attempt(run_dir: Path) -> int:
-    """One more than any attempt that has begun, those of before attempts had files of their own included."""
-    begun = [told["attempt"] for told in provenance.read(run_dir)]
+    """One more than the last attempt that has begun, also where attempts had no files of their own yet."""
+    begun = [entry["attempt"] for entry in provenance.read(run_dir)]
     return 1 + max(attempts.newest(run_dir), *begun, 0)
 
 
@@ -116,7 +118,7 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
 
 
 def check_remote(config: Config, train: training.Sources, sets: dict[str, list[str]], known: training.Lists) -> None:
-    """Looks at remote text. Not at lists the run has begun with: what befalls their store now is no bad input."""
+    """Checks remote text, except lists that the run began with: a failure of their store now is not bad input."""
     asked = {
         f"data.validation.{name}": (path, sets[name], validation_options(config, name))
         for name, path in validation_paths(config).items()
@@ -134,7 +136,7 @@ def check_remote(config: Config, train: training.Sources, sets: dict[str, list[s
 
 
 def known_files(config: Config) -> dict[str, list[str]]:
-    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume asks no store again."""
+    """Remote file lists that the run directory keeps: asked path, as JSON, -> files. A resume lists no store again."""
     try:
         return parse(read_small(Path(config.run.dir) / "data_files.json"), dict[str, list[str]])
     except (OSError, ValueError):
@@ -149,21 +151,6 @@ def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
     return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
 
 
-def validation_paths(config: Config) -> dict[str, str | list[str]]:
-    """Validation sets by name; the embedded corpus brings its own."""
-    paths = {name: each.path for name, each in validation_sets.sets(config.data).items()}
-    if not paths and config.data.path == "embedded" and not config.data.mixture:
-        paths["default"] = "embedded"
-    return {name: training.asked(config.data, path, split="validation") for name, path in paths.items()}
-
-
-def validation_options(config: Config, name: str) -> ReadOptions:
-    """How the text of a validation set is read."""
-    named = validation_sets.sets(config.data).get(name)
-    options = ReadOptions.of(config.data)
-    return options if named is None else replace(options, text_column=named.text_column)
-
-
 def _remote(config: Config) -> bool:
     paths = [*training.paths(config.data).values(), *validation_paths(config).values()]
     flat = [item for path in paths for item in (path if isinstance(path, list) else [path])]
@@ -173,12 +160,12 @@ def _remote(config: Config) -> bool:
 def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
-    run_place.check(config)
-    if config.run.init_from is not None and not place(config.run.init_from).exists():
+    run_directory.check(config)
+    if config.run.init_from is not None and not checkpoint_path(config.run.init_from).exists():
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
-    if resume not in ("auto", "none") and not place(resume).exists():
+    if resume not in ("auto", "none") and not checkpoint_path(resume).exists():
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
-    steps = bool(keep.step_directories(place(str(config.checkpoint.dir))))
+    steps = bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
     begun = _has_text(run_dir / "metrics.jsonl")
     if not steps and not begun:
         return

@@ -1,31 +1,20 @@
 """One optimizer step: micro-batches in, one update out."""
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablelm.engine.base import Engine
-from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
+from stablelm.checkpoint.background import Saver
+from stablelm.config.schema import Config
+from stablelm.engine.interface import Engine, StepResult
+from stablelm.engine.optimizers import refused
+from stablelm.engine.ranks import Ranks
+from stablelm.observe.interval_metrics import peak_memory
 from stablelm.seeds import seed_from
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Device tensors, read only when a record is due: no host sync in the step."""
-
-    cross_entropy: Tensor
-    """Sum over this rank's valid targets, nats; 0-dim."""
-    valid: Tensor
-    """Valid targets of this rank; 0-dim int64."""
-    grad_norm: Tensor
-    """Global norm before clipping; 0-dim, the same on all ranks."""
-    skipped: Tensor
-    """Whether nothing was updated because of it; 0-dim bool."""
 
 
 def train_step(
@@ -40,16 +29,16 @@ def train_step(
     micro: int,
     largest_norm: float = math.inf,
     loss_factor: float = 1.0,
-    reached: Callable[[str], None] = lambda place: None,
+    mark: Callable[[str, str], None] = lambda phase, place: None,
 ) -> StepResult:
     """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
 
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
     so that accumulation and world size do not change the gradient. Nothing is updated on any rank where the loss of one
     or the gradient's norm is not finite, or the norm is above `largest_norm`. `loss_factor` is for faults on
-    purpose; `reached` hears how far the step is.
+    purpose; `mark` is called with each phase and place that begins.
     """
-    reached("batch sizes")
+    mark("forward", "batch sizes")
     valid = (targets >= 0).sum().to(engine.device)
     valid_global = valid.clone()
     if ranks.world_size > 1:
@@ -59,17 +48,19 @@ def train_step(
     cross_entropy = torch.zeros((), dtype=torch.float64 if engine.device.type == "cpu" else torch.float32)
     cross_entropy = cross_entropy.to(engine.device)
     for index, (part_tokens, part_targets) in enumerate(parts):
-        reached(f"micro-batch {index + 1} of {len(parts)}")
+        part = f"micro-batch {index + 1} of {len(parts)}"
+        mark("forward", part)
         seed_dropout(seed, step, index, ranks.rank)
         last = index == len(parts) - 1
         sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
-        # 1, or NaN where the loss is not finite: every rank's gradients then tell.
-        sound = 1 + 0 * sums.total.detach()
-        engine.backward(sums.total / valid_global * sound, last=last)
+        # 1, or NaN where the loss is not finite: it reaches every rank's gradients.
+        finite = 1 + 0 * sums.total.detach()
+        mark("backward", part)
+        engine.backward(sums.total / valid_global * finite, last=last)
         cross_entropy += sums.cross_entropy
-    reached("update")
+    mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)
     return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm))
 
@@ -77,3 +68,25 @@ def train_step(
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Restarts torch's generators from what identifies the micro-batch: a resumed run draws the same masks."""
     torch.manual_seed(seed_from("dropout", seed, step, micro_batch, rank))
+
+
+def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
+    """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
+
+    Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
+    checkpoint directory cannot take a checkpoint.
+    """
+    started = time.perf_counter()
+    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
+    seed_dropout(config.run.seed, 0, 0, ranks.rank)
+    tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
+    sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+    engine.backward(sums.total / sums.valid, last=True)
+    engine.clear_gradients()
+    computed = time.perf_counter() - started
+    saved = saver.dry_run(engine.tensors())
+    return (
+        f"dry run: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
+        f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
+        f"a save of {saved.bytes / 2**20:.0f} MiB about {saver.seconds:.2f} s"
+    )

@@ -26,8 +26,8 @@ from test_killed_saves import newest
 from stablelm.checkpoint import fence, manifest
 from stablelm.checkpoint.background import HostCopy, Saver
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.errors import CheckpointError, StorageError
 
 
@@ -96,7 +96,7 @@ def test_without_background_a_save_returns_committed(tmp_path):
 
 def test_a_rehearsal_takes_the_memory_and_leaves_nothing(tmp_path):
     saver = make(tmp_path)
-    assert saver.rehearse(toy_tensors()).bytes > 0
+    assert saver.dry_run(toy_tensors()).bytes > 0
     assert list(tmp_path.iterdir()) == []
     assert saver.seconds > 0
     buffers = {name: buffer.data_ptr() for name, buffer in saver._host._buffers.items()}

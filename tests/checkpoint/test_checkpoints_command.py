@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.saved import assert_equal, flip_bit, save_small, save_toy, toy_tensors
 
-from stablelm.checkpoint.consolidate import consolidate
+from stablelm.checkpoint.reader import consolidate
 from stablelm.errors import CheckpointError, ConfigError
 
 COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
@@ -44,7 +44,7 @@ def test_list_and_verify_show_what_is_damaged(tmp_path):
     flip_bit(run / "checkpoints" / "step-00000002" / "state.json", 17)
     checked = call("verify", run)
     assert checked.returncode == 78
-    assert "step-00000002    damaged: state.json was changed" in checked.stdout
+    assert "step-00000002    corrupt: state.json was changed" in checked.stdout
     assert checked.stderr.count("\n") == 1
     assert "step-00000002" in checked.stderr
     assert call("verify", run / "checkpoints" / "step-00000001").returncode == 0
@@ -87,6 +87,6 @@ def test_a_place_without_checkpoints_is_one_sentence(tmp_path):
         answer = call(command, tmp_path / "absent")
         assert answer.returncode == 78
         assert answer.stderr == (
-            f"{tmp_path / 'absent'} is no directory: name a run, its checkpoints or one step-... directory in it\n"
+            f"{tmp_path / 'absent'} is not a directory: name a run, its checkpoints or one step-... directory in it\n"
         )
         assert "holds no checkpoint" in call(command, tmp_path).stderr

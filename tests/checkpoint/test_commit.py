@@ -20,10 +20,11 @@ from support.saved import (
     toy_tensors,
 )
 
-from stablelm.checkpoint import commit, files, keep, manifest
+from stablelm import new_files
+from stablelm.checkpoint import commit, manifest, saved_run
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.errors import CheckpointError, StorageError
 
 
@@ -43,7 +44,7 @@ def test_a_saved_step_holds_everything_and_loads_back(tmp_path):
     assert result.bytes == sum(entry["size"] for entry in listed.values())
     assert list(listed) == sorted(listed)
     assert manifest.read_commit(result.path).attempt == "a1"
-    assert keep.read_state(result.path) == {**STATE, "step": 1200}
+    assert saved_run.read_state(result.path) == {**STATE, "step": 1200}
     assert (result.path / "config.yaml").read_text() == CONFIG
     loaded = blanks(toy_tensors(1200))
     load_tensors(result.path / "tensors", loaded, None)
@@ -76,7 +77,7 @@ def test_a_damaged_step_is_set_aside_and_saved_anew(tmp_path, caplog):
 
 
 def test_a_rehearsal_leaves_nothing_and_tells_bytes_and_time(tmp_path):
-    told = commit.rehearse(Fence(tmp_path / "new", 1, "a1"), toy_tensors(7), group=None)
+    told = commit.dry_run(Fence(tmp_path / "new", 1, "a1"), toy_tensors(7), group=None)
     assert list((tmp_path / "new").iterdir()) == []
     assert told.bytes == sum(tensor.nbytes for tensor in toy_tensors(7).values())
     assert told.seconds > 0
@@ -87,7 +88,7 @@ def test_a_rehearsal_writes_a_bounded_part_of_a_large_checkpoint(tmp_path):
     tensors = {"model.large": torch.ones(1, 1 << 20).expand(90, -1).contiguous(), "model.small": torch.ones(3)}
     with small_files(commit.SAMPLE_BYTES + 4096):
         started = time.perf_counter()
-        told = commit.rehearse(Fence(tmp_path, 1, "a1"), tensors, group=None)
+        told = commit.dry_run(Fence(tmp_path, 1, "a1"), tensors, group=None)
         took = time.perf_counter() - started
     assert told.bytes == 4 * 90 * 2**20 + 12
     assert took < told.seconds < 6 * took
@@ -98,7 +99,7 @@ def test_a_rehearsal_asks_for_the_space_of_a_whole_checkpoint(tmp_path):
     whole = torch.empty(1).expand(2**30, 2**10)  # 4 TiB, of which no byte is written
     shard = FlatShard(torch.ones(8), whole.shape, 0)
     with pytest.raises(StorageError, match=r"free, but a checkpoint needs 4300\.80 GiB"):
-        commit.rehearse(Fence(tmp_path, 1, "a1"), {"model.w": shard}, group=None)
+        commit.dry_run(Fence(tmp_path, 1, "a1"), {"model.w": shard}, group=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,8 +139,8 @@ def test_free_bytes_are_those_an_ordinary_user_may_write(tmp_path, monkeypatch):
     class Status:
         f_bavail, f_bfree, f_frsize, f_bsize = 10, 20, 512, 4096
 
-    monkeypatch.setattr(files.os, "statvfs", lambda path: Status)
-    assert files.free_bytes(tmp_path) == 5120
+    monkeypatch.setattr(new_files.os, "statvfs", lambda path: Status)
+    assert new_files.free_bytes(tmp_path) == 5120
 
 
 def test_a_file_in_place_of_the_directory_is_named(tmp_path):
@@ -152,7 +153,7 @@ def test_a_file_in_place_of_the_directory_is_named(tmp_path):
 @pytest.mark.parametrize("refused", ["state.json", "manifest.json", "COMMITTED"])
 def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatch, code, refused):
     save_toy(tmp_path, 1)
-    write = files.write_durably
+    write = new_files.write_durably
 
     def refusing(path, content):
         if path.name == refused:
@@ -160,7 +161,7 @@ def test_storage_that_refuses_a_file_keeps_the_older_commit(tmp_path, monkeypatc
         return write(path, content)
 
     monkeypatch.setattr(commit, "write_durably", refusing)
-    monkeypatch.setattr(files, "write_durably", refusing)
+    monkeypatch.setattr(manifest, "write_durably", refusing)
     with pytest.raises(StorageError, match=r"refused.*committed checkpoints are kept") as caught:
         save_toy(tmp_path, 2)
     assert caught.value.exit_code == 74
@@ -212,7 +213,7 @@ def test_two_ranks_share_the_work_and_fail_together(tmp_path):
     assert str(tmp_path) in full[0][1]
     assert "no space left" in full[0][1]
     assert [kind for kind, *_ in bug] == ["FailedElsewhere", "AssertionError"]
-    assert "rank 1 failed: AssertionError: model.bug is no tensor" in bug[0][1]
+    assert "rank 1 failed: AssertionError: model.bug is not a tensor" in bug[0][1]
     assert unshared[0][:2] == unshared[1][:2]
     assert unshared[0][0] == "StorageError"
     assert "rank 1 does not see the directory that rank 0 made in unshared" in unshared[0][1]

@@ -12,11 +12,11 @@ from support.saved import left_over, save_small, shapes_of, toy_tensors
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from stablelm.checkpoint import commit, contents, keep
+from stablelm.checkpoint import commit, contents, selection
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.flatshard import FlatShard
-from stablelm.checkpoint.index import Entry, Piece
+from stablelm.checkpoint.tensor_index import Piece, TensorEntry
 from stablelm.config.schema import ModelConfig
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.methods.catalogue import apply_method
 from stablelm.methods.sigma_reparam import SigmaOptions
 
@@ -42,8 +42,8 @@ COMMAND = Path(__file__).resolve().parents[2] / "launch" / "checkpoints.py"
 def test_pieces_cover_a_tensor_once(shape: tuple[int, ...], pieces: list, covers: bool):
     file = "rank-00000-0.safetensors"
     made = tuple(Piece(file=file, offsets=offsets, sizes=sizes) for offsets, sizes in pieces)
-    entry = Entry(dtype="F32", shape=shape, pieces=made)
-    assert entry.whole == covers
+    entry = TensorEntry(dtype="F32", shape=shape, pieces=made)
+    assert entry.complete == covers
 
 
 def test_every_tensor_of_the_model_is_expected():
@@ -77,11 +77,11 @@ def test_a_save_that_lacks_a_tensor_is_not_committed(tmp_path: Path):
     shapes = shapes_of(tensors)
     for name in tensors:
         partial = {each: tensor for each, tensor in tensors.items() if each != name}
-        assert f"its save is incomplete: {name} missing or not whole" in save(tmp_path, partial, shapes)
+        assert f"its save is incomplete: {name} missing or incomplete" in save(tmp_path, partial, shapes)
     wrong = tensors | {"model.layers.0.bias": torch.zeros(8, dtype=torch.bfloat16)}
-    assert "model.layers.0.bias missing or not whole" in save(tmp_path, wrong, shapes)
+    assert "model.layers.0.bias missing or incomplete" in save(tmp_path, wrong, shapes)
     assert left_over(tmp_path) == []
-    assert keep.step_directories(tmp_path) == []
+    assert selection.step_directories(tmp_path) == []
     assert save(tmp_path, tensors, shapes) == ""
 
 
@@ -105,7 +105,7 @@ def test_a_part_that_a_rank_does_not_bring_is_missed_on_all_ranks(tmp_path: Path
         assert on_one
         assert short
         assert (whole, rows) == ("", "")
-    assert sorted(path.name for path in tmp_path.iterdir() if keep.step_directories(path)) == ["rows", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir() if selection.step_directories(path)) == ["rows", "whole"]
 
 
 def test_verify_tells_what_is_incomplete_and_what_can_be_done(tmp_path: Path):

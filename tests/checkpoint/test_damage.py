@@ -15,9 +15,9 @@ from support.disks import watch
 from support.distributed import run_ranks
 from support.saved import blanks, flip_bit, save_toy, seal_anew, toy_tensors
 
-from stablelm.checkpoint import keep, manifest
-from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint import manifest, saved_run, selection
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError
 
 
@@ -37,12 +37,12 @@ def test_a_thousand_flipped_bits_are_all_refused(path):
         whole = (path / name).read_bytes()
         flip_bit(path / name, draw.randrange(sizes[name]))
         with pytest.raises(CheckpointError, match=r"is damaged .*" + name.rsplit("/", 1)[-1]):
-            keep.resolve_checkpoint(path)
+            selection.resolve_checkpoint(path)
         (path / name).write_bytes(whole)
         refused[name] += 1
     assert refused.total() == 1000
     assert min(refused.values()) >= 50
-    assert keep.resolve_checkpoint(path) == path
+    assert selection.resolve_checkpoint(path) == path
 
 
 class Malicious:
@@ -75,8 +75,8 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
         seal_anew(path)
 
     def whole_way():
-        found = keep.resolve_checkpoint(path)
-        keep.read_state(found)
+        found = selection.resolve_checkpoint(path)
+        saved_run.read_state(found)
         load_tensors(found / "tensors", blanks(toy_tensors()), None)
 
     if sealed and name == "config.yaml":
@@ -86,7 +86,7 @@ def test_a_malicious_pickle_in_any_place_is_never_executed(path, tmp_path, monke
             whole_way()
     for read in (
         lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
-        lambda: keep.read_state(path),
+        lambda: saved_run.read_state(path),
         lambda: yaml.safe_load((path / "config.yaml").read_bytes()),
         lambda: manifest.read_manifest(path, manifest.read_commit(path)),
     ):
@@ -99,15 +99,17 @@ def ranks_verify(rank, world_size, root):
     """Each rank reads only its share, all find the same; then one that reads nothing dies while the others load."""
     import torch.distributed as dist
 
-    together = Together(dist.group.WORLD, rank)
+    consensus = Consensus(dist.group.WORLD, rank)
     read: list[str] = []
     record = manifest.record_of_file
     manifest.record_of_file = lambda path: (read.append(path.name), record(path))[1]
     reports: list = []
-    found = keep.newest_valid(root, on_damaged=lambda path, why: reports.append((path.name, why)), together=together)
+    found = selection.newest_valid(
+        root, on_damaged=lambda path, why: reports.append((path.name, why)), consensus=consensus
+    )
     words = ""
     try:
-        keep.resolve_checkpoint(root / "step-00000002", together=together)
+        selection.resolve_checkpoint(root / "step-00000002", consensus=consensus)
     except CheckpointError as error:
         words = str(error)
     return str(found), sorted(read), reports, words
@@ -143,10 +145,10 @@ def test_a_rank_that_dies_during_load_ends_the_others(path):
     with pytest.raises(RuntimeError, match="rank 1: died with exit code 9") as caught:
         run_ranks(one_rank_dies_loading, 2, path, timeout=60)
     assert "rank 0: Traceback" in str(caught.value)
-    assert keep.resolve_checkpoint(path) == path
+    assert selection.resolve_checkpoint(path) == path
 
 
 def test_extra_tensor_files_are_refused(path):
     shutil.copy(path / "tensors/rank-00000-0.safetensors", path / "tensors/rank-00001-0.safetensors")
     with pytest.raises(CheckpointError, match=r"rank-00001-0\.safetensors is not in the manifest"):
-        keep.resolve_checkpoint(path)
+        selection.resolve_checkpoint(path)

@@ -7,9 +7,9 @@ import threading
 import pytest
 from support.saved import STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
 
-from stablelm.checkpoint import commit, fence, keep, manifest
-from stablelm.checkpoint.agree import Together
+from stablelm.checkpoint import commit, fence, manifest, selection
 from stablelm.checkpoint.format import load_tensors
+from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
 
 TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this attempt holds 1\).*commits nothing more"
@@ -18,12 +18,12 @@ TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this 
 def stage(mine, step):
     """All of a save but its commit."""
     tensors, state = toy_tensors(step), {**STATE, "step": step}
-    staged = commit._stage(mine, step, tensors, state, "", Together(None, 0), whole=tensors)
-    return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Standing())
+    staged = commit._stage(mine, step, tensors, state, "", Consensus(None, 0), whole=tensors)
+    return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Earlier())
 
 
 def steps(root):
-    return [manifest.step_of(path) or 0 for path in keep.step_directories(root)]
+    return [manifest.step_of(path) or 0 for path in selection.step_directories(root)]
 
 
 def test_tokens_grow_and_say_who_took_them(tmp_path):
@@ -59,7 +59,7 @@ def test_an_older_attempt_that_stalled_after_its_check_commits_nothing(tmp_path,
     def stalled(source, target):
         monkeypatch.undo()
         newer = fence.take(tmp_path, "new")
-        made.append(keep.newest_valid(tmp_path, on_damaged=lambda path, why: pytest.fail(why)))
+        made.append(selection.newest_valid(tmp_path, on_damaged=lambda path, why: pytest.fail(why)))
         if meanwhile != "nothing":
             made.append(save_toy(tmp_path, 2 if meanwhile == "the same step" else 3, fence=newer).path)
         return rename(source, target)
@@ -144,9 +144,9 @@ def test_two_attempts_racing_in_threads_leave_one_history(tmp_path):
         thread.join()
         if ended:
             assert "has taken over" in ended[0], ended
-        by_whom = {manifest.step_of(p): manifest.read_commit(p).attempt for p in keep.step_directories(root)}
+        by_whom = {manifest.step_of(p): manifest.read_commit(p).attempt for p in selection.step_directories(root)}
         assert by_whom == {s: "old" if s <= start else "new" for s in range(1, start + 4)}
-        path = keep.resolve_checkpoint(root)
+        path = selection.resolve_checkpoint(root)
         loaded = blanks(toy_tensors())
         load_tensors(path / "tensors", loaded, None)
         assert_equal(loaded, toy_tensors(start + 3))

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from stablelm.checkpoint.background import HostCopy
-from stablelm.checkpoint.format import clean_name, load_tensors, save_tensors
-from stablelm.checkpoint.index import DTYPE_NAMES, DTYPES, read_index
+from stablelm.checkpoint.format import load_tensors, save_tensors
+from stablelm.checkpoint.tensor_index import DTYPE_NAMES, DTYPES, read_index
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.errors import CheckpointError
 
 FILE = "rank-00000-0.safetensors"
@@ -134,7 +135,7 @@ def saved(tmp_path):
 
 
 def test_records_are_those_of_the_files(saved, tmp_path):
-    from stablelm.checkpoint.files import record_of_file
+    from stablelm.checkpoint.manifest import record_of_file
 
     records = save_tensors(tmp_path / "again", toy_tensors(), None)
     assert records == {path.name: record_of_file(path) for path in (tmp_path / "again").iterdir()}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.saved import blanks, save_toy, seal_anew, toy_tensors
 
-from stablelm.checkpoint import keep
-from stablelm.checkpoint.consolidate import consolidate
+from stablelm.checkpoint import selection
 from stablelm.checkpoint.contents import problems
 from stablelm.checkpoint.format import load_tensors, save_tensors
+from stablelm.checkpoint.reader import consolidate
 from stablelm.errors import CheckpointError
 
 FILE = "rank-00000-0.safetensors"
@@ -64,8 +64,8 @@ def twice(index):
 
 
 INDEXES = {
-    "no pieces": (lambda index: index["tensors"][NAME].update(pieces=[]), f"not complete .{NAME} not whole"),
-    "overlap": (two_halves, f"not complete .{NAME} not whole"),
+    "no pieces": (lambda index: index["tensors"][NAME].update(pieces=[]), f"not complete .{NAME} incomplete"),
+    "overlap": (two_halves, f"not complete .{NAME} incomplete"),
     "twice": (twice, "two pieces have one name"),
     "beyond the whole": (lambda index: piece(index).update(offsets=[1, 0]), "not inside"),
     "far beyond": (lambda index: piece(index).update(sizes=[1 << 62, 16]), "not inside"),
@@ -73,7 +73,7 @@ INDEXES = {
     "negative": (lambda index: piece(index).update(offsets=[-1, 0]), "greater than or equal to 0"),
     "fraction": (lambda index: piece(index).update(offsets=[0.5, 0]), "integer"),
     "text": (lambda index: piece(index).update(offsets=["0", 0]), "integer"),
-    "columns": (lambda index: piece(index).update(sizes=[33, 8]), "no range of the row-major order"),
+    "columns": (lambda index: piece(index).update(sizes=[33, 8]), "not a range of the row-major order"),
     "other dimensions": (lambda index: piece(index).update(sizes=[33]), "not inside"),
     "many dimensions": (lambda index: index["tensors"][NAME].update(shape=[1] * 100), "at most 16 items"),
     "unknown dtype": (lambda index: index["tensors"][NAME].update(dtype="F128"), "Input should be 'F64'"),
@@ -181,7 +181,7 @@ def test_a_header_that_lies_is_refused(saved, lie):
         (struct.pack("<Q", 1 << 63) + b"{}", "longer"),
         (struct.pack("<Q", 200) + b"{}", "longer"),
         (struct.pack("<Q", 4) + b"[1,2", ""),
-        (struct.pack("<Q", 2) + b"[]", "no object"),
+        (struct.pack("<Q", 2) + b"[]", "not an object"),
         (struct.pack("<Q", 2) + b"{}", "does not agree"),
         (struct.pack("<Q", 100_000) + b"[" * 100_000, "nested too deeply"),
     ],
@@ -247,8 +247,8 @@ def test_checkpoints_of_the_earlier_format_are_named(tmp_path, saved):
     words = "was saved by stablelm 0.1, .*with stablelm 0.1.0, the last version that does"
     for look in (
         lambda: load_tensors(path / "tensors", blanks(toy_tensors()), None),
-        lambda: keep.newest_valid(path.parent, on_damaged=lambda path, why: pytest.fail(why), lacks=problems),
-        lambda: keep.resolve_checkpoint(path, lacks=problems),
+        lambda: selection.newest_valid(path.parent, on_damaged=lambda path, why: pytest.fail(why), lacks=problems),
+        lambda: selection.resolve_checkpoint(path, lacks=problems),
         lambda: consolidate(str(path), tmp_path / "out.safetensors"),
     ):
         with pytest.raises(CheckpointError, match=words) as caught:

@@ -10,7 +10,7 @@ from support.disks import KILLED, STAGES, kill_at, small_files
 from support.distributed import run_ranks
 from support.saved import assert_equal, blanks, left_over, save_toy, shapes_of, toy_tensors
 
-from stablelm.checkpoint import commit, fence, keep, manifest
+from stablelm.checkpoint import commit, fence, manifest, selection
 from stablelm.checkpoint.format import load_tensors
 from stablelm.errors import StorageError
 
@@ -32,7 +32,9 @@ def in_a_fork(function, *arguments):
 
 
 def newest(root):
-    return keep.newest_valid(root, on_damaged=lambda path, reason: pytest.fail(f"{path} looks committed: {reason}"))
+    return selection.newest_valid(
+        root, on_damaged=lambda path, reason: pytest.fail(f"{path} looks committed: {reason}")
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,8 +13,8 @@ from support.saved import flip_bit
 from support.stores import s3_server
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint import keep, manifest
-from stablelm.checkpoint.places import RemotePath
+from stablelm.checkpoint import manifest, selection
+from stablelm.checkpoint.remote_path import RemotePath
 
 pytestmark = pytest.mark.slow
 EVERY = ("checkpoint.every=2", "train.steps=10")
@@ -34,7 +34,7 @@ def test_a_run_goes_on_from_an_object_store(tiny_corpus: TinyCorpus, tmp_path: P
             done = run("pretrain", *line, launcher="python", **variables)  # type: ignore[arg-type]
             assert done.returncode == code, done.stderr
         assert f"resumed from {root}/step-00000005/00000001-" in done.stdout
-        (left,) = keep.step_directories(root)
+        (left,) = selection.step_directories(root)
         assert (manifest.step_of(left), manifest.read_commit(left).token) == (10, 2)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
@@ -42,7 +42,7 @@ def test_a_run_goes_on_from_an_object_store(tiny_corpus: TinyCorpus, tmp_path: P
 def test_flipped_bits_are_not_resumed_from(tiny_corpus: TinyCorpus, tmp_path: Path):
     line = arguments(tiny_corpus, tmp_path, "run.stop_after=6", "checkpoint.keep=3")
     assert run("pretrain", *line).returncode == 75
-    newest, *older = keep.step_directories(tmp_path / "checkpoints")
+    newest, *older = selection.step_directories(tmp_path / "checkpoints")
     draw = random.Random(3)
     for path, name in ((newest, "tensors/rank-00000-0.safetensors"), (older[0], "COMMITTED")):
         flip_bit(Path(str(path / name)), draw.randrange(8 * (path / name).stat().st_size))
@@ -53,7 +53,7 @@ def test_flipped_bits_are_not_resumed_from(tiny_corpus: TinyCorpus, tmp_path: Pa
     assert f"resumed from {older[1]}" in done.stdout
     assert manifest.verify(newest) == []  # saved anew; what was damaged is kept aside
     assert len(list((tmp_path / "checkpoints").glob("damaged-*"))) == 2
-    for path in keep.step_directories(tmp_path / "checkpoints"):
+    for path in selection.step_directories(tmp_path / "checkpoints"):
         flip_bit(Path(str(path / "state.json")), draw.randrange(800))
     done = run("pretrain", *line)
     assert done.returncode == 78
@@ -102,7 +102,7 @@ def test_a_second_attempt_takes_over_and_the_first_commits_nothing_more(tiny_cor
     second.mkdir()
     older = start_forked(str(LAUNCH / "pretrain.py"), line, environment(), output=first)
     deadline = time.monotonic() + 120
-    while len(keep.step_directories(tmp_path / "checkpoints")) < 2:
+    while len(selection.step_directories(tmp_path / "checkpoints")) < 2:
         assert older.exitcode is None, (first / "err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -118,12 +118,12 @@ def test_a_second_attempt_takes_over_and_the_first_commits_nothing_more(tiny_cor
     newer.terminate()
     newer.join(60)
     assert newer.exitcode == 75
-    tokens = [manifest.read_commit(path).token for path in keep.step_directories(tmp_path / "checkpoints")]
+    tokens = [manifest.read_commit(path).token for path in selection.step_directories(tmp_path / "checkpoints")]
     assert tokens == sorted(tokens, reverse=True)
     assert set(tokens) == {1, 2}
 
 
 def summary_step(run_dir: Path) -> int:
     """How many checkpoints the second attempt has committed."""
-    steps = keep.step_directories(run_dir / "checkpoints")
+    steps = selection.step_directories(run_dir / "checkpoints")
     return sum(manifest.read_commit(path).token == 2 for path in steps)

@@ -9,9 +9,9 @@ from fsspec.implementations.memory import MemoryFile
 from support.saved import STATE, assert_equal, blanks, save_small, save_toy, shapes_of, toy_tensors
 from support.stores import all_objects, in_memory, rewrite, s3_server
 
-from stablelm.checkpoint import commit, fence, keep, manifest, places
+from stablelm.checkpoint import commit, fence, manifest, remote_path, retention, saved_run, selection
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.places import RemotePath, place
+from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.errors import CheckpointError, ConfigError, DataError, StorageError
 
 
@@ -31,7 +31,7 @@ def root(request, tmp_path):
 
 def newest(root):
     reports = []
-    return keep.newest_valid(root, on_damaged=lambda path, reason: reports.append(reason)), reports
+    return selection.newest_valid(root, on_damaged=lambda path, reason: reports.append(reason)), reports
 
 
 def load(path):
@@ -47,14 +47,14 @@ def test_a_step_is_saved_found_loaded_and_retained(root):
     assert paths[2].name.startswith("00000001-")
     assert newest(root) == (paths[2], [])
     assert_equal(load(paths[2]), toy_tensors(3))
-    assert keep.read_state(paths[2]) == {**STATE, "step": 3}
+    assert saved_run.read_state(paths[2]) == {**STATE, "step": 3}
     assert manifest.read_commit(paths[2]).token == 1
     assert save_toy(root, 3, fence=mine).path == paths[2]
-    assert keep.retain(root, 1, 2) == [paths[0]]
-    assert keep.step_directories(root) == [paths[2], paths[1]]
+    assert retention.retain(root, 1, 2) == [paths[0]]
+    assert selection.step_directories(root) == [paths[2], paths[1]]
     for named in (str(root.parent), str(root), str(root / "step-00000003"), str(paths[2])):
-        assert keep.resolve_checkpoint(named) == paths[2]
-    assert commit.rehearse(mine, toy_tensors(), group=None).bytes > 0
+        assert selection.resolve_checkpoint(named) == paths[2]
+    assert commit.dry_run(mine, toy_tensors(), group=None).bytes > 0
     assert {name.split("/")[0] for name in all_objects(root)} == {"step-00000002", "step-00000003"}
 
 
@@ -78,7 +78,7 @@ def test_damaged_objects_are_skipped_loudly(name, harm):
     assert len(reports) == 1
     assert name.split("/")[-1] in reports[0]
     with pytest.raises(CheckpointError, match="damaged"):
-        keep.resolve_checkpoint(newer)
+        selection.resolve_checkpoint(newer)
     again = save_toy(root, 2, fence=fence.take(root, "a2")).path
     assert newest(root) == (again, [])
 
@@ -98,7 +98,7 @@ def test_a_stalled_older_attempt_cannot_commit(root: Any):
     kept = save_toy(root, 1, fence=older).path
     staging: Any
     staging, records, _ = commit._stage(
-        older, 2, toy_tensors(2), {**STATE, "step": 2}, "", commit.Together(None, 0), whole={}
+        older, 2, toy_tensors(2), {**STATE, "step": 2}, "", commit.Consensus(None, 0), whole={}
     )
     older.check()
     newer = fence.take(root, "new")
@@ -107,7 +107,7 @@ def test_a_stalled_older_attempt_cannot_commit(root: Any):
     with pytest.raises(FileExistsError):
         (staging / "COMMITTED").create(content)
     assert newest(root) == (kept, [])
-    publish = (older, staging, 2, records, commit._Standing())
+    publish = (older, staging, 2, records, commit._Earlier())
     for late in (lambda: save_toy(root, 3, fence=older), lambda: commit._publish(*publish)):
         with pytest.raises(CheckpointError, match=r"attempt new .* has taken over .*fencing token 2.* holds 1"):
             late()
@@ -192,7 +192,7 @@ def test_a_store_in_mid_upload_loses_the_connection(monkeypatch):
         with pytest.raises(StorageError, match="cut"):
             save_toy(root, 2)
     assert newest(root) == (older, [])
-    assert len(keep.step_directories(root)) == 1
+    assert len(selection.step_directories(root)) == 1
 
 
 def test_a_store_that_does_not_answer_says_nothing_of_its_checkpoints(monkeypatch):
@@ -200,7 +200,7 @@ def test_a_store_that_does_not_answer_says_nothing_of_its_checkpoints(monkeypatc
     for step in (1, 2):
         path = save_toy(root, step).path
     break_store(monkeypatch, lambda path, method, *rest: "step-00000002" in path and path.endswith("state.json"))
-    for read in (lambda: newest(root), lambda: keep.read_state(path), lambda: keep.resolve_checkpoint(path)):
+    for read in (lambda: newest(root), lambda: saved_run.read_state(path), lambda: selection.resolve_checkpoint(path)):
         with pytest.raises(DataError, match=r"the store failed \(TimeoutError: no answer\); run again") as caught:
             read()
         assert caught.value.exit_code == 77
@@ -222,16 +222,16 @@ def test_a_store_that_overwrites_is_refused(monkeypatch):
 )
 def test_stores_that_cannot_keep_attempts_apart_are_refused(url, words):
     with pytest.raises(ConfigError, match=words):
-        place(url)
+        checkpoint_path(url)
 
 
 def test_a_missing_bucket_is_one_sentence(server):
     with pytest.raises(StorageError, match="cannot write a checkpoint to s3://absent"):
-        fence.take(place("s3://absent/run"), "a")
+        fence.take(checkpoint_path("s3://absent/run"), "a")
 
 
 def test_large_files_go_up_in_parts(server, monkeypatch):
-    monkeypatch.setattr(places, "BLOCK", 5 << 20)
+    monkeypatch.setattr(remote_path, "BLOCK", 5 << 20)
     import torch
 
     root = RemotePath("s3://bucket/large")

@@ -13,6 +13,7 @@ FAULTS = {
     "bad_batch": "3",
     "spike": "50",
     "hang": "[1,5]",
+    "hang_in": "save",
     "crash": "[1,5]",
     "slow": "[1,0.3]",
     "corrupt_save": "4",
@@ -32,7 +33,7 @@ def problem(*overrides: str) -> str:
 
 
 def asked(name: str) -> list[str]:
-    needed = ["faults.bad_batch=3"] if name == "spike" else []
+    needed = {"spike": ["faults.bad_batch=3"], "hang_in": ["faults.hang=[1,5]"]}.get(name, [])
     return [f"faults.{name}={FAULTS[name]}", *needed]
 
 
@@ -53,6 +54,7 @@ def test_a_fault_is_refused_unless_allowed(name: str):
     [
         (["faults.allow=true", "faults.hang=[2,5]"], "faults.hang=[2, 5] must name a rank from 0 to 1 first"),
         (["faults.allow=true", "faults.slow=[1,-1]"], "and no negative number"),
+        (["faults.allow=true", "faults.hang_in=data"], "faults.hang_in needs a rank and a step; set faults.hang"),
         (["faults.allow=true", "faults.spike=50"], "faults.spike needs the number of a batch; set faults.bad_batch"),
         (
             ["faults.allow=true", "faults.full_disk=4", "checkpoint.dir=s3://bucket/run"],

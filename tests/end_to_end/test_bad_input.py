@@ -12,7 +12,7 @@ import pytest
 from support.programs import LAUNCH, TINY, command, environment, run, summary
 from support.tiny import TinyCorpus, synthetic_documents, write_documents
 
-from stablelm.train.start import start
+from stablelm.programs.pretrain import start
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from support.programs import TINY, run, summary
 from support.saved import seal_anew
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint import commit, keep
+from stablelm.checkpoint import commit, selection
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.format import load_tensors
-from stablelm.checkpoint.index import read_index
+from stablelm.checkpoint.tensor_index import read_index
 
 
 def strip(step: Path, left_out: str) -> None:
@@ -41,7 +41,7 @@ def trained(tiny_corpus: TinyCorpus, tmp_path: Path) -> list[str]:
 
 
 def test_the_one_before_is_resumed(trained: list[str], tmp_path: Path):
-    newest, older = keep.step_directories(tmp_path / "run" / "checkpoints")
+    newest, older = selection.step_directories(tmp_path / "run" / "checkpoints")
     strip(Path(str(newest)), "optim.layers.1")
     done = run("pretrain", *trained)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_the_one_before_is_resumed(trained: list[str], tmp_path: Path):
 
 
 def test_where_all_are_incomplete_their_weights_are_offered(trained: list[str], tmp_path: Path):
-    newest, older = (Path(str(path)) for path in keep.step_directories(tmp_path / "run" / "checkpoints"))
+    newest, older = (Path(str(path)) for path in selection.step_directories(tmp_path / "run" / "checkpoints"))
     strip(newest, "optim.embedding")
     strip(older, "optim.embedding")
     refused = run("pretrain", *trained)
@@ -66,11 +66,11 @@ def test_where_all_are_incomplete_their_weights_are_offered(trained: list[str], 
 
 
 def test_checkpoints_of_the_earlier_format_are_one_sentence(trained: list[str], tmp_path: Path):
-    for step in keep.step_directories(tmp_path / "run" / "checkpoints"):
+    for step in selection.step_directories(tmp_path / "run" / "checkpoints"):
         path = Path(str(step))
         (path / "tensors" / "index.json").rename(path / "tensors" / ".metadata")
         seal_anew(path)
-    newest, _ = keep.step_directories(tmp_path / "run" / "checkpoints")
+    newest, _ = selection.step_directories(tmp_path / "run" / "checkpoints")
     for done in (run("pretrain", *trained), run("eval", "--checkpoint", str(newest))):
         assert done.returncode == 78
         assert f"{newest} was saved by stablelm 0.1" in done.stderr

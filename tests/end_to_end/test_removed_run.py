@@ -11,7 +11,7 @@ from support.forked import start_forked
 from support.programs import LAUNCH, TINY, environment
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint import keep
+from stablelm.checkpoint import selection
 
 
 @pytest.mark.parametrize("way", ["removed", "moved away"])
@@ -21,7 +21,7 @@ def test_a_run_directory_that_goes_away_stays_away(tiny_corpus: TinyCorpus, tmp_
     line = [*TINY, *tiny_corpus.overrides(), "train.steps=100000", "checkpoint.every=20", f"run.dir={run_dir}"]
     process = start_forked(str(LAUNCH / "pretrain.py"), line, environment(), output=output)
     deadline = time.monotonic() + 60
-    while not keep.step_directories(run_dir / "checkpoints") and time.monotonic() < deadline:
+    while not selection.step_directories(run_dir / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.02)
     if way == "removed":
         while run_dir.exists():  # a save or a record may put a file in between
@@ -55,4 +55,4 @@ def test_a_rename_that_fails_is_a_storage_error(tmp_path: Path, monkeypatch: pyt
         save_toy(tmp_path, 2)
     assert caught.value.exit_code == 74
     assert left_over(tmp_path) == []
-    assert [path.name for path in keep.step_directories(tmp_path)] == ["step-00000001"]
+    assert [path.name for path in selection.step_directories(tmp_path)] == ["step-00000001"]

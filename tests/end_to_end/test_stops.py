@@ -10,7 +10,8 @@ import pytest
 from support.programs import TINY, command, environment, losses, run, summary
 from support.tiny import TinyCorpus
 
-from stablelm.checkpoint.keep import newest_valid, read_state
+from stablelm.checkpoint.saved_run import read_state
+from stablelm.checkpoint.selection import newest_valid
 from stablelm.observe.sinks import last_records
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,7 @@ def test_second_signal_ends_at_once(tiny_corpus: TinyCorpus, tmp_path: Path):
     process = start(tiny_corpus, tmp_path, *slow)
     deadline = time.monotonic() + 120
     assert process.stdout is not None
-    while "rehearsal" not in process.stdout.readline():
+    while "dry run" not in process.stdout.readline():
         assert time.monotonic() < deadline
         assert process.poll() is None
     assert process.stderr is not None

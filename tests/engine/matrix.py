@@ -22,9 +22,8 @@ from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.base import Engine
-from stablelm.engine.build import build_engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine, build_engine
+from stablelm.engine.ranks import Ranks
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
 

@@ -11,9 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config, EngineConfig
 from stablelm.data.validation import ValidationSet
-from stablelm.engine.base import Engine
-from stablelm.engine.build import build_engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import Engine, build_engine
+from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.perplexity import evaluate
 from stablelm.methods.catalogue import apply_method
 from stablelm.observe.layers import measure

@@ -10,15 +10,15 @@ import pytest
 import torch
 from support.distributed import run_ranks
 
-from stablelm.checkpoint.flatshard import FlatShard
 from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.data.validation import ValidationSet
 from stablelm.engine import deepspeed_config
-from stablelm.engine.build import build_engine
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import build_engine
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import FlatShard
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import ConfigError
 from stablelm.evaluate.perplexity import evaluate

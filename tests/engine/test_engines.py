@@ -8,7 +8,7 @@ from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
-from stablelm.engine.mesh import Ranks, choose_device
+from stablelm.engine.ranks import Ranks, choose_device
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -160,7 +160,7 @@ def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch
 
 
 def test_bf16_needs_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch):
-    from stablelm.engine.mesh import check_precision
+    from stablelm.engine.ranks import check_precision
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")

@@ -9,9 +9,9 @@ from engine.test_engines import MODEL, TRAIN, ranks_here, text
 from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, EngineConfig
-from stablelm.engine.build import build_engine
-from stablelm.engine.gradients import clip, squared_norm, total_norm
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import build_engine
+from stablelm.engine.optimizers import clip, squared_norm, total_norm
+from stablelm.engine.ranks import Ranks
 from stablelm.methods.catalogue import apply_method
 
 WIDE = apply_method(dataclasses.replace(MODEL, vocab_size=40_000, d_model=128))

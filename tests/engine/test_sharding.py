@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from stablelm.config.schema import Config, EngineConfig
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import default_replicas, units
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.methods.catalogue import apply_method

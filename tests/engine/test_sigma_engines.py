@@ -15,7 +15,7 @@ from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.methods import catformer, spectral
 from stablelm.train.schedule import learning_rate

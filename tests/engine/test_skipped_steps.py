@@ -10,12 +10,12 @@ from matrix import VOCABULARY, configuration, make_ranks
 from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
-from stablelm.checkpoint.flatshard import FlatShard
-from stablelm.engine.build import build_engine
-from stablelm.engine.gradients import refused
-from stablelm.engine.mesh import Ranks
-from stablelm.train.recheck import NO_UPDATE
-from stablelm.train.step import StepResult, train_step
+from stablelm.engine.interface import StepResult, build_engine
+from stablelm.engine.optimizers import refused
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import FlatShard
+from stablelm.train.guards import NO_UPDATE
+from stablelm.train.step import train_step
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SMALL = ("model.n_layers=2", "model.d_model=16", "data.seq_len=8", "train.global_batch_size=4")

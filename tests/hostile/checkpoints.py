@@ -21,7 +21,7 @@ from support.tiny import TinyCorpus
 from stablelm.checkpoint import commit, manifest
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.files import record_of_file
+from stablelm.checkpoint.manifest import record_of_file
 from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.load import dump, load

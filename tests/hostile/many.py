@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 IMPORTED = [
-    *("stablelm.train.run", "stablelm.train.start", "stablelm.evaluate.checkpoint", "stablelm.data.loader"),
-    *("stablelm.checkpoint.contents", "stablelm.train.report", "fsspec", "deepspeed"),
+    *("stablelm.train.run", "stablelm.process_exit", "stablelm.evaluate.checkpoint_evaluation", "stablelm.data.loader"),
+    *("stablelm.checkpoint.contents", "stablelm.train.evaluation", "fsspec", "deepspeed"),
 ]
 ADDRESS_SPACE = 12 << 30  # of which torch maps some before it is used
 

@@ -18,7 +18,7 @@ from support.programs import LAUNCH
 from support.samples import REPOSITORY
 
 from stablelm.checkpoint import manifest
-from stablelm.checkpoint.files import record_of
+from stablelm.checkpoint.manifest import record_of
 from stablelm.data import shard_format
 
 RAW = [

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.methods.axes import Rates
 from stablelm.methods.catalogue import METHODS

@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 def test_the_line_of_a_record():
     assert training_words(RECORD, 400, 130.2) == (
-        "step 120/400  loss 5.1234  lr 3.0e-04  grad_norm 0.81  12.3k tokens/s  data 0.4%  left 2m10s"
+        "step 120/400  loss 5.1234  lr 3.0e-04  grad_norm 0.81  12.3k tokens/s  data 0.4%  remaining 2m10s"
     )
 
 
@@ -44,14 +44,14 @@ def test_a_log_gets_one_line_a_record():
     console.close()
     lines = log.getvalue().split("\n")
     assert lines[0].startswith("step 120/400  loss 5.1234")
-    assert lines[0].endswith("left 4m40s")
+    assert lines[0].endswith("remaining 4m40s")
     assert lines[1:] == ["step 120/400  val_loss/default 5.5000  val_loss/c4 6.2500", "saved", ""]
 
 
 def test_no_time_left_before_the_first_step():
     log = io.StringIO()
     Console(total_steps=400, first_step=120, stream=log).write(RECORD)
-    assert "left" not in log.getvalue()
+    assert "remaining" not in log.getvalue()
 
 
 def test_a_terminal_gets_a_bar_and_whole_messages(monkeypatch):
@@ -70,7 +70,7 @@ def test_a_terminal_gets_a_bar_and_whole_messages(monkeypatch):
     assert "120/400" in shown
     assert "loss 5.1234" in shown
     assert "12.3k tokens/s" in shown
-    assert "left" in shown
+    assert "remaining" in shown
     assert "grad_norm" not in shown
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stablelm.observe.metrics import Interval
+from stablelm.observe.interval_metrics import Interval
 
 
 def test_sums_and_steps_then_a_new_start():

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.build import build_engine
-from stablelm.engine.environment import AccelerateFlags, Launch
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.interface import build_engine
+from stablelm.engine.launch_environment import AccelerateFlags, Launch
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.model.attention import Attention
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.sublayer import Layer
-from stablelm.observe import gauges
-from stablelm.observe.gauges import Internals, LayerGauge, mean_square, norm, token_correlation
+from stablelm.observe import layer_hooks
+from stablelm.observe.layer_hooks import Internals, LayerGauge, mean_square, norm, token_correlation
 from stablelm.observe.layers import LayerObserver, Recorder, measure, rows_for, sigma_name
 from stablelm.observe.sinks import last_records
 from stablelm.theory.embedding import tev
-from stablelm.train.build import build_loader, layers_batch
+from stablelm.train.job import build_loader, layers_batch
 from stablelm.train.prepare import prepare
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
@@ -88,7 +88,7 @@ ATTENTIONS = [
 @pytest.mark.parametrize("overrides", ATTENTIONS, ids=lambda overrides: overrides[0].split("=")[1])
 def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch: pytest.MonkeyPatch):
     """Over whole batches, some heads at a time, or one: the figures of all weights at once."""
-    monkeypatch.setattr(gauges, "LOGITS", at_once)
+    monkeypatch.setattr(layer_hooks, "LOGITS", at_once)
     decoder, (tokens, _) = decoder_of(*overrides), text()
     positions = decoder.positions(tokens)
     chunks = decoder.stream.start(decoder.embed(tokens))
@@ -96,7 +96,7 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
     attention = layer.attention.body
     assert isinstance(attention, Attention)
     products = layer.attention.enter(chunks)
-    found = gauges.attention_figures(attention, products, positions)
+    found = layer_hooks.attention_figures(attention, products, positions)
     logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
     entropies, largest = [], 0.0
     for row in range(12):

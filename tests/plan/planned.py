@@ -8,7 +8,7 @@ import torch
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.recompute import recompute_layers
+from stablelm.engine.sharding import recompute_layers
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 

@@ -15,8 +15,8 @@ from support.samples import REPOSITORY
 
 from stablelm.config.load import load
 from stablelm.methods.sizes import flops_per_token, parameter_counts
+from stablelm.observe.accelerators import ACCELERATORS
 from stablelm.plan import estimate, memory, remedies
-from stablelm.plan.accelerators import ACCELERATORS
 from stablelm.plan.collectives import collectives
 from stablelm.plan.report import RESERVE
 from stablelm.plan.run import make, plan, prepare

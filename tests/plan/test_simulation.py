@@ -12,7 +12,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor.debug import CommDebugMode
 
 from stablelm.config.schema import Config
-from stablelm.engine.mesh import Ranks
+from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.plan import estimate, memory, simulate
 from stablelm.plan.collectives import collectives, ddp_buckets

@@ -15,7 +15,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import METHODS
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
-from stablelm.observe.gauges import Internals, internals, norm
+from stablelm.observe.layer_hooks import Internals, internals, norm
 from stablelm.observe.layers import Recorder
 from stablelm.probe import measure as module
 from stablelm.probe.measure import Measured, boundary_seed, measure

@@ -15,7 +15,7 @@ from stablelm.config.load import load
 from stablelm.probe.measure import measure
 from stablelm.probe.report import chosen
 from stablelm.probe.run import collision_of, predicted, prepare, probe, reference_model
-from stablelm.train.build import first_rows
+from stablelm.train.job import first_rows
 
 SHAPE = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=24", "data.lanes=12"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stablelm.observe.gauges import Internals
+from stablelm.observe.layer_hooks import Internals
 from stablelm.probe import verdict as module
 from stablelm.probe.predict import Prediction
 from stablelm.probe.verdict import Run, number, read_runs, verdict

@@ -74,7 +74,7 @@ def test_a_run_survives_preemption_and_a_dead_node(slurm: Cluster, tiny_corpus, 
     assert losses(run_dir) == undisturbed("ddp", 4)
     begun = [line["from_step"] for line in attempts(run_dir) if "from_step" in line]
     assert begun == [-1, stopped["step"], 20]
-    assert "cut off without a word" in log.read_text()
+    assert "ended without a summary" in log.read_text()
     slurm.wait_done(after, 60)
     assert (tmp_path / "after").exists()
 

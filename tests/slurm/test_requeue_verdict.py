@@ -14,7 +14,7 @@ import pytest
 from support.programs import environment, free_port
 from support.samples import REPOSITORY
 
-from stablelm.train.verdict import true_code, verdict
+from stablelm.supervise.requeue_policy import decide, true_code
 
 DEFAULTS = {"attempt": 1, "limit": 100, "fruitless": 0, "outages": 0, "backoff": 120}
 
@@ -25,25 +25,25 @@ DEFAULTS = {"attempt": 1, "limit": 100, "fruitless": 0, "outages": 0, "backoff":
      (137, "requeue"), (1, "end"), (139, "end")],
 )  # fmt: skip
 def test_the_codes(code: int, action: str):
-    assert verdict(code, "", **DEFAULTS | {"outages": 1}).action == action
+    assert decide(code, "", **DEFAULTS | {"outages": 1}).action == action
 
 
 def test_an_outage_waits_twice_as_long_each_time_but_never_over_an_hour():
-    waits = [verdict(77, "", **DEFAULTS | {"outages": n}).wait for n in (1, 2, 3, 9)]
+    waits = [decide(77, "", **DEFAULTS | {"outages": n}).wait for n in (1, 2, 3, 9)]
     assert waits == [120, 240, 480, 3600]
 
 
 def test_three_fruitless_attempts_end_with_79_but_never_hide_a_final_code():
-    assert verdict(80, "", **DEFAULTS | {"fruitless": 2}).action == "requeue"
-    assert verdict(80, "hung", **DEFAULTS | {"fruitless": 3}).code == 79
-    assert verdict(76, "", **DEFAULTS | {"fruitless": 3}).code == 76
-    assert verdict(0, "", **DEFAULTS | {"fruitless": 3}).code == 0
+    assert decide(80, "", **DEFAULTS | {"fruitless": 2}).action == "requeue"
+    assert decide(80, "hung", **DEFAULTS | {"fruitless": 3}).code == 79
+    assert decide(76, "", **DEFAULTS | {"fruitless": 3}).code == 76
+    assert decide(0, "", **DEFAULTS | {"fruitless": 3}).code == 0
 
 
 def test_the_attempt_limit_and_stop_after_end_the_job():
-    assert verdict(75, "signal", **DEFAULTS | {"attempt": 99}).action == "requeue"
-    assert verdict(75, "signal", **DEFAULTS | {"attempt": 100}).action == "end"
-    assert verdict(75, "run.stop_after", **DEFAULTS).action == "end"
+    assert decide(75, "signal", **DEFAULTS | {"attempt": 99}).action == "requeue"
+    assert decide(75, "signal", **DEFAULTS | {"attempt": 100}).action == "end"
+    assert decide(75, "run.stop_after", **DEFAULTS).action == "end"
 
 
 def test_the_summary_is_the_truth_if_it_is_of_this_attempt():

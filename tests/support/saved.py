@@ -9,8 +9,8 @@ import torch
 from stablelm.checkpoint import commit, manifest
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
-from stablelm.checkpoint.files import record_of_file
-from stablelm.checkpoint.places import Place
+from stablelm.checkpoint.manifest import record_of_file
+from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
 
@@ -36,7 +36,7 @@ def blanks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()}
 
 
-def save_toy(root: Place, step: int, *, group: Any = None, fence: Fence | None = None) -> Any:
+def save_toy(root: CheckpointPath, step: int, *, group: Any = None, fence: Fence | None = None) -> Any:
     """The SaveResult of committing toy_tensors(step) as `step`, with token 1 where no fence is given."""
     fence = fence or Fence(root, 1, "a1")
     tensors = toy_tensors(step)
@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def save_small(root: Place, step: int, *, without: str = "") -> Any:
+def save_small(root: CheckpointPath, step: int, *, without: str = "") -> Any:
     """The SaveResult of committing a small model's every tensor, but for those whose names begin with `without`.
 
     Its save asks for what it is given, as saves did that could be incomplete.

@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from stablelm.checkpoint.places import RemotePath
+from stablelm.checkpoint.remote_path import RemotePath
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 

@@ -1,4 +1,4 @@
-"""Spikes, updates left out, what is jumped over, and the sum by which all ranks learn of it."""
+"""Spikes, skipped updates and batches, and the sum by which all ranks learn of them."""
 
 import math
 import statistics
@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.distributed import run_ranks
+from support.tiny import TinyCorpus
 
-from stablelm.config.schema import Config, GuardsConfig, TrainConfig
-from stablelm.data.loader import Batch
-from stablelm.engine.mesh import Ranks
+from stablelm.config.schema import Config, DataConfig, GuardsConfig, TrainConfig
+from stablelm.data.loader import Loader
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.engine.interface import StepResult
+from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
-from stablelm.train.agreement import Agreement, Outcome
+from stablelm.observe.progress import Progress
 from stablelm.train.guards import LAG, Guard
-from stablelm.train.progress import Progress
-from stablelm.train.step import StepResult
-from stablelm.train.stop import deadline
+from stablelm.train.stop import Outcome, StepExchange, deadline
 
 CONFIG = Config(train=TrainConfig(steps=10, min_lr=0.0))
 ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
@@ -123,39 +124,32 @@ def test_the_state_comes_back():
     assert old.guard.state() == Told().guard.state()
 
 
-class Numbers:
-    """A loader whose batches are only numbers."""
-
-    def __init__(self) -> None:
-        self.at = 0
-
-    def next(self) -> Batch:
-        self.at += 1
-        return Batch(torch.empty(0), torch.empty(0), self.at - 1)
+def fed(guard: Guard, corpus: TinyCorpus, count: int) -> list[int]:
+    """The data steps of a loader that skips what the guard says."""
+    data = DataConfig(seq_len=8, lanes=2, workers=0)
+    files = sorted(map(str, (corpus.folder / "train").iterdir()))
+    loader = Loader(files, Tokenizer(corpus.tokenizer), data, seed=1, global_batch_size=2)
+    loader.skip(guard.jumps)
+    return [loader.next().data_step for _ in range(count)]
 
 
-def fed(guard: Guard, count: int) -> list[int]:
-    loader: Any = Numbers()
-    return [guard.next_batch(loader).data_step for _ in range(count)]
-
-
-def test_a_rewind_jumps_over_the_data_around_the_spike():
+def test_a_rewind_jumps_over_the_data_around_the_spike(tiny_corpus: TinyCorpus):
     told = Told()
     before = told.guard.state()
     told.guard.load({})
     told.guard.rewound(outcome(11), 4, before)
-    assert fed(told.guard, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13]
+    assert fed(told.guard, tiny_corpus, 10) == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13]
     assert told.progress.rewinds == 1
-    assert "batches 9 to 12 are jumped over" in told.lines[-1]
+    assert "batches 9 to 12 are skipped" in told.lines[-1]
 
 
-def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay():
+def test_nothing_before_the_checkpoint_is_jumped_over_and_earlier_jumps_stay(tiny_corpus: TinyCorpus):
     told = Told()
     told.guard.rewound(outcome(11), 10, told.guard.state())
     before = told.guard.state()
     told.guard.load({})
     told.guard.rewound(outcome(3), 1, before)
-    assert fed(told.guard, 10) == [0, 5, 6, 7, 8, 9, 14, 15, 16, 17]
+    assert fed(told.guard, tiny_corpus, 10) == [0, 5, 6, 7, 8, 9, 14, 15, 16, 17]
     assert told.progress.rewinds == 2
     with pytest.raises(DivergedError, match=r"guards\.max_rewinds=2"):
         told.guard.may_rewind(outcome(20))
@@ -166,14 +160,14 @@ def result(cross_entropy: float, valid: int, norm: float, *, skipped: bool = Fal
 
 
 def test_alone_a_step_is_known_at_once():
-    agreement = Agreement(ALONE)
+    agreement = StepExchange(ALONE)
     assert agreement.exchange(1, 4, result(6.0, 3, 0.5), 2) == (2, [Outcome(1, 4, 2.0, 0.5, False)])
     assert agreement.settle() == []
 
 
 def exchange_steps(rank: int, world_size: int) -> list:
     group = dist.group.WORLD
-    agreement = Agreement(Ranks(rank, world_size, torch.device("cpu"), group, group))
+    agreement = StepExchange(Ranks(rank, world_size, torch.device("cpu"), group, group))
     told = []
     for step in range(1, 4):
         wish = 2 * (rank == 1 and step >= 2)
@@ -190,13 +184,13 @@ def test_all_ranks_learn_the_same_one_step_later():
 
 def disagree(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
-    agreement = Agreement(Ranks(rank, world_size, torch.device("cpu"), group, group))
+    agreement = StepExchange(Ranks(rank, world_size, torch.device("cpu"), group, group))
     agreement.exchange(1, 0, result(1.0, 1, 1.0, skipped=rank == 0), 0)
     agreement.settle()
 
 
 def test_ranks_that_differ_are_noticed():
-    with pytest.raises(RuntimeError, match="1 of 2 ranks left out the update of step 1"):
+    with pytest.raises(RuntimeError, match="1 of 2 ranks skipped the update of step 1"):
         run_ranks(disagree, 2)
 
 

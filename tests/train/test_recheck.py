@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from stablelm.engine.mesh import Ranks
-from stablelm.train.recheck import NO_UPDATE, differing, recheck
-from stablelm.train.step import StepResult
+from stablelm.engine.interface import StepResult
+from stablelm.engine.ranks import Ranks
+from stablelm.train.guards import NO_UPDATE, differing, recheck
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
 HOSTS = ["left", "right"]

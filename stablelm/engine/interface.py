@@ -1,0 +1,107 @@
+"""What a training step needs of an engine: the protocol that every kind of engine implements."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stablelm.config.engine_rules import ZERO
+from stablelm.config.schema import Config
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.spectral_refresh import SigmaMatrices
+from stablelm.model.loss import LossSums
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Device tensors, read only when a record is due: no host sync in the step."""
+
+    cross_entropy: Tensor
+    """Sum over this rank's valid targets, nats; 0-dim."""
+    valid: Tensor
+    """Valid targets of this rank; 0-dim int64."""
+    grad_norm: Tensor
+    """Global norm before clipping; 0-dim, the same on all ranks."""
+    skipped: Tensor
+    """Whether nothing was updated because of it; 0-dim bool."""
+
+
+class Engine(Protocol):
+    """A model and its optimizer, spread over the ranks in one way or another.
+
+    Between `backward(..., last=True)` and `step`, gradients are complete on every rank.
+    """
+
+    kind: str
+    device: torch.device
+    sigma: SigmaMatrices
+    """Refreshed by `step`; its norms and tracking errors are collectives on sharded weights."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The decoder; its parameters may be shards."""
+        ...
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+        """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
+
+        `last` as its `backward` will say.
+        """
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss`, summed over ranks; `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
+        """Clips by global norm, updates, clears the gradients; returns the norm before clipping (0-dim).
+
+        Where `gradients.refused(norm, largest_norm)` nothing changes on any rank: weights, moments, step counts and
+        the vectors of spectral norms stay bit for bit.
+        """
+        ...
+
+    def clear_gradients(self) -> None:
+        """Forgets the gradients without an update."""
+        ...
+
+    def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
+        """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
+
+        Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
+        ranks), a DTensor or a `engine.tensor_parts.FlatShard`; filling them in place restores the state, once
+        `loaded` was called. They are the same tensors whatever passes ran before.
+        """
+        ...
+
+    def loaded(self) -> None:
+        """To be called on all ranks once `tensors` were filled: brings working copies up to date."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by parameter name, on every rank, before `step`; a collective, for small models."""
+        ...
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Norm of every gradient by parameter name, 0-dim fp64 on the CPU, before `step`; a collective."""
+        ...
+
+    def whole(self, name: str) -> Tensor:
+        """A copy of a whole parameter, on every rank; a collective."""
+        ...
+
+
+def build_engine(config: Config, kind: str, ranks: Ranks, *, train: bool = True) -> Engine:
+    """The model of a resolved `config` spread over `ranks`, with its optimizer unless `train` is False.
+
+    Collective. Raises ConfigError for what the machine lacks.
+    """
+    if kind in ZERO:
+        from stablelm.engine.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, kind, ranks, train=train)
+    from stablelm.engine.torch_engine import TorchEngine
+
+    return TorchEngine(config, kind, ranks, train=train)

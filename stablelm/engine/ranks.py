@@ -1,0 +1,112 @@
+"""Process groups: one for the devices, one on gloo for agreements that must not wait for the device."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from stablelm.engine.consensus import Consensus
+from stablelm.engine.launch_environment import Launch
+from stablelm.errors import ConfigError
+from stablelm.private_names import HashStore, PrefixStore, Store
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks. `cpu_group` is None when there is one process only."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    cpu_group: dist.ProcessGroup | None
+    stop_group: dist.ProcessGroup | None
+    save_group: dist.ProcessGroup | None = None
+    """For saves in the background, whose collectives must not meet those of the loop."""
+    nodes: int = 1
+    store: Store | None = None
+    """Of the process group, if there are other ranks."""
+    passed: Callable[[], None] = lambda: None
+    """Called by phases of `consensus` and by `gather` before this rank waits for the others."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def consensus(self) -> Consensus:
+        """For phases in which all ranks fail together."""
+        return Consensus(self.cpu_group, self.rank, lambda part: self.passed())
+
+    def gather(self, value) -> list:
+        """Every rank's picklable value, in rank order, on every rank."""
+        if self.cpu_group is None:
+            return [value]
+        self.passed()
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def barrier(self) -> None:
+        if self.cpu_group is not None:
+            dist.barrier(group=self.cpu_group)
+
+
+def choose_device(local_rank: int, environ=os.environ) -> torch.device:
+    """The rank's own GPU where there are any (and `ACCELERATE_USE_CPU` is not set), else the CPU."""
+    if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()};"
+            " start as many processes a node as it has GPUs"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """ConfigError where the device cannot compute in the asked precision."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"train.precision=bf16 needs a GPU with bfloat16, which {name} has not; use fp32")
+
+
+def connect(
+    launch: Launch, kind: str, *, timeout_minutes: float = 10, collective_seconds: float | None = None
+) -> Ranks:
+    """Joins the process group (NCCL on GPUs, gloo on CPUs) and three gloo side groups; none for kind `single`.
+
+    All ranks must come within `timeout_minutes`, and each collective must end within `collective_seconds` (None: as
+    many minutes).
+    """
+    device = choose_device(launch.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if kind == "single":
+        return Ranks(0, 1, device, None, None)
+    join = timedelta(minutes=timeout_minutes)
+    timeout = join if collective_seconds is None else timedelta(seconds=collective_seconds)
+    store: Store = HashStore()
+    if launch.world_size > 1:
+        meet = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "srun" else "env://"
+        store, _, _ = next(rendezvous(meet, launch.rank, launch.world_size, timeout=join))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # After a restart by torchrun its store still holds the keys of the processes that have ended.
+    store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    own = PrefixStore("process group", store)
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=own)
+    # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
+    groups = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3))
+    nodes = max(1, launch.world_size // launch.local_world_size)
+    shared = store if launch.world_size > 1 else None
+    return Ranks(launch.rank, launch.world_size, device, *groups, nodes=nodes, store=shared)
+
+
+def disconnect(ranks: Ranks) -> None:
+    """Leaves the process groups once every rank is ready to: one that goes early breaks its peers' last words."""
+    if ranks.cpu_group is not None:
+        ranks.barrier()
+        dist.destroy_process_group()

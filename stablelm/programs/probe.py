@@ -1,0 +1,39 @@
+"""Signal and gradient at initialisation, predicted and measured: `python launch/probe.py --config FILE`."""
+
+import argparse
+import sys
+
+from stablelm.programs.arguments import Parser, path_or_url
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        description="Measures every layer of a model at its initialisation, on one CPU process and with the memory of "
+        "a few layers, and puts the theory's prediction beside it: a table, probe.json, probe.png.",
+        epilog="All keys: docs/configuration.md. Exit codes: 0 done, 77 text became unreadable, 78 bad input.",
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
+    parser.add_argument(
+        "--out", type=path_or_url, metavar="DIR", help="where probe.json and probe.png go; default: <run.dir>/probe"
+    )
+    parser.add_argument("--sequences", type=int, default=2, metavar="N", help="sequences of text; default: 2")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="tokens a sequence; default: data.seq_len, at most 256"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from stablelm.probe.run import probe
+
+    return probe(
+        arguments.config,
+        arguments.overrides,
+        out=arguments.out,
+        sequences=arguments.sequences,
+        seq_len=arguments.seq_len,
+    )

@@ -1,0 +1,86 @@
+"""Evaluation within a run, which a stop may cut short between two batches, and the comparison at its end."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from stablelm.config import mixture
+from stablelm.data import unigram
+from stablelm.data.mixture import Mixture
+from stablelm.data.options import ReadOptions
+from stablelm.errors import DataError
+from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
+from stablelm.train.job import Job
+from stablelm.train.prepare import Prepared
+from stablelm.train.stop import StepExchange
+
+UNIGRAM_TOKENS = 2_000_000
+
+
+class _CutShort(Exception):
+    """All ranks have agreed to stop."""
+
+
+def validate(job: Job, exchange: StepExchange) -> bool:
+    """Scores every validation set at the current step and records them as `val_loss/<set>`.
+
+    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
+    """
+    progress, rows, scores = job.progress, job.config.evaluate.micro_batch_size, {}
+    progress.evaluation_due = True
+    try:
+        for name, data in job.validation.items():
+            job.watchdog.marker.at("evaluation", progress.step)
+            scores[name] = evaluate(job.engine, job.ranks, data, rows, partial(_reached, job, exchange))
+    except _CutShort:
+        return False
+    progress.evaluation_due = False
+    if scores:
+        progress.val_loss = {name: score.loss for name, score in scores.items()}
+        values = {f"val_loss/{name}": score.loss for name, score in scores.items()}
+        bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
+        values |= {name: value for name, value in bits.items() if value is not None}
+        job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
+    return True
+
+
+def _reached(job: Job, exchange: StepExchange, place: str) -> None:
+    """Before each micro-batch, on all ranks alike."""
+    marker, stop = job.watchdog.marker, job.stop
+    stop.batch_seconds = max(stop.batch_seconds, time.time() - marker.now.since)
+    marker.reached(place)
+    if exchange.ask(stop.request(failed=job.saver.failed)):
+        raise _CutShort
+
+
+def compare_with_unigram(prepared: Prepared, job: Job, message: Callable[[str], None]) -> dict[str, Any]:
+    """Prints each validation set's final loss, bits per byte and unigram cross-entropy (nats); returns them."""
+    config, corpora = job.config, prepared.corpora
+    assert corpora is not None and config.train.steps is not None
+    mixed = Mixture.of(mixture.sources(config.data), seed=config.run.seed) if config.data.mixture else None
+    found: dict[str, Any] = {"unigram_loss": {}, "val_bits_per_byte": {}}
+    for name, data in job.validation.items():
+        loss = job.progress.val_loss[name]
+        found["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
+        try:
+            baseline = unigram.cross_entropy(
+                corpora.train,
+                prepared.tokenizer,
+                data,
+                vocab=prepared.tokenizer.pieces,
+                tokens=UNIGRAM_TOKENS,
+                options=ReadOptions.of(config.data),
+                shares=mixed.shares(config.train.steps) if mixed else None,
+            )
+        except DataError as error:
+            # The run is complete and saved: a baseline that cannot be read must not fail it.
+            message(f"validation {name}: loss {loss:.4f}, {in_words(bits)} (no unigram baseline: {error})")
+            continue
+        found["unigram_loss"][name] = baseline
+        side = "below" if loss <= baseline else "above"
+        message(
+            f"validation {name}: loss {loss:.4f}, {in_words(bits)}; {abs(baseline - loss):.4f} nats {side} the unigram "
+            f"baseline ({baseline:.4f})"
+        )
+    return found

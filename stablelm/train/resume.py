@@ -1,0 +1,137 @@
+"""Where a run begins: at step 0, at its newest valid checkpoint, or with another run's weights."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stablelm.checkpoint import contents, saved_run, selection
+from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.fence import Fence, take
+from stablelm.checkpoint.format import load_tensors
+from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
+from stablelm.config.schema import Config
+from stablelm.data.loader import Loader
+from stablelm.engine.interface import Engine
+from stablelm.engine.ranks import Ranks
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.observe.progress import Progress
+from stablelm.observe.sinks import last_records
+from stablelm.train.guards import Guard
+from stablelm.train.prepare import refuse_other_run
+from stablelm.train.stop import Outcome
+
+
+def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
+    """Makes this attempt the only one that can commit to the run's checkpoints. Collective, before `find`.
+
+    Raises StorageError if they cannot be written.
+    """
+    return ranks.consensus().first(lambda: take(checkpoint_path(str(config.checkpoint.dir)), str(attempt)))
+
+
+def find(
+    config: Config, identity: dict[str, Any], resume: str, ranks: Ranks, message: Callable[[str], None]
+) -> CheckpointPath | None:
+    """The checkpoint to go on from, verified file by file by all ranks, or None for a new run. Collective.
+
+    Raises CheckpointError if the one asked for is damaged, ConfigError if it is another run's.
+    """
+    if resume == "none":
+        return None
+    consensus, damaged = ranks.consensus(), []
+    if resume == "auto":
+        root = checkpoint_path(str(config.checkpoint.dir))
+
+        def skip(path: CheckpointPath, why: str) -> None:
+            damaged.append(f"{path} is damaged ({why})")
+            message(f"warning: {damaged[-1]}; trying the one before it")
+
+        found = selection.newest_valid(root, on_damaged=skip, consensus=consensus, lacks=contents.problems)
+        if found is None and (newest := consensus.first(lambda: damaged[:1])):
+            raise CheckpointError(
+                f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start anew under another "
+                "run.dir"
+            )
+    else:
+        found = selection.resolve_checkpoint(resume, consensus=consensus, lacks=contents.problems)
+    if found is not None:
+        consensus.first(lambda: _refuse_other_run(found, identity))
+    return found
+
+
+def _refuse_other_run(found: CheckpointPath, identity: dict[str, Any]) -> None:
+    state = saved_run.read_state(found)
+    refuse_other_run(state["identity"], identity, str(found), step=state["step"])
+
+
+def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:
+    """Whether the evaluation of a checkpoint's step was cut short, and no attempt has made it since."""
+    state, records = saved_run.read_state(found) if found else {}, Path(config.run.dir) / "metrics.jsonl"
+    if not state.get("evaluation_due", False):
+        return False
+    made = last_records(records).get(state["step"], {}) if records.exists() else {}
+    return not any(name.startswith("val_loss/") for name in made)
+
+
+def load_checkpoint(
+    checkpoint: CheckpointPath, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
+) -> int:
+    """Loads weights, moments, position in the data and counters, in place; returns the next batch's data step."""
+    load_tensors(checkpoint / "tensors", engine.tensors(), ranks.cpu_group)
+    engine.loaded()
+    state = saved_run.read_state(checkpoint)
+    loader.load(state["data"])
+    progress.step, progress.tokens = state["step"], state["tokens"]
+    progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
+    guard.load(state.get("guards", {}))
+    loader.skip(guard.jumps)
+    return int(state["data"]["data_step"])
+
+
+def rewind(
+    spike: Outcome, saver: Saver, engine: Engine, loader: Loader, ranks: Ranks, progress: Progress, guard: Guard
+) -> bool:
+    """Returns to a checkpoint from before the spike, and skips the batches around it from there. Collective.
+
+    It is the newest one that has seen none of these batches, so that the result does not depend on where the run was
+    saved; the newest of all if every one has seen some. False, with nothing changed, if there is none. Raises
+    DivergedError if all rewinds are used up.
+    """
+    saver.wait()
+    consensus = ranks.consensus()
+    places = consensus.first(lambda: candidates(saver.fence.root, guard, spike))
+    found = next((path for path in places if not selection.verify_together(path, consensus, contents.problems)), None)
+    if found is None:
+        return False
+    guard.may_rewind(spike)
+    before = guard.state()
+    guard.rewound(spike, load_checkpoint(found, engine, loader, ranks, progress, guard), before)
+    loader.skip(guard.jumps)
+    return True
+
+
+def candidates(root: CheckpointPath, guard: Guard, spike: Outcome) -> list[CheckpointPath]:
+    """Checkpoints to which a spike may return the run, the best first; not yet verified."""
+    unseen, others = [], []
+    for path in selection.step_directories(root):
+        try:
+            state = saved_run.read_state(path)
+        except CheckpointError:
+            continue
+        data_step, jumps = state["data"]["data_step"], state.get("guards", {}).get("jumps", [])
+        if state["step"] < spike.step and guard.shares(data_step, jumps):
+            (unseen if data_step <= guard.first_jumped(spike) else others).append(path)
+    return unseen + others
+
+
+def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
+    """Loads the weights alone, of a run or checkpoint directory, into a new run."""
+    found = selection.resolve_checkpoint(
+        path, consensus=ranks.consensus(), lacks=partial(contents.problems, optimizer=False)
+    )
+    try:
+        load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
+    except CheckpointError as error:
+        raise ConfigError(f"run.init_from={found} does not fit this model: {error}") from error
+    engine.loaded()
