@@ -65,18 +65,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
-    from stablelm.data import corpus, masks
+    from stablelm.data import corpus
     from stablelm.data.embedded import embedded
-    from stablelm.data.options import ReadOptions
-    from stablelm.data.output import Output
-    from stablelm.data.prepare import Request, prepare
+    from stablelm.data.shards import row_filters
+    from stablelm.data.shards.output import Output
+    from stablelm.data.shards.prepare_shards import Request, prepare
+    from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer
 
     workers = options.workers if options.workers is not None else _cores()
     if workers < 1:
         raise ConfigError(f"--workers: {workers} is no number of processes; give at least 1")
-    filters = masks.Filters(options.min_chars, options.max_chars, options.dedup, options.similarity)
-    masks.check(filters)
+    filters = row_filters.Filters(options.min_chars, options.max_chars, options.dedup, options.similarity)
+    row_filters.check(filters)
     part = _part(options.part)
     tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
     Tokenizer(tokenizer, key="--tokenizer")

@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
     from stablelm.data import corpus
-    from stablelm.data.options import ReadOptions
-    from stablelm.data.source import documents
+    from stablelm.data.formats.file_rows import documents
+    from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer, sample_lines, train
 
     if options.sentences < 1:

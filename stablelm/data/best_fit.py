@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stablelm.data.lanes import Chunk, Cursor, Place
+from stablelm.data.order import Chunk, Cursor, Place
 from stablelm.errors import DataError
 
 NONE = np.zeros(0, np.int64)

@@ -9,14 +9,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stablelm.config.secret_rules import advice
-from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
+from stablelm.data.formats import dataset_files
+from stablelm.data.formats.plain_text import is_plain_text
 from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
-from stablelm.data.options import ReadOptions
-from stablelm.data.plain_text import is_plain_text
 from stablelm.data.problems import Problems, listed
-from stablelm.data.retry import persist
-from stablelm.data.stores import base_name, local_path
+from stablelm.data.storage import hub, stores
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.retry import persist
+from stablelm.data.storage.stores import base_name, local_path
 from stablelm.errors import ConfigError, DataError
 from stablelm.redaction import carries_secret, redacted
 

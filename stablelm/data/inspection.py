@@ -7,15 +7,15 @@ import os
 from dataclasses import replace
 from itertools import islice
 
-from stablelm.data import dataset_rows
-from stablelm.data.bad_rows import BadRow
 from stablelm.data.encoding import document_tokens
-from stablelm.data.options import ReadOptions
-from stablelm.data.plain_text import SUFFIXES as TEXT_SUFFIXES
+from stablelm.data.formats import dataset_rows
+from stablelm.data.formats.bad_rows import BadRow
+from stablelm.data.formats.file_rows import document_text, documents, rows_from
+from stablelm.data.formats.plain_text import SUFFIXES as TEXT_SUFFIXES
 from stablelm.data.problems import Problems
-from stablelm.data.rangefile import LookEnded, RangeFile
-from stablelm.data.source import document_text, documents, rows_from
-from stablelm.data.stores import base_name, local_path
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.range_file import LookEnded, RangeFile
+from stablelm.data.storage.stores import base_name, local_path
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, DataError
 from stablelm.small_files import open_regular

@@ -13,13 +13,13 @@ import numpy as np
 
 from stablelm.config.schema import DataConfig
 from stablelm.data.encoding import IGNORED, Encoder
-from stablelm.data.lanes import Cursor, Place
 from stablelm.data.mixture import Cursors, Places
+from stablelm.data.order import Cursor, Place
 from stablelm.data.producer import Producer, allow_open_files
 from stablelm.data.rows import Maker, Row
 from stablelm.data.run_text import RunText, of_source
-from stablelm.data.seen_files import SeenFiles
-from stablelm.data.worker import Task, WorkerProcess
+from stablelm.data.storage.seen_files import SeenFiles
+from stablelm.data.workers import Task, WorkerProcess
 
 if TYPE_CHECKING:
     import torch

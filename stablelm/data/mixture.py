@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stablelm.config.mixture import Source, weight_at
-from stablelm.data.lanes import Cursor, Place
+from stablelm.data.order import Cursor, Place
 from stablelm.data.packing import Windows
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd

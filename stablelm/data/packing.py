@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stablelm.data.lanes import Chunk, Cursor, Place
+from stablelm.data.order import Chunk, Cursor, Place
 
 
 class Windows(Protocol):

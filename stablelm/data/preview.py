@@ -15,13 +15,13 @@ from stablelm.config.schema import Config, DataConfig
 from stablelm.data import training
 from stablelm.data.embedded import embedded
 from stablelm.data.encoding import document_tokens
-from stablelm.data.lanes import Lane, Order
+from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Batch, Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.shard_format import is_shard
+from stablelm.data.order import Lane, Order
 from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards
-from stablelm.data.source import SharedFiles
+from stablelm.data.shards.shard_format import is_shard
+from stablelm.data.shards.shard_reader import SharedShards
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
 from stablelm.printable import printable

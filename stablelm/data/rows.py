@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from stablelm.data.lanes import Cursor, Place
 from stablelm.data.mixture import Cursors, Places
+from stablelm.data.order import Cursor, Place
 from stablelm.data.packing import Windows
 
 NO_BORDERS = np.zeros(0, np.int64)

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
+from stablelm.data.batched_tokenization import Together
 from stablelm.data.encoding import Encoder
-from stablelm.data.lanes import Cursor, Order
 from stablelm.data.mixture import Cursors, MixedWindows, Mixture
-from stablelm.data.options import ReadOptions
+from stablelm.data.order import Cursor, Order
 from stablelm.data.packing import Windows
-from stablelm.data.seen_files import SeenFiles
 from stablelm.data.source_windows import SourceWindows
-from stablelm.data.together import Together
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.seen_files import SeenFiles
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from stablelm.data.lanes import Chunk, Cursor, Entries, Order, is_inside, row_is_gone
-from stablelm.data.shards import PART, Shard, SharedShards
+from stablelm.data.order import Chunk, Cursor, Entries, Order, is_inside, row_is_gone
+from stablelm.data.shards.shard_reader import PART, Shard, SharedShards
 
 BLOCKS = 8  # blocks whose rows are looked up together
 

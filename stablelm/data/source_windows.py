@@ -3,16 +3,16 @@
 from dataclasses import replace
 
 from stablelm.config.schema import DataConfig
+from stablelm.data.batched_tokenization import Together, block_chunks
 from stablelm.data.best_fit import BestFitPacker
 from stablelm.data.encoding import Encoder
-from stablelm.data.lanes import Cursor, Lane, Order
-from stablelm.data.options import ReadOptions
+from stablelm.data.formats.file_rows import SharedFiles
+from stablelm.data.order import Cursor, Lane, Order
 from stablelm.data.packing import Packer, Windows
-from stablelm.data.shard_format import is_shard
 from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards
-from stablelm.data.source import SharedFiles
-from stablelm.data.together import Together, block_chunks
+from stablelm.data.shards.shard_format import is_shard
+from stablelm.data.shards.shard_reader import SharedShards
+from stablelm.data.storage.options import ReadOptions
 
 
 class SourceWindows:

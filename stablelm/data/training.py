@@ -7,12 +7,14 @@ import numpy as np
 
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
-from stablelm.data import corpus, dataset_files, inspection, shard_corpus, shard_format, shards
+from stablelm.data import corpus, inspection
 from stablelm.data.encoding import Encoder, document_tokens
-from stablelm.data.options import ReadOptions
+from stablelm.data.formats import dataset_files
+from stablelm.data.formats.file_rows import documents
 from stablelm.data.problems import Problems
-from stablelm.data.source import documents
-from stablelm.data.stores import base_name
+from stablelm.data.shards import shard_files, shard_format, shard_reader
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.stores import base_name
 from stablelm.data.tokenizer import Tokenizer
 
 Lists = dict[str, list[str]]
@@ -22,7 +24,7 @@ Sources = dict[str, list[str]]
 
 
 def paths(data: DataConfig) -> dict[str, str | list[str]]:
-    """Where each source lies, as `corpus.resolve` or `shard_corpus.resolve` takes it."""
+    """Where each source lies, as `corpus.resolve` or `shard_files.resolve` takes it."""
     if not data.mixture:
         return {"": asked(data, data.path, split="train")}
     return {name: asked(data, source.path, split="train") for name, source in mixture.sources(data).items()}
@@ -67,11 +69,11 @@ def _find(
 ) -> list[str]:
     if data.source == "shards":
         looking = ReadOptions.of(data).first_look()
-        files = known.get(json.dumps(path)) or shard_corpus.resolve(path, key=key, options=looking)
-        shard_corpus.check(files, tokenizer.sha256, key=key)
-        shard_corpus.check_enough(files, tokens, key=key)
+        files = known.get(json.dumps(path)) or shard_files.resolve(path, key=key, options=looking)
+        shard_files.check(files, tokenizer.sha256, key=key)
+        shard_files.check_enough(files, tokens, key=key)
         if lanes is not None:
-            shard_corpus.check_lanes(files, lanes)
+            shard_files.check_lanes(files, lanes)
         return files
     files = text(data, path, key=key, known=known)
     inspection.check_enough(files, tokenizer, tokens, key=key, options=ReadOptions.of(data))
@@ -104,14 +106,14 @@ def identity_names(sources: Sources, data: DataConfig) -> list[str] | dict[str, 
 
 def _identity_names(files: list[str], data: DataConfig) -> list[str]:
     if data.source == "shards":
-        return shard_corpus.identity_names(files, options=ReadOptions.of(data))
+        return shard_files.identity_names(files, options=ReadOptions.of(data))
     return [base_name(file) for file in files]
 
 
 def token_arrays(files: list[str], tokenizer: Encoder, *, options: ReadOptions) -> Iterator[np.ndarray]:
     """Tokens of all documents, eos included, in base-name and file order, one or more documents at a time."""
     if all(map(shard_format.is_shard, files)):
-        yield from shards.documents(files, tokenizer.sha256, options=options)
+        yield from shard_reader.documents(files, tokenizer.sha256, options=options)
         return
     for text in documents(files, options):
         yield document_tokens(tokenizer, text)

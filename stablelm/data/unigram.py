@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from stablelm.data.encoding import Encoder
-from stablelm.data.options import ReadOptions
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.training import token_arrays
 from stablelm.data.validation import ValidationSet
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stablelm.data.encoding import IGNORED, Encoder, document_tokens
-from stablelm.data.options import ReadOptions
+from stablelm.data.formats.file_rows import documents
 from stablelm.data.problems import listed
-from stablelm.data.source import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.embedded import embedded
-from stablelm.data.options import ReadOptions
 from stablelm.data.problems import Problems
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError

@@ -17,8 +17,8 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, training, validation
 from stablelm.data.embedded import embedded
-from stablelm.data.options import ReadOptions
 from stablelm.data.problems import Problems
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError

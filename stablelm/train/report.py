@@ -10,7 +10,7 @@ from stablelm.config.schema import Config
 from stablelm.config.trust import believed
 from stablelm.data import unigram
 from stablelm.data.mixture import Mixture
-from stablelm.data.options import ReadOptions
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.evaluate.perplexity import bits_per_byte, in_words

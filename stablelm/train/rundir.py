@@ -7,7 +7,7 @@ from typing import Any
 
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
-from stablelm.data import seen_files
+from stablelm.data.storage import seen_files
 from stablelm.engine.mesh import Ranks
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance

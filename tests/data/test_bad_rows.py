@@ -13,9 +13,9 @@ from support.letters import LetterTokenizer
 
 from stablelm.config.schema import DataConfig
 from stablelm.data import corpus
+from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 TEXTS = [f"document {n} of some" for n in range(40)]

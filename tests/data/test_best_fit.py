@@ -14,8 +14,8 @@ from support.prepared import write_shard, write_shards
 from stablelm.config.schema import DataConfig
 from stablelm.data.best_fit import BestFitPacker, fit
 from stablelm.data.encoding import IGNORED
-from stablelm.data.lanes import Chunk, Cursor
 from stablelm.data.loader import Loader
+from stablelm.data.order import Chunk, Cursor
 from stablelm.errors import DataError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4)

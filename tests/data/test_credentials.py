@@ -12,8 +12,8 @@ from support.httpserver import serve
 from support.programs import TINY, run
 from support.tiny import TinyCorpus
 
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 FILE = NAME.rsplit("/", 1)[1]

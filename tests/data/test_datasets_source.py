@@ -12,12 +12,13 @@ from support.letters import LetterTokenizer, write_rows
 
 from stablelm.config.data_rules import problems
 from stablelm.config.schema import DataConfig
-from stablelm.data import dataset_files, training
+from stablelm.data import training
 from stablelm.data.corpus import resolve
-from stablelm.data.dataset_rows import Shard
+from stablelm.data.formats import dataset_files
+from stablelm.data.formats.dataset_rows import Shard
+from stablelm.data.formats.file_rows import documents, rows_from
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents, rows_from
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 TEXTS = [f"{n}: ünï" + "x" * (n * 7 % 53) + "." for n in range(119)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stablelm.data import corpus, embedded, stdlib_text
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
 

@@ -13,9 +13,10 @@ from support.programs import TINY, run
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import manifest
-from stablelm.data import corpus, inspection, options, waiting
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data import corpus, inspection
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage import options, stall_monitor
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 LINE = json.dumps({"text": "a document of some words"}).encode() + b"\n"
@@ -99,8 +100,8 @@ def test_a_slow_server_without_a_document(tmp_path, content):
 
 
 def test_a_read_that_is_slow_is_said_like_one_that_fails(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(waiting, "FIRST_LINE", 0.3)
-    monkeypatch.setattr(waiting, "NEXT_LINES", 0.5)
+    monkeypatch.setattr(stall_monitor, "FIRST_LINE", 0.3)
+    monkeypatch.setattr(stall_monitor, "NEXT_LINES", 0.5)
     (tmp_path / "a.json").write_bytes(LINE * 40)
     seen = []
     with serve(tmp_path) as server:
@@ -109,7 +110,7 @@ def test_a_read_that_is_slow_is_said_like_one_that_fails(tmp_path, monkeypatch, 
 
         def watch() -> None:
             for _ in range(15):
-                seen.extend(waiting.waiting())
+                seen.extend(stall_monitor.waiting())
                 time.sleep(0.1)
 
         watcher = threading.Thread(target=watch)
@@ -118,4 +119,4 @@ def test_a_read_that_is_slow_is_said_like_one_that_fails(tmp_path, monkeypatch, 
         watcher.join()
     assert {(wait.file, wait.cause) for wait in seen} == {(url, "none, but the store is slow")}
     assert f"waiting for {url}: " in capfd.readouterr().err
-    assert waiting.waiting() == []
+    assert stall_monitor.waiting() == []

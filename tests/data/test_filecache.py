@@ -8,9 +8,9 @@ import threading
 import pytest
 from support.httpserver import serve
 
-from stablelm.data import filecache
-from stablelm.data.options import ReadOptions
-from stablelm.data.rangefile import RangeFile
+from stablelm.data.storage import file_cache
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 
 SIZE = 200_000
@@ -109,9 +109,9 @@ def test_what_is_being_fetched_is_neither_deleted_nor_read(tmp_path, store):
     folder = tmp_path / "cache" / "files"
     folder.mkdir(parents=True)
     path = folder / "0123-9.json"
-    part = filecache._part(path)
+    part = file_cache._part(path)
     part.write_bytes(bytes(SIZE))
-    with filecache._lock(path):
+    with file_cache._lock(path):
         assert read(f"{store.url}/0.json", given) == CONTENT["0.json"], "no room: read from the store"
     assert part.stat().st_size == SIZE
     assert names(tmp_path) == set()

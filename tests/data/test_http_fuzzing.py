@@ -12,9 +12,9 @@ from support.faulty_stores import TEXTS
 from support.httpserver import FaultyServer, serve
 from support.range_faults import FAULTS, well
 
-from stablelm.data import ranges, retry
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage import ranges, retry
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 BLOCK, EACH = 8 << 10, 500

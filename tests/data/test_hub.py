@@ -19,8 +19,8 @@ FOUND = [f"hf://datasets/allenai/c4@{COMMIT}/en/c4-train.0000{index}-of-00003.js
 RESOLVE = """
 import json, sys
 from stablelm.data.corpus import check, resolve
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.formats.file_rows import documents
 from stablelm.errors import UserError
 read, *urls = sys.argv[1:]
 answers = []

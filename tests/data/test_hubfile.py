@@ -14,18 +14,18 @@ from support.faulty_stores import BLOCK, CONTENT, NAME, TEXTS
 from support.httpserver import serve
 from support.samples import REPOSITORY
 
-from stablelm.data import waiting
-from stablelm.data.options import ReadOptions
-from stablelm.data.rangefile import RangeFile
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage import stall_monitor
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 
 ODD = "en/words & more, 100%.json"
 FILES = {NAME: CONTENT, ODD: b'{"text": "one"}\n', "en/empty.json": b""}
 READ = """
 import sys
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.formats.file_rows import documents
 print(len(list(documents(sys.argv[1:], ReadOptions(retry_budget=5)))))
 """
 
@@ -113,16 +113,16 @@ def test_no_token_where_the_environment_forbids_it(hub: FakeHub, monkeypatch: py
 @pytest.mark.parametrize("status", [429, 503])
 def test_what_the_hub_asks_for_is_waited_for_and_seen(hub: FakeHub, status: int):
     with serve(upstream=hub.url) as server:
-        seen: list[waiting.Wait] = []
-        server.before = lambda request: seen.extend(waiting.waiting())
+        seen: list[stall_monitor.Wait] = []
+        server.before = lambda request: seen.extend(stall_monitor.waiting())
         server.failures, server.status, server.failure_headers = 2, status, {"Retry-After": "0.3"}
-        before, began = waiting.waited_seconds(), time.monotonic()
+        before, began = stall_monitor.waited_seconds(), time.monotonic()
         assert list(documents([pinned(NAME)], options(server.url))) == TEXTS
         waited = time.monotonic() - began
     assert {wait.file for wait in seen} == {pinned(NAME)}
     assert {f"127.0.0.1 answers {status}" in wait.cause for wait in seen} == {True}
     assert waited > 0.6
-    assert waiting.waited_seconds() - before > 0.6
+    assert stall_monitor.waited_seconds() - before > 0.6
 
 
 def test_a_signed_address_serves_until_it_has_run_out():

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.letters import write_corpus, write_rows
 
-from stablelm.data import source
-from stablelm.data.lanes import Cursor, Lane, Order, permutation
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import SharedFiles
+from stablelm.data.formats import file_rows
+from stablelm.data.formats.file_rows import SharedFiles
+from stablelm.data.order import Cursor, Lane, Order, permutation
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,7 +85,7 @@ def test_every_row_comes_once_an_epoch(tmp_path_factory, rows, lanes, block, see
 @given(lane=st.integers(0, 4), skip=st.integers(0, 60), seed=st.integers(0, 5), held=st.sampled_from([0, 300, 1 << 20]))
 def test_a_lane_goes_on_from_any_cursor(tmp_path_factory, lane, skip, seed, held):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "HELD_BYTES", held)
+        patch.setattr(file_rows, "HELD_BYTES", held)
         files = write_corpus(tmp_path_factory.mktemp("corpus"), [17, 23, 40])
         order = Order(files, seed=seed, lanes=5, shuffle_block=4)
         whole = list(itertools.islice(read_lane(order, lane), skip + 30))
@@ -99,7 +99,7 @@ def test_sharing_a_file_never_changes_a_lane(tmp_path_factory, turns, held):
     files = write_corpus(tmp_path_factory.mktemp("corpus"), [60, 40])
     order = Order(files, seed=3, lanes=5, shuffle_block=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "HELD_BYTES", held)
+        patch.setattr(file_rows, "HELD_BYTES", held)
         shared = SharedFiles(2, options=ReadOptions(retry_budget=0))
         lanes = [read_lane(order, lane, shared=shared) for lane in range(5)]
         got: list[list] = [[] for _ in lanes]

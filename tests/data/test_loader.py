@@ -14,8 +14,9 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.samples import shared_data
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import retry, source
+from stablelm.data.formats import file_rows
 from stablelm.data.loader import Batch, Loader
+from stablelm.data.storage import retry
 from stablelm.errors import DataError
 
 LANES, BATCH, SEQ_LEN = 24, 36, 16
@@ -132,7 +133,7 @@ def test_resume_across_epochs(files):
 @pytest.mark.parametrize("held", [0, 500])
 def test_order_does_not_depend_on_the_memory_for_shared_files(files, monkeypatch, held):
     reference = global_steps([loader(files)], 30)
-    monkeypatch.setattr(source, "HELD_BYTES", held)
+    monkeypatch.setattr(file_rows, "HELD_BYTES", held)
     assert global_steps([loader(files)], 30) == reference
 
 

@@ -17,8 +17,8 @@ from support.tiny import TinyCorpus, synthetic_documents, write_documents
 from stablelm.config.load import load
 from stablelm.config.rules import check
 from stablelm.data import corpus
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 MIB = 1 << 20
@@ -26,8 +26,8 @@ GOOD = json.dumps({"text": "a good document"}).encode() + b"\n"
 READ = """
 import resource
 import sys
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.formats.file_rows import documents
 from stablelm.errors import DataError
 try:
     print(sum(1 for _ in documents([sys.argv[1]], ReadOptions(retry_budget=0))))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.letters import LetterTokenizer
 
 from stablelm.data.encoding import document_tokens
-from stablelm.data.lanes import Chunk, Cursor
+from stablelm.data.order import Chunk, Cursor
 from stablelm.data.packing import Packer
 
 TEXTS = st.lists(st.text("abc", max_size=25), min_size=1, max_size=12).filter(any)

@@ -7,8 +7,8 @@ import pytest
 import zstandard
 
 from stablelm.data import corpus
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import FileRows, documents
+from stablelm.data.formats.file_rows import FileRows, documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError
 
 TEXT = "First line.\r\n\n  Second, ünïcode.\n"

@@ -21,12 +21,13 @@ from support.samples import REPOSITORY
 from support.stores import s3_server
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import masks, shard_corpus, tokenizer
+from stablelm.data import tokenizer
+from stablelm.data.formats.file_rows import documents, texts
 from stablelm.data.loader import Loader
-from stablelm.data.masks import Filters
-from stablelm.data.options import ReadOptions
-from stablelm.data.shards import Shard
-from stablelm.data.source import documents, texts
+from stablelm.data.shards import row_filters, shard_files
+from stablelm.data.shards.row_filters import Filters
+from stablelm.data.shards.shard_reader import Shard
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, UserError
 
@@ -102,7 +103,7 @@ def test_shards_are_the_text_whatever_the_number_of_workers(files, model, tmp_pa
     assert done.stdout.count(", kept") == 4
     assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "parts")
     encoder = Tokenizer(model)
-    found = shard_corpus.resolve(str(tmp_path / "one"), key="data.path", options=ReadOptions(retry_budget=0))
+    found = shard_files.resolve(str(tmp_path / "one"), key="data.path", options=ReadOptions(retry_budget=0))
     assert [Path(path).name for path in found] == [Path(path).name + ".tokens" for path in files]
     for file, path in zip(files, found, strict=True):
         shard = Shard(path, tokenizer=encoder.sha256, options=ReadOptions(retry_budget=0))
@@ -117,14 +118,14 @@ def test_shards_are_the_text_whatever_the_number_of_workers(files, model, tmp_pa
 def test_a_mask_that_was_changed_is_not_believed(files, model, tmp_path):
     out = tmp_path / "out"
     prepare([*files, write_rows(tmp_path / "copy.json", texts_of(0, 30))], model, out, "--dedup", "exact")
-    resolved = shard_corpus.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
+    resolved = shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
     assert len(resolved) == 5
     (mask, *_) = sorted(out.glob("*.mask"))
     bits = bytearray(mask.read_bytes())
     for damage in (lambda: mask.write_bytes(bytes([bits[0] ^ 1, *bits[1:]])), mask.unlink):
         damage()
         with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run data/prepare.py"):
-            shard_corpus.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
+            shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_mask_that_was_changed_is_not_believed(files, model, tmp_path):
 def test_a_damaged_manifest_is_bad_input(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(ConfigError, match=r"data\.path: .*manifest.json: not a manifest of prepared shards \(.*again"):
-        shard_corpus.resolve(str(tmp_path), key="data.path", options=ReadOptions(retry_budget=0))
+        shard_files.resolve(str(tmp_path), key="data.path", options=ReadOptions(retry_budget=0))
 
 
 def test_a_killed_run_is_finished_by_the_next_and_its_workers_end(model, tmp_path):
@@ -201,7 +202,7 @@ def test_filters_change_masks_only(files, model, tmp_path):
         expected.append(left_out)
         seen.add(text)
     found = []
-    for path in shard_corpus.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0)):
+    for path in shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0)):
         shard = Shard(path, tokenizer=None, options=ReadOptions(retry_budget=0))
         rows = shard.take(range(shard.footer.rows))
         found += (rows.begins == rows.ends).tolist()
@@ -261,7 +262,7 @@ def test_from_a_web_server_to_an_object_store_and_into_a_run(files, model, tmp_p
         encoder = Tokenizer(model)
 
         def batches(path: str) -> list:
-            found = shard_corpus.resolve(path, key="data.path", options=ReadOptions(retry_budget=1))
+            found = shard_files.resolve(path, key="data.path", options=ReadOptions(retry_budget=1))
             data = DataConfig(seq_len=32, lanes=8, shuffle_block=4, workers=0, retry_budget=1)
             each = Loader(found, encoder, data, seed=1, global_batch_size=8)
             return [each.next().tokens.tolist() for _ in range(9)]
@@ -275,17 +276,17 @@ def test_near_copies_are_found_and_the_first_stays(tmp_path):
     near = base[2].rsplit(" ", 3)[0] + " and a few others"
     rows = [[*base[:3], "short", near], [base[4], base[5] + " more", base[5], "short", base[0]]]
     filters = Filters(duplicates="minhash")
-    found = masks.left_out([masks.features(texts, filters) for texts in rows], filters)
+    found = row_filters.left_out([row_filters.features(texts, filters) for texts in rows], filters)
     assert [mask.tolist() for mask in found] == [[False] * 4 + [True], [False, False, True, True, True]]
     exact = Filters(duplicates="exact")
-    found = masks.left_out([masks.features(texts, exact) for texts in rows], exact)
+    found = row_filters.left_out([row_filters.features(texts, exact) for texts in rows], exact)
     assert [mask.tolist() for mask in found] == [[False] * 5, [False, False, False, True, True]]
 
 
 def test_a_filtered_document_hides_no_copy():
     filters = Filters(max_chars=30, duplicates="minhash")
     long = "one two three four five six seven eight"
-    found = masks.left_out([masks.features([long, "five words are not enough", "x"], filters)], filters)
+    found = row_filters.left_out([row_filters.features([long, "five words are not enough", "x"], filters)], filters)
     assert np.concatenate(found).tolist() == [True, False, False]
 
 
@@ -301,7 +302,7 @@ def test_a_filtered_document_hides_no_copy():
 def test_paths_without_shards_are_bad_input(tmp_path, path, says):
     given = path.format(folder=tmp_path) if isinstance(path, str) else path
     with pytest.raises(ConfigError, match=rf"data\.path: .*{says}"):
-        shard_corpus.resolve(given, key="data.path", options=ReadOptions(retry_budget=0))
+        shard_files.resolve(given, key="data.path", options=ReadOptions(retry_budget=0))
 
 
 def test_help_is_quick():

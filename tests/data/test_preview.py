@@ -15,10 +15,11 @@ from support.letters import write_rows
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.data import shard_format, tokenizer
+from stablelm.data import tokenizer
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
+from stablelm.data.shards import shard_format
 from stablelm.data.tokenizer import Tokenizer
 
 PROGRAM = REPOSITORY / "data" / "preview.py"

@@ -8,9 +8,9 @@ from support.faulty_stores import CONTENT, NAME, STORES, TEXTS, stored
 from support.httpserver import serve
 from support.range_faults import FAULTS
 
-from stablelm.data import ranges, retry
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage import ranges, retry
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 

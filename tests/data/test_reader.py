@@ -11,10 +11,10 @@ import pytest
 import zstandard
 from support.httpserver import serve
 
-from stablelm.data import rangefile, retry
-from stablelm.data.options import ReadOptions
-from stablelm.data.rangefile import RangeFile
-from stablelm.data.reader import base_name, local_path, numbered_lines, open_lines
+from stablelm.data.formats.text_lines import base_name, local_path, numbered_lines, open_lines
+from stablelm.data.storage import range_file, retry
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 
 # Random letters compress little, so the files stay long enough to be cut in the middle.
@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_lines(tmp_path, name, pack):
 
 @pytest.mark.parametrize("slice_bytes", [1, 2, 3, 7, 64])
 def test_line_ends_and_byte_order_mark_at_every_chunk_border(tmp_path, monkeypatch, slice_bytes):
-    monkeypatch.setattr(rangefile, "LOCAL_BLOCK", slice_bytes)
+    monkeypatch.setattr(range_file, "LOCAL_BLOCK", slice_bytes)
     path = write(tmp_path / "a.json", b"\xef\xbb\xbfone\n\n  \r\ntwo\r\n\xef\xbb\xbfthree\n\nlast, no newline")
     expected = [(1, b"one"), (4, b"two\r"), (5, b"\xef\xbb\xbfthree"), (7, b"last, no newline")]
     assert list(numbered_lines(str(path), ReadOptions(block=16 << 10, retry_budget=0))) == expected
@@ -132,7 +132,7 @@ def test_too_many_open_files_is_said(tmp_path, monkeypatch):
     def refuse(url, options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(rangefile, "open_file", refuse)
+    monkeypatch.setattr(range_file, "open_file", refuse)
     with pytest.raises(DataError, match=r"too many open files; use fewer data\.lanes"):
         lines(tmp_path / "a.json", budget=60)
 

@@ -13,12 +13,13 @@ from support.letters import LetterTokenizer, write_rows
 from support.prepared import write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import inspection, shard_corpus, shard_format
-from stablelm.data.lanes import Lane, Order
+from stablelm.data import inspection
+from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.shards import Shard
-from stablelm.data.source import SharedFiles
+from stablelm.data.order import Lane, Order
+from stablelm.data.shards import shard_files, shard_format
+from stablelm.data.shards.shard_reader import Shard
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,7 +104,7 @@ def test_text_and_shards_agree_whatever_is_missing(tmp_path: Path, packing: str)
 @pytest.mark.parametrize("prepared", [False, True])
 def test_checks_count_documents_and_not_rows(tmp_path: Path, prepared: bool):
     files = [write_rows(tmp_path / "a.json", ["some text", "", "", "more text", ""])]
-    checks = shard_corpus if prepared else inspection
+    checks = shard_files if prepared else inspection
     files = write_shards(files, tmp_path / "p") if prepared else files
     checks.check_lanes(files, 2)
     with pytest.raises(ConfigError, match=r"take 3 documents from each, but .* holds 2; set at most 2 lanes"):

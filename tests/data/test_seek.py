@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.httpserver import serve
 
-from stablelm.data import deflate, index, inflate
-from stablelm.data.options import ReadOptions
-from stablelm.data.rangefile import RangeFile
-from stablelm.data.reader import numbered_lines, rows_from
-from stablelm.data.source import FileRows
+from stablelm.data.formats import deflate, inflate, seek_points
+from stablelm.data.formats.file_rows import FileRows
+from stablelm.data.formats.text_lines import numbered_lines, rows_from
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 
 WORDS = [bytes(random.Random(n).choices(b"abcdefghijklmnop", k=n % 8 + 2)) for n in range(3000)]
@@ -62,7 +62,7 @@ PACKED = {
 
 @pytest.fixture(autouse=True)
 def near_places(monkeypatch):
-    monkeypatch.setattr(index, "SPACING", SPACING)
+    monkeypatch.setattr(seek_points, "SPACING", SPACING)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_an_index_grows_from_where_reading_stopped(folder, tmp_path, name):
     assert first > 3000
     whole = reading(tmp_path / "whole")
     list(numbered_lines(url, whole))
-    found, expected = (index._unpacked(index_file(path).read_bytes()) for path in (tmp_path, tmp_path / "whole"))
+    found, expected = (seek_points._unpacked(index_file(path).read_bytes()) for path in (tmp_path, tmp_path / "whole"))
     # Not the same places, since the inflater's pieces begin elsewhere after a seek, but as near to one another.
     assert abs(len(found) - len(expected)) <= 1
     assert found[-1].row > 3000
@@ -149,7 +149,7 @@ def test_a_damaged_index_is_built_again(folder, tmp_path, harm):
 
 
 def test_a_window_that_would_fill_the_memory_is_cut():
-    assert len(index.Place(0, 0, 0, 0, 0, 0, zlib.compress(bytes(1 << 28))).window) == 1 << 15
+    assert len(seek_points.Place(0, 0, 0, 0, 0, 0, zlib.compress(bytes(1 << 28))).window) == 1 << 15
 
 
 def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
@@ -158,7 +158,7 @@ def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
     path = index_file(tmp_path)
     good = path.read_bytes()
     with RangeFile(url, options) as file:
-        kept = index.Index(options.cache, url, file.stamp())
+        kept = seek_points.Index(options.cache, url, file.stamp())
     places = [place for place in map(kept.before, range(0, len(ROWS), 50)) if place is not None]
     for place in dict.fromkeys(places):
         kept.add(replace(place, packed=b"noise"))

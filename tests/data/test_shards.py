@@ -15,11 +15,12 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import pages, retry, shard_corpus, shard_format, shards
 from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.shards import Shard
+from stablelm.data.shards import page_cache, shard_files, shard_format, shard_reader
+from stablelm.data.shards.shard_reader import Shard
+from stablelm.data.storage import retry
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 
@@ -71,7 +72,7 @@ def test_parts_cover_rows_in_order_and_keep_to_the_limit(lengths, limit):
         def join(self, begins, ends):
             return np.concatenate([np.arange(*span) for span in zip(begins, ends, strict=True)])
 
-    rows = shards.ShardRows(Counted(), ends - lengths, ends)  # type: ignore[arg-type]
+    rows = shard_reader.ShardRows(Counted(), ends - lengths, ends)  # type: ignore[arg-type]
     seen, next_row = [], 0
     for first, tokens, row_ends in rows.parts(limit):
         assert first == next_row and row_ends[-1] == len(tokens)
@@ -120,8 +121,8 @@ def test_a_document_longer_than_a_part(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [64, 1 << 20])
 def test_remote_shards_are_read_by_ranges_and_survive_cuts(tmp_path, monkeypatch, page):
-    monkeypatch.setattr(pages, "SMALLEST", page)
-    monkeypatch.setattr(pages, "LARGEST", page)
+    monkeypatch.setattr(page_cache, "SMALLEST", page)
+    monkeypatch.setattr(page_cache, "LARGEST", page)
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     files = write_corpus(tmp_path, [40, 33])
     local = write_shards(files, tmp_path)
@@ -141,10 +142,10 @@ def test_a_store_that_does_not_tell_of_a_mask_is_an_error(tmp_path):
     (path,) = write_shards(write_corpus(tmp_path, [9]), tmp_path)
     with serve(tmp_path) as server:
         url = f"{server.url}/{Path(path).name}"
-        assert shards.read_mask(url, options=ReadOptions(retry_budget=0)) is None
+        assert shard_reader.read_mask(url, options=ReadOptions(retry_budget=0)) is None
         server.failures, server.status = 1000, 403
         with pytest.raises(DataError, match=r"part-00000\.json\.mask: the server answers 403"):
-            shards.read_mask(url, options=ReadOptions(retry_budget=0))
+            shard_reader.read_mask(url, options=ReadOptions(retry_budget=0))
 
 
 def test_a_masked_row_is_left_out_and_the_state_still_fits(tmp_path):
@@ -206,7 +207,7 @@ def read_all(path: str) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_flipped_bit_anywhere_is_found_when_it_is_read(tmp_path, seed, monkeypatch):
     monkeypatch.setattr(shard_format, "BLOCK", 256)
-    monkeypatch.setattr(shards, "BLOCK", 256)
+    monkeypatch.setattr(shard_reader, "BLOCK", 256)
     (path,) = write_shards(write_corpus(tmp_path, [60]), tmp_path)
     data, draw = Path(path).read_bytes(), random.Random(seed)
     expected = read_all(path)
@@ -313,7 +314,7 @@ def test_every_shard_that_is_wrong_is_named(tmp_path):
     for path in (files[1], files[3]):
         Path(path).write_bytes(b"")
     with pytest.raises(ConfigError) as caught:
-        shard_corpus.check(files, "letters", key="data.path")
+        shard_files.check(files, "letters", key="data.path")
     lines = str(caught.value).splitlines()
     assert [line.partition(": it")[0].split(": ")[1] for line in lines] == [files[1], files[3]]
     assert all(line.startswith("data.path: ") and "it is empty" in line for line in lines)
@@ -326,7 +327,7 @@ def test_shards_that_are_no_files_are_all_named(tmp_path, form):
     (tmp_path / "two.tokens").mkdir()
     path = [f"{tmp_path}/{name}.tokens" for name in ("good", "one", "two")] if form == "list" else form.format(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        shard_corpus.resolve(path, key="data.path", options=ReadOptions(retry_budget=0))
+        shard_files.resolve(path, key="data.path", options=ReadOptions(retry_budget=0))
     said = str(caught.value)
     assert "one.tokens' (a link to 'gone', which does not exist)" in said and "two.tokens' (a folder)" in said
     assert "good.tokens'" not in said.replace("{one,two,good}", "")

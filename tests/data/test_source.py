@@ -5,9 +5,9 @@ import threading
 import pytest
 from support.letters import write_corpus, write_rows
 
-from stablelm.data import source
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import FileRows, SharedFiles, document_text, documents
+from stablelm.data.formats import file_rows
+from stablelm.data.formats.file_rows import FileRows, SharedFiles, document_text, documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
 
@@ -72,8 +72,8 @@ def test_an_error_is_not_mistaken_for_the_end(tmp_path):
 def test_one_pass_serves_all_lanes_of_a_file(tmp_path, monkeypatch):
     (file,) = write_corpus(tmp_path, [100])
     opened = []
-    real = source.rows_from
-    monkeypatch.setattr(source, "rows_from", lambda *a, **k: opened.append(1) or real(*a, **k))
+    real = file_rows.rows_from
+    monkeypatch.setattr(file_rows, "rows_from", lambda *a, **k: opened.append(1) or real(*a, **k))
     shared = SharedFiles(1, options=ReadOptions(retry_budget=0))
     for first in range(0, 100, 20):
         for share in range(4):
@@ -85,7 +85,7 @@ def test_one_pass_serves_all_lanes_of_a_file(tmp_path, monkeypatch):
 
 def test_lanes_that_fall_far_behind_or_enter_the_next_epoch(tmp_path, monkeypatch):
     (file,) = write_corpus(tmp_path, [200])
-    monkeypatch.setattr(source, "HELD_BYTES", 2000)
+    monkeypatch.setattr(file_rows, "HELD_BYTES", 2000)
     shared = SharedFiles(1, options=ReadOptions(retry_budget=0))
     for first in range(0, 200, 20):
         assert len(shared.take(file, range(first, first + 20, 2)) or []) == 10

@@ -9,9 +9,10 @@ from support.faulty_stores import BLOCK, CONTENT, NAME, STORES, TEXTS, packed, s
 from support.letters import LetterTokenizer
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import inspection, options, retry
+from stablelm.data import inspection
+from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
-from stablelm.data.source import documents
+from stablelm.data.storage import options, retry
 from stablelm.errors import ConfigError, DataError
 
 

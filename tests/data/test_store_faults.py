@@ -9,7 +9,7 @@ import time
 import pytest
 from support.faulty_stores import STORES, TEXTS, stored
 
-from stablelm.data import retry, waiting
+from stablelm.data.storage import retry, stall_monitor
 from stablelm.errors import DataError
 
 
@@ -155,22 +155,22 @@ def test_the_budget_bounds_what_a_store_asks_for():
 
 
 def test_who_waits_is_known_and_said(monkeypatch):
-    monkeypatch.setattr(waiting, "FIRST_LINE", 0.3)
-    monkeypatch.setattr(waiting, "NEXT_LINES", 0.4)
+    monkeypatch.setattr(stall_monitor, "FIRST_LINE", 0.3)
+    monkeypatch.setattr(stall_monitor, "NEXT_LINES", 0.4)
     monkeypatch.setenv("RANK", "5")
     said = io.StringIO()
-    monkeypatch.setattr(waiting.sys, "stderr", said)
+    monkeypatch.setattr(stall_monitor.sys, "stderr", said)
     ready = time.monotonic() + 1.5
     seen = []
 
     def attempt():
-        seen.extend(waiting.waiting())
+        seen.extend(stall_monitor.waiting())
         if time.monotonic() < ready:
             raise OSError("connection reset")
         return "bytes"
 
     assert retry.persist(attempt, name="https://h/a.json.gz", budget=10) == "bytes"
-    assert waiting.waiting() == []
+    assert stall_monitor.waiting() == []
     assert {wait.file for wait in seen} == {"https://h/a.json.gz"}
     assert [wait.attempt for wait in seen] == list(range(2, len(seen) + 2))
     assert seen[0].cause == "connection reset"
@@ -182,5 +182,5 @@ def test_who_waits_is_known_and_said(monkeypatch):
 
 
 def test_many_waits_are_one_line():
-    waits = [waiting.Wait(f"f{n}", n + 1, time.time() - 20 + n, "gone") for n in range(3)]
-    assert "waiting for f0 and 2 more reads: 20 s, attempt 1" in waiting.line(waits)
+    waits = [stall_monitor.Wait(f"f{n}", n + 1, time.time() - 20 + n, "gone") for n in range(3)]
+    assert "waiting for f0 and 2 more reads: 20 s, attempt 1" in stall_monitor.line(waits)

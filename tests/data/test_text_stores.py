@@ -12,9 +12,10 @@ from support.stores import s3_server
 
 from stablelm.config.load import dump, load
 from stablelm.config.rules import check
-from stablelm.data import corpus, stores
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import FileRows, document_text, documents
+from stablelm.data import corpus
+from stablelm.data.formats.file_rows import FileRows, document_text, documents
+from stablelm.data.storage import stores
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 TEXTS = [f"document {n} ünï " + "x" * (n % 50) for n in range(1000)]

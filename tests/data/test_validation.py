@@ -8,7 +8,7 @@ import torch
 from support.letters import LetterTokenizer, write_rows
 
 from stablelm.data import unigram
-from stablelm.data.options import ReadOptions
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.validation import IGNORED, read
 from stablelm.errors import DataError
 

@@ -15,9 +15,9 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import worker
+from stablelm.data import workers as data_workers
 from stablelm.data.loader import Loader
-from stablelm.data.waiting import waiting
+from stablelm.data.storage.stall_monitor import waiting
 from stablelm.errors import DataError, ProcessLostError
 
 LANES = BATCH = 12
@@ -44,7 +44,7 @@ def read(each: Loader, steps: int) -> list[tuple]:
 
 
 def processes() -> set[int]:
-    return {each._process.pid for each in worker._running}
+    return {each._process.pid for each in data_workers._running}
 
 
 def running(pid: int) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
-from stablelm.data.waiting import Wait, noted
+from stablelm.data.storage.stall_monitor import Wait, noted
 from stablelm.engine.mesh import Ranks
 from stablelm.train import board, watchdog
 from stablelm.train.board import FileBoard, SafeBoard, StoreBoard
