@@ -65,18 +65,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
-    from stablelm.data import corpus
+    from stablelm.data import corpus, inspection
     from stablelm.data.embedded import embedded
     from stablelm.data.shards import row_filters
-    from stablelm.data.shards.output import Output
-    from stablelm.data.shards.prepare_shards import Request, prepare
+    from stablelm.data.shards.prepare_shards import PrepareRequest, prepare
+    from stablelm.data.shards.shard_format import OutputFolder
     from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer
 
     workers = options.workers if options.workers is not None else _cores()
     if workers < 1:
         raise ConfigError(f"--workers: {workers} is no number of processes; give at least 1")
-    filters = row_filters.Filters(options.min_chars, options.max_chars, options.dedup, options.similarity)
+    filters = row_filters.RowFilters(options.min_chars, options.max_chars, options.dedup, options.similarity)
     row_filters.check(filters)
     part = _part(options.part)
     tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
@@ -88,10 +88,10 @@ def main(argv: list[str] | None = None) -> None:
         text_unit=options.text_unit,
     )
     files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
-    corpus.check(files, key="--source", options=reading)
-    out = Output(options.out)
+    inspection.check(files, key="--source", options=reading)
+    out = OutputFolder(options.out)
     out.create("--out")
-    request = Request(files, tokenizer, out, filters, workers, part, options.verify, reading)
+    request = PrepareRequest(files, tokenizer, out, filters, workers, part, options.verify, reading)
     prepare(request, lambda text: print(text, flush=True))
 
 

@@ -55,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
-    from stablelm.data import corpus
+    from stablelm.data import corpus, inspection
     from stablelm.data.formats.file_rows import documents
     from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer, sample_lines, train
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--sentences: {options.sentences} is no number of lines; give at least 1")
     reading = ReadOptions(text_column=options.text_column, bad_rows=options.bad_rows, text_unit=options.text_unit)
     files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
-    corpus.check(files, key="--source", options=reading)
+    inspection.check(files, key="--source", options=reading)
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:

@@ -1,27 +1,60 @@
 """From what the user wrote (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
 
+import contextlib
 import glob
 import itertools
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from stablelm.config.secret_rules import advice
 from stablelm.data.embedded import embedded
 from stablelm.data.formats import dataset_files
-from stablelm.data.formats.plain_text import is_plain_text
-from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
-from stablelm.data.problems import Problems, listed
-from stablelm.data.storage import hub, stores
-from stablelm.data.storage.options import ReadOptions
+from stablelm.data.formats.file_rows import SUFFIXES, SUFFIXES_IN_WORDS
+from stablelm.data.formats.text_lines import is_plain_text
+from stablelm.data.storage import stores
+from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.retry import persist
-from stablelm.data.storage.stores import base_name, local_path
 from stablelm.errors import ConfigError, DataError
 from stablelm.redaction import carries_secret, redacted
 
-__all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
+SHOWN = 8
+
+
+class Problems:
+    """Sentences, each with its key and its fix."""
+
+    def __init__(self) -> None:
+        self._sentences: list[str] = []
+
+    @contextlib.contextmanager
+    def collecting(self, key: str = "") -> Iterator[None]:
+        """Takes in a ConfigError of the block, and a DataError under `key`, and goes on behind the block."""
+        try:
+            yield
+        except ConfigError as error:
+            self._sentences.append(str(error))
+        except DataError as error:
+            if not key:
+                raise
+            self._sentences.append(f"{key}: {error}")
+
+    def raise_any(self) -> None:
+        """Raises ConfigError with a line for each problem, of many the first few and how many there are."""
+        if self._sentences:
+            rest = len(self._sentences) - SHOWN
+            more = [f"and {rest} more problems of this kind"] if rest > 0 else []
+            raise ConfigError("\n".join([*self._sentences[:SHOWN], *more]))
+
+
+def listed(items: Sequence[str], *, show: Callable[[str], str] = repr) -> str:
+    """The items in a row, of many the first few and how many there are."""
+    rest = len(items) - SHOWN
+    return ", ".join(map(show, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+
 
 TRAINING_KEYS = ("data.path", "--source")
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
@@ -105,6 +138,8 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
             f"are named; set {advice(entry)} in the environment"
         )
     if scheme == "hf":
+        from stablelm.data.storage import hub  # with the clients of web servers and of the hub
+
         return [file for url in braces(entry) for file in hub.expand(url, key=key)]
     if scheme in OBJECT_STORES:
         if sentence := stores.missing_package(entry):

@@ -21,15 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stablelm.data.formats.file_rows import BadRow, FileRows, Row, SharedFiles, document_text
+from stablelm.data.formats.file_rows import BadRow, FileRow, FileRows, SharedFiles, document_text
 from stablelm.data.shards.shard_format import source_name
+from stablelm.data.shards.shard_reader import PART, SharedShards, TokenShard
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
+
+BLOCKS = 8  # blocks of a shard whose rows are looked up together
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a lane: row `index` (in shuffled order) of block `block` of an entry of an epoch.
+    """A position in a lane: row `index` (in shuffled order) of block `block` of an entry of an epoch.
 
     `offset` counts the tokens of that document, its eos included, which have been inputs already.
     """
@@ -44,12 +47,12 @@ class Cursor:
         return list(astuple(self))
 
     def cursor(self) -> "Cursor":
-        """Itself, as of any place."""
+        """Itself, as of any position."""
         return self
 
 
 @dataclass(frozen=True)
-class Group:
+class DocumentGroup:
     """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for one left out.
 
     `wrong` says what is wrong with the row after them. `skipped` of the rows left out are bad ones; of groups that
@@ -63,11 +66,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """Consecutive documents of an entry, the first one at `cursor` (offset 0).
 
     `tokens` (n,) are theirs, eos of each included; `ends` (documents,) int64 says where each ends in `tokens`.
-    Where they are of several blocks, all but the last block have `block_rows` rows. `skipped`: as in `Group`.
+    Where they are of several blocks, all but the last block have `block_rows` rows. `skipped`: as in `DocumentGroup`.
     """
 
     cursor: Cursor
@@ -77,7 +80,7 @@ class Chunk:
     skipped: int = 0
 
 
-class Place(NamedTuple):
+class TokenPosition(NamedTuple):
     """Token `position` of a chunk with this cursor and these ends; cheaper to keep than the cursor it stands for."""
 
     start: Cursor
@@ -91,6 +94,26 @@ class Place(NamedTuple):
         begin = int(self.ends[document - 1]) if document else 0
         blocks, index = divmod(start.index + document, self.block_rows)
         return Cursor(start.epoch, start.entry, start.block + blocks, index, self.position - begin)
+
+
+class SourceCursors(dict[str, Cursor]):
+    """The cursors of one lane in each source."""
+
+    def to_list(self) -> dict[str, list[int]]:
+        return {name: cursor.to_list() for name, cursor in self.items()}
+
+    def cursor(self) -> "SourceCursors":
+        """Itself, as of any position."""
+        return self
+
+
+class SourcePositions(NamedTuple):
+    """The positions of one lane in each source."""
+
+    parts: dict[str, TokenPosition]
+
+    def cursor(self) -> SourceCursors:
+        return SourceCursors((name, position.cursor()) for name, position in self.parts.items())
 
 
 def permutation(size: int, *key: int | str) -> list[int]:
@@ -164,31 +187,33 @@ class Order:
         return order
 
 
-class Entries:
-    """The entries of a lane, one after the other and endlessly; `found` is set once one has given a document."""
+class LaneEntries:
+    """The entries of a lane from `start` on, endlessly; `found` is set once one has given a document."""
 
-    def __init__(self, order: Order, lane: int):
+    def __init__(self, order: Order, lane: int, start: Cursor):
         self._order, self._lane = order, lane
-        self.found = False
+        self._start: Cursor | None = replace(start, offset=0)
+        self._epoch, self._entry = start.epoch, start.entry
+        self._barren = 0  # entries in a row without a document
+        self.found = is_inside(start)
 
-    def walk(self, start: Cursor) -> Iterator[tuple[int, int, int, int]]:
-        """(epoch, entry, block, index) at which to begin in each entry, from that of `start` on.
+    def next_entry(self) -> Cursor:
+        """Where to begin in the next entry, with offset 0; in the first one at `start`.
 
         Raises DataError when no document is found in as many entries as an epoch has.
         """
-        epoch, entry, block, index = start.epoch, start.entry, start.block, start.index
-        barren, entries = 0, self._order.entries
-        self.found = is_inside(start)
-        while barren <= entries:
-            yield epoch, entry, block, index
-            barren = 0 if self.found else barren + 1
-            self.found = False
-            epoch, entry = self._order.following(epoch, entry)
-            block = index = 0
-        raise DataError(
-            f"data.lanes: lane {self._lane} of {self._order.lanes} finds no document in its share of "
-            f"{len(self._order.files)} file(s); use fewer lanes or more documents"
-        )
+        if self._start is not None:
+            cursor, self._start = self._start, None
+            return cursor
+        self._barren = 0 if self.found else self._barren + 1
+        self.found = False
+        if self._barren > self._order.entries:
+            raise DataError(
+                f"data.lanes: lane {self._lane} of {self._order.lanes} finds no document in its share of "
+                f"{len(self._order.files)} file(s); use fewer lanes or more documents"
+            )
+        self._epoch, self._entry = self._order.following(self._epoch, self._entry)
+        return Cursor(self._epoch, self._entry, 0, 0, 0)
 
 
 def is_inside(cursor: Cursor) -> bool:
@@ -196,7 +221,7 @@ def is_inside(cursor: Cursor) -> bool:
     return (cursor.block, cursor.index, cursor.offset) != (0, 0, 0)
 
 
-def row_is_gone(url: str, row: int) -> DataError:
+def missing_row(url: str, row: int) -> DataError:
     """What is raised when a checkpoint lies in row number `row` (from 0), which the file does not have."""
     return DataError(
         f"{url}: changed since the checkpoint, it has no row {row + 1} any more; "
@@ -204,81 +229,144 @@ def row_is_gone(url: str, row: int) -> DataError:
     )
 
 
-class Lane:
-    """Documents of one lane. `shared` is the process's reader of files that several lanes read."""
+class TextLane:
+    """Documents of one lane from `start` on, endlessly. `shared` reads the files that several lanes need.
 
-    def __init__(self, order: Order, lane: int, shared: SharedFiles, *, options: ReadOptions):
-        self._order, self._lane, self._shared = order, lane, shared
-        self._options = options
+    Methods raise DataError when a file cannot be read or parsed, when the document of `start` does not exist any
+    more, or when the lane meets no document in as many entries as an epoch has.
+    """
 
-    def documents(self, start: Cursor) -> Iterator[tuple[Cursor, str]]:
-        """(cursor with offset 0, text) from the document of `start` on, endlessly; rows without text are passed over.
+    def __init__(self, order: Order, lane: int, start: Cursor, shared: SharedFiles, *, options: ReadOptions):
+        self._order, self._shared, self._options = order, shared, options
+        self._entries = LaneEntries(order, lane, start)
+        self._resumed = is_inside(start)
+        self._cursor = start  # of the next row, but for its index, once a block has been read
+        self._index = 0
+        self._waiting: list[FileRow] = []  # the rest of the block, the next row last
+        self._entry_ended = True
+        self._own: FileRows | None = None  # of the entry's file, where it is not read with others
 
-        Raises DataError when a file cannot be read or parsed, when the document of `start` is not there
-        any more, or when the lane meets no document in as many entries as an epoch has.
-        """
-        for group in self.groups(start):
-            for place, text in enumerate(group.texts, group.cursor.index):
+    def documents(self) -> Iterator[tuple[Cursor, str]]:
+        """(cursor with offset 0, text) of each document; rows without text are passed over."""
+        while True:
+            group = self.next_group()
+            for index, text in enumerate(group.texts, group.cursor.index):
                 if text:
-                    yield replace(group.cursor, index=place), text
+                    yield replace(group.cursor, index=index), text
             if group.wrong is not None:
                 raise group.wrong
 
-    def groups(self, start: Cursor, counts: Iterator[int] | None = None) -> Iterator[Group]:
-        """The rows from the document of `start` on, by so many at a time, or (None) the rest of a block.
+    def next_group(self, count: int | None = None) -> DocumentGroup:
+        """The next rows of a block, up to `count`, or (None) the rest of it.
 
-        Raises DataError as `documents` does, but for a row that is wrong: that ends the groups with the last one.
+        A row that is wrong is not raised: it ends the group, which is the last one.
         """
-        entries = Entries(self._order, self._lane)
-        for cursor, url, waiting in self._blocks(start, entries):
-            index = cursor.index
-            while waiting:
-                group = self._group(replace(cursor, index=index), url, waiting, next(counts) if counts else None)
-                entries.found = entries.found or any(map(_has_text, group.texts))
-                yield group
-                if group.wrong is not None:
-                    return
-                index += len(group.texts)
+        while not self._waiting:
+            self._next_block()
+        group = self._take(count)
+        self._index += len(group.texts)
+        self._entries.found = self._entries.found or any(map(_has_text, group.texts))
+        return group
 
-    def _group(self, cursor: Cursor, url: str, waiting: list[Row], count: int | None) -> Group:
-        """Of the next rows, which are taken from `waiting`: up to `count`, or (None) all."""
-        column, skip = self._options.text_column, self._options.bad_rows == "skip"
+    def _take(self, count: int | None) -> DocumentGroup:
+        cursor, column = replace(self._cursor, index=self._index), self._options.text_column
+        skip, url = self._options.bad_rows == "skip", self._order.files[self._file]
         texts: list[str | None] = []
         skipped = 0
-        while waiting and (count is None or len(texts) < count):
+        while self._waiting and (count is None or len(texts) < count):
             try:
-                texts.append(document_text(waiting.pop(), url=url, column=column))
+                texts.append(document_text(self._waiting.pop(), url=url, column=column))
             except BadRow as error:
                 if not skip:
-                    return Group(cursor, texts, error, skipped)
+                    return DocumentGroup(cursor, texts, error, skipped)
                 texts.append(None)
                 skipped += 1
                 if count is not None:
                     break
-        return Group(cursor, texts, None, skipped)
+        return DocumentGroup(cursor, texts, None, skipped)
 
-    def _blocks(self, start: Cursor, entries: Entries) -> Iterator[tuple[Cursor, str, list[Row]]]:
-        """(cursor of the next row, file, rows from there on with the next one last) of each block."""
-        order, size = self._order, self._order.shuffle_block
-        resumed = is_inside(start)
-        for epoch, entry, block, index in entries.walk(start):
-            file, share = order.locate(epoch, entry)
-            url, own, last = order.files[file], None, False
-            while not last:
-                wanted, dealt = order.block(block), partial(order.dealt, epoch, file, share, block)
-                rows = self._shared.take(url, wanted, dealt) if order.shares > 1 and own is None else None
-                if rows is None:
-                    own = own or FileRows(url, room=0, options=self._options)
-                    rows = own.take(wanted, dealt)
-                    assert rows is not None  # a lane reads its own file forward only
-                if resumed and index >= len(rows):
-                    raise row_is_gone(url, wanted.start + share + index * order.shares)
-                resumed, last = False, len(rows) < size
-                rows.reverse()
-                del rows[len(rows) - index :]
-                yield Cursor(epoch, entry, block, index, 0), url, rows
-                index, block = 0, block + 1
+    def _next_block(self) -> None:
+        if self._entry_ended:
+            self._cursor, self._own = self._entries.next_entry(), None
+            self._index = self._cursor.index
+            self._file, self._share = self._order.locate(self._cursor.epoch, self._cursor.entry)
+        else:
+            self._cursor, self._index = replace(self._cursor, block=self._cursor.block + 1), 0
+        rows = self._read_block()
+        if self._resumed and self._index >= len(rows):
+            first = self._order.block(self._cursor.block).start
+            raise missing_row(self._order.files[self._file], first + self._share + self._index * self._order.shares)
+        self._resumed, self._entry_ended = False, len(rows) < self._order.shuffle_block
+        rows.reverse()
+        del rows[len(rows) - self._index :]
+        self._waiting = rows
+
+    def _read_block(self) -> list[FileRow]:
+        """The share's rows of the block, in its order."""
+        order, cursor, url = self._order, self._cursor, self._order.files[self._file]
+        wanted = order.block(cursor.block)
+        dealt = partial(order.dealt, cursor.epoch, self._file, self._share, cursor.block)
+        if order.shares > 1 and self._own is None:
+            rows = self._shared.take(url, wanted, dealt)
+            if rows is not None:
+                return rows
+        self._own = self._own or FileRows(url, room=0, options=self._options)
+        rows = self._own.take(wanted, dealt)
+        assert rows is not None  # a lane reads its own file forward only
+        return rows
 
 
 def _has_text(text: str | None) -> bool:
     return bool(text) and not text.isspace()
+
+
+class ShardLane:
+    """Tokens of one lane over prepared shards from `start` on, endlessly: the order of a `TextLane`.
+
+    With `whole_blocks` a chunk is the rest of a block. `shared` holds the open shards of the process.
+    """
+
+    def __init__(
+        self, order: Order, lane: int, start: Cursor, shared: SharedShards, *, whole_blocks: bool = False
+    ) -> None:
+        self._order, self._shared = order, shared
+        self._blocks, self._limit = (1, None) if whole_blocks else (BLOCKS, PART)
+        self._entries = LaneEntries(order, lane, start)
+        self._resumed = is_inside(start)
+        self._cursor = start  # of the first row that was looked up last
+        self._entry_ended = True
+        self._parts: Iterator[tuple[int, np.ndarray, np.ndarray]] = iter(())
+
+    def next_chunk(self) -> TokenChunk:
+        """The tokens of the next documents.
+
+        Raises DataError when a shard cannot be read, is damaged or of another tokenizer, when the document of
+        `start` does not exist any more, or when the lane meets no document in as many entries as an epoch has.
+        """
+        while (part := next(self._parts, None)) is None:
+            self._next_blocks()
+        first, tokens, ends = part
+        self._entries.found = self._entries.found or len(tokens) > 0
+        at = self._cursor
+        cursor = Cursor(at.epoch, at.entry, at.block, at.index + first, 0)
+        return TokenChunk(cursor, tokens, ends, self._order.shuffle_block)
+
+    def _next_blocks(self) -> None:
+        order = self._order
+        if self._entry_ended:
+            self._cursor = self._entries.next_entry()
+            self._file, self._share = order.locate(self._cursor.epoch, self._cursor.entry)
+        else:
+            self._cursor = replace(self._cursor, block=self._cursor.block + self._blocks, index=0)
+        shard, block, index = self._shared.shard(order.files[self._file]), self._cursor.block, self._cursor.index
+        numbers = np.concatenate([self._numbers(shard, block + each) for each in range(self._blocks)])
+        if self._resumed and index >= len(numbers):
+            raise missing_row(shard.url, order.block(block).start + self._share + index * order.shares)
+        self._resumed, self._entry_ended = False, len(numbers) < order.shuffle_block * self._blocks
+        self._parts = shard.take(numbers[index:]).parts(self._limit)
+
+    def _numbers(self, shard: TokenShard, block: int) -> np.ndarray:
+        """Numbers of a share's rows of a block, in its order, (rows,)."""
+        rows = self._order.block(block)
+        count = max(0, min(rows.stop, shard.footer.rows) - rows.start)
+        return self._order.dealt(self._cursor.epoch, self._file, self._share, block, count) + rows.start

@@ -1,15 +1,16 @@
 """A fixed set of windows on which a run is measured, the same ones every time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.encoding import IGNORED, Encoder, document_tokens
+from stablelm.data.corpus import listed
 from stablelm.data.formats.file_rows import documents
-from stablelm.data.problems import listed
+from stablelm.data.shards import shard_format, shard_reader
 from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import IGNORED, Encoder, document_tokens
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,3 +79,42 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
         text_bytes / sum(map(len, parts)) if restored else None,
         len(parts),
     )
+
+
+def unigram_cross_entropy(
+    train: Mapping[str, list[str]],
+    tokenizer: Encoder,
+    validation: ValidationSet,
+    *,
+    vocab: int,
+    tokens: int,
+    options: ReadOptions,
+    shares: Mapping[str, float] | None = None,
+) -> float:
+    """Mean cross-entropy, in nats a token, of an add-one unigram model on the validation targets.
+
+    The model is p(v) = (count(v) + 1) / (N + vocab) over the first N = `tokens` training tokens (files in
+    base-name order, documents in file order, eos counted; fewer if there are fewer), of several sources each its share
+    of `shares`. Raises DataError.
+    """
+    counts = np.ones(vocab, np.int64)
+    for name, files in train.items():
+        left = tokens if shares is None else round(tokens * shares[name])
+        for tokens_of_some in token_arrays(files, tokenizer, options=options):
+            if left <= 0:
+                break
+            ids = tokens_of_some[:left]
+            counts += np.bincount(ids, minlength=vocab)
+            left -= len(ids)
+    targets = validation.targets.numpy()
+    log_probability = np.log(counts) - np.log(counts.sum())
+    return float(-log_probability[targets[targets >= 0]].mean())
+
+
+def token_arrays(files: list[str], tokenizer: Encoder, *, options: ReadOptions) -> Iterator[np.ndarray]:
+    """Tokens of all documents, eos included, in base-name and file order, one or more documents at a time."""
+    if all(map(shard_format.is_shard, files)):
+        yield from shard_reader.documents(files, tokenizer.sha256, options=options)
+        return
+    for text in documents(files, options):
+        yield document_tokens(tokenizer, text)

@@ -1,6 +1,6 @@
-"""A process that reads and tokenizes some of a rank's lanes and sends their rows, many in a message.
+"""Rows of a rank made ahead: by threads that each serve some of its lanes, or listen to a process that does.
 
-It is a fresh Python that knows what it is sent and nothing else: a fork would inherit the locks of other
+A worker process is a fresh Python that knows what it is sent and nothing else: a fork would inherit the locks of other
 threads, and the program's own module is not imported again. It ends with its parent, however that ends.
 """
 
@@ -16,17 +16,19 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from stablelm.data.mixture import Cursors
-from stablelm.data.order import Cursor
-from stablelm.data.rows import LocalMaker, Row
-from stablelm.data.run_text import RunText
+from stablelm.data.mixture import RunText
+from stablelm.data.order import Cursor, SourceCursors
+from stablelm.data.packing import BatchRow, LaneRows, RowMaker
 from stablelm.data.storage import stall_monitor
 from stablelm.errors import ProcessLostError, UserError
 
+# Descriptors left to everything but the lanes' open files.
+OTHER_FILES = 256
 # Where a fresh Python looks for modules is what it must know before it can be told anything else.
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from stablelm.data.workers import serve; serve(int(sys.argv[1]))"
 # Seconds between looks at the parent and at the reads that wait.
@@ -35,27 +37,129 @@ WATCH = 0.3
 _running: "weakref.WeakSet[WorkerProcess]" = weakref.WeakSet()
 
 
+class RowProducer:
+    """Rows of a rank by number.
+
+    Maker i of T serves the rank's lanes ≡ i mod T, and so its rows ≡ i mod T within each turn of the lanes; a thread
+    each keeps it at work, at most `ahead` rows before the batch that was last asked for ends, with `depth` batches
+    asked for at a time.
+    """
+
+    def __init__(self, makers: Sequence[RowMaker], lanes: int, first: int, *, batch: int, ahead: int, depth: int):
+        self._makers, self._lanes = makers, lanes
+        self._batch, self._ahead, self._depth = batch, ahead, depth
+        self._ready: dict[int, BatchRow | BaseException] = {}
+        self._limit = first + ahead
+        self._closed = False
+        lock = threading.Lock()
+        self._room, self._filled = threading.Condition(lock), threading.Condition(lock)
+        self._threads = [
+            threading.Thread(target=self._work, args=(first, index), name=f"data-{index}", daemon=True)
+            for index in range(len(makers))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, numbers: range) -> list[BatchRow]:
+        """The rows of these numbers; raises what their making raised."""
+        rows = []
+        with self._filled:
+            self._limit = numbers.stop + self._ahead
+            self._room.notify_all()
+            for number in numbers:
+                while number not in self._ready:
+                    if self._closed:
+                        raise RuntimeError("the loader was closed while a batch was waited for")
+                    self._filled.wait()
+                row = self._ready.pop(number)
+                if isinstance(row, BaseException):
+                    raise row
+                rows.append(row)
+        return rows
+
+    def close(self) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+            self._filled.notify_all()
+        for maker in self._makers:
+            maker.close()
+        for thread in self._threads:
+            # One that waits for a store ends by itself later; a daemon does not keep the program alive.
+            thread.join(timeout=1.0)
+
+    def _work(self, first: int, index: int) -> None:
+        maker, asked = self._makers[index], deque[list[int]]()
+        while True:
+            with self._room:
+                while not asked and first >= self._limit and not self._closed:
+                    self._room.wait()
+                limit = self._limit
+            while len(asked) < self._depth and first < limit:
+                asked.append(self._share(range(first, first + self._batch), index))
+                maker.ask(asked[-1])
+                first += self._batch
+            made = self._receive(maker, asked.popleft()) if asked else {}
+            with self._filled:
+                if self._closed:
+                    return
+                # The rows of a batch are handed over together: a thread's turn costs more than a row of shards.
+                self._ready |= made
+                self._filled.notify()
+            if any(isinstance(row, BaseException) for row in made.values()):
+                return
+
+    def _share(self, numbers: range, index: int) -> list[int]:
+        return [number for number in numbers if number % self._lanes % len(self._makers) == index]
+
+    def _receive(self, maker: RowMaker, numbers: list[int]) -> dict[int, BatchRow | BaseException]:
+        made: dict[int, BatchRow | BaseException] = {}
+        rows = maker.receive()
+        for number in numbers:
+            if self._closed:
+                break
+            try:
+                made[number] = next(rows)
+            except BaseException as error:
+                made[number] = error
+                break
+        return made
+
+
+def allow_open_files(lanes: int) -> None:
+    """Raise the soft limit of open files so that every lane can hold one; the hard limit stays."""
+    count = lanes + OTHER_FILES
+    try:
+        import resource
+    except ImportError:  # no such limits on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 @dataclass(frozen=True)
-class Task:
-    """What a worker makes: the rows of the places `mine` among the lanes `names`, from `cursors` on."""
+class WorkerTask:
+    """What a worker makes: the rows of the lanes with the indices `mine` in `names`, from `cursors` on."""
 
     text: RunText
     mine: range
     names: range
-    cursors: Mapping[int, Cursor | Cursors]
+    cursors: Mapping[int, Cursor | SourceCursors]
     data_step: int
     borders: bool
 
-    def maker(self, *, threads: int = 1) -> LocalMaker:
-        lanes = [self.names[place] for place in self.mine]
+    def maker(self, *, threads: int = 1) -> LaneRows:
+        lanes = [self.names[index] for index in self.mine]
         windows = self.text.windows(lanes, self.cursors, self.data_step, threads=threads)
-        return LocalMaker(windows, self.mine, self.names, borders=self.borders)
+        return LaneRows(windows, self.mine, self.names, borders=self.borders)
 
 
 class WorkerProcess:
-    """`rows.Maker` in a process of its own. Its rows raise ProcessLostError when the process is gone."""
+    """`RowMaker` in a process of its own. Its rows raise ProcessLostError when the process is gone."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: WorkerTask):
         ours, theirs = socket.socketpair()
         # Threads of numeric libraries would only be in the way of the rank's own.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -78,12 +182,12 @@ class WorkerProcess:
                 self._first = None
             self._connection.send(numbers)
 
-    def receive(self) -> Iterator[Row]:
+    def receive(self) -> Iterator[BatchRow]:
         message = self._message()
-        while isinstance(message, Waits):
+        while isinstance(message, ReportedWaits):
             stall_monitor.relay(self, message)
             message = self._message()
-        stall_monitor.relay(self, Waits())  # what it says next comes with the next rows
+        stall_monitor.relay(self, ReportedWaits())  # what it says next comes with the next rows
         rows, error = message
         yield from rows
         if error is not None:
@@ -93,7 +197,7 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
         _running.discard(self)
-        stall_monitor.relay(self, Waits())
+        stall_monitor.relay(self, ReportedWaits())
 
     def _message(self):
         try:
@@ -113,7 +217,7 @@ def _ended(code: int) -> str:
     return f"was killed by signal {name}" + (", perhaps because memory ran out" if -code == signal.SIGKILL else "")
 
 
-class Waits(list[stall_monitor.Wait]):
+class ReportedWaits(list[stall_monitor.Wait]):
     """The reads of a worker that wait for a store."""
 
 
@@ -141,12 +245,12 @@ def serve(descriptor: int) -> None:
         os._exit(0)
 
 
-def _answer(made: Iterator[Row]) -> tuple[list[Row], BaseException | None]:
-    """The rows and what ended them, if something did; a place travels as the few numbers it stands for."""
+def _answer(made: Iterator[BatchRow]) -> tuple[list[BatchRow], BaseException | None]:
+    """The rows and what ended them, if something did; a position is sent as the few numbers it stands for."""
     rows = []
     try:
         for row in made:
-            rows.append(row._replace(place=row.place.cursor()))
+            rows.append(row._replace(position=row.position.cursor()))
     except UserError as error:
         return rows, error
     except Exception as error:
@@ -163,6 +267,6 @@ def _watch(connection: Connection, lock: threading.Lock, parent: int) -> None:
             waits = stall_monitor.waiting()
             if waits != told:
                 told = waits
-                connection.send(Waits(waits))
+                connection.send(ReportedWaits(waits))
         time.sleep(WATCH)
     os._exit(1)

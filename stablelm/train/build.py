@@ -11,7 +11,7 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.config.load import dump
 from stablelm.data import validation
 from stablelm.data.loader import Loader
-from stablelm.data.storage.seen_files import SeenFiles
+from stablelm.data.storage.options import SeenFiles
 from stablelm.engine.base import Engine
 from stablelm.engine.mesh import Ranks
 from stablelm.observe.layers import rows_for

@@ -8,7 +8,7 @@ from stablelm.checkpoint.keep import CHECKPOINTS
 from stablelm.config import mixture
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed
-from stablelm.data import unigram
+from stablelm.data import validation
 from stablelm.data.mixture import Mixture
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
@@ -30,7 +30,7 @@ def comparison(prepared: Prepared, job: Job, message: Callable[[str], None]) -> 
         loss = job.progress.val_loss[name]
         told["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
         try:
-            baseline = unigram.cross_entropy(
+            baseline = validation.unigram_cross_entropy(
                 corpora.train,
                 prepared.tokenizer,
                 data,

@@ -7,7 +7,7 @@ from typing import Any
 
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
-from stablelm.data.storage import seen_files
+from stablelm.data.storage.options import gather_seen
 from stablelm.engine.mesh import Ranks
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
@@ -48,7 +48,7 @@ def create(
             replace_file(run_dir / "tokenizer.model", Path(tokenizer).read_bytes())
             replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
-            seen_files.gather(run_dir)
+            gather_seen(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
         except OSError as error:
             raise storage_error(run_dir, error) from error

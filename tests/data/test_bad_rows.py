@@ -12,7 +12,7 @@ import zstandard
 from support.letters import LetterTokenizer
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import corpus
+from stablelm.data import inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
 from stablelm.data.storage.options import ReadOptions
@@ -49,7 +49,7 @@ def test_only_the_text_column_matters(tmp_path: Path, other: bytes, map: str | N
     lines = [line[:1] + other + b", " + line[1:] for line in LINES]
     options = ReadOptions(retry_budget=0, map=map)
     file = file_of(tmp_path / "a.jsonl", lines)
-    corpus.check([file], key="data.path", options=options)
+    inspection.check([file], key="data.path", options=options)
     assert list(documents([file], options)) == TEXTS
 
 
@@ -77,20 +77,20 @@ def test_a_bad_row_is_found_in_the_check_or_skipped(tmp_path: Path, kind: str, m
     line, says = BAD[kind]
     file = file_of(tmp_path / name, [*LINES[:17], line, *LINES[17:]])
     with pytest.raises(ConfigError) as caught:
-        corpus.check([file], key="data.path", options=ReadOptions(map=map))
+        inspection.check([file], key="data.path", options=ReadOptions(map=map))
     message = str(caught.value)
     assert message.startswith(f"data.path: {file}, ") and "\n" not in message
     assert "line 18" in message or (map and "row 18" in message)
     assert (says in message or (map and "no text" in message)) and "or set data.bad_rows=skip" in message
     skipping = ReadOptions(map=map, bad_rows="skip")
-    corpus.check([file], key="data.path", options=skipping)
+    inspection.check([file], key="data.path", options=skipping)
     assert list(documents([file], skipping)) == TEXTS
 
 
 def test_a_file_of_bad_rows_alone_is_refused_though_they_are_skipped(tmp_path: Path):
     file = file_of(tmp_path / "a.jsonl", [b'{"body": "text"}'] * 9)
     with pytest.raises(ConfigError, match=r"line 1: without a string under 'text'.* would leave nothing of this file"):
-        corpus.check([file], key="data.path", options=SKIPPING)
+        inspection.check([file], key="data.path", options=SKIPPING)
 
 
 def parquet(path: Path, table: pa.Table) -> str:
@@ -115,7 +115,7 @@ def not_utf8() -> pa.Array:
 def test_bad_rows_of_tables(tmp_path: Path, column: pa.Array, says: str):
     file = parquet(tmp_path / "a.parquet", pa.table({"text": column}))
     with pytest.raises(ConfigError) as caught:
-        corpus.check([file], key="data.path")
+        inspection.check([file], key="data.path")
     assert says in str(caught.value) and "data.bad_rows=skip" in str(caught.value)
     assert list(documents([file], SKIPPING)) == ["one"]
     assert list(documents([file], ReadOptions(bad_rows="skip", map=f"{__name__}:as_it_is"))) == ["one"]
@@ -133,14 +133,14 @@ def test_categories_are_text(tmp_path: Path):
 def test_columns_of_other_kinds_name_the_map(tmp_path: Path, column: list | pa.Array):
     file = parquet(tmp_path / "a.parquet", pa.table({"text": column}))
     with pytest.raises(ConfigError, match=r"column 'text' holds .*, not text; set data\.text_column .* data\.map"):
-        corpus.check([file], key="data.path")
+        inspection.check([file], key="data.path")
 
 
 @pytest.mark.parametrize(("names", "map"), [(["text", "text"], None), (["text", "x", "x"], f"{__name__}:as_it_is")])
 def test_two_columns_of_one_name(tmp_path: Path, names: list[str], map: str | None):
     file = parquet(tmp_path / "a.parquet", pa.table([pa.array(TEXTS)] * len(names), names=names))
     with pytest.raises(ConfigError, match=rf"has 2 columns named '{names[-1]}'; rename all but one of them$"):
-        corpus.check([file], key="data.path", options=ReadOptions(map=map))
+        inspection.check([file], key="data.path", options=ReadOptions(map=map))
     if names[-1] != "text":
         assert list(documents([file], AT_ONCE)) == TEXTS
 
@@ -160,7 +160,7 @@ def skippable(data: bytes) -> bytes:
 def test_other_forms_of_zstandard(tmp_path: Path, pack: Callable[[bytes], bytes]):
     path = tmp_path / "a.json.zst"
     path.write_bytes(pack(b"\n".join(LINES)))
-    corpus.check([str(path)], key="data.path")
+    inspection.check([str(path)], key="data.path")
     assert list(documents([str(path)], AT_ONCE)) == TEXTS
 
 

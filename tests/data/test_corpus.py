@@ -157,9 +157,9 @@ def test_equal_base_names_are_refused(folder: Path):
 
 
 def test_embedded_is_the_split_that_the_key_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    from stablelm.data.embedded import Embedded
+    from stablelm.data.embedded import EmbeddedCorpus
 
-    made = Embedded(["/c/a.json.gz"], ["/c/v.json.gz"], "/c/t.model")
+    made = EmbeddedCorpus(["/c/a.json.gz"], ["/c/v.json.gz"], "/c/t.model")
     seen = []
     monkeypatch.setattr(corpus, "embedded", lambda cache: seen.append(cache) or made)
     assert find("embedded") == ["/c/a.json.gz"]

@@ -12,11 +12,11 @@ from support.letters import LetterTokenizer, write_rows
 
 from stablelm.config.data_rules import problems
 from stablelm.config.schema import DataConfig
-from stablelm.data import training
+from stablelm.data import inspection
 from stablelm.data.corpus import resolve
 from stablelm.data.formats import dataset_files
-from stablelm.data.formats.dataset_rows import Shard
 from stablelm.data.formats.file_rows import documents, rows_from
+from stablelm.data.formats.tables import DatasetFile
 from stablelm.data.loader import Loader
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def config(path: str | list[str], folder: Path, **keys: Any) -> DataConfig:
 
 
 def find(data: DataConfig) -> list[str]:
-    return training.find(data, LetterTokenizer(), tokens=17, lanes=data.lanes)[""]  # type: ignore[arg-type]
+    return inspection.find(data, LetterTokenizer(), tokens=17, lanes=data.lanes)[""]  # type: ignore[arg-type]
 
 
 def start(files: list[str], data: DataConfig, world: int, state: dict | None) -> list[Loader]:
@@ -150,7 +150,7 @@ def test_the_order_is_that_of_files_whatever_reads_them(forms, form, packing, tm
     plain = config("unused", tmp_path, packing=packing, workers=0)
     # Shards are named like the files of the reference, so that their order is the same.
     files = [
-        replace(Shard.of(url), name=Path(name).name).url
+        replace(DatasetFile.of(url), name=Path(name).name).url
         for url, name in zip(find(config(forms[form], tmp_path)), names, strict=True)
     ]
     whole = start(names, plain, 1, None)
@@ -244,8 +244,8 @@ def test_paths_and_arguments():
     data = DataConfig(
         source="datasets", path="allenai/c4", dataset={"name": "en", "split": "train", "revision": "1234"}
     )
-    [url] = training.paths(data).values()
-    asked = dataset_files.Asked.of(str(url))
+    [url] = inspection.paths(data).values()
+    asked = dataset_files.DatasetRequest.of(str(url))
     assert (asked.path, asked.split, asked.arguments) == ("allenai/c4", "train", {"name": "en", "revision": "1234"})
     for path, split, name in (
         ("allenai/c4", "validation", "en"),
@@ -253,13 +253,13 @@ def test_paths_and_arguments():
         ("allenai/c4?split=test", "test", "en"),
         ("json?data_files=a+b%26c.json", "train", "en"),
     ):
-        asked = dataset_files.Asked.of(str(training.asked(data, path, split="validation")))
+        asked = dataset_files.DatasetRequest.of(str(inspection.asked(data, path, split="validation")))
         assert (asked.split, asked.arguments["name"]) == (split, name)
     assert asked.arguments["data_files"] == "a+b&c.json"
     for path in ("embedded", "hf://datasets/a/b/*.json"):
-        assert training.asked(data, path, split="train") == path
+        assert inspection.asked(data, path, split="train") == path
     listed = replace(data, dataset={"data_files": ["a b.csv", "c.csv"], "sep": "\t", "header": 0, "quoting": True})
-    asked = dataset_files.Asked.of(str(training.asked(listed, "csv", split="validation")))
+    asked = dataset_files.DatasetRequest.of(str(inspection.asked(listed, "csv", split="validation")))
     assert asked.split == "train"
     assert asked.arguments == {"data_files": ["a b.csv", "c.csv"]}
     assert asked.options == {"sep": "\t", "header": 0, "quoting": True}
@@ -278,7 +278,7 @@ def test_a_mixture_of_datasets_and_files(forms, tmp_path):
     }
     data = replace(config("embedded", tmp_path, workers=0), mixture=mixture)
     assert not list(problems(data))
-    sources = training.find(data, LetterTokenizer(), tokens=17, lanes=LANES)  # type: ignore[arg-type]
+    sources = inspection.find(data, LetterTokenizer(), tokens=17, lanes=LANES)  # type: ignore[arg-type]
     assert {name: len(files) for name, files in sources.items()} == {"tables": 3, "lines": 3, "own": 3}
     whole = start(sources, data, 1, None)  # type: ignore[arg-type]
     reference = read(whole, 6)
@@ -296,7 +296,7 @@ def test_files_of_one_name_in_several_folders(tmp_path):
         write_rows(tmp_path / "two" / folder / "x.jsonl", texts)
     data = config(str(tmp_path / "two"), tmp_path, lanes=2)
     files = find(data)
-    assert training.identity_names({"": files}, data) == ["a~x.jsonl", "b~x.jsonl"]
+    assert inspection.identity_names({"": files}, data) == ["a~x.jsonl", "b~x.jsonl"]
     assert list(documents(files, ReadOptions.of(data))) == TEXTS[:20]
 
 
@@ -353,7 +353,7 @@ def test_cuts_and_refusals_lose_and_repeat_no_row(server, packed, tmp_path):
     server.folder = tmp_path
     server.failures, server.cuts, server.cut_after = 2, 4, 20_000
     options = ReadOptions(retry_budget=30, cache=str(tmp_path / "cache"))
-    url = Shard("text", name, f"{server.url}/{name}").url
+    url = DatasetFile("text", name, f"{server.url}/{name}").url
     assert list(documents([url], options)) == texts
     assert server.failures == server.cuts == 0
     server.failures, server.status = 10**6, 503

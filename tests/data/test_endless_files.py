@@ -13,7 +13,7 @@ from support.programs import TINY, run
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint import manifest
-from stablelm.data import corpus, inspection
+from stablelm.data import inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.storage import options, stall_monitor
 from stablelm.data.storage.options import ReadOptions
@@ -35,7 +35,7 @@ def test_a_fifo_or_device_among_the_text(tmp_path, name):
     device.symlink_to("/dev/zero")
     for path in (fifo, device):
         with pytest.raises(ConfigError, match=rf"data\.path: .*{name}.*not a regular file"):
-            corpus.check([str(path)], key="data.path")
+            inspection.check([str(path)], key="data.path")
         with pytest.raises(DataError, match=rf"{name}.*not a regular file"):
             list(documents([str(path)], ReadOptions(retry_budget=60)))
 

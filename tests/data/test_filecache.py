@@ -8,7 +8,7 @@ import threading
 import pytest
 from support.httpserver import serve
 
-from stablelm.data.storage import file_cache
+from stablelm.data.storage import range_file
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
@@ -109,9 +109,9 @@ def test_what_is_being_fetched_is_neither_deleted_nor_read(tmp_path, store):
     folder = tmp_path / "cache" / "files"
     folder.mkdir(parents=True)
     path = folder / "0123-9.json"
-    part = file_cache._part(path)
+    part = range_file._part(path)
     part.write_bytes(bytes(SIZE))
-    with file_cache._lock(path):
+    with range_file._lock(path):
         assert read(f"{store.url}/0.json", given) == CONTENT["0.json"], "no room: read from the store"
     assert part.stat().st_size == SIZE
     assert names(tmp_path) == set()

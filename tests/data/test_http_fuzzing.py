@@ -13,7 +13,7 @@ from support.httpserver import FaultyServer, serve
 from support.range_faults import FAULTS, well
 
 from stablelm.data.formats.file_rows import documents
-from stablelm.data.storage import ranges, retry
+from stablelm.data.storage import retry, stores
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
@@ -81,8 +81,8 @@ def fuzz(folder: Path, monkeypatch: pytest.MonkeyPatch, *, files: int, seed: int
     """Reads files of EACH documents, each anew after a failure until it was read to its end; counts the faults met."""
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     monkeypatch.setattr(retry, "LONGEST_DELAY", 0.05)
-    monkeypatch.setattr(ranges, "STALL_SECONDS", 0.3)
-    monkeypatch.setattr(ranges, "TRICKLE", 2048)
+    monkeypatch.setattr(stores, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "TRICKLE", 2048)
     draw, met = random.Random(seed), Counter[str]()
     texts = [TEXTS[start : start + EACH] for start in range(0, len(TEXTS), EACH)]
     names = [write(folder, number, texts[number % len(texts)]) for number in range(files)]

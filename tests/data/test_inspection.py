@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from stablelm.data import inspection
-from stablelm.data.corpus import check, check_enough, check_lanes
+from stablelm.data.inspection import check, check_enough, check_lanes
 from stablelm.data.tokenizer import Tokenizer, train
 from stablelm.errors import ConfigError
 

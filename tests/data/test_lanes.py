@@ -10,7 +10,7 @@ from support.letters import write_corpus, write_rows
 
 from stablelm.data.formats import file_rows
 from stablelm.data.formats.file_rows import SharedFiles
-from stablelm.data.order import Cursor, Lane, Order, permutation
+from stablelm.data.order import Cursor, Order, TextLane, permutation
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
@@ -19,7 +19,7 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 def read_lane(order: Order, lane: int, start: Cursor | None = None, shared: SharedFiles | None = None):
     shared = shared or SharedFiles(len(order.files), options=ReadOptions(retry_budget=0))
-    return Lane(order, lane, shared, options=ReadOptions(retry_budget=0)).documents(start or order.start(lane))
+    return TextLane(order, lane, start or order.start(lane), shared, options=ReadOptions(retry_budget=0)).documents()
 
 
 def read_epoch(order: Order, epoch: int, limit: int = 1000):

@@ -16,7 +16,7 @@ from support.tiny import TinyCorpus, synthetic_documents, write_documents
 
 from stablelm.config.load import load
 from stablelm.config.rules import check
-from stablelm.data import corpus
+from stablelm.data import inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
@@ -98,7 +98,7 @@ def test_the_bound_is_exact_and_can_be_raised(tmp_path, name):
     with pytest.raises(DataError, match=says):
         list(documents([str(path)], ReadOptions(max_document_bytes=length - 1)))
     with pytest.raises(ConfigError, match=f"^data.path: .*{says}"):
-        corpus.check([str(path)], key="data.path", options=ReadOptions(max_document_bytes=length - 1))
+        inspection.check([str(path)], key="data.path", options=ReadOptions(max_document_bytes=length - 1))
 
 
 def test_blank_lines_between_documents_are_counted_anew(tmp_path):
@@ -113,7 +113,7 @@ def test_a_gzip_header_without_an_end(tmp_path):
         for _ in range(64):
             file.write(b"n" * MIB)
     with pytest.raises(ConfigError, match=r"a\.json\.gz: damaged near byte \d{7} .*header without an end"):
-        corpus.check([str(tmp_path / "a.json.gz")], key="data.path")
+        inspection.check([str(tmp_path / "a.json.gz")], key="data.path")
 
 
 @pytest.mark.parametrize("value", [0, -1])

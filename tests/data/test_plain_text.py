@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from stablelm.data import corpus
+from stablelm.data import corpus, inspection
 from stablelm.data.formats.file_rows import FileRows, documents
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError
@@ -30,7 +30,7 @@ def in_capitals(row: dict) -> dict:
 def test_a_file_or_a_line(file: str):
     for options in (FILE, LINE):
         assert corpus.resolve(file, key="data.path", cache="unused", options=options) == [file]
-        corpus.check([file], key="data.path", options=options)
+        inspection.check([file], key="data.path", options=options)
     assert list(documents([file], FILE)) == [TEXT]
     assert list(documents([file], LINE)) == ["First line.", "  Second, ünïcode."]
     mapped = ReadOptions(retry_budget=0, text_unit="line", map=f"{__name__}:in_capitals")
@@ -49,7 +49,7 @@ def test_bytes_that_are_no_text_name_their_line(tmp_path: Path, options: ReadOpt
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\ncaf\xe9\n")
     with pytest.raises(ConfigError, match=r"a\.txt, line 3: the byte 0xe9 is not UTF-8 .*data\.bad_rows=skip"):
-        corpus.check([str(path)], key="data.path", options=options)
+        inspection.check([str(path)], key="data.path", options=options)
 
 
 @pytest.mark.parametrize("options", [FILE, LINE])
@@ -57,7 +57,7 @@ def test_a_file_of_blanks_holds_no_document(tmp_path: Path, options: ReadOptions
     path = tmp_path / "a.txt"
     path.write_bytes(b" \n\n")
     with pytest.raises(ConfigError, match="holds no document"):
-        corpus.check([str(path)], key="data.path", options=options)
+        inspection.check([str(path)], key="data.path", options=options)
 
 
 def test_notes_beside_other_files_are_not_text(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_lanes_want_as_many_documents_as_files_have(tmp_path: Path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(TEXT)
         files.append(str(tmp_path / f"{name}.txt"))
-    corpus.check_lanes(files, 2, options=FILE)
-    corpus.check_lanes(files, 4, options=LINE)
+    inspection.check_lanes(files, 2, options=FILE)
+    inspection.check_lanes(files, 4, options=LINE)
     with pytest.raises(ConfigError, match=r"4 lanes over 2 files .* holds 1; set at most 2 lanes"):
-        corpus.check_lanes(files, 4, options=FILE)
+        inspection.check_lanes(files, 4, options=FILE)

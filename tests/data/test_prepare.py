@@ -25,8 +25,8 @@ from stablelm.data import tokenizer
 from stablelm.data.formats.file_rows import documents, texts
 from stablelm.data.loader import Loader
 from stablelm.data.shards import row_filters, shard_files
-from stablelm.data.shards.row_filters import Filters
-from stablelm.data.shards.shard_reader import Shard
+from stablelm.data.shards.row_filters import RowFilters
+from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, UserError
@@ -106,7 +106,7 @@ def test_shards_are_the_text_whatever_the_number_of_workers(files, model, tmp_pa
     found = shard_files.resolve(str(tmp_path / "one"), key="data.path", options=ReadOptions(retry_budget=0))
     assert [Path(path).name for path in found] == [Path(path).name + ".tokens" for path in files]
     for file, path in zip(files, found, strict=True):
-        shard = Shard(path, tokenizer=encoder.sha256, options=ReadOptions(retry_budget=0))
+        shard = TokenShard(path, tokenizer=encoder.sha256, options=ReadOptions(retry_budget=0))
         rows = shard.take(range(shard.footer.rows))
         tokens = shard.join(rows.begins, rows.ends).tolist()
         expected = [encoder.encode(text) for text in documents([file], ReadOptions(retry_budget=0))]
@@ -203,7 +203,7 @@ def test_filters_change_masks_only(files, model, tmp_path):
         seen.add(text)
     found = []
     for path in shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0)):
-        shard = Shard(path, tokenizer=None, options=ReadOptions(retry_budget=0))
+        shard = TokenShard(path, tokenizer=None, options=ReadOptions(retry_budget=0))
         rows = shard.take(range(shard.footer.rows))
         found += (rows.begins == rows.ends).tolist()
     assert found == expected and any(expected)
@@ -275,16 +275,16 @@ def test_near_copies_are_found_and_the_first_stays(tmp_path):
     base = [" ".join(f"w{draw.randrange(5000)}" for _ in range(200)) for _ in range(6)]
     near = base[2].rsplit(" ", 3)[0] + " and a few others"
     rows = [[*base[:3], "short", near], [base[4], base[5] + " more", base[5], "short", base[0]]]
-    filters = Filters(duplicates="minhash")
+    filters = RowFilters(duplicates="minhash")
     found = row_filters.left_out([row_filters.features(texts, filters) for texts in rows], filters)
     assert [mask.tolist() for mask in found] == [[False] * 4 + [True], [False, False, True, True, True]]
-    exact = Filters(duplicates="exact")
+    exact = RowFilters(duplicates="exact")
     found = row_filters.left_out([row_filters.features(texts, exact) for texts in rows], exact)
     assert [mask.tolist() for mask in found] == [[False] * 5, [False, False, False, True, True]]
 
 
 def test_a_filtered_document_hides_no_copy():
-    filters = Filters(max_chars=30, duplicates="minhash")
+    filters = RowFilters(max_chars=30, duplicates="minhash")
     long = "one two three four five six seven eight"
     found = row_filters.left_out([row_filters.features([long, "five words are not enough", "x"], filters)], filters)
     assert np.concatenate(found).tolist() == [True, False, False]

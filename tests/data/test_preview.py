@@ -16,11 +16,10 @@ from support.samples import REPOSITORY
 
 from stablelm.config.load import load
 from stablelm.data import tokenizer
-from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
 from stablelm.data.shards import shard_format
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizer import Tokenizer, document_tokens
 
 PROGRAM = REPOSITORY / "data" / "preview.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch"]

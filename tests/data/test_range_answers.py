@@ -9,7 +9,7 @@ from support.httpserver import serve
 from support.range_faults import FAULTS
 
 from stablelm.data.formats.file_rows import documents
-from stablelm.data.storage import ranges, retry
+from stablelm.data.storage import retry, stores
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
@@ -62,7 +62,7 @@ def test_stored_gzip_that_is_labelled_as_such_is_read_as_it_is(tmp_path):
 
 def test_a_server_that_trickles_is_given_up(store, monkeypatch):
     """Any byte kept the connection alive: two minutes a kilobyte went without a word."""
-    monkeypatch.setattr(ranges, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "STALL_SECONDS", 0.3)
     stream = store.documents(budget=1.0)
     next(stream)
     store.server.trickle, began = (64, 0.05), time.monotonic()

@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from support.httpserver import serve
 
-from stablelm.data.formats.text_lines import base_name, local_path, numbered_lines, open_lines
+from stablelm.data.formats.text_lines import numbered_lines, open_lines
 from stablelm.data.storage import range_file, retry
-from stablelm.data.storage.options import ReadOptions
+from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 

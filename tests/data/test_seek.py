@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.httpserver import serve
 
-from stablelm.data.formats import deflate, inflate, seek_points
+from stablelm.data.formats import inflate, seek_points
 from stablelm.data.formats.file_rows import FileRows
-from stablelm.data.formats.text_lines import numbered_lines, rows_from
+from stablelm.data.formats.text_lines import lines_from, numbered_lines
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
@@ -89,7 +89,7 @@ def test_every_row_is_found_again_near_its_place(folder, tmp_path, name):
     size = (folder / name).stat().st_size
     per_place = len(ROWS) * SPACING / size
     for row in [*range(0, len(ROWS), 333), 1999, 2000, 2001, len(ROWS) - 1, len(ROWS) + 5]:
-        first, rows = rows_from(url, row, options)
+        first, rows = lines_from(url, row, options)
         assert first <= row
         assert row - first < 3 * per_place + 200, "the next place before is not far"
         assert list(rows) == ROWS[first:]
@@ -101,7 +101,7 @@ def test_an_index_grows_from_where_reading_stopped(folder, tmp_path, name):
     url, options = str(folder / name), reading(tmp_path)
     first, rows = 0, iter(())
     for until in range(300, 4000, 300):
-        first, rows = rows_from(url, until, options)
+        first, rows = lines_from(url, until, options)
         for _ in zip(range(first, until + 300), rows, strict=False):
             pass
     assert first > 3000
@@ -117,9 +117,11 @@ def test_rows_of_a_file_are_taken_by_a_seek(folder, tmp_path, monkeypatch):
     url, options = str(folder / "level-6.json.gz"), reading(tmp_path)
     list(numbered_lines(url, options))
     read = []
-    real = inflate._Member.inflate
+    real = inflate._GzipMember.inflate
     monkeypatch.setattr(
-        inflate._Member, "inflate", lambda self, data, searching: read.append(len(data)) or real(self, data, searching)
+        inflate._GzipMember,
+        "inflate",
+        lambda self, data, searching: read.append(len(data)) or real(self, data, searching),
     )
     for room in (0, 1 << 20):
         read.clear()
@@ -143,13 +145,13 @@ def test_a_damaged_index_is_built_again(folder, tmp_path, harm):
     path.write_bytes(bad[harm])
     if harm == "gone":
         path.unlink()
-    first, rows = rows_from(url, 3000, options)
+    first, rows = lines_from(url, 3000, options)
     assert (first, list(rows)) == (0, ROWS)
     assert path.read_bytes() == good
 
 
 def test_a_window_that_would_fill_the_memory_is_cut():
-    assert len(seek_points.Place(0, 0, 0, 0, 0, 0, zlib.compress(bytes(1 << 28))).window) == 1 << 15
+    assert len(seek_points.SeekPoint(0, 0, 0, 0, 0, 0, zlib.compress(bytes(1 << 28))).window) == 1 << 15
 
 
 def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
@@ -158,12 +160,12 @@ def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
     path = index_file(tmp_path)
     good = path.read_bytes()
     with RangeFile(url, options) as file:
-        kept = seek_points.Index(options.cache, url, file.stamp())
+        kept = seek_points.SeekIndex(options.cache, url, file.stamp())
     places = [place for place in map(kept.before, range(0, len(ROWS), 50)) if place is not None]
     for place in dict.fromkeys(places):
         kept.add(replace(place, packed=b"noise"))
     assert path.read_bytes() != good
-    first, rows = rows_from(url, 3000, options)
+    first, rows = lines_from(url, 3000, options)
     assert (first, list(rows)) == (0, ROWS)
     assert path.read_bytes() == good
 
@@ -178,7 +180,7 @@ def test_an_index_of_other_content_is_noticed_and_dropped(folder, tmp_path, name
     other = PACKED[name](b"\n".join(reversed(LINES)))
     path.write_bytes(other[: status.st_size].ljust(status.st_size, b"\0"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    first, rows = rows_from(str(path), 3000, reading(tmp_path))
+    first, rows = lines_from(str(path), 3000, reading(tmp_path))
     assert first == 0
     assert next(rows) == (1, LINES[-1])
 
@@ -188,7 +190,7 @@ def test_a_changed_file_has_another_index(folder, tmp_path):
     path.write_bytes((folder / "level-6.json.gz").read_bytes())
     list(numbered_lines(str(path), reading(tmp_path)))
     path.write_bytes(gzip.compress(TEXT + b"\nmore\n"))
-    first, rows = rows_from(str(path), 3000, reading(tmp_path))
+    first, rows = lines_from(str(path), 3000, reading(tmp_path))
     assert first == 0
     assert [line for _, line in rows][-1] == b"more"
 
@@ -202,7 +204,7 @@ def test_damage_behind_a_seek_is_found_by_the_checksum(folder, tmp_path):
     damaged[-5] ^= 1  # of the checksum itself: all else inflates
     path.write_bytes(damaged)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    first, rows = rows_from(str(path), 3000, reading(tmp_path))
+    first, rows = lines_from(str(path), 3000, reading(tmp_path))
     assert first > 0
     with pytest.raises(DataError, match="damaged near byte"):
         list(rows)
@@ -226,7 +228,7 @@ def test_many_readers_build_one_index(folder, tmp_path):
         thread.join()
     assert all(got[number] == ROWS for number in range(4))
     assert [path.suffix for path in (tmp_path / "index").iterdir()] == [".index"]
-    assert rows_from(url, 3900, reading(tmp_path))[0] > 2000
+    assert lines_from(url, 3900, reading(tmp_path))[0] > 2000
 
 
 def test_a_remote_file_is_entered_by_ranges(folder, tmp_path):
@@ -235,7 +237,7 @@ def test_a_remote_file_is_entered_by_ranges(folder, tmp_path):
         options = reading(tmp_path, block=32 << 10)
         list(numbered_lines(url, options))
         server.requests.clear()
-        first, rows = rows_from(url, 3900, options)
+        first, rows = lines_from(url, 3900, options)
         assert next(rows) == ROWS[first]
         assert 3900 - first < 1000
         assert len(server.requests) <= 8
@@ -253,12 +255,12 @@ def test_block_starts_of_any_level_and_alphabet(data, level, seed):
     tail = inflater.decompress(packed[:30_000])
     part = packed[30_000:60_000]
     out = inflater.decompress(part)
-    block = None if inflater.eof else deflate.find_block(part, tail[-deflate.WINDOW :], out)
+    block = None if inflater.eof else seek_points.find_block(part, tail[-seek_points.WINDOW :], out)
     if block is None:
         return
     bit = 8 * 30_000 + block.bit
-    again = deflate.inflater_at(bit % 8, block.window)
-    got = again.decompress(deflate.padding(bit % 8, packed[bit // 8])) + again.decompress(packed[bit // 8 + 1 :])
+    again = seek_points.inflater_at(bit % 8, block.window)
+    got = again.decompress(seek_points.padding(bit % 8, packed[bit // 8])) + again.decompress(packed[bit // 8 + 1 :])
     assert got == text[len(tail) + block.before :]
 
 
@@ -266,8 +268,8 @@ def test_block_starts_of_any_level_and_alphabet(data, level, seed):
 def test_padding_is_text_of_nothing(bit):
     """Inflating goes on at every bit of a byte: here with a stored block, whose length the padding must not disturb."""
     stored = 0b001  # last block, stored
-    inflater = deflate.inflater_at(bit, b"")
+    inflater = seek_points.inflater_at(bit, b"")
     head = stored << bit
-    data = deflate.padding(bit, head & 255) + (bytes([head >> 8]) if bit > 5 else b"") + b"\5\0\xfa\xffhello"
+    data = seek_points.padding(bit, head & 255) + (bytes([head >> 8]) if bit > 5 else b"") + b"\5\0\xfa\xffhello"
     assert inflater.decompress(data) == b"hello"
     assert inflater.eof

@@ -15,20 +15,20 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.encoding import document_tokens
 from stablelm.data.loader import Loader
-from stablelm.data.shards import page_cache, shard_files, shard_format, shard_reader
-from stablelm.data.shards.shard_reader import Shard
+from stablelm.data.shards import shard_files, shard_format, shard_reader
+from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage import retry
 from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import document_tokens
 from stablelm.errors import ConfigError, DataError
 
 
-def open_shard(url: str, tokenizer: str | None = "letters") -> Shard:
-    return Shard(url, tokenizer=tokenizer, options=ReadOptions(retry_budget=0))
+def open_shard(url: str, tokenizer: str | None = "letters") -> TokenShard:
+    return TokenShard(url, tokenizer=tokenizer, options=ReadOptions(retry_budget=0))
 
 
-def rows_of(shard: Shard, wanted: range) -> list[list[int]]:
+def rows_of(shard: TokenShard, wanted: range) -> list[list[int]]:
     rows = shard.take(wanted)
     return [shard.join(rows.begins[n : n + 1], rows.ends[n : n + 1]).tolist() for n in range(len(rows))]
 
@@ -114,15 +114,15 @@ def test_a_run_moves_between_text_and_shards_at_any_step(tmp_path, workers):
 
 
 def test_a_document_longer_than_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr("stablelm.data.shard_lane.PART", 50)
+    monkeypatch.setattr("stablelm.data.order.PART", 50)
     files = [write_rows(tmp_path / "a.json", ["a" * n for n in (3, 200, 0, 30, 30, 49, 50, 51)] * 3)]
     assert batches(loader(files), 20) == batches(loader(write_shards(files, tmp_path / "p")), 20)
 
 
 @pytest.mark.parametrize("page", [64, 1 << 20])
 def test_remote_shards_are_read_by_ranges_and_survive_cuts(tmp_path, monkeypatch, page):
-    monkeypatch.setattr(page_cache, "SMALLEST", page)
-    monkeypatch.setattr(page_cache, "LARGEST", page)
+    monkeypatch.setattr(shard_reader, "SMALLEST", page)
+    monkeypatch.setattr(shard_reader, "LARGEST", page)
     monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
     files = write_corpus(tmp_path, [40, 33])
     local = write_shards(files, tmp_path)

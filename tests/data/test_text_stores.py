@@ -12,7 +12,7 @@ from support.stores import s3_server
 
 from stablelm.config.load import dump, load
 from stablelm.config.rules import check
-from stablelm.data import corpus
+from stablelm.data import corpus, inspection
 from stablelm.data.formats.file_rows import FileRows, document_text, documents
 from stablelm.data.storage import stores
 from stablelm.data.storage.options import ReadOptions
@@ -88,7 +88,7 @@ def test_over_http_and_s3(folder, bucket, name):
 def test_globs_and_folders_of_an_object_store(bucket, path):
     found = corpus.resolve(path, key="data.path", cache="unused", options=quick())
     assert found == [f"s3://bucket/en/{name}" for name in FORMATS]
-    corpus.check(found, key="data.path")
+    inspection.check(found, key="data.path")
 
 
 def test_options_of_a_store_come_from_the_configuration(bucket, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_table_that_is_wrong(tmp_path, content, options, says):
         list(documents([str(path)], ReadOptions(retry_budget=0, **options)))
     if "row 2" not in says:  # only the first row is looked at before the start
         with pytest.raises(ConfigError, match=says):
-            corpus.check([str(path)], key="data.path", options=ReadOptions(**options))
+            inspection.check([str(path)], key="data.path", options=ReadOptions(**options))
 
 
 def test_an_empty_table_and_row_counts(tmp_path):
@@ -211,4 +211,4 @@ def test_an_empty_table_and_row_counts(tmp_path):
     assert list(documents([str(path)], quick())) == []
     path.write_bytes(table(TEXTS[:7], group=2))
     with pytest.raises(ConfigError, match="holds 7; set at most 7 lanes"):
-        corpus.check_lanes([str(path)], 8)
+        inspection.check_lanes([str(path)], 8)

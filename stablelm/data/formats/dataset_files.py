@@ -15,12 +15,10 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
 from stablelm.data.formats import text_lines
-from stablelm.data.formats.bad_rows import BadRow
-from stablelm.data.formats.dataset_rows import PLAIN, Shard, library, storage_options
 from stablelm.data.formats.file_rows import record_of, texts
-from stablelm.data.storage import hub
-from stablelm.data.storage.options import ReadOptions
-from stablelm.data.storage.stores import base_name
+from stablelm.data.formats.tables import PLAIN, DatasetFile, library, storage_options
+from stablelm.data.formats.text_lines import BadRow
+from stablelm.data.storage.options import ReadOptions, base_name
 from stablelm.errors import ConfigError, DataError
 
 PREFIX = "datasets://"
@@ -45,7 +43,7 @@ def address(path: str, given: Mapping[str, Any], *, split: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DatasetRequest:
     """Arguments of load_dataset; `options` are the builder's."""
 
     path: str
@@ -54,7 +52,7 @@ class Asked:
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, url: str) -> "Asked":
+    def of(cls, url: str) -> "DatasetRequest":
         path, _, query = url.removeprefix(PREFIX).partition("?")
         given = {name: values if len(values) > 1 else values[0] for name, values in _query(query).items()}
         split = given.pop("split", "train")
@@ -82,7 +80,7 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
     Revisions on the hub are pinned in them. Raises ConfigError under `key` when there is no such data set,
     configuration or split, when the hub is out of reach or the first file has no text.
     """
-    asked = Asked.of(url)
+    asked = DatasetRequest.of(url)
     builder, files = _found(asked, url, key, options)
     told = _options(builder, key, url)
     names = _names(files)
@@ -93,7 +91,7 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
         else:
             # A card's types matter to datasets' own reading only.
             form, told = (PLAIN, {}) if plain else (str(builder.name), told)
-            found = [Shard(form, name, file, told).url for name, file in zip(names, files, strict=True)]
+            found = [DatasetFile(form, name, file, told).url for name, file in zip(names, files, strict=True)]
         empty = not any(True for _ in texts(found[0], options))
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
@@ -102,7 +100,7 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
     return found
 
 
-def _found(asked: Asked, url: str, key: str, options: ReadOptions) -> tuple[Any, list[str]]:
+def _found(asked: DatasetRequest, url: str, key: str, options: ReadOptions) -> tuple[Any, list[str]]:
     datasets = library()
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
 
@@ -115,6 +113,8 @@ def _found(asked: Asked, url: str, key: str, options: ReadOptions) -> tuple[Any,
             f"{key}: {asked.path!r} was written by save_to_disk; give the builder 'arrow' with "
             f"data_files={os.path.join(asked.path, '*.arrow')}"
         )
+    from stablelm.data.storage import hub  # with the hub's client
+
     if asked.path not in builders and not os.path.exists(asked.path):
         hub.reach(url, key=key)
     try:
@@ -136,7 +136,7 @@ def _found(asked: Asked, url: str, key: str, options: ReadOptions) -> tuple[Any,
     return builder, found[asked.split]
 
 
-def _sentence(error: Exception, asked: Asked, url: str, key: str) -> str:
+def _sentence(error: Exception, asked: DatasetRequest, url: str, key: str) -> str:
     words = " ".join(str(error).split())
     local = os.path.isdir(asked.path) or "/" not in asked.path
     if local and isinstance(error, FileNotFoundError) and "Hub" not in words:
@@ -148,6 +148,8 @@ def _sentence(error: Exception, asked: Asked, url: str, key: str) -> str:
     if unknown := re.search(r"unexpected keyword argument '(\w+)'|doesn't have a '(\w+)' key", words):
         option = unknown[1] or unknown[2]
         return f"{key}: {url!r}: neither load_dataset nor the builder of this form knows {option!r}; drop it"
+    from stablelm.data.storage import hub
+
     return hub.sentence(error, url, key)
 
 
@@ -177,7 +179,7 @@ def _is_plain(builder: str, told: dict[str, Any], files: list[str], options: Rea
     if builder != "json" or not all(base_name(file).endswith(LINES) for file in files):
         return False
     # The builder also takes files that are one list, or one object over several lines.
-    first = next(text_lines.rows_from(files[0], 0, options)[1], None)
+    first = next(text_lines.lines_from(files[0], 0, options)[1], None)
     if first is None:
         return False
     try:

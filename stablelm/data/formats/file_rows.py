@@ -9,24 +9,27 @@ from typing import Any
 import numpy as np
 import orjson
 
-from stablelm.data.formats import dataset_rows, plain_text, tables, text_lines, transform
-from stablelm.data.formats.bad_rows import BadRow, bad_line, not_unicode
-from stablelm.data.formats.plain_text import is_plain_text
-from stablelm.data.storage.options import ReadOptions
-from stablelm.data.storage.stores import base_name
+from stablelm.config.functions import function
+from stablelm.data.formats import tables, text_lines
+from stablelm.data.formats.text_lines import FIX, PLAIN_SUFFIXES, BadRow, bad_line, is_plain_text, not_unicode
+from stablelm.data.storage.options import ReadOptions, base_name
+from stablelm.errors import DataError
 
 # A row of a file: number from 1 of its line or table row, and what is there: a line of JSON, a document, None where
 # data.filter leaves the row out, or what is wrong with it.
-Row = tuple[int, bytes | str | BadRow | None]
+FileRow = tuple[int, bytes | str | BadRow | None]
 # From the number of rows that there are to the places of those that are wanted.
 Pick = Callable[[int], Sequence[int] | np.ndarray]
+# Names of the files that are read.
+SUFFIXES = (".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".json", ".jsonl", ".parquet", *PLAIN_SUFFIXES)
+SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *{SUFFIXES[-1]}"
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
 # Rows read at once: a pass goes on beyond those that are kept.
 TOGETHER = 256
 
 
-def document_text(row: Row, *, url: str, column: str = "text") -> str | None:
+def document_text(row: FileRow, *, url: str, column: str = "text") -> str | None:
     """The document in a row, None if it is left out; `url` is for the message, `column` the key of the text.
 
     Raises BadRow when the line is not JSON, not an object, or has no string of Unicode text under the key.
@@ -72,14 +75,14 @@ def _text_of(record: dict[str, Any], number: int, url: str, column: str) -> str:
 
 
 def _bad_line(url: str, number: int, reason: str, column: str) -> BadRow:
-    return bad_line(dataset_rows.stored_at(url), number, reason, column)
+    return bad_line(tables.stored_at(url), number, reason, column)
 
 
 def is_parquet(url: str) -> bool:
     return base_name(url).endswith(".parquet")
 
 
-def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:
+def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[FileRow]]:
     """(number of the first row given, rows from there on), at or before `row` and as near as a seek comes."""
     if options.filter is None and options.map is None:
         return stored_rows(url, row, options)
@@ -89,7 +92,7 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[R
         for number, content in islice(stored, row - first, None)
     )
     # The user's functions see no row before the one asked for.
-    return row, transform.documents(records, url=url, options=options)
+    return row, transformed(records, url=url, options=options)
 
 
 def _record_or_what_is_wrong(number: int, line: bytes, url: str) -> dict[str, Any] | BadRow:
@@ -102,19 +105,19 @@ def _record_or_what_is_wrong(number: int, line: bytes, url: str) -> dict[str, An
 def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
     """Like `rows_from` without the user's functions; of tables the rows are whole records if that is wanted."""
     if shard := _foreign(url):
-        return dataset_rows.rows_from(shard, row, options, whole=whole)
-    url = dataset_rows.stored_at(url)
+        return tables.dataset_rows_from(shard, row, options, whole=whole)
+    url = tables.stored_at(url)
     if is_parquet(url):
-        return tables.rows_from(url, row, options, whole=whole)
+        return tables.parquet_rows_from(url, row, options, whole=whole)
     if is_plain_text(url):
-        return plain_text.rows_from(url, row, options, whole=whole)
-    return text_lines.rows_from(url, row, options)
+        return text_lines.plain_text_from(url, row, options, whole=whole)
+    return text_lines.lines_from(url, row, options)
 
 
-def _foreign(url: str) -> dataset_rows.Shard | None:
+def _foreign(url: str) -> tables.DatasetFile | None:
     """What `datasets` must read; None for what our own readers do."""
-    shard = dataset_rows.Shard.of(url) if dataset_rows.is_shard(url) else None
-    return shard if shard is not None and shard.builder != dataset_rows.PLAIN else None
+    shard = tables.DatasetFile.of(url) if tables.is_dataset_file(url) else None
+    return shard if shard is not None and shard.builder != tables.PLAIN else None
 
 
 def texts(url: str, options: ReadOptions, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str | None]:
@@ -151,15 +154,15 @@ class FileRows:
 
     def __init__(self, url: str, *, room: int, options: ReadOptions):
         self._url, self._options = url, options
-        self._rows: Iterator[Row] | None = None
+        self._rows: Iterator[FileRow] | None = None
         self._room = room
-        self._held: dict[int, Row] = {}  # rows low..high-1
+        self._held: dict[int, FileRow] = {}  # rows low..high-1
         self._low = self._high = self._bytes = 0
         self._begun = self._ended = False
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
-    def take(self, wanted: range, pick: Pick | None = None) -> list[Row] | None:
+    def take(self, wanted: range, pick: Pick | None = None) -> list[FileRow] | None:
         """The rows of these numbers (from 0) that the file has, in order; with `pick` those that it picks of them.
 
         None when they are not kept any more, or so far ahead that others would lose theirs.
@@ -188,7 +191,7 @@ class FileRows:
         assert self._rows is not None
         if self._error is not None:
             raise self._error
-        rows: list[Row] = []
+        rows: list[FileRow] = []
         try:
             self._begun = True
             rows.extend(islice(self._rows, count))
@@ -206,7 +209,7 @@ class FileRows:
             self._low += 1
 
 
-def _size(row: Row) -> int:
+def _size(row: FileRow) -> int:
     content = row[1]
     return len(content) if isinstance(content, bytes | str) else 0
 
@@ -223,7 +226,7 @@ class SharedFiles:
         self._passes: dict[str, list[FileRows]] = {}
         self._lock = threading.Lock()
 
-    def take(self, url: str, wanted: range, pick: Pick | None = None) -> list[Row] | None:
+    def take(self, url: str, wanted: range, pick: Pick | None = None) -> list[FileRow] | None:
         """Like `FileRows.take`; None when no pass has these rows, so that the lane must read by itself."""
         with self._lock:
             passes = self._passes.setdefault(url, [])
@@ -239,3 +242,45 @@ class SharedFiles:
             rows = FileRows(url, room=self._room, options=self._options)
             passes[:] = [*passes[-1:], rows]
         return rows.take(wanted, pick)
+
+
+def transformed(
+    records: Iterator[tuple[int, dict[str, Any] | BadRow]], *, url: str, options: ReadOptions
+) -> Iterator[tuple[int, str | BadRow | None]]:
+    """(number, text or None if it is left out) of each row: the filter sees it as stored, the map what is kept.
+
+    In place of the text is what is wrong with a row that could not be read, or has no text under the column.
+    Raises DataError naming `url` and the row when a function fails.
+    """
+    keep = function(options.filter) if options.filter is not None else None
+    change = function(options.map) if options.map is not None else None
+    for number, record in records:
+        if isinstance(record, BadRow):
+            yield number, record
+            continue
+        where = f"{url}, row {number}"
+        if keep is not None and not _called(keep, record, f"{where}: data.filter={options.filter}"):
+            yield number, None
+            continue
+        if change is not None:
+            record = _called(change, record, f"{where}: data.map={options.map}")
+        text = record.get(options.text_column) if isinstance(record, dict) else None
+        wrong = not_unicode(text) if isinstance(text, str) else "no text"
+        if wrong:
+            yield (
+                number,
+                BadRow(
+                    f"{where}: {wrong} under {options.text_column!r}; let data.map put text there, let data.filter "
+                    f"leave such rows out, set data.text_column, {FIX}"
+                ),
+            )
+        else:
+            yield number, text
+
+
+def _called(function: Any, record: dict[str, Any], what: str) -> Any:
+    try:
+        return function(record)
+    # Whatever a user's function raises ends the run with the row's number.
+    except Exception as error:
+        raise DataError(f"{what} failed with {type(error).__name__}: {error}; fix it, then run again") from error

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stablelm.data.formats import deflate, seek_points
-from stablelm.data.formats.seek_points import Index, Place
+from stablelm.data.formats import seek_points
+from stablelm.data.formats.seek_points import SeekIndex, SeekPoint
+from stablelm.data.storage.options import base_name
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.data.storage.retry import words
-from stablelm.data.storage.stores import base_name
 from stablelm.errors import DataError
 
 # Slices of a file in which the start of a block is looked for before the search is given up until later.
@@ -27,8 +27,8 @@ class Damaged(DataError):
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where reading could begin: like `seek_points.Place`, as far as the inflater knows; `ahead` inflated bytes ago."""
+class BlockStart:
+    """Where reading could begin: a `SeekPoint`, as far as the inflater knows it; `ahead` inflated bytes ago."""
 
     bit: int
     ahead: int = 0
@@ -37,12 +37,12 @@ class Start:
     packed: bytes = b""
 
 
-class Starts:
+class SeekPointFinder:
     """Takes the starts that an inflater finds and gives each, when its first row is known, to the index."""
 
-    def __init__(self, places: Index):
+    def __init__(self, places: SeekIndex):
         self._index = places
-        self._found: Start | None = None
+        self._found: BlockStart | None = None
         self._passed = 0
         self._tries = 0
         self._resting = 0
@@ -51,7 +51,7 @@ class Starts:
         """Whether a start at this byte of the file is wanted."""
         return self._found is None and byte >= self._resting and self._index.due(8 * byte)
 
-    def offer(self, start: Start) -> None:
+    def offer(self, start: BlockStart) -> None:
         """A start at or before the end of the text handed on so far."""
         self._found, self._passed, self._tries = start, start.ahead, 0
 
@@ -71,17 +71,17 @@ class Starts:
             return
         self._found = None
         skip = self._passed + first
-        self._index.add(Place(found.bit, row, line, skip, found.crc, found.size, found.packed))
+        self._index.add(SeekPoint(found.bit, row, line, skip, found.crc, found.size, found.packed))
 
 
-def pieces(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[bytes]:
+def pieces(file: RangeFile, place: SeekPoint | None, starts: SeekPointFinder) -> Iterator[bytes]:
     """Inflated text from `place` (None: the start) on: `.gz` and `.zst` inflated, other names as they are.
 
     Raises DataError as reading does, and Damaged, naming the file, when it is truncated or no such format.
     """
     file.seek(place.bit // 8 if place else 0)
     name = base_name(file.url)
-    errors = _zstd_errors() if name.endswith(".zst") else deflate.ERRORS
+    errors = _zstd_errors() if name.endswith(".zst") else seek_points.ERRORS
     try:
         if name.endswith(".gz"):
             yield from _in_parts(_gunzip(file, place, starts))
@@ -109,16 +109,16 @@ def _in_parts(texts: Iterator[bytes]) -> Iterator[bytes]:
             yield from (text[at : at + MUCH] for at in range(0, len(text), MUCH))
 
 
-def _plain(file: RangeFile, starts: Starts) -> Iterator[bytes]:
+def _plain(file: RangeFile, starts: SeekPointFinder) -> Iterator[bytes]:
     for at, data in file.slices():
         if starts.due(at):
-            starts.offer(Start(8 * at))
+            starts.offer(BlockStart(8 * at))
         yield data
 
 
-def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[bytes]:
+def _gunzip(file: RangeFile, place: SeekPoint | None, starts: SeekPointFinder) -> Iterator[bytes]:
     """Members one after another, zeros between them, from the start of a member or the middle of one."""
-    member = _Member(place) if place and place.packed else None
+    member = _GzipMember(place) if place and place.packed else None
     rest = b""  # a header or trailer of which more must be read
     for at, data in file.slices():
         data, at, rest = rest + data, at - len(rest), b""
@@ -133,8 +133,8 @@ def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[by
                     rest = data
                     break
                 if starts.due(at):
-                    starts.offer(Start(8 * at))
-                member = _Member()
+                    starts.offer(BlockStart(8 * at))
+                member = _GzipMember()
                 data, at = data[length:], at + length
             elif not member.ended:
                 searching = starts.due(at)
@@ -152,32 +152,32 @@ def _gunzip(file: RangeFile, place: Place | None, starts: Starts) -> Iterator[by
         raise _truncated(file)
 
 
-def _search(member: "_Member", data: bytes, at: int, starts: Starts) -> None:
-    block = deflate.find_block(data, member.tail, member.out)
+def _search(member: "_GzipMember", data: bytes, at: int, starts: SeekPointFinder) -> None:
+    block = seek_points.find_block(data, member.tail, member.out)
     crc, size = member.before
     # A window that is too short may do for these bytes and not for later ones.
-    if block is None or len(block.window) < min(size + block.before, deflate.WINDOW):
+    if block is None or len(block.window) < min(size + block.before, seek_points.WINDOW):
         starts.failed(at)
         return
-    crc = deflate.crc32(memoryview(member.out)[: block.before], crc)
+    crc = seek_points.crc32(memoryview(member.out)[: block.before], crc)
     ahead = len(member.out) - block.before
-    starts.offer(Start(8 * at + block.bit, ahead, crc, size + block.before, zlib.compress(block.window, 1)))
+    starts.offer(BlockStart(8 * at + block.bit, ahead, crc, size + block.before, zlib.compress(block.window, 1)))
 
 
-class _Member:
+class _GzipMember:
     """One gzip member after its header, from its beginning or from a place inside it.
 
     `out` is what the last piece inflated to, `before` the checksum and size of all before it, `tail` the end of
     the text before it if a search wants it.
     """
 
-    def __init__(self, place: Place | None = None):
+    def __init__(self, place: SeekPoint | None = None):
         self.crc, self.size = (place.crc, place.size) if place else (0, 0)
         self.out = place.window if place else b""
         self.tail, self.before = b"", (self.crc, self.size)
         self.unused = b""
         self._bit = place.bit % 8 if place else 0
-        self._inflater = deflate.inflater_at(self._bit, self.out)
+        self._inflater = seek_points.inflater_at(self._bit, self.out)
 
     @property
     def ended(self) -> bool:
@@ -185,12 +185,12 @@ class _Member:
 
     def inflate(self, data: bytes, searching: bool) -> bytes:
         """The text that `data` inflates to; its `tail` is only kept for a search."""
-        self.tail = (self.tail + self.out)[-deflate.WINDOW :] if searching else b""
+        self.tail = (self.tail + self.out)[-seek_points.WINDOW :] if searching else b""
         self.before = self.crc, self.size
         if self._bit:
-            data, self._bit = deflate.padding(self._bit, data[0]) + data[1:], 0
+            data, self._bit = seek_points.padding(self._bit, data[0]) + data[1:], 0
         self.out = self._inflater.decompress(data)
-        self.crc = deflate.crc32(self.out, self.crc)
+        self.crc = seek_points.crc32(self.out, self.crc)
         self.size += len(self.out)
         self.unused = self._inflater.unused_data
         return self.out
@@ -219,7 +219,7 @@ def _header_length(data: bytes) -> int | None:
     return end if end <= len(data) else None
 
 
-def _unzstd(file: RangeFile, starts: Starts) -> Iterator[bytes]:
+def _unzstd(file: RangeFile, starts: SeekPointFinder) -> Iterator[bytes]:
     """Frames one after another; reading can begin at each of them."""
     import zstandard
 
@@ -232,7 +232,7 @@ def _unzstd(file: RangeFile, starts: Starts) -> Iterator[bytes]:
                 if starts.due(at + begin):
                     yield b"".join(text)
                     text = []
-                    starts.offer(Start(8 * (at + begin)))
+                    starts.offer(BlockStart(8 * (at + begin)))
                 frame = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
             part = data[begin : begin + few]
             text.append(frame.decompress(part))

@@ -3,23 +3,59 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
-from stablelm.data.formats.inflate import Damaged, Starts, pieces
-from stablelm.data.formats.seek_points import Index, Place
-from stablelm.data.storage.options import ReadOptions
+from stablelm.data.formats.inflate import Damaged, SeekPointFinder, pieces
+from stablelm.data.formats.seek_points import SeekIndex, SeekPoint
+from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import RangeFile
-from stablelm.data.storage.stores import base_name, local_path
 from stablelm.errors import DataError
 
-__all__ = ["base_name", "content", "local_path", "numbered_lines", "open_lines", "rows_from"]
+FIX = "or set data.bad_rows=skip to leave such rows out"
+
+
+class BadRow(DataError):
+    """A row that holds no document: cut off, not Unicode, null, or without the key."""
+
+
+def bad_line(url: str, number: int, reason: str, column: str) -> BadRow:
+    """Of line `number` (from 1) of a file of JSON lines."""
+    return BadRow(f'{url}, line {number}: {reason}; make every line an object such as {{"{column}": "..."}}, {FIX}')
+
+
+def bad_cell(url: str, number: int, column: str, value: Any = None) -> BadRow:
+    """Of row `number` (from 1) of a table, with this value under `column`: None or what its bytes raised."""
+    reason = "no value" if value is None else f"bytes that are not UTF-8 ({value.reason})"
+    return BadRow(f"{url}, row {number}: {reason} under {column!r}; drop or repair such rows, {FIX}")
+
+
+def bad_bytes(url: str, number: int, error: UnicodeDecodeError) -> BadRow:
+    """Of plain text that line `number` (from 1) makes unreadable."""
+    byte = error.object[error.start]
+    return BadRow(f"{url}, line {number}: the byte 0x{byte:02x} is not UTF-8 ({error.reason}); convert the file, {FIX}")
+
+
+def not_unicode(text: str) -> str | None:
+    """What is wrong with a string that is no Unicode text: a byte or half a pair that no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # `surrogateescape` gives bytes these codes, which are halves of pairs as well.
+        byte = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8, or " if 0xDC80 <= code <= 0xDCFF else ""
+        return f"{byte}half a surrogate pair (\\u{code:04x})"
+    return None
+
+
+__all__ = ["base_name", "content", "lines_from", "local_path", "numbered_lines", "open_lines"]
 
 # A row of a file before it is parsed: line number from 1, line.
-Row = tuple[int, bytes]
+TextLine = tuple[int, bytes]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Bound:
+class LengthLimit:
     """The longest line of a file, and the most blank lines in a row, in bytes."""
 
     url: str
@@ -47,45 +83,45 @@ def open_lines(url: str, options: ReadOptions) -> Iterator[bytes]:
     return (line for _, line in numbered_lines(url, options))
 
 
-def numbered_lines(url: str, options: ReadOptions) -> Iterator[Row]:
+def numbered_lines(url: str, options: ReadOptions) -> Iterator[TextLine]:
     """(line number from 1, line without newline) for each line that is not blank.
 
     `.gz` (any number of members) and `.zst` (any number of frames) are inflated, other names read as
     they are. A byte order mark at the start is dropped; the last line may lack its newline.
     Raises DataError naming the file: unreachable, truncated or damaged.
     """
-    yield from rows_from(url, 0, options)[1]
+    yield from lines_from(url, 0, options)[1]
 
 
 def content(url: str, options: ReadOptions) -> bytes:
     """All of a file, inflated, without a byte order mark. Raises DataError as `numbered_lines` does."""
-    bound, parts, total = Bound(url, options.max_document_bytes), [], 0
+    bound, parts, total = LengthLimit(url, options.max_document_bytes), [], 0
     with RangeFile(url, options) as file:
-        for part in pieces(file, None, Starts(Index(None, url, file.stamp()))):
+        for part in pieces(file, None, SeekPointFinder(SeekIndex(None, url, file.stamp()))):
             parts.append(part)
             total += len(part)
             bound.check_line(total, 1)
     return b"".join(parts).removeprefix(BYTE_ORDER_MARK)
 
 
-def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[Row]]:
+def lines_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[TextLine]]:
     """(number of the first row given, rows from there on): the last indexed row at or before `row`, else row 0."""
     file = RangeFile(url, options)
-    bound = Bound(url, options.max_document_bytes)
-    index = Index(options.cache, url, file.stamp())
-    starts = Starts(index)
+    bound = LengthLimit(url, options.max_document_bytes)
+    index = SeekIndex(options.cache, url, file.stamp())
+    starts = SeekPointFinder(index)
     place = index.before(row)
     if place is not None:
         chunks = _after(pieces(file, place, starts), place)
         if chunks is not None:
             return place.row, _closing(file, _split(chunks, starts, place.line, place.row, bound))
         index.drop()
-        starts = Starts(index)
+        starts = SeekPointFinder(index)
     return 0, _closing(file, _split(pieces(file, None, starts), starts, 0, 0, bound))
 
 
-def _closing(file: RangeFile, runs: Iterator[list[Row]]) -> Iterator[Row]:
-    def closing() -> Iterator[Iterator[Row]]:
+def _closing(file: RangeFile, runs: Iterator[list[TextLine]]) -> Iterator[TextLine]:
+    def closing() -> Iterator[Iterator[TextLine]]:
         with file:
             for rows in runs:
                 # Each row is let go when it is taken: hundreds of lanes hold one such run each.
@@ -96,7 +132,7 @@ def _closing(file: RangeFile, runs: Iterator[list[Row]]) -> Iterator[Row]:
     return chain.from_iterable(closing())
 
 
-def _after(chunks: Iterator[bytes], place: Place) -> Iterator[bytes] | None:
+def _after(chunks: Iterator[bytes], place: SeekPoint) -> Iterator[bytes] | None:
     """The text from the place's row on; None when there is not what the index says."""
     left = place.skip
     try:
@@ -109,7 +145,9 @@ def _after(chunks: Iterator[bytes], place: Place) -> Iterator[bytes] | None:
     return None
 
 
-def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int, bound: Bound) -> Iterator[list[Row]]:
+def _split(
+    chunks: Iterator[bytes], starts: SeekPointFinder, number: int, row: int, bound: LengthLimit
+) -> Iterator[list[TextLine]]:
     """Lines of the chunks, those that end in one together; `number` lines and `row` rows came before them."""
     carry: list[bytes] = []
     held = blanks = 0  # bytes of the line that goes on, and since the last row
@@ -142,3 +180,44 @@ def _split(chunks: Iterator[bytes], starts: Starts, number: int, row: int, bound
     line = line if number else line.removeprefix(BYTE_ORDER_MARK)
     if line and not line.isspace():
         yield [(number + 1, line)]
+
+
+PLAIN_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
+
+
+def is_plain_text(url: str) -> bool:
+    """Whether a file is plain text, by its name."""
+    return base_name(url).endswith(PLAIN_SUFFIXES)
+
+
+def plain_text_from(url: str, row: int, options: ReadOptions, *, whole: bool) -> tuple[int, Iterator[tuple[int, Any]]]:
+    """(number of the first row given, rows from there on), at or before `row`.
+
+    A row is (its line from 1, the text, or what is wrong with it); with `whole` the text is under
+    `options.text_column` of a mapping. A file without text has no row. Raises DataError as `reader` does.
+    """
+    if options.text_unit == "line":
+        first, lines = lines_from(url, row, options)
+        lines = ((number, line.removesuffix(b"\r")) for number, line in lines)
+    else:
+        first, lines = 0, _whole_file(url, options)
+    return first, _plain_rows(lines, url, options.text_column if whole else None)
+
+
+def _whole_file(url: str, options: ReadOptions) -> Iterator[tuple[int, bytes]]:
+    text = content(url, options)
+    if text and not text.isspace():
+        yield 1, text
+
+
+def _plain_rows(lines: Iterator[tuple[int, bytes]], url: str, column: str | None) -> Iterator[tuple[int, Any]]:
+    for number, line in lines:
+        text = _decoded(line, url, number)
+        yield number, text if column is None or isinstance(text, BadRow) else {column: text}
+
+
+def _decoded(line: bytes, url: str, number: int) -> str | BadRow:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        return bad_bytes(url, number + line.count(b"\n", 0, error.start), error)

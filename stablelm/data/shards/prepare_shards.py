@@ -7,39 +7,41 @@ all, masks come when all shards are there, and the manifest comes last: it says 
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from stablelm.data.encoding import document_tokens
-from stablelm.data.formats.bad_rows import BadRow
-from stablelm.data.formats.dataset_rows import stored_at
 from stablelm.data.formats.file_rows import texts
+from stablelm.data.formats.tables import stored_at
+from stablelm.data.formats.text_lines import BadRow
 from stablelm.data.shards import row_filters, shard_format
-from stablelm.data.shards.output import Output
-from stablelm.data.shards.pool import run_all
-from stablelm.data.shards.row_filters import Features, Filters
+from stablelm.data.shards.row_filters import RowFeatures, RowFilters
 from stablelm.data.shards.shard_files import MANIFEST
-from stablelm.data.shards.shard_format import MASK, SUFFIX, Footer
-from stablelm.data.shards.shard_reader import Shard
-from stablelm.data.storage.options import ReadOptions
+from stablelm.data.shards.shard_format import MASK, SUFFIX, OutputFolder, ShardFooter
+from stablelm.data.shards.shard_reader import TokenShard
+from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import RangeFile
-from stablelm.data.storage.stores import base_name, local_path
-from stablelm.data.tokenizer import Tokenizer
-from stablelm.errors import DataError
+from stablelm.data.tokenizer import Tokenizer, document_tokens
+from stablelm.errors import DataError, ProcessLostError
 
 
 @dataclass(frozen=True)
-class Request:
+class PrepareRequest:
     """`files`: sources by base name; `tokenizer`: path of a .model file; `part`: (k, n), share k of n."""
 
     files: list[str]
     tokenizer: str
-    out: Output
-    filters: Filters
+    out: OutputFolder
+    filters: RowFilters
     workers: int
     part: tuple[int, int] | None
     verify: bool
@@ -47,21 +49,21 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Task:
+class PrepareTask:
     url: str
-    request: Request
+    request: PrepareRequest
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeShard:
     """A shard that is there now; `kept`: it was there before; `skipped`: bad rows that were found when it was made."""
 
-    footer: Footer
+    footer: ShardFooter
     kept: bool
     skipped: int = 0
 
 
-def prepare(request: Request, message: Callable[[str], None]) -> None:
+def prepare(request: PrepareRequest, message: Callable[[str], None]) -> None:
     """Writes all shards, masks and the manifest; of one part only the shards. Says each finished file by `message`.
 
     Raises DataError when text cannot be read, StorageError when something cannot be written.
@@ -93,10 +95,10 @@ def prepare(request: Request, message: Callable[[str], None]) -> None:
     message(f"{out.where}: {_sum(made.values())}, {manifest['masked_rows']:,} documents left out")
 
 
-def _shards(request: Request, files: list[str], message: Callable[[str], None]) -> dict[str, Made]:
+def _shards(request: PrepareRequest, files: list[str], message: Callable[[str], None]) -> dict[str, MadeShard]:
     """The shard of each file; those that were there and fit are kept."""
-    made: dict[str, Made] = {}
-    tasks = [Task(url, request) for url in files]
+    made: dict[str, MadeShard] = {}
+    tasks = [PrepareTask(url, request) for url in files]
     try:
         for number, result in run_all(_make, tasks, workers=request.workers):
             made[files[number]] = result
@@ -110,17 +112,17 @@ def _shards(request: Request, files: list[str], message: Callable[[str], None]) 
     return made
 
 
-def _make(task: Task) -> Made:
+def _make(task: PrepareTask) -> MadeShard:
     request, name = task.request, base_name(task.url)
     tokenizer = _tokenizer(request.tokenizer)
     size = _size(task.url, request.options)
     found = _kept(request, name, size, tokenizer.sha256)
     if found is not None:
-        return Made(found, kept=True)
+        return MadeShard(found, kept=True)
 
     skipped: list[BadRow] = []
 
-    def write(file: IO[bytes]) -> Footer:
+    def write(file: IO[bytes]) -> ShardFooter:
         return shard_format.write(
             file,
             ((document_tokens(tokenizer, text), len(text.encode())) for text in _texts(task, skipped.append)),
@@ -132,16 +134,16 @@ def _make(task: Task) -> Made:
         )
 
     footer = request.out.put(name + SUFFIX, write)
-    return Made(footer, kept=False, skipped=len(skipped))
+    return MadeShard(footer, kept=False, skipped=len(skipped))
 
 
-def _kept(request: Request, name: str, size: int, tokenizer: str) -> Footer | None:
+def _kept(request: PrepareRequest, name: str, size: int, tokenizer: str) -> ShardFooter | None:
     """What an earlier run wrote of this source, if it is whole and made with this tokenizer."""
     url = request.out.url(name + SUFFIX)
     try:
         # What was written is new each time: a change is none of a source's.
         options = replace(request.options, stamps={})
-        shard = Shard(url, tokenizer=tokenizer, options=options, masked=False)
+        shard = TokenShard(url, tokenizer=tokenizer, options=options, masked=False)
         footer = shard.footer
         if (footer.source, footer.source_size) != (name, size):
             return None
@@ -155,7 +157,9 @@ def _kept(request: Request, name: str, size: int, tokenizer: str) -> Footer | No
         return None
 
 
-def _masks(request: Request, footers: list[Footer], message: Callable[[str], None]) -> list[dict[str, Any] | None]:
+def _masks(
+    request: PrepareRequest, footers: list[ShardFooter], message: Callable[[str], None]
+) -> list[dict[str, Any] | None]:
     """Writes the mask of each shard that needs one and deletes the others; returns what the manifest says of each."""
     out, names = request.out, [footer.source for footer in footers]
     if not request.filters.active:
@@ -163,8 +167,8 @@ def _masks(request: Request, footers: list[Footer], message: Callable[[str], Non
             out.remove(name + MASK)
         return [None] * len(names)
     message("looking for documents to leave out")
-    found: dict[int, Features] = dict(
-        run_all(_features, [Task(url, request) for url in request.files], workers=request.workers)
+    found: dict[int, RowFeatures] = dict(
+        run_all(_features, [PrepareTask(url, request) for url in request.files], workers=request.workers)
     )
     told: list[dict[str, Any] | None] = []
     decided = row_filters.left_out([found[number] for number in range(len(names))], request.filters)
@@ -181,11 +185,11 @@ def _masks(request: Request, footers: list[Footer], message: Callable[[str], Non
     return told
 
 
-def _features(task: Task) -> Features:
+def _features(task: PrepareTask) -> RowFeatures:
     return row_filters.features(_texts(task), task.request.filters)
 
 
-def _texts(task: Task, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str]:
+def _texts(task: PrepareTask, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str]:
     """Of every row, so that rows keep their numbers: '' of one without a document."""
     return (text or "" for text in texts(task.url, task.request.options, skipped))
 
@@ -208,7 +212,7 @@ def _size(url: str, options: ReadOptions) -> int:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put the file back, then run again") from None
 
 
-def _told(footer: Footer) -> dict[str, Any]:
+def _told(footer: ShardFooter) -> dict[str, Any]:
     words = asdict(footer)
     return {"name": footer.source} | {
         key: words[key] for key in ("source_size", "rows", "tokens", "text_bytes", "sha256")
@@ -219,3 +223,51 @@ def _sum(made: Any) -> str:
     footers = [each.footer for each in made]
     rows, tokens = sum(footer.rows for footer in footers), sum(footer.tokens for footer in footers)
     return f"{len(footers)} shards, {rows:,} rows, {tokens:,} tokens"
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iterator[tuple[int, R]]:
+    """(number, result) of each task as it is done, in up to `workers` processes; with one worker in this process.
+
+    `work` and tasks must be importable and picklable. What a task raises is raised here, and the others are
+    ended. Raises ProcessLostError when a process was killed from outside.
+    """
+    if workers == 1 or len(tasks) < 2:
+        yield from ((number, work(task)) for number, task in enumerate(tasks))
+        return
+    others = set(multiprocessing.active_children())
+    # A forked process would inherit threads' locks; a fresh one has no such surprises.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch, initargs=(os.getpid(),))
+    try:
+        numbers = {pool.submit(work, task): number for number, task in enumerate(tasks)}
+        for future in as_completed(numbers):
+            yield numbers[future], future.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise ProcessLostError(
+            "a worker was killed, perhaps because memory ran out; use fewer --workers and run again: "
+            "finished files are kept"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        ended = set(multiprocessing.active_children()) - others
+        for process in ended:
+            process.terminate()
+        for process in ended:
+            process.join()
+
+
+def _watch(parent: int) -> None:
+    """Ends this process when its parent is gone, even by kill -9; an interrupt is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.3)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

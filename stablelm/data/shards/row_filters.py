@@ -1,6 +1,6 @@
 """Which rows of prepared shards are left out: too short or long ones, and copies of earlier ones.
 
-What a decision needs of a file (`Features`) is found in parallel; the decision goes through the files in
+What a decision needs of a file (`RowFeatures`) is found in parallel; the decision goes through the files in
 base-name order and their rows in order, so that the first of several copies stays.
 """
 
@@ -20,7 +20,7 @@ SEED = 1
 
 
 @dataclass(frozen=True)
-class Filters:
+class RowFilters:
     """Documents to leave out; lengths in characters. `similarity`: Jaccard index of the sets of five words each."""
 
     min_chars: int | None = None
@@ -39,7 +39,7 @@ class Filters:
 
 
 @dataclass(frozen=True)
-class Features:
+class RowFeatures:
     """Of each row: characters int64 (rows,), hash uint64 (rows, 2), MinHash signature uint32 (rows, 128) if needed."""
 
     chars: np.ndarray
@@ -47,7 +47,7 @@ class Features:
     signatures: np.ndarray | None
 
 
-def check(filters: Filters) -> None:
+def check(filters: RowFilters) -> None:
     """Raises ConfigError for filters that contradict themselves or need a package that is not there."""
     low, high = filters.min_chars, filters.max_chars
     if (low or 0) < 0 or (high is not None and high < max(low or 0, 1)):
@@ -61,7 +61,7 @@ def check(filters: Filters) -> None:
             raise ConfigError("--dedup minhash: the package datasketch is missing; pip install datasketch") from None
 
 
-def features(texts: Iterable[str], filters: Filters) -> Features:
+def features(texts: Iterable[str], filters: RowFilters) -> RowFeatures:
     """What `filters` need to know of the texts, row by row."""
     chars, digests, signatures = [], [], []
     for text in texts:
@@ -69,14 +69,14 @@ def features(texts: Iterable[str], filters: Filters) -> Features:
         digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
         if filters.duplicates == "minhash":
             signatures.append(_signature(text))
-    return Features(
+    return RowFeatures(
         np.array(chars, np.int64),
         np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2),
         np.array(signatures, np.uint32).reshape(-1, PERMUTATIONS) if filters.duplicates == "minhash" else None,
     )
 
 
-def left_out(files: Sequence[Features], filters: Filters) -> list[np.ndarray]:
+def left_out(files: Sequence[RowFeatures], filters: RowFilters) -> list[np.ndarray]:
     """Of each file, in order: bool (rows,), whether a row is left out."""
     masks = [np.zeros(len(file.chars), bool) for file in files]
     for mask, file in zip(masks, files, strict=True):
@@ -92,7 +92,7 @@ def left_out(files: Sequence[Features], filters: Filters) -> list[np.ndarray]:
     return masks
 
 
-def _mask_copies(files: Sequence[Features], masks: list[np.ndarray]) -> None:
+def _mask_copies(files: Sequence[RowFeatures], masks: list[np.ndarray]) -> None:
     places = [np.flatnonzero(~mask & (file.chars > 0)) for mask, file in zip(masks, files, strict=True)]
     digests = np.concatenate([file.digests[rows] for file, rows in zip(files, places, strict=True)])
     # A stable sort: of equal hashes the first row comes first.
@@ -105,7 +105,7 @@ def _mask_copies(files: Sequence[Features], masks: list[np.ndarray]) -> None:
         mask[rows[part]] = True
 
 
-def _mask_similar(files: Sequence[Features], masks: list[np.ndarray], similarity: float) -> None:
+def _mask_similar(files: Sequence[RowFeatures], masks: list[np.ndarray], similarity: float) -> None:
     from datasketch import MinHashLSH
 
     index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)

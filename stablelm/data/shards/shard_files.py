@@ -10,13 +10,10 @@ from typing import Annotated, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from stablelm.data.corpus import braces, files_alone
-from stablelm.data.problems import Problems
-from stablelm.data.shards.page_cache import RemoteFile
+from stablelm.data.corpus import Problems, braces, files_alone
 from stablelm.data.shards.shard_format import SUFFIX, mask_url, source_name
-from stablelm.data.shards.shard_reader import Shard, read_mask
-from stablelm.data.storage.options import ReadOptions
-from stablelm.data.storage.stores import local_path
+from stablelm.data.shards.shard_reader import PagedFile, TokenShard, read_mask
+from stablelm.data.storage.options import ReadOptions, local_path
 from stablelm.errors import ConfigError, DataError
 from stablelm.json_text import parse
 from stablelm.small_files import read_small
@@ -24,7 +21,7 @@ from stablelm.small_files import read_small
 MANIFEST = "manifest.json"
 
 
-class Entry(TypedDict):
+class ShardEntry(TypedDict):
     """A shard in a manifest: the base name of its source, and the hash of its mask if it has one."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
@@ -32,11 +29,11 @@ class Entry(TypedDict):
     mask_sha256: NotRequired[str | None]
 
 
-class Manifest(TypedDict):
+class ShardManifest(TypedDict):
     """What is read of the manifest of a folder of prepared shards."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    files: list[Entry]
+    files: list[ShardEntry]
 
 
 FORM = f"the folder that data/prepare.py wrote, or its *{SUFFIX} files"
@@ -109,13 +106,13 @@ def identity_names(files: list[str], *, options: ReadOptions) -> list[str]:
     return names
 
 
-def read_manifest(folder: str, *, options: ReadOptions) -> "Manifest | None":
+def read_manifest(folder: str, *, options: ReadOptions) -> "ShardManifest | None":
     """What data/prepare.py says of a folder it finished; None for other folders. Raises DataError."""
     url = f"{folder.rstrip('/')}/{MANIFEST}"
     path = local_path(url)
     try:
         if path is None:
-            content = RemoteFile.whole(url, options=options)
+            content = PagedFile.whole(url, options=options)
         else:
             content = read_small(Path(path).expanduser())
     except (FileNotFoundError, NotADirectoryError):
@@ -123,7 +120,7 @@ def read_manifest(folder: str, *, options: ReadOptions) -> "Manifest | None":
     except OSError as error:
         raise DataError(f"{url}: cannot be read ({error.strerror}); make it readable") from None
     try:
-        return None if content is None else parse(content, Manifest)
+        return None if content is None else parse(content, ShardManifest)
     except ValueError as error:
         raise DataError(f"{url}: not a manifest of prepared shards ({error}); run data/prepare.py again") from None
 
@@ -186,11 +183,11 @@ def _matching(pattern: str, key: str) -> list[str]:
     return found
 
 
-def _open_local(files: list[str], tokenizer: str | None, key: str) -> list[Shard]:
+def _open_local(files: list[str], tokenizer: str | None, key: str) -> list[TokenShard]:
     options, shards, problems = ReadOptions(retry_budget=0.0), [], Problems()
     for file in files:
         if local_path(file) is not None:
             with problems.collecting(key):
-                shards.append(Shard(file, tokenizer=tokenizer, options=options))
+                shards.append(TokenShard(file, tokenizer=tokenizer, options=options))
     problems.raise_any()
     return shards

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from stablelm.data.storage.stores import base_name
+from stablelm.data.storage.options import base_name
 from stablelm.errors import DataError
 from stablelm.json_text import Count, parse
 
@@ -26,6 +26,16 @@ try:
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
+
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stablelm.data.storage.options import local_path
+from stablelm.errors import ConfigError, StorageError
 
 SUFFIX, MASK = ".tokens", ".mask"
 VERSION = 2
@@ -38,7 +48,7 @@ LARGEST_SMALL = 65_535  # pieces whose ids fit 16 bits
 MAKE = "make it again with data/prepare.py"
 
 
-class Content(Protocol):
+class ShardContent(Protocol):
     """Bytes of a shard, wherever it lies. `size`: all of them."""
 
     size: int
@@ -65,7 +75,7 @@ def mask_url(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class Footer:
+class ShardFooter:
     """What a shard says of itself. `text_bytes`: UTF-8 bytes of its documents; `sha256`: of all before the footer."""
 
     version: int
@@ -99,11 +109,11 @@ class Footer:
         return self.sums + (0 if self.version == UNCHECKED else 4 * -(-self.sums // BLOCK))
 
 
-class _Version(TypedDict):
+class _StoredVersion(TypedDict):
     version: int
 
 
-class _Footer(TypedDict):
+class _StoredFooter(TypedDict):
     """A footer as it is read."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
@@ -132,9 +142,9 @@ def write(
     tokenizer: str,
     pieces: int,
     eos: int,
-) -> Footer:
+) -> ShardFooter:
     """Writes a shard of `documents`: (tokens with eos, bytes of the text) of each row, in order."""
-    content, kind = _Written(file), token_type(pieces)
+    content, kind = _ShardWriter(file), token_type(pieces)
     lengths: list[int] = []
     text_bytes = 0
     for tokens, size in documents:
@@ -146,16 +156,16 @@ def write(
     content.put(bytes(-total * kind.itemsize % 8))
     content.put(ends.tobytes())
     return content.end(
-        Footer(VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, sha256="")
+        ShardFooter(VERSION, source, source_size, tokenizer, pieces, eos, len(lengths), total, text_bytes, sha256="")
     )
 
 
-def add_checksums(file: IO[bytes], parts: Iterable[bytes | memoryview], footer: Footer) -> Footer:
+def add_checksums(file: IO[bytes], parts: Iterable[bytes | memoryview], footer: ShardFooter) -> ShardFooter:
     """Writes a shard of version 1 anew with checksums. `parts`: all before its footer, which is checked on the way.
 
     Raises DataError where that is not what was written.
     """
-    content = _Written(file)
+    content = _ShardWriter(file)
     for part in parts:
         content.put(part)
     if content.digest.hexdigest() != footer.sha256:
@@ -163,7 +173,7 @@ def add_checksums(file: IO[bytes], parts: Iterable[bytes | memoryview], footer: 
     return content.end(replace(footer, version=VERSION))
 
 
-class _Written:
+class _ShardWriter:
     """What a shard holds, while it is written: its hash and its checksums."""
 
     def __init__(self, file: IO[bytes]):
@@ -184,7 +194,7 @@ class _Written:
                 self._sums.append(self._sum)
                 self._sum = 0
 
-    def end(self, footer: Footer) -> Footer:
+    def end(self, footer: ShardFooter) -> ShardFooter:
         """Writes the checksums and the footer, and returns it with the hash of all before it."""
         sums = [*self._sums, self._sum] if self._size % BLOCK else self._sums
         data = np.array(sums, "<u4").tobytes()
@@ -195,7 +205,7 @@ class _Written:
         return footer
 
 
-def read_footer(content: Content, url: str) -> Footer:
+def read_footer(content: ShardContent, url: str) -> ShardFooter:
     """The footer of a shard. Raises DataError when it is none, not whole or of another version."""
     broken = DataError(f"{url}: no whole shard of tokens; {MAKE}")
     if content.size < TAIL.size:
@@ -205,8 +215,8 @@ def read_footer(content: Content, url: str) -> Footer:
         raise broken
     words = bytes(content.read(content.size - TAIL.size - length, content.size - TAIL.size))
     try:
-        version = parse(words, _Version)["version"]
-        footer = Footer(**parse(words, _Footer)) if version in (UNCHECKED, VERSION) else None
+        version = parse(words, _StoredVersion)["version"]
+        footer = ShardFooter(**parse(words, _StoredFooter)) if version in (UNCHECKED, VERSION) else None
     except ValueError:
         raise broken from None
     if footer is None:
@@ -214,3 +224,109 @@ def read_footer(content: Content, url: str) -> Footer:
     if footer.start + length + TAIL.size != content.size or footer.eos >= footer.pieces:
         raise broken
     return footer
+
+
+T = TypeVar("T")
+READ_ONLY = ("http://", "https://")
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Folder or URL. What is put appears under its name complete or not at all."""
+
+    where: str
+
+    @property
+    def folder(self) -> Path | None:
+        path = local_path(self.where)
+        return None if path is None else Path(path).expanduser()
+
+    def url(self, name: str) -> str:
+        """Path or URL of a file in it."""
+        return str(self.folder / name) if self.folder is not None else f"{self.where.rstrip('/')}/{name}"
+
+    def create(self, key: str) -> None:
+        """Makes the folder. Raises ConfigError under `key` when that cannot be, or nothing can be written there."""
+        if self.where.startswith(READ_ONLY):
+            raise ConfigError(
+                f"{key}: nothing can be written to {self.where!r}; give a folder, or s3://, gs:// or az://"
+            )
+        try:
+            if self.folder is None:
+                self._store()
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+        except OSError as error:
+            mend = "give a folder that can be written"
+            raise ConfigError(f"{key}: cannot write to {self.where!r} ({error.strerror}); {mend}") from None
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{key}: {self.where!r} cannot be opened ({error}); install what it needs") from None
+
+    def put(self, name: str, write: Callable[[IO[bytes]], T]) -> T:
+        """A file of what `write` writes. Raises StorageError when the place is full or fails."""
+        try:
+            return self._put_local(self.folder, name, write) if self.folder is not None else self._put(name, write)
+        except OSError as error:
+            words = error.strerror or str(error)
+            raise StorageError(
+                f"{self.url(name)}: cannot be written ({words}); make room or give another --out, and run again: "
+                "finished files are kept"
+            ) from error
+
+    def remove(self, name: str) -> None:
+        """Deletes a file that may not be there. Raises StorageError."""
+        try:
+            if self.folder is not None:
+                (self.folder / name).unlink(missing_ok=True)
+                return
+            filesystem, path = self._store()
+            if filesystem.exists(f"{path}/{name}"):
+                filesystem.rm_file(f"{path}/{name}")
+        except Exception as error:  # every store's library has its own errors
+            raise StorageError(f"{self.url(name)}: cannot be deleted ({error}); run again") from error
+
+    def sweep(self, names: list[str]) -> None:
+        """Deletes what killed runs left half written of these files; no other run may be writing them."""
+        if self.folder is None:
+            return
+        wanted = set(names)
+        for path in self.folder.glob(".*.partial-*"):
+            if path.name[1:].partition(".partial-")[0] in wanted:
+                path.unlink(missing_ok=True)
+
+    def _put_local(self, folder: Path, name: str, write: Callable[[IO[bytes]], T]) -> T:
+        staging = None
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.partial-", delete=False) as file:
+                staging = Path(file.name)
+                result = write(file)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
+            staging.chmod(0o644)
+            os.replace(staging, folder / name)
+            return result
+        except BaseException:
+            if staging is not None:
+                staging.unlink(missing_ok=True)
+            raise
+
+    def _put(self, name: str, write: Callable[[IO[bytes]], T]) -> T:
+        with tempfile.NamedTemporaryFile(prefix=f"{name}-") as file:
+            result = write(file)  # type: ignore[arg-type]
+            file.flush()
+            try:
+                filesystem, path = self._store()
+                filesystem.put_file(file.name, f"{path}/{name}")
+            except OSError:
+                raise
+            except Exception as error:  # every store's library has its own errors
+                raise OSError(f"{type(error).__name__}: {error}") from error
+        return result
+
+    def _store(self) -> tuple[Any, str]:
+        import fsspec
+
+        filesystem, path = fsspec.url_to_fs(self.where, use_listings_cache=False)
+        return filesystem, path.rstrip("/")

@@ -11,27 +11,107 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm.data.shards.page_cache import Pages, RemoteFile
-from stablelm.data.shards.shard_format import (
-    BLOCK,
-    MAKE,
-    Content,
-    crc32,
-    mask_url,
-    read_footer,
-    source_name,
-)
-from stablelm.data.storage.options import ReadOptions
-from stablelm.data.storage.stores import local_path
+from stablelm.data.shards.shard_format import BLOCK, MAKE, ShardContent, crc32, mask_url, read_footer, source_name
+from stablelm.data.storage.options import ReadOptions, local_path
+from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
-from stablelm.small_files import open_regular, read_small
+from stablelm.small_files import MOST, open_regular, read_small
+
+ROOM = 256 << 20  # bytes of pages a process keeps
+SMALLEST, LARGEST = 64 << 10, 1 << 20  # bytes of a page: a request costs a round trip, and every lane keeps some
+
+
+class PageCache:
+    """The pages read last, over all files of a process; `readers` go on at different places. Thread-safe."""
+
+    def __init__(self, readers: int):
+        self.size = min(LARGEST, max(SMALLEST, ROOM // (4 * readers)))
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, url: str, number: int) -> bytes | None:
+        with self._lock:
+            page = self._kept.get((url, number))
+            if page is not None:
+                self._kept.move_to_end((url, number))
+            return page
+
+    def keep(self, url: str, number: int, page: bytes) -> None:
+        with self._lock:
+            self._kept[url, number] = page
+            while len(self._kept) * self.size > ROOM:
+                self._kept.popitem(last=False)
+
+
+class PagedFile:
+    """Bytes of a file in any store. Raises DataError as `RangeFile` does. Thread-safe."""
+
+    def __init__(self, url: str, pages: PageCache, *, options: ReadOptions):
+        self._url, self._pages = url, pages
+        self._file = RangeFile(url, options)
+        self._lock = threading.Lock()
+        self.size = self._file.stamp().size
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes start..stop-1."""
+        size = self._pages.size
+        numbers = range(start // size, -(-stop // size))
+        joined = b"".join([self._page(number) for number in numbers])
+        return joined[start - numbers.start * size : stop - numbers.start * size]
+
+    def unchanged(self) -> None:
+        """`RangeFile` notices another size by itself."""
+
+    @staticmethod
+    def whole(url: str, *, options: ReadOptions) -> bytes | None:
+        """All bytes of a small file; None if there is no such file."""
+        with RangeFile(url, options) as file:
+            try:
+                if file.stamp().size > MOST:
+                    raise DataError(f"{url}: holds {file.stamp().size} bytes, more than any such file of ours")
+                return file.readall()
+            except DataError as error:
+                if _is_missing(error.__cause__):
+                    return None
+                raise
+
+    def _page(self, number: int) -> bytes:
+        with self._lock:
+            page = self._pages.find(self._url, number)
+            if page is None:
+                page = self._fetch(number * self._pages.size, min((number + 1) * self._pages.size, self.size))
+                self._pages.keep(self._url, number, page)
+            return page
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        self._file.seek(start)
+        parts = []
+        while start < stop:
+            parts.append(self._file.read(stop - start))
+            if not parts[-1]:
+                raise DataError(f"{self._url}: ends at byte {start}; put the old file back, or start a new run")
+            start += len(parts[-1])
+        return b"".join(parts)
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Whether a store says that a file is not there, rather than that it cannot tell."""
+    if error is None:
+        return False
+    if getattr(error, "status", None) == 404:
+        return True
+    if isinstance(error, FileNotFoundError):
+        # fsspec says so of any failed first request, with the real reason as the cause.
+        return error.__cause__ is None or _is_missing(error.__cause__)
+    return False
+
 
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
 COUNTED = 1 << 16  # rows looked at together
 
 
-class LocalContent:
+class MappedFile:
     """A file of this machine in the address space. Raises DataError when it cannot be opened."""
 
     def __init__(self, path: str):
@@ -54,7 +134,7 @@ class LocalContent:
             raise DataError(f"{self._path}: changed while it was read; put the old file back, or start a new run")
 
 
-class Shard:
+class TokenShard:
     """An open shard; without `masked` its mask is not looked at.
 
     Raises DataError when it is damaged, or made with another tokenizer than `tokenizer` (a hash).
@@ -66,7 +146,7 @@ class Shard:
         *,
         tokenizer: str | None,
         options: ReadOptions,
-        pages: Pages | None = None,
+        pages: PageCache | None = None,
         masked: bool = True,
     ):
         self.url = url
@@ -80,7 +160,7 @@ class Shard:
         self._sums = np.frombuffer(self._content.read(self.footer.sums, self.footer.start), "<u4")
         self._unchecked = np.ones(len(self._sums), bool)
         self._view = self._ends = None
-        if isinstance(self._content, LocalContent):
+        if isinstance(self._content, MappedFile):
             self._view = self._content.read(0, self.footer.index)
             self._ends = np.frombuffer(self._content.read(self.footer.index, self.footer.sums), "<i8")
         self.mask = _mask(url, self.footer.rows, options) if masked else None
@@ -179,7 +259,7 @@ class Shard:
 class ShardRows:
     """Rows of a shard: the tokens begins..ends-1 of each, int64 (rows,)."""
 
-    shard: Shard
+    shard: TokenShard
     begins: np.ndarray
     ends: np.ndarray
 
@@ -204,18 +284,18 @@ class SharedShards:
 
     def __init__(self, tokenizer: str, *, lanes: int, options: ReadOptions):
         self._tokenizer, self._options = tokenizer, options
-        self._pages = Pages(lanes)
+        self._pages = PageCache(lanes)
         # Those of the next entries open while others are still in use.
         self._limit = 2 * lanes + 16
-        self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._open: OrderedDict[str, TokenShard] = OrderedDict()
         self._lock = threading.Lock()
 
-    def shard(self, url: str) -> Shard:
-        """The open shard. Raises DataError as `Shard` does."""
+    def shard(self, url: str) -> TokenShard:
+        """The open shard. Raises DataError as `TokenShard` does."""
         with self._lock:
             shard = self._open.pop(url, None)
             if shard is None:
-                shard = Shard(url, tokenizer=self._tokenizer, options=self._options, pages=self._pages)
+                shard = TokenShard(url, tokenizer=self._tokenizer, options=self._options, pages=self._pages)
             self._open[url] = shard
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
@@ -225,17 +305,17 @@ class SharedShards:
 def documents(files: list[str], tokenizer: str, *, options: ReadOptions) -> Iterator[np.ndarray]:
     """Tokens of the rows of the shards in base-name order, many documents at a time. Raises DataError."""
     for url in sorted(files, key=source_name):
-        shard = Shard(url, tokenizer=tokenizer, options=options)
+        shard = TokenShard(url, tokenizer=tokenizer, options=options)
         for first in range(0, shard.footer.rows, 1024):
             for _, tokens, _ in shard.take(range(first, min(first + 1024, shard.footer.rows))).parts():
                 yield tokens
 
 
-def _open(url: str, options: ReadOptions, pages: Pages | None) -> Content:
+def _open(url: str, options: ReadOptions, pages: PageCache | None) -> ShardContent:
     path = local_path(url)
     if path is not None:
-        return LocalContent(path)
-    return RemoteFile(url, pages or Pages(1), options=options)
+        return MappedFile(path)
+    return PagedFile(url, pages or PageCache(1), options=options)
 
 
 def _mask(url: str, rows: int, options: ReadOptions) -> np.ndarray | None:
@@ -253,7 +333,7 @@ def read_mask(url: str, *, options: ReadOptions) -> bytes | None:
     where = mask_url(url)
     path = local_path(where)
     if path is None:
-        return RemoteFile.whole(where, options=options)
+        return PagedFile.whole(where, options=options)
     try:
         return read_small(Path(path))
     except FileNotFoundError:

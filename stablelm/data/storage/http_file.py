@@ -1,6 +1,6 @@
-"""Files of web servers, read by ranges that are checked, with credentials that stay where they belong.
+"""Files of web servers and of S3, read by ranges that are checked, with credentials that stay where they belong.
 
-Nothing is retried here: `retry.persist` sees every failure, waits as the server asks and counts the time.
+Nothing is retried here: `Retries` sees every failure, waits as the server asks and counts the time.
 Imports aiohttp, so only those import this module who need it.
 """
 
@@ -12,12 +12,11 @@ from typing import Any, TypeVar, cast
 
 import aiohttp
 from fsspec.asyn import sync
-from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
 from stablelm.data.storage import stores
-from stablelm.data.storage.options import ReadOptions, Stamp
-from stablelm.data.storage.ranges import Range, changed, check_encoding
+from stablelm.data.storage.options import ReadOptions, Stamp, changed
+from stablelm.data.storage.stores import ByteRange, check_encoding
 
 # Lengths and ranges are those of the stored bytes.
 PLAIN = {"Accept-Encoding": "identity"}
@@ -25,6 +24,12 @@ PLAIN = {"Accept-Encoding": "identity"}
 ANYWHERE = {
     "Accept", "Accept-Encoding", "Connection", "Host", "If-Match", "If-Unmodified-Since", "Range", "User-Agent",
 }  # fmt: skip
+# What S3's client calls the headers of an answer.
+S3_HEADERS = {
+    "Content-Range": "ContentRange",
+    "Content-Length": "ContentLength",
+    "Content-Encoding": "ContentEncoding",
+}
 T = TypeVar("T")
 
 
@@ -36,49 +41,55 @@ class Refusal(OSError):
         self.status, self.headers = answer.status, answer.headers
 
 
-def run(store: HTTPFileSystem, work: Coroutine[Any, Any, T], seconds: float | None) -> T:
-    """What `work` gives in the store's loop, within so many seconds. Raises ConnectionError when time is up."""
-    return cast(T, sync(store.loop, _within, work, seconds))
+class RangedFile:
+    """An open file that can seek and is read by ranges: what files of web servers, S3 and the hub have in common.
 
+    `seconds` bounds each request, None: only its silence. `stamp` is set by the kinds of files, of which each fetches
+    ranges in its own way.
+    """
 
-async def _within(work: Coroutine[Any, Any, T], seconds: float | None) -> T:
-    try:
-        return await asyncio.wait_for(work, seconds)
-    except TimeoutError:  # whose text may hold a signed address
-        raise ConnectionError(f"no answer for {seconds or stores.STALL_SECONDS:g} s") from None
+    stamp: Stamp
 
-
-def open_http(url: str, options: ReadOptions) -> tuple["HttpFile", Stamp]:
-    """The file at an http or https URL and its stamp, which is asked for at each opening."""
-    store, address = stores.filesystem(url, options)
-    file = HttpFile(store, url, address, options.first_answer)
-    return file, file.stamp
-
-
-class HttpFile:
-    """An open file that can seek, as RangeFile reads it. `seconds` bounds each request, None: only its silence."""
-
-    def __init__(self, store: HTTPFileSystem, url: str, address: str, seconds: float | None):
-        self._store, self._url, self._seconds = store, url, seconds
-        self._address = URL(address, encoded=store.encoded)
-        self._request = dict(store.kwargs)  # what fsspec's options say of each request
+    def __init__(self, url: str, store: Any, seconds: float | None):
+        self._url, self._store, self._seconds = url, store, seconds
         self._offset = 0
-        self.stamp, self._condition = self._run(self._look())
 
     def seek(self, offset: int) -> None:
         self._offset = offset
 
     def read(self, size: int) -> bytes:
         """`size` bytes from the current offset, which must lie in the file."""
-        data = self._run(self._range(self._offset, self._offset + size))
+        data = self._run(self._fetch(ByteRange(self._url, self._offset, self._offset + size, self.stamp)))
         self._offset += len(data)
         return data
 
     def close(self) -> None:
         """Connections belong to the process."""
 
+    async def _fetch(self, wanted: ByteRange) -> bytes:
+        raise NotImplementedError
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return run(self._store, work, self._seconds)
+        """What `work` gives in the client's event loop. Raises ConnectionError when time is up."""
+        return cast(T, sync(self._store.loop, _within, work, self._seconds))
+
+
+async def _within(work: Coroutine[Any, Any, T], seconds: float | None) -> T:
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError:  # whose message may hold a signed address
+        raise ConnectionError(f"no answer for {seconds or stores.STALL_SECONDS:g} s") from None
+
+
+class HttpFile(RangedFile):
+    """An open file of a web server. Its stamp is asked for at each opening."""
+
+    def __init__(self, url: str, options: ReadOptions):
+        store, address = stores.filesystem(url, options)
+        super().__init__(url, store, options.first_answer)
+        self._address = URL(address, encoded=store.encoded)
+        self._request = dict(store.kwargs)  # what fsspec's options say of each request
+        self.stamp, self._condition = self._run(self._look())
 
     async def _ask(self, method: str, **headers: str) -> aiohttp.ClientResponse:
         session = await self._store.set_session()
@@ -105,8 +116,8 @@ class HttpFile:
             # Addresses that are signed for GET, and servers that do not know HEAD.
             if answer.status in (404, 408, 410, 425, 429) or (answer.status >= 500 and answer.status != 501):
                 raise Refusal(answer)
-        async with await self._ask("GET", Range="bytes=0-0") as answer:
-            told = answer.headers.get("Content-Range", "")
+        async with await self._ask("GET", ByteRange="bytes=0-0") as answer:
+            told = answer.headers.get("Content-ByteRange", "")
             total = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", told.strip())
             if answer.status >= 400 and answer.status != 416:
                 raise Refusal(answer)
@@ -118,18 +129,17 @@ class HttpFile:
         check_encoding(self._url, headers)
         return Stamp(size, tag(headers)), _condition(headers)
 
-    async def _range(self, start: int, end: int) -> bytes:
-        wanted = Range(self._url, start, end, self.stamp)
-        async with await self._ask("GET", Range=wanted.header, **self._condition) as answer:
+    async def _fetch(self, wanted: ByteRange) -> bytes:
+        async with await self._ask("GET", ByteRange=wanted.header, **self._condition) as answer:
             return await checked(answer, wanted, tag(answer.headers))
 
 
-async def checked(answer: aiohttp.ClientResponse, wanted: Range, told: str | None) -> bytes:
+async def checked(answer: aiohttp.ClientResponse, wanted: ByteRange, told: str | None) -> bytes:
     """The body of an answer to a request for this range, `told` its ETag or date where that is to be the stamp's.
 
     Raises Refusal, ConnectionError where another request may help, DataError where the answer is not to be believed.
     """
-    if answer.status == 416 and (total := answer.headers.get("Content-Range", "").rpartition("/")[2]).isdigit():
+    if answer.status == 416 and (total := answer.headers.get("Content-ByteRange", "").rpartition("/")[2]).isdigit():
         raise changed(wanted.url, wanted.stamp, Stamp(int(total), wanted.stamp.tag))
     if answer.status >= 400:
         raise Refusal(answer)
@@ -157,3 +167,31 @@ def _condition(headers: Mapping[str, str]) -> dict[str, str]:
     if etag and not etag.startswith("W/"):
         return {"If-Match": etag}
     return {"If-Unmodified-Since": modified} if modified and not etag else {}
+
+
+class S3File(RangedFile):
+    """An open object of S3, whose stamp is asked for at each opening. Nothing is retried but what s3fs does itself."""
+
+    def __init__(self, url: str, options: ReadOptions):
+        store, path = stores.filesystem(url, options)
+        super().__init__(url, store, options.first_answer)
+        self._bucket, self._key, self._version = store.split_path(path)
+        info = self._run(store._info(path))
+        if info.get("type") == "directory":
+            raise FileNotFoundError(path)
+        self.stamp = Stamp(int(info["size"]), stores.tag(info))
+        self._condition = {"IfMatch": info["ETag"]} if info.get("ETag") else {}
+
+    async def _fetch(self, wanted: ByteRange) -> bytes:
+        version = {"VersionId": self._version} if self._version else {}
+        answer = await self._store._call_s3(
+            "get_object", Bucket=self._bucket, Key=self._key, ByteRange=wanted.header, **self._condition, **version
+        )
+        body = answer["Body"]
+        try:
+            told = {name: str(answer[ours]) for name, ours in S3_HEADERS.items() if answer.get(ours) is not None}
+            wanted.check(answer["ResponseMetadata"]["HTTPStatusCode"], told)
+            wanted.check_tag(stores.tag(answer))
+            return await wanted.body(body.read, ends="Content-Length" in told)
+        finally:
+            body.close()

@@ -1,25 +1,30 @@
 """Bytes of a file that may lie anywhere, read so that a cut connection loses nothing.
 
 Retries happen on the raw bytes, below the decompressor: a fetch that failed is asked for again at the
-same offset, so what reads above never sees a hole.
+same offset, so what reads above never sees a hole. Remote files may be kept whole on this machine's disk, at most so
+many bytes of them, shared by its processes: one process fetches a file while the others wait for its lock, and the
+files that were opened longest ago are deleted first. Whatever fails there, the file is read from its store.
 """
 
 import errno
+import hashlib
 import io
+import os
+import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from stablelm.data.storage import file_cache
-from stablelm.data.storage.options import ReadOptions, Stamp
-from stablelm.data.storage.ranges import changed
-from stablelm.data.storage.retry import persist
+from stablelm.data.storage.options import FAMILIES, PINNED_FILE, ReadOptions, Stamp, base_name, changed, local_path
+from stablelm.data.storage.retry import Retries
 from stablelm.data.storage.stall_monitor import reading
-from stablelm.data.storage.stores import local_path, local_stamp, open_file
+from stablelm.data.storage.stores import filesystem, tag
 from stablelm.errors import DataError
+from stablelm.small_files import open_regular
 
 # Compressed bytes held by one open local file; a remote one holds options.block.
 LOCAL_BLOCK = 64 << 10
@@ -27,6 +32,8 @@ LOCAL_BLOCK = 64 << 10
 OVERLAP = 64
 # Compressed bytes inflated at once, which bounds the inflated lines that wait in memory: least and most.
 SLICES = 16 << 10, 64 << 10
+# Bytes copied at once into the cache.
+CHUNK = 1 << 20
 
 
 class LookEnded(DataError):
@@ -69,8 +76,14 @@ class RangeFile(io.RawIOBase):
 
     def stamp(self) -> Stamp:
         """Size and tag of the file, which is opened for this at the first time."""
-        known = self._options.stamps.get(self.url)
-        return known or self._persist(lambda: self._opened()[1])
+        if known := self._options.stamps.get(self.url):
+            return known
+        with self._retries() as retries:
+            while True:
+                try:
+                    return self._opened()[1]
+                except Exception as error:
+                    self._failed(retries, error)
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
@@ -79,7 +92,7 @@ class RangeFile(io.RawIOBase):
                 f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
                 "holds text, and that its store is fast enough"
             )
-        data = self._persist(lambda: self._attempt(len(buffer)))
+        data = self._fetched(len(buffer))
         buffer[: len(data)] = data
         self.offset += len(data)
         self._tail = bytes(data[-OVERLAP:])
@@ -106,17 +119,19 @@ class RangeFile(io.RawIOBase):
         self._drop()
         super().close()
 
-    def _persist(self, attempt: Any) -> Any:
-        return persist(
-            attempt,
-            name=self.url,
-            budget=self._options.retry_budget,
-            first_answer=self._options.first_answer,
-            place=lambda: f" at byte {self.offset}",
-            failed=self._failed,
-        )
+    def _retries(self) -> Retries:
+        return Retries(self.url, budget=self._options.retry_budget, first_answer=self._options.first_answer)
 
-    def _attempt(self, size: int) -> memoryview:
+    def _fetched(self, size: int) -> memoryview:
+        """Up to so many bytes from the current offset, empty at the end; fetched again where a fetch fails."""
+        with self._retries() as retries:
+            while True:
+                try:
+                    return self._fetch(size)
+                except Exception as error:
+                    self._failed(retries, error)
+
+    def _fetch(self, size: int) -> memoryview:
         file, stamp = self._opened()
         if self.offset >= stamp.size:
             return memoryview(b"")
@@ -166,7 +181,7 @@ class RangeFile(io.RawIOBase):
     def _open_kept(self, stamp: Stamp) -> bool:
         """Goes on with the whole file on this machine's disk, if it is or can be kept there."""
         own = replace(self._options, cache_bytes=0)
-        path = file_cache.kept(self.url, stamp, self._options, lambda: RangeFile(self.url, own))
+        path = cached(self.url, stamp, self._options, lambda: RangeFile(self.url, own))
         if path is None:
             return False
         try:
@@ -184,9 +199,12 @@ class RangeFile(io.RawIOBase):
         if self._file is not None:
             self._file.seek(offset)
 
-    def _failed(self) -> None:
-        self.retries += 1
-        self._drop()
+    def _failed(self, retries: Retries, error: Exception) -> None:
+        """Waits before the file is opened anew. Raises DataError where that cannot help, or not any more."""
+        if not isinstance(error, DataError):
+            self.retries += 1
+            self._drop()
+        retries.wait(error, where=f" at byte {self.offset}")
 
     def _drop(self) -> None:
         file, self._file = self._file, None
@@ -195,3 +213,134 @@ class RangeFile(io.RawIOBase):
                 file.close()
             except Exception:  # closing a broken connection may fail as well, and nothing depends on it
                 return
+
+
+def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
+    """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead.
+
+    The clients of stores are imported where a file needs them.
+    """
+    path = local_path(url)
+    if path is not None:
+        local = io.FileIO(open_regular(path))
+        return local, local_stamp(local)
+    scheme = url.partition("://")[0]
+    family = FAMILIES.get(scheme, scheme) if "::" not in url else None
+    if PINNED_FILE.fullmatch(url):
+        from stablelm.data.storage.hub import HubFile
+
+        file = HubFile(url, options)
+        return file, file.stamp
+    if family == "http":
+        from stablelm.data.storage.http_file import HttpFile
+
+        file = HttpFile(url, options)
+        return file, file.stamp
+    if family == "s3":
+        from stablelm.data.storage.http_file import S3File
+
+        file = S3File(url, options)
+        return file, file.stamp
+    store, path = filesystem(url, options)
+    file = store.open(path, "rb", block_size=options.block, cache_type="none")
+    # What was found in opening the file, where the store keeps it.
+    info = getattr(file, "details", None) or store.info(path)
+    return file, Stamp(int(info["size"]), tag(info))
+
+
+def local_stamp(file: io.FileIO) -> Stamp:
+    status = os.fstat(file.fileno())
+    return Stamp(status.st_size, str(status.st_mtime_ns))
+
+
+def cached(url: str, stamp: Stamp, options: ReadOptions, fetch: Callable[[], Any]) -> str | None:
+    """Path of the whole file, fetched now if need be; None when it is not kept.
+
+    `fetch` gives an open file at offset 0, whose reads may raise DataError.
+    """
+    if options.cache is None or not 0 < stamp.size <= options.cache_bytes:
+        return None
+    folder = Path(options.cache) / "files"
+    key = hashlib.sha256(f"{url} {stamp.size} {stamp.tag}".encode()).hexdigest()[:16]
+    path = folder / f"{key}-{base_name(url)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _used(path):
+            return str(path)
+        with _lock(path):
+            if not _used(path):
+                _download(path, stamp.size, options.cache_bytes, fetch)
+            return str(path)
+    except OSError:
+        # A disk that is full or takes no locks: training goes on from the store.
+        return None
+
+
+def _lock(path: Path, **wait: Any) -> Any:
+    import filelock
+
+    # One object for each use: a thread that waits is then another holder.
+    return filelock.FileLock(path.with_name(f".{path.name}.lock"), is_singleton=False, **wait)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _used(path: Path) -> bool:
+    """Whether the file is there; notes that it is used now, by the time of access, since the other tells a change."""
+    try:
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    except OSError:
+        return False
+    return True
+
+
+def _download(path: Path, size: int, limit: int, fetch: Callable[[], Any]) -> None:
+    part = _part(path)
+    try:
+        with _lock(path.parent / "room"):
+            _make_room(path.parent, limit - size, part)
+            # The whole size counts from now on for others that make room.
+            with open(part, "wb") as target:
+                target.truncate(size)
+        with fetch() as source, open(part, "r+b") as target:
+            shutil.copyfileobj(source, target, CHUNK)
+            if target.tell() != size:
+                raise OSError(errno.EIO, "the copy is not whole")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _make_room(folder: Path, room: int, own: Path) -> None:
+    """Deletes what was used longest ago until the rest fits into `room` bytes. Raises OSError when it cannot."""
+    found = []
+    for path in folder.iterdir():
+        if path == own or path.suffix == ".lock" or (path.suffix == ".part" and _left_over(path)):
+            continue
+        # Another process may have deleted it just now.
+        with suppress(OSError):
+            status = path.stat()
+            found.append((status.st_atime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= room:
+            return
+        if path.suffix != ".part":
+            path.unlink(missing_ok=True)
+            total -= size
+    if total > room:
+        raise OSError(errno.ENOSPC, "what is fetched now takes all the room")
+
+
+def _left_over(part: Path) -> bool:
+    """Deletes a part whose process has died, which its lock shows; False while it is fetched."""
+    import filelock
+
+    try:
+        with _lock(part.with_name(part.name[1 : -len(".part")]), timeout=0):
+            part.unlink(missing_ok=True)
+            return True
+    except filelock.Timeout:
+        return False

@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from stablelm.data.storage.stall_monitor import Wait, noted
@@ -20,52 +21,73 @@ T = TypeVar("T")
 _jitter = random.Random()
 
 
-def persist(
-    attempt: Callable[[], T],
-    *,
-    name: str,
-    budget: float,
-    first_answer: float | None = None,
-    place: Callable[[], str] = lambda: "",
-    failed: Callable[[], None] = lambda: None,
-) -> T:
-    """What `attempt` returns; it is repeated for at most `budget` seconds after its first failure.
+class Retries:
+    """The attempts of one read, which may fail for at most `budget` seconds after the first failure.
 
     With `first_answer` only for so many seconds, unless the store answers that it is busy or broken.
-    Waits as long as the store asks (Retry-After, RateLimit), else with a jittered exponential back-off.
-    `failed` runs after each failure; `place` says where, for the message. Raises DataError naming the file
-    and the cause when the budget is spent, and at once when another try cannot help.
+
+        with Retries(url, budget=600) as retries:
+            while True:
+                try:
+                    return read()
+                except Exception as error:
+                    retries.wait(error)
     """
-    try:
-        return attempt()
-    except DataError:
-        raise
-    except Exception as error:
-        first = error
-    wait = Wait(redacted(name), 1, time.time(), redacted(words(first)))
-    began, delay, error = time.monotonic(), FIRST_DELAY, first
-    with noted(wait):
+
+    def __init__(self, name: str, *, budget: float, first_answer: float | None = None):
+        self._name, self._budget, self._first_answer = name, budget, first_answer
+        self._delay, self._began = FIRST_DELAY, 0.0
+        self._wait: Wait | None = None
+        self._noted = ExitStack()
+
+    def __enter__(self) -> "Retries":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._noted.close()
+
+    def wait(self, error: Exception, *, where: str = "") -> None:
+        """Waits before another attempt: as long as the store asks, else with a jittered exponential back-off.
+
+        Raises DataError naming the file and the cause when the budget is spent, and at once when another attempt
+        cannot help; a DataError is raised as it is. `where` in the file is for the message.
+        """
+        if isinstance(error, DataError):
+            raise error
+        self._note(error)
+        if cause := hopeless(error):
+            raise DataError(f"{self._name}: {cause}; {_fix(error)}") from error
+        unknown = self._first_answer is not None and http_status(error) is None
+        allowed = min(self._budget, self._first_answer) if self._first_answer is not None and unknown else self._budget
+        now, deadline = time.monotonic(), self._began + allowed
+        if now >= deadline:
+            raise DataError(_gave_up(f"{self._name}: unreadable{where} for {allowed:g} s", error, unknown)) from error
+        asked = asked_seconds(error)
+        pause = self._delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
+        time.sleep(min(pause, deadline - now))
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
+        assert self._wait is not None
+        self._wait.attempt += 1
+
+    def _note(self, error: Exception) -> None:
+        """Shows the failure to those who watch what waits."""
+        cause = redacted(words(error))
+        if self._wait is None:
+            self._wait = Wait(redacted(self._name), 1, time.time(), cause)
+            self._began = time.monotonic()
+            self._noted.enter_context(noted(self._wait))
+        else:
+            self._wait.cause = cause
+
+
+def persist(attempt: Callable[[], T], *, name: str, budget: float, first_answer: float | None = None) -> T:
+    """What `attempt` returns; it is repeated as `Retries` allows."""
+    with Retries(name, budget=budget, first_answer=first_answer) as retries:
         while True:
-            failed()
-            if cause := hopeless(error):
-                raise DataError(f"{name}: {cause}; {_mend(error)}") from error
-            unknown = first_answer is not None and http_status(error) is None
-            allowed = min(budget, first_answer) if first_answer is not None and unknown else budget
-            now, deadline = time.monotonic(), began + allowed
-            if now >= deadline:
-                raise DataError(_gave_up(f"{name}: unreadable{place()} for {allowed:g} s", error, unknown)) from error
-            asked = asked_seconds(error)
-            pause = delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
-            time.sleep(min(pause, deadline - now))
-            delay = min(2 * delay, LONGEST_DELAY)
-            wait.attempt += 1
             try:
                 return attempt()
-            except DataError:
-                raise
-            except Exception as again:
-                error = again
-                wait.cause = redacted(words(error))
+            except Exception as error:
+                retries.wait(error)
 
 
 def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
@@ -149,7 +171,7 @@ def _causes(error: BaseException | None) -> Iterator[Any]:
         error = error.__cause__
 
 
-def _mend(error: BaseException) -> str:
+def _fix(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return "install the package that reads this store"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:

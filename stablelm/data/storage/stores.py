@@ -1,36 +1,33 @@
-"""Files of any store: opened through fsspec, one client a store and process."""
+"""Stores of files: one client a store and process, made by fsspec, and what a store must say before it is believed.
+
+fsspec's and s3fs's own files were tried: they take whatever bytes come for the ones that were asked for.
+Imports no store's client: only remote files need one.
+"""
 
 import importlib.util
-import io
 import json
 import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from stablelm.data.storage import hub
-from stablelm.data.storage.options import FAMILIES, ReadOptions, Stamp
-from stablelm.small_files import open_regular
+from stablelm.data.storage.options import FAMILIES, ReadOptions, Stamp, base_name, changed
+from stablelm.errors import DataError
 
 # A connection without a byte for so long is given up and retried.
 STALL_SECONDS = 30.0
+# A body that brings fewer bytes than this in STALL_SECONDS has stalled.
+TRICKLE = 16 << 10
+# How a server labels the bytes of files that are stored compressed.
+STORED = {".gz": ("gzip", "x-gzip"), ".zst": ("zstd",)}
 # Connections of one process to one store.
 CONNECTIONS = 32
 PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
 """Package and our extra for the stores whose client is not always installed."""
 TAGS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "Last-Modified", "LastModified", "last_modified", "mtime")
-
-
-def base_name(url: str) -> str:
-    """Last part of a path or URL without its query: what names a file wherever it is stored."""
-    path = url.split("?", 1)[0] if "://" in url else url
-    return path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def local_path(url: str) -> str | None:
-    """The path of a local file, None for any other store."""
-    if url.startswith("file://"):
-        return url.removeprefix("file://")
-    return None if "://" in url or "::" in url else url
 
 
 def missing_package(url: str) -> str | None:
@@ -40,37 +37,6 @@ def missing_package(url: str) -> str | None:
     if package is None or importlib.util.find_spec(package) is not None:
         return None
     return f"{scheme}:// needs the package {package}; install it with: pip install 'stablelm[{extra}]'"
-
-
-def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
-    """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead."""
-    path = local_path(url)
-    if path is not None:
-        local = io.FileIO(open_regular(path))
-        return local, local_stamp(local)
-    if hub.PINNED.fullmatch(url):
-        from stablelm.data.storage import hub_file  # with aiohttp and the hub's client
-
-        return hub_file.open_pinned(url, options)
-    family = FAMILIES.get(url.partition("://")[0], url.partition("://")[0])
-    if "::" not in url and family == "http":
-        from stablelm.data.storage import http_file  # with aiohttp
-
-        return http_file.open_http(url, options)
-    if "::" not in url and family == "s3":
-        from stablelm.data.storage import s3_file
-
-        return s3_file.open_s3(url, options)
-    store, path = filesystem(url, options)
-    file = store.open(path, "rb", block_size=options.block, cache_type="none")
-    # What was found in opening the file, where the store keeps it.
-    info = getattr(file, "details", None) or store.info(path)
-    return file, Stamp(int(info["size"]), tag(info))
-
-
-def local_stamp(file: io.FileIO) -> Stamp:
-    status = os.fstat(file.fileno())
-    return Stamp(status.st_size, str(status.st_mtime_ns))
 
 
 def tag(info: dict[str, Any]) -> str:
@@ -124,3 +90,101 @@ async def http_client(**settings: Any) -> Any:
     ours = {"trust_env": True, "timeout": timeout, "connector": connector, "auto_decompress": False}
     settings = {**ours, **settings}
     return aiohttp.ClientSession(**settings)
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Bytes start..stop-1 of the file at `url`, which has this stamp."""
+
+    url: str
+    start: int
+    stop: int
+    stamp: Stamp
+
+    @property
+    def header(self) -> str:
+        return f"bytes={self.start}-{self.stop - 1}"
+
+    def check(self, status: int, headers: Mapping[str, str]) -> None:
+        """Raises DataError unless the answer is to this request: range, length, total and encoding."""
+        check_encoding(self.url, headers)
+        if status == 200 and (self.start, self.stop) == (0, self.stamp.size):
+            self._check_length(headers)
+            return
+        if status != 206:
+            raise DataError(
+                f"{self.url}: the server does not serve parts of a file (HTTP range requests): it answered {status} to "
+                f"{self.header}; download the files, or use a server that supports ranges"
+            )
+        told = headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", told.strip())
+        if match is None:
+            raise self._refused(f"answered without a valid Content-Range ({told[:80]!r})")
+        first, last, total = match.groups()
+        if total not in ("*", str(self.stamp.size)):
+            raise changed(self.url, self.stamp, Stamp(int(total), self.stamp.tag))
+        if (int(first), int(last)) != (self.start, self.stop - 1):
+            raise self._refused(f"answered bytes {first}-{last}")
+        self._check_length(headers)
+
+    def check_tag(self, told: str) -> None:
+        """Raises DataError unless the answer is of the content that was opened first, as its ETag or date tells."""
+        if told and told != self.stamp.tag:
+            raise changed(self.url, self.stamp, Stamp(self.stamp.size, told))
+        if self.stamp.tag and not told:
+            raise self._refused(f"does not repeat the ETag or Last-Modified {self.stamp.tag}")
+
+    def _check_length(self, headers: Mapping[str, str]) -> None:
+        length = headers.get("Content-Length")
+        if length is not None and length != str(self.stop - self.start):
+            raise self._refused(f"answered {length} bytes")
+
+    async def body(self, read: Callable[[int], Awaitable[bytes]], *, ends: bool) -> bytes:
+        """All bytes of the range from `read(most)`; `ends`: the end of the body follows from its length alone.
+
+        Raises ConnectionError when the body is cut or stalls, which another request may mend, DataError when it
+        goes on beyond the range.
+        """
+        wanted = self.stop - self.start
+        parts: list[bytes] = []
+        have = marked = 0
+        since = time.monotonic()
+        while have < wanted or not ends:
+            part = await read(wanted - have + 1)
+            if not part:
+                break
+            parts.append(part)
+            have += len(part)
+            if have > wanted:
+                raise self._refused(f"sent more than {wanted} bytes")
+            now = time.monotonic()
+            if have - marked >= TRICKLE:
+                marked, since = have, now
+            elif now - since > STALL_SECONDS:
+                raise ConnectionError(f"only {have - marked} bytes in {STALL_SECONDS:g} s")
+        if have < wanted:
+            raise ConnectionError(f"the connection was closed after {have} of {wanted} bytes")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _refused(self, what: str) -> DataError:
+        return DataError(
+            f"{self.url}: the server {what} where {self.header.replace('=', ' ')} were requested; use another server "
+            "or mirror, or download the files"
+        )
+
+
+def check_encoding(url: str, headers: Mapping[str, str]) -> None:
+    """Raises DataError where the body is another one than the stored bytes."""
+    told = headers.get("Content-Encoding", "").strip().lower()
+    stored = next((labels for suffix, labels in STORED.items() if base_name(url).endswith(suffix)), ())
+    transfer = headers.get("Transfer-Encoding", "").strip().lower()
+    if told not in ("", "identity", "aws-chunked", *stored):
+        coding = f"Content-Encoding: {told[:40]}"
+    elif transfer not in ("", "identity", "chunked"):
+        coding = f"Transfer-Encoding: {transfer[:40]}"
+    else:
+        return
+    raise DataError(
+        f"{url}: the server compresses what it sends ({coding}) though the stored bytes were requested; "
+        "switch that off for these files, or use another server"
+    )
