@@ -1,4 +1,4 @@
-"""From what the user wrote (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
+"""From the paths of a configuration (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
 
 import contextlib
 import glob
@@ -147,7 +147,7 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
         return [file for url in braces(entry) for file in _objects(url, key, options)]
     if scheme not in ("http", "https"):
         raise ConfigError(
-            f"{key}: {entry!r} is in a store we do not read; give a local path, http(s)://, hf://, s3://, gs:// or az://"
+            f"{key}: {entry!r} is in an unsupported store; give a local path, http(s)://, hf://, s3://, gs:// or az://"
         )
     if "*" in urlsplit(entry).path:
         raise ConfigError(
@@ -158,7 +158,7 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
 
 
 def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
-    """Files of a glob or folder in an object store; a URL that is named like a file is taken at its word."""
+    """Files of a glob or folder in an object store; a URL with a file's suffix is not looked up."""
     if "*" not in url and "?" not in url and base_name(url).endswith(SUFFIXES):
         return [url]
     pattern = url if glob.has_magic(url) else url.rstrip("/") + "/*"
@@ -180,7 +180,7 @@ def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
 def _embedded(entry: str, *, key: str, cache: str) -> list[str]:
     split = entry.partition(":")[2] or ("train" if key in TRAINING_KEYS else "validation")
     if split not in ("train", "validation"):
-        raise ConfigError(f"{key}: {entry!r} is no split; write 'embedded:train' or 'embedded:validation'")
+        raise ConfigError(f"{key}: {entry!r} is not a split; write 'embedded:train' or 'embedded:validation'")
     corpus = embedded(cache)
     return corpus.train if split == "train" else corpus.validation
 
@@ -199,7 +199,7 @@ def _local(entry: str, *, key: str) -> list[str]:
     here = f"check the path, looked up from {os.getcwd()}"
     patterns = [path] if os.path.lexists(path) else braces(path)
     if patterns == [path] and not glob.has_magic(path) and not os.path.lexists(path):
-        raise ConfigError(f"{key}: there is no file or folder {entry!r}; {here}")
+        raise ConfigError(f"{key}: {entry!r} does not exist; {here}")
     matches = {
         pattern: [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True) for pattern in patterns
     }

@@ -30,6 +30,13 @@ TRIED = 1000  # rows of a large file among which one must hold a document, where
 SMALL_CORPUS = 64 * 2**20  # compressed bytes that one check reads at most, beside the first records
 
 
+def text_files(path: str | list[str], *, key: str, cache: str, options: ReadOptions) -> list[str]:
+    """The files of text at a path, each checked. Raises ConfigError under `key`."""
+    files = corpus.resolve(path, key=key, cache=cache, options=options)
+    check(files, key=key, options=options)
+    return files
+
+
 def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> None:
     """Each local file can be read, is what its name says and begins with a row that gives a text by `options`.
 
@@ -171,7 +178,7 @@ def _once(options: ReadOptions | None) -> ReadOptions:
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
-    """The first row gives a text, or is left out; with `whole` all do, as far as a look's time goes.
+    """The first row gives a text, or is excluded; with `whole` all do, as far as a look's time goes.
 
     With `bad_rows=skip` one row must.
     """
@@ -203,7 +210,7 @@ Sources = dict[str, list[str]]
 
 
 def paths(data: DataConfig) -> dict[str, str | list[str]]:
-    """Where each source lies, as `corpus.resolve` or `shard_files.resolve` takes it."""
+    """The path of each source, as `corpus.resolve` or `shard_files.resolve` takes it."""
     if not data.mixture:
         return {"": asked(data, data.path, split="train")}
     return {name: asked(data, source.path, split="train") for name, source in mixture.sources(data).items()}

@@ -30,8 +30,8 @@ import numpy as np
 
 from stablelm.config.schema import DataConfig
 from stablelm.data.mixture import RunText, of_source
-from stablelm.data.order import Cursor, SourceCursors, SourcePositions, TokenPosition
-from stablelm.data.packing import BatchRow, LaneRows
+from stablelm.data.order import Cursor, TokenPosition
+from stablelm.data.packing import BatchRow, LaneRows, SourceCursors, SourcePositions
 from stablelm.data.storage.options import SeenFiles
 from stablelm.data.tokenizer import IGNORED, Encoder
 from stablelm.data.workers import RowProducer, WorkerProcess, WorkerTask, allow_open_files

@@ -18,8 +18,8 @@ from stablelm.config.mixture import Source, weight_at
 from stablelm.config.mixture import sources as configured_sources
 from stablelm.config.schema import DataConfig
 from stablelm.data.formats.file_rows import SharedFiles
-from stablelm.data.order import Cursor, Order, ShardLane, SourceCursors, SourcePositions, TextLane
-from stablelm.data.packing import BestFitPacker, LaneWindows, Packer
+from stablelm.data.order import Cursor, Order, ShardLane, TextLane
+from stablelm.data.packing import BestFitPacker, LaneWindows, Packer, SourceCursors, SourcePositions
 from stablelm.data.shards.shard_format import is_shard
 from stablelm.data.shards.shard_reader import SharedShards
 from stablelm.data.storage.options import ReadOptions, SeenFiles
@@ -48,13 +48,13 @@ class Mixture:
 
     def shares(self, steps: int) -> dict[str, float]:
         """Each source's part of the samples of so many steps."""
-        told = dict.fromkeys(self.names, 0.0)
+        shares = dict.fromkeys(self.names, 0.0)
         ends = [first for first, _ in self.stages[1:]] + [steps]
         for (first, sums), end in zip(self.stages, ends, strict=True):
             length = max(0, min(end, steps) - min(first, steps)) / steps
             for name, part in zip(self.names, np.diff(sums, prepend=0.0), strict=True):
-                told[name] += float(part) * length
-        return told
+                shares[name] += float(part) * length
+        return shares
 
     def source(self, sample: int, data_step: int) -> str:
         """The source of a sample, which belongs to the batch of `data_step`."""

@@ -3,8 +3,8 @@
 Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
 keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries.
 A file's rows are taken in blocks of S * shuffle_block. A keyed permutation mixes the rows of a block and
-deals them out in turn: share k gets those at its places k, k+S, k+2S, ... Rows in a file may have a period,
-such as every second one empty; lanes that took every S-th row could meet nothing else.
+deals them out in turn: share k gets those at its places k, k+S, k+2S, ... Rows may have a period,
+such as every second one empty, so no lane takes every S-th row.
 Nothing here knows of ranks or workers, and keys hold base names only (of a prepared shard: its source's),
 so data may move, and be prepared, at any time. A row keeps its number whether it holds a document or not.
 
@@ -27,7 +27,7 @@ from stablelm.data.shards.shard_reader import PART, SharedShards, TokenShard
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
-BLOCKS = 8  # blocks of a shard whose rows are looked up together
+BLOCKS = 8  # blocks of a shard whose rows are looked up at once
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Cursor:
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for one left out.
+    """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for an excluded one.
 
-    `wrong` says what is wrong with the row after them. `skipped` of the rows left out are bad ones; of groups that
-    are no whole blocks such a row is the last.
+    `wrong` says what is wrong with the row after them. `skipped` of the excluded rows are bad ones; in a group
+    that is not a whole block such a row is the last.
     """
 
     cursor: Cursor
@@ -81,7 +81,7 @@ class TokenChunk:
 
 
 class TokenPosition(NamedTuple):
-    """Token `position` of a chunk with this cursor and these ends; cheaper to keep than the cursor it stands for."""
+    """Token `position` of a chunk with this cursor and these ends; cheaper to make than its cursor."""
 
     start: Cursor
     ends: np.ndarray
@@ -94,26 +94,6 @@ class TokenPosition(NamedTuple):
         begin = int(self.ends[document - 1]) if document else 0
         blocks, index = divmod(start.index + document, self.block_rows)
         return Cursor(start.epoch, start.entry, start.block + blocks, index, self.position - begin)
-
-
-class SourceCursors(dict[str, Cursor]):
-    """The cursors of one lane in each source."""
-
-    def to_list(self) -> dict[str, list[int]]:
-        return {name: cursor.to_list() for name, cursor in self.items()}
-
-    def cursor(self) -> "SourceCursors":
-        """Itself, as of any position."""
-        return self
-
-
-class SourcePositions(NamedTuple):
-    """The positions of one lane in each source."""
-
-    parts: dict[str, TokenPosition]
-
-    def cursor(self) -> SourceCursors:
-        return SourceCursors((name, position.cursor()) for name, position in self.parts.items())
 
 
 def permutation(size: int, *key: int | str) -> list[int]:
@@ -161,7 +141,7 @@ class Order:
 
     @property
     def block_rows(self) -> int:
-        """Rows of a file that its shares take from one block together."""
+        """Rows of a file that its shares take from one block, in total."""
         return self.shuffle_block * self.shares
 
     def block(self, block: int, blocks: int = 1) -> range:
@@ -209,7 +189,7 @@ class LaneEntries:
         self.found = False
         if self._barren > self._order.entries:
             raise DataError(
-                f"data.lanes: lane {self._lane} of {self._order.lanes} finds no document in its share of "
+                f"data.lanes: lane {self._lane} of {self._order.lanes} has no document in its share of "
                 f"{len(self._order.files)} file(s); use fewer lanes or more documents"
             )
         self._epoch, self._entry = self._order.following(self._epoch, self._entry)
@@ -222,9 +202,9 @@ def is_inside(cursor: Cursor) -> bool:
 
 
 def missing_row(url: str, row: int) -> DataError:
-    """What is raised when a checkpoint lies in row number `row` (from 0), which the file does not have."""
+    """What is raised when a checkpoint's position is in row number `row` (from 0), which the file does not have."""
     return DataError(
-        f"{url}: changed since the checkpoint, it has no row {row + 1} any more; "
+        f"{url}: changed since the checkpoint: row {row + 1} no longer exists; "
         "put the old file back, or start a new run"
     )
 
@@ -326,9 +306,7 @@ class ShardLane:
     With `whole_blocks` a chunk is the rest of a block. `shared` holds the open shards of the process.
     """
 
-    def __init__(
-        self, order: Order, lane: int, start: Cursor, shared: SharedShards, *, whole_blocks: bool = False
-    ) -> None:
+    def __init__(self, order: Order, lane: int, start: Cursor, shared: SharedShards, *, whole_blocks: bool = False):
         self._order, self._shared = order, shared
         self._blocks, self._limit = (1, None) if whole_blocks else (BLOCKS, PART)
         self._entries = LaneEntries(order, lane, start)

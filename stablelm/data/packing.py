@@ -17,11 +17,31 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from stablelm.data.order import Cursor, ShardLane, SourceCursors, SourcePositions, TokenChunk, TokenPosition
+from stablelm.data.order import Cursor, ShardLane, TokenChunk, TokenPosition
 from stablelm.data.tokenizer import BlockTokens, LaneTokens
 from stablelm.errors import DataError
 
 NO_TOKENS = NO_BORDERS = np.zeros(0, np.int64)
+
+
+class SourceCursors(dict[str, Cursor]):
+    """The cursors of one lane in each source."""
+
+    def to_list(self) -> dict[str, list[int]]:
+        return {name: cursor.to_list() for name, cursor in self.items()}
+
+    def cursor(self) -> "SourceCursors":
+        """Itself, as of any position."""
+        return self
+
+
+class SourcePositions(NamedTuple):
+    """The positions of one lane in each source."""
+
+    parts: dict[str, TokenPosition]
+
+    def cursor(self) -> SourceCursors:
+        return SourceCursors((name, position.cursor()) for name, position in self.parts.items())
 
 
 class LaneWindows(Protocol):
@@ -62,7 +82,9 @@ class Packer:
         self._waiting: deque[TokenChunk] = deque()
         self._position = 0  # in the first chunk that waits: the next input
         self._length = 0  # tokens that wait, from there on
-        self._given: list[tuple[TokenChunk, int]] = []  # chunks of the last window, and where in it their tokens 0 lie
+        self._given: list[
+            tuple[TokenChunk, int]
+        ] = []  # chunks of the last window, and the index of their first token in it
 
     def next_window(self) -> np.ndarray:
         """The next window, integers (seq_len+1,), not to be written to. Raises DataError when a document is lost."""
@@ -182,7 +204,7 @@ class BestFitPacker:
             self.skipped += chunk.skipped
         elif self._next > len(self._windows):
             raise DataError(
-                f"data.path: a block has {len(self._windows)} windows and no number {self._next} any more, it changed "
+                f"data.path: a block has {len(self._windows)} windows, not the {self._next} already used: it changed "
                 "since the checkpoint; put the old files back, or start a new run"
             )
         self._resumed = False

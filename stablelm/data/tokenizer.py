@@ -48,12 +48,12 @@ class Encoder(Protocol):
 
 
 def document_tokens(tokenizer: Encoder, text: str | None) -> np.ndarray:
-    """Tokens of a document and its eos, int32 (length,); none where eos would be all or there is no text."""
+    """Tokens of a document and its eos, int32 (length,); empty where there would be only eos."""
     return with_text(tokenizer.encode_arrays([text])[0]) if text else NO_TOKENS
 
 
 def with_text(tokens: np.ndarray) -> np.ndarray:
-    """Tokens of a row with eos, or none of a row that has eos alone: without text it does not exist."""
+    """The tokens of a row with eos; empty where eos is the only one, since rows without text do not count."""
     return tokens if len(tokens) > 1 else NO_TOKENS
 
 
@@ -64,7 +64,7 @@ class Tokenizer:
     can write, `sha256` the hash of the file. Methods may be called from several threads: a loaded processor
     is never changed.
 
-    Raises ConfigError under `key` when the file is missing, is no SentencePiece model or has no eos.
+    Raises ConfigError under `key` when the file does not exist, is not a SentencePiece model or has no eos.
     """
 
     def __init__(self, path: str | Path, *, key: str = "data.tokenizer"):
@@ -100,11 +100,11 @@ def _read(path: str, key: str) -> bytes:
     try:
         return read_small(Path(path).expanduser())
     except FileNotFoundError:
-        mend = "give the path of a SentencePiece .model file, or 'embedded'"
-        raise ConfigError(f"{key}: there is no file {path!r}; {mend}") from None
+        fix = "give the path of a SentencePiece .model file, or 'embedded'"
+        raise ConfigError(f"{key}: {path!r} does not exist; {fix}") from None
     except OSError as error:
-        mend = "give a readable SentencePiece .model file"
-        raise ConfigError(f"{key}: cannot read {path!r} ({error.strerror}); {mend}") from None
+        fix = "give a readable SentencePiece .model file"
+        raise ConfigError(f"{key}: cannot read {path!r} ({error.strerror}); {fix}") from None
 
 
 def _processor(content: bytes, path: str, key: str) -> sentencepiece.SentencePieceProcessor:
@@ -183,11 +183,11 @@ def train(lines: Iterable[str], *, vocab_size: int, model_type: str = "unigram",
 
 
 def _possible(error: str) -> str:
-    """The mend in SentencePiece's message, without its talk of options that are not ours."""
+    """The fix that SentencePiece's message contains, without the options that it names."""
     if most := re.search(r"value <= (\d+)", error):
         return f"it gives at most {most[1]}; give fewer pieces or more text"
     if least := re.search(r"required_chars. \d+ vs (\d+)", error):
-        return f"it takes at least {least[1]}; give more pieces"
+        return f"it needs at least {least[1]}; give more pieces"
     reason = " ".join(error.rsplit("] ", 1)[-1].split()).rstrip(".")
     return f"there is too little of it{f' ({reason})' if reason else ''}; give more text"
 

@@ -1,4 +1,4 @@
-"""A fixed set of windows on which a run is measured, the same ones every time."""
+"""The fixed windows on which a run is measured, and the unigram baseline that it must beat."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class ValidationSet:
     """Windows of a corpus: int64 (n, seq_len); a target of -100 is no target.
 
     `bytes_per_token`: UTF-8 bytes a token (eos counted) of the documents that were touched, which turns
-    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since what it
-    stands for is neither predicted nor given back. `documents`: how many were touched.
+    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since the
+    text of it is not predicted. `documents`: how many were touched.
     """
 
     tokens: "torch.Tensor"
@@ -91,7 +91,7 @@ def unigram_cross_entropy(
     options: ReadOptions,
     shares: Mapping[str, float] | None = None,
 ) -> float:
-    """Mean cross-entropy, in nats a token, of an add-one unigram model on the validation targets.
+    """Mean cross-entropy, in nats per token, of an add-one unigram model on the validation targets.
 
     The model is p(v) = (count(v) + 1) / (N + vocab) over the first N = `tokens` training tokens (files in
     base-name order, documents in file order, eos counted; fewer if there are fewer), of several sources each its share
@@ -99,13 +99,13 @@ def unigram_cross_entropy(
     """
     counts = np.ones(vocab, np.int64)
     for name, files in train.items():
-        left = tokens if shares is None else round(tokens * shares[name])
+        remaining = tokens if shares is None else round(tokens * shares[name])
         for tokens_of_some in token_arrays(files, tokenizer, options=options):
-            if left <= 0:
+            if remaining <= 0:
                 break
-            ids = tokens_of_some[:left]
+            ids = tokens_of_some[:remaining]
             counts += np.bincount(ids, minlength=vocab)
-            left -= len(ids)
+            remaining -= len(ids)
     targets = validation.targets.numpy()
     log_probability = np.log(counts) - np.log(counts.sum())
     return float(-log_probability[targets[targets >= 0]].mean())

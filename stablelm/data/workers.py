@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from stablelm.data.mixture import RunText
-from stablelm.data.order import Cursor, SourceCursors
-from stablelm.data.packing import BatchRow, LaneRows, RowMaker
+from stablelm.data.order import Cursor
+from stablelm.data.packing import BatchRow, LaneRows, RowMaker, SourceCursors
 from stablelm.data.storage import stall_monitor
 from stablelm.errors import ProcessLostError, UserError
 
-# Descriptors left to everything but the lanes' open files.
+# Open files that the process may need beside those of the lanes.
 OTHER_FILES = 256
-# Where a fresh Python looks for modules is what it must know before it can be told anything else.
+# The new process needs the module search path before it can unpickle its task.
 PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from stablelm.data.workers import serve; serve(int(sys.argv[1]))"
 # Seconds between looks at the parent and at the reads that wait.
 WATCH = 0.3
@@ -103,7 +103,7 @@ class RowProducer:
             with self._filled:
                 if self._closed:
                     return
-                # The rows of a batch are handed over together: a thread's turn costs more than a row of shards.
+                # The rows of a batch are handed over at once: switching threads costs more than a row of shards.
                 self._ready |= made
                 self._filled.notify()
             if any(isinstance(row, BaseException) for row in made.values()):
@@ -157,7 +157,7 @@ class WorkerTask:
 
 
 class WorkerProcess:
-    """`RowMaker` in a process of its own. Its rows raise ProcessLostError when the process is gone."""
+    """`RowMaker` in a process of its own. Its rows raise ProcessLostError when the process has ended."""
 
     def __init__(self, task: WorkerTask):
         ours, theirs = socket.socketpair()
@@ -175,7 +175,7 @@ class WorkerProcess:
         _running.add(self)
 
     def ask(self, numbers: Sequence[int]) -> None:
-        # One that has gone is told by `receive`.
+        # `receive` reports a process that has ended.
         with contextlib.suppress(OSError):
             if self._first is not None:
                 self._connection.send_bytes(self._first)
@@ -187,7 +187,7 @@ class WorkerProcess:
         while isinstance(message, ReportedWaits):
             stall_monitor.relay(self, message)
             message = self._message()
-        stall_monitor.relay(self, ReportedWaits())  # what it says next comes with the next rows
+        stall_monitor.relay(self, ReportedWaits())  # later waits come with the next rows
         rows, error = message
         yield from rows
         if error is not None:
@@ -228,7 +228,7 @@ def _end_all() -> None:
 
 
 def serve(descriptor: int) -> None:
-    """Answers requests until the parent is gone."""
+    """Answers requests until the parent has ended."""
     # Stops are the rank's to decide: a terminal and some launchers signal every process of the tree.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -246,7 +246,7 @@ def serve(descriptor: int) -> None:
 
 
 def _answer(made: Iterator[BatchRow]) -> tuple[list[BatchRow], BaseException | None]:
-    """The rows and what ended them, if something did; a position is sent as the few numbers it stands for."""
+    """The rows and what ended them, if something did; positions are sent as cursors, which are smaller."""
     rows = []
     try:
         for row in made:
@@ -259,14 +259,14 @@ def _answer(made: Iterator[BatchRow]) -> tuple[list[BatchRow], BaseException | N
 
 
 def _watch(connection: Connection, lock: threading.Lock, parent: int) -> None:
-    """Ends this process with its parent, and tells that one which reads wait."""
-    told: list[stall_monitor.Wait] = []
+    """Ends this process with its parent, and reports to it which reads wait."""
+    reported: list[stall_monitor.Wait] = []
     while os.getppid() == parent:
         with lock, contextlib.suppress(OSError):
-            # Under the lock, so that none is told after the rows for which it waited.
+            # Under the lock, so that no wait is reported after the rows that waited.
             waits = stall_monitor.waiting()
-            if waits != told:
-                told = waits
+            if waits != reported:
+                reported = waits
                 connection.send(ReportedWaits(waits))
         time.sleep(WATCH)
     os._exit(1)

@@ -20,7 +20,7 @@ from stablelm.errors import ConfigError
 # A build of a hundredth of the size: what is under test here is how files come to be.
 SMALL = """
 import os, time
-from stablelm.data import embedded, stdlib_text
+from stablelm.data import embedded
 words = "one two three four five six seven eight nine ten eleven twelve".split()
 def text(n):
     return " ".join(words[(n * 7 + k * k) % 12] for k in range(30)) + f" {n}"

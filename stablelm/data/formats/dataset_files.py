@@ -1,7 +1,7 @@
 """From `datasets://<name>?...` to the files of a data set: whatever `datasets.load_dataset` opens.
 
 JSON lines and parquet become plain paths and URLs, which our own readers seek in and retry; files of other
-forms become shards that `datasets` reads (see `dataset_rows`).
+forms become shards that `datasets` reads (see `tables.DatasetFile`).
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ def address(path: str, given: Mapping[str, Any], *, split: str) -> str:
     """
     if path.partition(":")[0] == "embedded" or "://" in path:
         return path
-    name, _, query = path.partition("?")
-    arguments: dict[str, Any] = {**given, **_query(query)}
+    name, _, own = path.partition("?")
+    arguments: dict[str, Any] = {**given, **_query(own)}
     arguments.setdefault("split", "train" if "data_files" in arguments else split)
-    told = {key: value if isinstance(value, str | list) else json.dumps(value) for key, value in arguments.items()}
-    return f"{PREFIX}{name}?{urlencode(told, doseq=True, safe='/:*,{}@[]', quote_via=quote)}"
+    query = {key: value if isinstance(value, str | list) else json.dumps(value) for key, value in arguments.items()}
+    return f"{PREFIX}{name}?{urlencode(query, doseq=True, safe='/:*,{}@[]', quote_via=quote)}"
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
     """
     asked = DatasetRequest.of(url)
     builder, files = _found(asked, url, key, options)
-    told = _options(builder, key, url)
+    settings = _options(builder, key, url)
     names = _names(files)
     try:
-        plain = _is_plain(builder.name, told, files, options)
+        plain = _is_plain(builder.name, settings, files, options)
         if plain and names == [base_name(file) for file in files]:
             found = files
         else:
             # A card's types matter to datasets' own reading only.
-            form, told = (PLAIN, {}) if plain else (str(builder.name), told)
-            found = [DatasetFile(form, name, file, told).url for name, file in zip(names, files, strict=True)]
+            form, settings = (PLAIN, {}) if plain else (str(builder.name), settings)
+            found = [DatasetFile(form, name, file, settings).url for name, file in zip(names, files, strict=True)]
         empty = not any(True for _ in texts(found[0], options))
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
@@ -107,7 +107,9 @@ def _found(asked: DatasetRequest, url: str, key: str, options: ReadOptions) -> t
     if asked.path in builders and not {"data_files", "data_dir"} & set(asked.arguments):
         raise ConfigError(f"{key}: the builder {asked.path!r} needs files; name them by data_files")
     if asked.path.startswith(("/", ".")) and not os.path.exists(asked.path):
-        raise ConfigError(f"{key}: there is no folder {asked.path!r}; check the path, looked up from {os.getcwd()}")
+        raise ConfigError(
+            f"{key}: the folder {asked.path!r} does not exist; check the path, looked up from {os.getcwd()}"
+        )
     if os.path.isfile(os.path.join(asked.path, "state.json")):
         raise ConfigError(
             f"{key}: {asked.path!r} was written by save_to_disk; give the builder 'arrow' with "
@@ -147,7 +149,7 @@ def _sentence(error: Exception, asked: DatasetRequest, url: str, key: str) -> st
         return f"{key}: {url!r}: {words.split('Example')[0].strip().rstrip('.')}; name one by name"
     if unknown := re.search(r"unexpected keyword argument '(\w+)'|doesn't have a '(\w+)' key", words):
         option = unknown[1] or unknown[2]
-        return f"{key}: {url!r}: neither load_dataset nor the builder of this form knows {option!r}; drop it"
+        return f"{key}: {url!r}: neither load_dataset nor the builder of this form has an option {option!r}; remove it"
     from stablelm.data.storage import hub
 
     return hub.sentence(error, url, key)
@@ -156,23 +158,23 @@ def _sentence(error: Exception, asked: DatasetRequest, url: str, key: str) -> st
 def _options(builder: Any, key: str, url: str) -> dict[str, Any]:
     """What differs from the builder's defaults: by the data set's card or by what was asked."""
     default = type(builder.config)()
-    told = {
+    settings = {
         field.name: getattr(builder.config, field.name)
         for field in dataclasses.fields(builder.config)
         if field.name not in (*SETTLED, "features")
         and getattr(builder.config, field.name) != getattr(default, field.name)
     }
     if builder.info.features is not None:
-        told["features"] = builder.info.features.to_dict()
+        settings["features"] = builder.info.features.to_dict()
     try:
-        return json.loads(json.dumps(told))
+        return json.loads(json.dumps(settings))
     except TypeError as error:
-        raise ConfigError(f"{key}: {url!r} has options that cannot be kept ({error}); leave them out") from error
+        raise ConfigError(f"{key}: {url!r} has options that JSON cannot hold ({error}); remove them") from error
 
 
-def _is_plain(builder: str, told: dict[str, Any], files: list[str], options: ReadOptions) -> bool:
+def _is_plain(builder: str, settings: dict[str, Any], files: list[str], options: ReadOptions) -> bool:
     """Whether our own readers find the same rows in these files. Raises DataError when the first is unreadable."""
-    if set(told) - {"features"}:
+    if set(settings) - {"features"}:
         return False
     if builder == "parquet":
         return all(base_name(file).endswith(".parquet") for file in files)
@@ -190,7 +192,7 @@ def _is_plain(builder: str, told: dict[str, Any], files: list[str], options: Rea
 
 
 def _names(files: list[str]) -> list[str]:
-    """A name for each file: its base name, or what tells it from the others where two share that."""
+    """A name for each file: its base name, or what distinguishes it from the others where two share that."""
     names = [base_name(file) for file in files]
     if len(set(names)) < len(names):
         parts = [file.split("/") for file in files]

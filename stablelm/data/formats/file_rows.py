@@ -30,7 +30,7 @@ TOGETHER = 256
 
 
 def document_text(row: FileRow, *, url: str, column: str = "text") -> str | None:
-    """The document in a row, None if it is left out; `url` is for the message, `column` the key of the text.
+    """The document in a row, None if it is excluded; `url` is for the message, `column` the key of the text.
 
     Raises BadRow when the line is not JSON, not an object, or has no string of Unicode text under the key.
     """
@@ -121,7 +121,7 @@ def _foreign(url: str) -> tables.DatasetFile | None:
 
 
 def texts(url: str, options: ReadOptions, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str | None]:
-    """What each row of a file holds, in file order: its document, or None where that is left out or skipped.
+    """What each row of a file holds, in file order: its document, or None where that is excluded or skipped.
 
     Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it, of which
     `skipped` hears.
@@ -247,7 +247,7 @@ class SharedFiles:
 def transformed(
     records: Iterator[tuple[int, dict[str, Any] | BadRow]], *, url: str, options: ReadOptions
 ) -> Iterator[tuple[int, str | BadRow | None]]:
-    """(number, text or None if it is left out) of each row: the filter sees it as stored, the map what is kept.
+    """(number, text or None if it is excluded) of each row: the filter sees it as stored, the map what is kept.
 
     In place of the text is what is wrong with a row that could not be read, or has no text under the column.
     Raises DataError naming `url` and the row when a function fails.

@@ -43,7 +43,7 @@ class RangeStore(AbstractFileSystem):
         return io.BufferedReader(file, buffer_size=file.block)
 
     def info(self, path: str, **settings: Any) -> dict[str, Any]:
-        """Name, size and type. Raises DataError when the store does not tell them."""
+        """Name, size and type. Raises DataError when the store does not report them."""
         path = str(self._strip_protocol(path))
         with RangeFile(unquote(path), self._options) as file:
             return {"name": path, "size": file.stamp().size, "type": "file"}

@@ -148,7 +148,7 @@ def _unpacked(data: bytes) -> list[SeekPoint]:
 
 
 crc32 = inflating.crc32
-# What inflating bytes that are no deflate stream raises.
+# What inflating bytes that are not a deflate stream raises.
 ERRORS: tuple[type[Exception], ...] = (zlib.error, inflating.error)
 
 # Farthest that a deflate stream refers back.

@@ -20,7 +20,7 @@ from stablelm.errors import DataError
 
 # Rows decoded at once: a value that a dictionary holds once takes its whole length in each of them.
 PARQUET_ROWS = 8
-# Bytes that these may take together, as far as the footer tells.
+# Bytes that these may take in total, as estimated from the footer.
 AT_ONCE = 256 << 20
 
 
@@ -30,7 +30,7 @@ def parquet_rows_from(
     """(number of the first row given, rows from there on), from the start of the row group that holds `row`.
 
     A row is (its number from 1, the text, or what is wrong where there is none), or with `whole` (its number, all
-    columns by name). Raises DataError naming the file when it cannot be read, is no parquet file or has no column
+    columns by name). Raises DataError naming the file when it cannot be read, is not a parquet file or has no column
     of text named `options.text_column`; with `whole` two columns must only not have one name.
     """
     file = RangeFile(url, options)
@@ -137,7 +137,7 @@ def _parquet_rows(
 
 def _damaged(file: RangeFile, error: Exception) -> DataError:
     file.forget()
-    return DataError(f"{file.url}: damaged or no parquet file ({words(error)}); replace it by an intact copy")
+    return DataError(f"{file.url}: damaged or not a parquet file ({words(error)}); replace it by an intact copy")
 
 
 SCHEME = "datasets+"
@@ -151,7 +151,7 @@ _opening = threading.Lock()  # builders patch their modules when they are made
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """`file`: path or URL; `options`: what the builder is told, `features` in the form of a data set's card."""
+    """`file`: path or URL; `options`: of the builder, `features` in the form of a data set's card."""
 
     builder: str
     name: str
@@ -177,13 +177,13 @@ def is_dataset_file(url: str) -> bool:
 
 
 def stored_at(url: str) -> str:
-    """Where the bytes of a file or shard lie."""
+    """Path or URL of the bytes of a file, which may be one of a data set."""
     return DatasetFile.of(url).file if is_dataset_file(url) else url
 
 
 @lru_cache
 def library() -> Any:
-    """The package `datasets`, told to be quiet: what it has to say comes as an error."""
+    """The package `datasets`, without progress bars and warnings: problems are raised as errors."""
     import datasets  # takes seconds: pandas and pyarrow come with it
 
     datasets.disable_progress_bars()

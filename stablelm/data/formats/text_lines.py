@@ -1,4 +1,4 @@
-"""Lines of a file that may lie anywhere, from its start or from a row in the middle."""
+"""Lines of text files, from the start or from a row in the middle, and what can be wrong with a row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,14 +36,14 @@ def bad_bytes(url: str, number: int, error: UnicodeDecodeError) -> BadRow:
 
 
 def not_unicode(text: str) -> str | None:
-    """What is wrong with a string that is no Unicode text: a byte or half a pair that no encoding can write."""
+    """Why a string is not valid Unicode: an undecodable byte or a lone surrogate; None if it is valid."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        # `surrogateescape` gives bytes these codes, which are halves of pairs as well.
+        # `surrogateescape` gives bytes these codes, which are lone surrogates as well.
         byte = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8, or " if 0xDC80 <= code <= 0xDCFF else ""
-        return f"{byte}half a surrogate pair (\\u{code:04x})"
+        return f"{byte}a lone surrogate (\\u{code:04x})"
     return None
 
 
@@ -134,12 +134,12 @@ def _closing(file: RangeFile, runs: Iterator[list[TextLine]]) -> Iterator[TextLi
 
 def _after(chunks: Iterator[bytes], place: SeekPoint) -> Iterator[bytes] | None:
     """The text from the place's row on; None when there is not what the index says."""
-    left = place.skip
+    ahead = place.skip
     try:
         for chunk in chunks:
-            if len(chunk) >= left:
-                return chain([chunk[left:]], chunks) if chunk[left - 1 : left] == b"\n" else None
-            left -= len(chunk)
+            if len(chunk) >= ahead:
+                return chain([chunk[ahead:]], chunks) if chunk[ahead - 1 : ahead] == b"\n" else None
+            ahead -= len(chunk)
     except Damaged:
         return None
     return None

@@ -78,21 +78,21 @@ def prepare(request: PrepareRequest, message: Callable[[str], None]) -> None:
     out.sweep([base_name(url) + end for url in files for end in (SUFFIX, MASK)])
     made = _shards(request, files, message)
     footers = [made[url].footer for url in files]
-    told = [_told(footer) for footer in footers]
-    for each, left_out in zip(told, _masks(request, footers, message), strict=True):
-        each |= {"masked_rows": 0, "mask_sha256": None} if left_out is None else left_out
+    entries = [_entry(footer) for footer in footers]
+    for each, mask in zip(entries, _masks(request, footers, message), strict=True):
+        each |= {"masked_rows": 0, "mask_sha256": None} if mask is None else mask
     manifest = {
         "version": shard_format.VERSION,
         "tokenizer": footers[0].tokenizer,
         "pieces": footers[0].pieces,
         "eos": footers[0].eos,
         "filters": request.filters.words(),
-        **{key: sum(each[key] for each in told) for key in ("rows", "tokens", "text_bytes", "masked_rows")},
-        "files": told,
+        **{key: sum(each[key] for each in entries) for key in ("rows", "tokens", "text_bytes", "masked_rows")},
+        "files": entries,
     }
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     out.put(MANIFEST, lambda file: file.write(content))
-    message(f"{out.where}: {_sum(made.values())}, {manifest['masked_rows']:,} documents left out")
+    message(f"{out.where}: {_sum(made.values())}, {manifest['masked_rows']:,} documents excluded")
 
 
 def _shards(request: PrepareRequest, files: list[str], message: Callable[[str], None]) -> dict[str, MadeShard]:
@@ -160,29 +160,29 @@ def _kept(request: PrepareRequest, name: str, size: int, tokenizer: str) -> Shar
 def _masks(
     request: PrepareRequest, footers: list[ShardFooter], message: Callable[[str], None]
 ) -> list[dict[str, Any] | None]:
-    """Writes the mask of each shard that needs one and deletes the others; returns what the manifest says of each."""
+    """Writes the mask of each shard that needs one and deletes the others; returns the manifest's entry of each."""
     out, names = request.out, [footer.source for footer in footers]
     if not request.filters.active:
         for name in names:
             out.remove(name + MASK)
         return [None] * len(names)
-    message("looking for documents to leave out")
+    message("looking for documents to exclude")
     found: dict[int, RowFeatures] = dict(
         run_all(_features, [PrepareTask(url, request) for url in request.files], workers=request.workers)
     )
-    told: list[dict[str, Any] | None] = []
-    decided = row_filters.left_out([found[number] for number in range(len(names))], request.filters)
+    described: list[dict[str, Any] | None] = []
+    decided = row_filters.excluded([found[number] for number in range(len(names))], request.filters)
     for footer, mask in zip(footers, decided, strict=True):
         if len(mask) != footer.rows:
             raise DataError(f"{footer.source}: changed while it was prepared; run again")
         if not mask.any():
             out.remove(footer.source + MASK)
-            told.append(None)
+            described.append(None)
             continue
         bits = np.packbits(mask, bitorder="little").tobytes()
         out.put(footer.source + MASK, lambda file, bits=bits: file.write(bits))
-        told.append({"masked_rows": int(mask.sum()), "mask_sha256": hashlib.sha256(bits).hexdigest()})
-    return told
+        described.append({"masked_rows": int(mask.sum()), "mask_sha256": hashlib.sha256(bits).hexdigest()})
+    return described
 
 
 def _features(task: PrepareTask) -> RowFeatures:
@@ -212,7 +212,7 @@ def _size(url: str, options: ReadOptions) -> int:
         raise DataError(f"{path}: cannot be read ({error.strerror}); put the file back, then run again") from None
 
 
-def _told(footer: ShardFooter) -> dict[str, Any]:
+def _entry(footer: ShardFooter) -> dict[str, Any]:
     words = asdict(footer)
     return {"name": footer.source} | {
         key: words[key] for key in ("source_size", "rows", "tokens", "text_bytes", "sha256")
@@ -262,7 +262,7 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
 
 
 def _watch(parent: int) -> None:
-    """Ends this process when its parent is gone, even by kill -9; an interrupt is the parent's to handle."""
+    """Ends this process when its parent has ended, even by kill -9; an interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Which rows of prepared shards are left out: too short or long ones, and copies of earlier ones.
+"""Which rows of prepared shards are excluded: too short or long ones, and copies of earlier ones.
 
 What a decision needs of a file (`RowFeatures`) is found in parallel; the decision goes through the files in
 base-name order and their rows in order, so that the first of several copies stays.
@@ -21,7 +21,7 @@ SEED = 1
 
 @dataclass(frozen=True)
 class RowFilters:
-    """Documents to leave out; lengths in characters. `similarity`: Jaccard index of the sets of five words each."""
+    """Documents to exclude; lengths in characters. `similarity`: Jaccard index of the sets of five words each."""
 
     min_chars: int | None = None
     max_chars: int | None = None
@@ -33,9 +33,13 @@ class RowFilters:
         return (self.min_chars, self.max_chars, self.duplicates) != (None, None, None)
 
     def words(self) -> dict[str, Any]:
-        """What a manifest says of them."""
-        told: dict[str, Any] = {"min_chars": self.min_chars, "max_chars": self.max_chars, "duplicates": self.duplicates}
-        return told | ({"similarity": self.similarity} if self.duplicates == "minhash" else {})
+        """Their entry in a manifest."""
+        described: dict[str, Any] = {
+            "min_chars": self.min_chars,
+            "max_chars": self.max_chars,
+            "duplicates": self.duplicates,
+        }
+        return described | ({"similarity": self.similarity} if self.duplicates == "minhash" else {})
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class RowFeatures:
 
 
 def check(filters: RowFilters) -> None:
-    """Raises ConfigError for filters that contradict themselves or need a package that is not there."""
+    """Raises ConfigError for filters that contradict themselves or need a package that is not installed."""
     low, high = filters.min_chars, filters.max_chars
     if (low or 0) < 0 or (high is not None and high < max(low or 0, 1)):
-        raise ConfigError("--min-chars and --max-chars leave no document; give 0 <= min <= max")
+        raise ConfigError("--min-chars and --max-chars exclude every document; give 0 <= min <= max")
     if not 0 < filters.similarity <= 1:
-        raise ConfigError(f"--similarity: {filters.similarity} is no share; give a number above 0, at most 1")
+        raise ConfigError(f"--similarity: must be above 0 and at most 1, not {filters.similarity}")
     if filters.duplicates == "minhash":
         try:
             import datasketch  # noqa: F401
@@ -76,15 +80,15 @@ def features(texts: Iterable[str], filters: RowFilters) -> RowFeatures:
     )
 
 
-def left_out(files: Sequence[RowFeatures], filters: RowFilters) -> list[np.ndarray]:
-    """Of each file, in order: bool (rows,), whether a row is left out."""
+def excluded(files: Sequence[RowFeatures], filters: RowFilters) -> list[np.ndarray]:
+    """Of each file, in order: bool (rows,), whether a row is excluded."""
     masks = [np.zeros(len(file.chars), bool) for file in files]
     for mask, file in zip(masks, files, strict=True):
         if filters.min_chars is not None:
             mask |= file.chars < filters.min_chars
         if filters.max_chars is not None:
             mask |= file.chars > filters.max_chars
-        mask &= file.chars > 0  # what holds no document need not be left out
+        mask &= file.chars > 0  # rows without a document are not counted as excluded
     if filters.duplicates == "exact":
         _mask_copies(files, masks)
     elif filters.duplicates == "minhash":

@@ -53,7 +53,7 @@ def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[st
             files += _expand(entry, key, options)
     problems.raise_any()
     if not files:
-        raise ConfigError(f"{key}: there are no shards; give {FORM}")
+        raise ConfigError(f"{key}: the list of shards is empty; give {FORM}")
     by_name: dict[str, str] = {}
     for file in files:
         other = by_name.setdefault(source_name(file), file)
@@ -63,7 +63,7 @@ def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[st
 
 
 def check(files: list[str], tokenizer: str, *, key: str) -> None:
-    """Each local shard is whole and was made with this tokenizer (a hash), else ConfigError under `key`."""
+    """Each local shard is complete and was made with this tokenizer (a hash), else ConfigError under `key`."""
     _open_local(files, tokenizer, key)
 
 
@@ -107,7 +107,7 @@ def identity_names(files: list[str], *, options: ReadOptions) -> list[str]:
 
 
 def read_manifest(folder: str, *, options: ReadOptions) -> "ShardManifest | None":
-    """What data/prepare.py says of a folder it finished; None for other folders. Raises DataError."""
+    """The manifest of a folder that data/prepare.py finished; None for other folders. Raises DataError."""
     url = f"{folder.rstrip('/')}/{MANIFEST}"
     path = local_path(url)
     try:
@@ -148,7 +148,7 @@ def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
 
 
 def _check_masks(sha256: dict[str, str], key: str, options: ReadOptions) -> None:
-    """The masks of these local shards have the hashes that the manifest says, else ConfigError."""
+    """The masks of these local shards have the hashes in the manifest, else ConfigError."""
     for file, expected in sha256.items():
         try:
             mask = read_mask(file, options=options) or b""

@@ -4,7 +4,7 @@ Layout, little-endian: the tokens of all rows, eos after each (uint16, or uint32
 pieces), zeros up to a multiple of 8, the end of each row counted in tokens (uint64), the CRC-32 of each
 64 KiB of all that (uint32; not in version 1), a footer in JSON, and a tail of 16 bytes: the footer's length
 (uint64) and a magic word. A mask beside it (`.mask`) has one
-bit a row, lowest bit first; a row whose bit is 1 is left out, which is the same as a row without tokens.
+bit a row, lowest bit first; a row whose bit is 1 is excluded, which is the same as a row without tokens.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ MAKE = "make it again with data/prepare.py"
 
 
 class ShardContent(Protocol):
-    """Bytes of a shard, wherever it lies. `size`: all of them."""
+    """Bytes of a shard in any store. `size`: all of them."""
 
     size: int
 
@@ -69,14 +69,14 @@ def source_name(url: str) -> str:
 
 
 def mask_url(url: str) -> str:
-    """Where the mask of a shard lies, if it has one."""
+    """Path or URL of a shard's mask, if it has one."""
     head, mark, query = url.partition("?")
     return head.removesuffix(SUFFIX) + MASK + mark + query
 
 
 @dataclass(frozen=True)
 class ShardFooter:
-    """What a shard says of itself. `text_bytes`: UTF-8 bytes of its documents; `sha256`: of all before the footer."""
+    """The end of a shard. `text_bytes`: of its documents in UTF-8; `sha256`: of all before the footer."""
 
     version: int
     source: str
@@ -206,8 +206,8 @@ class _ShardWriter:
 
 
 def read_footer(content: ShardContent, url: str) -> ShardFooter:
-    """The footer of a shard. Raises DataError when it is none, not whole or of another version."""
-    broken = DataError(f"{url}: no whole shard of tokens; {MAKE}")
+    """The footer of a shard. Raises DataError when the file is not a shard, incomplete or of another version."""
+    broken = DataError(f"{url}: not a complete file of prepared tokens; {MAKE}")
     if content.size < TAIL.size:
         raise broken
     length, magic = TAIL.unpack(content.read(content.size - TAIL.size, content.size))
@@ -220,7 +220,7 @@ def read_footer(content: ShardContent, url: str) -> ShardFooter:
     except ValueError:
         raise broken from None
     if footer is None:
-        raise DataError(f"{url}: of format {version}, this program reads {VERSION}; {MAKE}")
+        raise DataError(f"{url}: has format version {version}, this program reads {VERSION}; {MAKE}")
     if footer.start + length + TAIL.size != content.size or footer.eos >= footer.pieces:
         raise broken
     return footer
@@ -232,7 +232,7 @@ READ_ONLY = ("http://", "https://")
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Folder or URL. What is put appears under its name complete or not at all."""
+    """A folder here or in any store that fsspec can write. A file appears under its name complete or not at all."""
 
     where: str
 
@@ -259,8 +259,8 @@ class OutputFolder:
                 with tempfile.TemporaryFile(dir=self.folder):
                     pass
         except OSError as error:
-            mend = "give a folder that can be written"
-            raise ConfigError(f"{key}: cannot write to {self.where!r} ({error.strerror}); {mend}") from None
+            fix = "give a folder that can be written"
+            raise ConfigError(f"{key}: cannot write to {self.where!r} ({error.strerror}); {fix}") from None
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{key}: {self.where!r} cannot be opened ({error}); install what it needs") from None
 
@@ -288,7 +288,7 @@ class OutputFolder:
             raise StorageError(f"{self.url(name)}: cannot be deleted ({error}); run again") from error
 
     def sweep(self, names: list[str]) -> None:
-        """Deletes what killed runs left half written of these files; no other run may be writing them."""
+        """Deletes the incomplete files of killed runs of these names; no other run may be writing them."""
         if self.folder is None:
             return
         wanted = set(names)

@@ -64,7 +64,7 @@ class PagedFile:
 
     @staticmethod
     def whole(url: str, *, options: ReadOptions) -> bytes | None:
-        """All bytes of a small file; None if there is no such file."""
+        """All bytes of a small file; None if the file does not exist."""
         with RangeFile(url, options) as file:
             try:
                 if file.stamp().size > MOST:
@@ -95,7 +95,7 @@ class PagedFile:
 
 
 def _is_missing(error: BaseException | None) -> bool:
-    """Whether a store says that a file is not there, rather than that it cannot tell."""
+    """Whether a store reports that a file does not exist, rather than that it cannot be reached."""
     if error is None:
         return False
     if getattr(error, "status", None) == 404:
@@ -108,7 +108,7 @@ def _is_missing(error: BaseException | None) -> bool:
 
 PART = 1 << 16  # tokens handed on at once, unless a document is longer
 READ = 8 << 20  # bytes read at once where all are
-COUNTED = 1 << 16  # rows looked at together
+COUNTED = 1 << 16  # rows looked at at once
 
 
 class MappedFile:
@@ -218,7 +218,7 @@ class TokenShard:
             self._unchecked[number] = False
 
     def count(self, *, tokens: float = math.inf, documents: float = math.inf) -> tuple[int, int]:
-        """(tokens, documents) of the rows that are not left out; counting ends where it reaches either."""
+        """(tokens, documents) of the rows that are not excluded; counting ends where it reaches either."""
         counted = found = first = 0
         while first < self.footer.rows and counted < tokens and found < documents:
             rows = self.take(range(first, min(first + COUNTED, self.footer.rows)))

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Refusal(OSError):
-    """An answer with an error status, told without its address, which may be a signed one."""
+    """An answer with an error status; its message lacks the address, which may be a signed one."""
 
     def __init__(self, answer: aiohttp.ClientResponse):
         super().__init__(f"{answer.url.host} answers {answer.status} {answer.reason or ''}".rstrip())
@@ -58,7 +58,7 @@ class RangedFile:
         self._offset = offset
 
     def read(self, size: int) -> bytes:
-        """`size` bytes from the current offset, which must lie in the file."""
+        """`size` bytes from the current offset, which must be inside the file."""
         data = self._run(self._fetch(ByteRange(self._url, self._offset, self._offset + size, self.stamp)))
         self._offset += len(data)
         return data
@@ -106,46 +106,45 @@ class HttpFile(RangedFile):
         return await handler(request)
 
     async def _look(self) -> tuple[Stamp, dict[str, str]]:
-        """Stamp, and the condition on which ranges are asked for; by a short range where HEAD does not tell."""
+        """Stamp, and the condition of range requests; from a short range where HEAD does not report them."""
         async with await self._ask("HEAD") as answer:
             headers, length = answer.headers, answer.headers.get("Content-Length", "")
             if answer.status < 400 and length.isdigit():
                 if headers.get("Accept-Ranges") == "none":
                     raise io.UnsupportedOperation("the server does not serve parts of the file")
-                return self._told(int(length), headers)
+                return self._described(int(length), headers)
             # Addresses that are signed for GET, and servers that do not know HEAD.
             if answer.status in (404, 408, 410, 425, 429) or (answer.status >= 500 and answer.status != 501):
                 raise Refusal(answer)
-        async with await self._ask("GET", ByteRange="bytes=0-0") as answer:
-            told = answer.headers.get("Content-ByteRange", "")
-            total = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", told.strip())
+        async with await self._ask("GET", Range="bytes=0-0") as answer:
+            total = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", answer.headers.get("Content-Range", "").strip())
             if answer.status >= 400 and answer.status != 416:
                 raise Refusal(answer)
             if total is None:
-                raise io.UnsupportedOperation("the server does not tell the size of the file or serve parts of it")
-            return self._told(int(total[1]), answer.headers)
+                raise io.UnsupportedOperation("the server neither reports the size of the file nor serves parts of it")
+            return self._described(int(total[1]), answer.headers)
 
-    def _told(self, size: int, headers: Mapping[str, str]) -> tuple[Stamp, dict[str, str]]:
+    def _described(self, size: int, headers: Mapping[str, str]) -> tuple[Stamp, dict[str, str]]:
         check_encoding(self._url, headers)
-        return Stamp(size, tag(headers)), _condition(headers)
+        return Stamp(size, header_tag(headers)), _condition(headers)
 
     async def _fetch(self, wanted: ByteRange) -> bytes:
-        async with await self._ask("GET", ByteRange=wanted.header, **self._condition) as answer:
-            return await checked(answer, wanted, tag(answer.headers))
+        async with await self._ask("GET", Range=wanted.header, **self._condition) as answer:
+            return await checked(answer, wanted, header_tag(answer.headers))
 
 
-async def checked(answer: aiohttp.ClientResponse, wanted: ByteRange, told: str | None) -> bytes:
-    """The body of an answer to a request for this range, `told` its ETag or date where that is to be the stamp's.
+async def checked(answer: aiohttp.ClientResponse, wanted: ByteRange, tag: str | None) -> bytes:
+    """The body of an answer to a request for this range, `tag` its ETag or date where that must be the stamp's.
 
-    Raises Refusal, ConnectionError where another request may help, DataError where the answer is not to be believed.
+    Raises Refusal, ConnectionError where another request may help, DataError where the answer is not to be trusted.
     """
-    if answer.status == 416 and (total := answer.headers.get("Content-ByteRange", "").rpartition("/")[2]).isdigit():
+    if answer.status == 416 and (total := answer.headers.get("Content-Range", "").rpartition("/")[2]).isdigit():
         raise changed(wanted.url, wanted.stamp, Stamp(int(total), wanted.stamp.tag))
     if answer.status >= 400:
         raise Refusal(answer)
     wanted.check(answer.status, answer.headers)
-    if told is not None:
-        wanted.check_tag(told)
+    if tag is not None:
+        wanted.check_tag(tag)
     return await wanted.body(answer.content.read, ends="Content-Length" in answer.headers)
 
 
@@ -157,7 +156,7 @@ def keep_only(request: aiohttp.ClientRequest, names: set[str]) -> None:
             request.headers.popall(name, None)
 
 
-def tag(headers: Mapping[str, str]) -> str:
+def header_tag(headers: Mapping[str, str]) -> str:
     return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
@@ -185,13 +184,13 @@ class S3File(RangedFile):
     async def _fetch(self, wanted: ByteRange) -> bytes:
         version = {"VersionId": self._version} if self._version else {}
         answer = await self._store._call_s3(
-            "get_object", Bucket=self._bucket, Key=self._key, ByteRange=wanted.header, **self._condition, **version
+            "get_object", Bucket=self._bucket, Key=self._key, Range=wanted.header, **self._condition, **version
         )
         body = answer["Body"]
         try:
-            told = {name: str(answer[ours]) for name, ours in S3_HEADERS.items() if answer.get(ours) is not None}
-            wanted.check(answer["ResponseMetadata"]["HTTPStatusCode"], told)
+            headers = {name: str(answer[ours]) for name, ours in S3_HEADERS.items() if answer.get(ours) is not None}
+            wanted.check(answer["ResponseMetadata"]["HTTPStatusCode"], headers)
             wanted.check_tag(stores.tag(answer))
-            return await wanted.body(body.read, ends="Content-Length" in told)
+            return await wanted.body(body.read, ends="Content-Length" in headers)
         finally:
             body.close()

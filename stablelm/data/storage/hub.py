@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face hub: lists of files by `datasets`' own builder, and files read at their addresses.
 
-Where the commit is known the API has nothing more to tell, so that the ranks of a run do not ask it: one HEAD
-tells size and tag, and each range is fetched by a GET, which is mostly redirected to a signed address elsewhere.
+Where the commit is known the API adds nothing, so that the ranks of a run do not call it: one HEAD
+reports size and tag, and each range is fetched by a GET, which is mostly redirected to a signed address elsewhere.
 Nothing is retried here: `Retries` sees every failure, waits as the hub asks and counts the time.
 Imports aiohttp and the hub's client, so only those import this module who need it.
 """
@@ -90,11 +90,11 @@ def sentence(error: Exception, url: str, key: str) -> str:
     """Why `url` cannot be had from the hub, and what to do."""
     links = _chain(error)
     names = {type(link).__name__ for link in links}
-    # datasets tells a failed connection as a missing file, with the client's error named in the text.
+    # datasets reports a failed connection as a missing file, with the client's error named in the message.
     if names & UNREACHABLE or any(name in str(link) for link in links for name in UNREACHABLE):
         return f"{key}: cannot reach the hub for {url!r}; give the https URL of a mirror or a folder with its files"
     if "GatedRepoError" in names:
-        return f"{key}: {url!r} is behind a licence; accept it on the hub and set HF_TOKEN"
+        return f"{key}: {url!r} is gated; accept its licence on the hub and set HF_TOKEN"
     if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
         return f"{key}: the hub has no data set or revision {url!r}; check owner, name and revision, or set HF_TOKEN"
     if names & {"FileNotFoundError", "EntryNotFoundError", "DataFilesNotFoundError"}:
@@ -114,14 +114,16 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 class HubFile(RangedFile):
     """The open file at `hf://datasets/<name>@<commit>/<path>`; its stamp is asked for once in a process.
 
-    No request is conditional: a commit's files never change, and the tag that the hub tells is not that of the
-    place where a redirect ends; such a place must repeat its own.
+    No request is conditional: a commit's files never change, and the tag that the hub reports is not that
+    of the server where a redirect ends; such a server must repeat its own.
     Raises DataError when the hub's client is to stay offline or the hub refuses the file.
     """
 
     def __init__(self, url: str, options: ReadOptions):
         if constants.HF_HUB_OFFLINE:
-            raise DataError(f"{url}: HF_HUB_OFFLINE forbids to ask the hub; unset it, or give a folder with its files")
+            raise DataError(
+                f"{url}: HF_HUB_OFFLINE forbids requests to the hub; unset it, or give a folder with its files"
+            )
         super().__init__(url, _store(os.getpid()), options.first_answer)
         match = PINNED_FILE.fullmatch(url)
         assert match is not None
@@ -135,21 +137,23 @@ class HubFile(RangedFile):
         self.stamp = options.stamps.get(url) or self._run(self._look())
 
     async def _look(self) -> Stamp:
-        """Size and tag by HEAD. A redirect that tells them is not followed: a signed address may be for GET only."""
+        """Size and tag by HEAD. A redirect that reports them is not followed: a signed address may be for GET only."""
         session, address = await self._store.set_session(), self._address
         for _ in range(REDIRECTS):
             request = session.head(address, allow_redirects=False, headers=PLAIN, middlewares=(self._authorize,))
             async with request as answer:
                 self._check(answer)
-                told, moved = answer.headers, 300 <= answer.status < 400
-                size = told.get("X-Linked-Size") or (None if moved else told.get("Content-Length"))
+                headers, moved = answer.headers, 300 <= answer.status < 400
+                size = headers.get("X-Linked-Size") or (None if moved else headers.get("Content-Length"))
                 if size is not None:
-                    tag = told.get("X-Linked-ETag") or told.get("ETag", "")
+                    tag = headers.get("X-Linked-ETag") or headers.get("ETag", "")
                     return Stamp(int(size), _plain_tag(tag))
-                if not moved or "Location" not in told:
+                if not moved or "Location" not in headers:
                     break
-                address = address.join(URL(told["Location"], encoded=True))  # a data set that was renamed, or a mirror
-        raise io.UnsupportedOperation("the hub does not tell the size of the file")
+                address = address.join(
+                    URL(headers["Location"], encoded=True)
+                )  # a data set that was renamed, or a mirror
+        raise io.UnsupportedOperation("the hub does not report the size of the file")
 
     async def _fetch(self, wanted: ByteRange) -> bytes:
         if self._signed is not None:
@@ -173,15 +177,15 @@ class HubFile(RangedFile):
             return data
 
     def _check_tag(self, answer: aiohttp.ClientResponse, wanted: ByteRange) -> None:
-        """Raises DataError where the same place tells another tag than before."""
+        """Raises DataError where the same server reports another tag than before."""
         origin = answer.url.origin()
-        told = Stamp(wanted.stamp.size, _plain_tag(answer.headers.get("ETag", "")))
+        reported = Stamp(wanted.stamp.size, _plain_tag(answer.headers.get("ETag", "")))
         if origin == self._address.origin() and not answer.history:
             known = wanted.stamp
         else:
-            known = self._stamps.setdefault(f"{self._url} from {origin}", told)
-        if told != known:
-            raise changed(self._url, known, told)
+            known = self._stamps.setdefault(f"{self._url} from {origin}", reported)
+        if reported != known:
+            raise changed(self._url, known, reported)
 
     async def _authorize(self, request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
         """The token is for HF_ENDPOINT alone; what a netrc file says is for neither it nor a redirect's target."""
@@ -205,11 +209,11 @@ def _plain_tag(tag: str) -> str:
     return tag.removeprefix("W/").strip('"')
 
 
-def _token(told: str | bool | None) -> str | None:
+def _token(setting: str | bool | None) -> str | None:
     """As the hub's own client chooses it."""
-    if isinstance(told, str):
-        return told
-    if told is False or (told is None and constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
+    if isinstance(setting, str):
+        return setting
+    if setting is False or (setting is None and constants.HF_HUB_DISABLE_IMPLICIT_TOKEN):
         return None
     return get_token()
 

@@ -1,6 +1,6 @@
-"""How files are named, told apart and read: what every reader of files is given.
+"""How files are named, distinguished and read: what every reader of files needs to know.
 
-`ReadOptions` is what a run's configuration says of reading. `Stamp` tells one content of a file from another, and
+`ReadOptions` holds the settings of a run for reading. `Stamp` distinguishes one content of a file from another, and
 `SeenFiles` keeps the stamps of a run's attempts in its directory, so that a file that changed between two is found.
 """
 
@@ -23,7 +23,7 @@ from stablelm.small_files import read_small
 if TYPE_CHECKING:
     from stablelm.config.schema import DataConfig
 
-# Compressed bytes of one remote request, and what the lanes of a process may hold of them together.
+# Compressed bytes of one remote request, and what the lanes of a process may hold of them in total.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64 << 10, 1 << 20
 READ_AHEAD = 48 << 20
 LONGEST_DOCUMENT = 64 << 20
@@ -54,7 +54,7 @@ def local_path(url: str) -> str | None:
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells one content of a file from another: bytes, and ETag or time of change ('' where there is none)."""
+    """What distinguishes one content of a file from another: bytes, and ETag or time of change ('' for none)."""
 
     size: int
     tag: str
@@ -200,7 +200,7 @@ class ReadOptions:
         )
 
     def first_look(self) -> "ReadOptions":
-        """For files that no attempt of the run has read yet: a mistyped address is no outage to wait for."""
+        """For files that no attempt of the run has read yet: a mistyped address is not an outage to wait for."""
         return replace(self, first_answer=FIRST_ANSWER, block=SMALLEST_BLOCK, cache_bytes=0)
 
     def for_a_while(self) -> "ReadOptions":

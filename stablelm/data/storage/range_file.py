@@ -1,4 +1,4 @@
-"""Bytes of a file that may lie anywhere, read so that a cut connection loses nothing.
+"""Bytes of a file in any store, read so that a cut connection loses nothing.
 
 Retries happen on the raw bytes, below the decompressor: a fetch that failed is asked for again at the
 same offset, so what reads above never sees a hole. Remote files may be kept whole on this machine's disk, at most so
@@ -156,7 +156,7 @@ class RangeFile(io.RawIOBase):
             )
         data = data[len(before) :]
         if not data:
-            raise OSError(errno.EIO, "the store sent nothing where bytes must be")
+            raise OSError(errno.EIO, "the store sent no bytes where some were expected")
         return data
 
     def _opened(self) -> tuple[Any, Stamp]:
@@ -288,7 +288,7 @@ def _part(path: Path) -> Path:
 
 
 def _used(path: Path) -> bool:
-    """Whether the file is there; notes that it is used now, by the time of access, since the other tells a change."""
+    """Whether the file exists; marks it as used now by its time of access, since that of change shows a change."""
     try:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except OSError:
@@ -307,7 +307,7 @@ def _download(path: Path, size: int, limit: int, fetch: Callable[[], Any]) -> No
         with fetch() as source, open(part, "r+b") as target:
             shutil.copyfileobj(source, target, CHUNK)
             if target.tell() != size:
-                raise OSError(errno.EIO, "the copy is not whole")
+                raise OSError(errno.EIO, "the copy is incomplete")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A store's failures: which pass by themselves, and how long to wait for that."""
+"""A store's failures: which of them another attempt can cure, and how long to wait before it."""
 
 import email.utils
 import errno
@@ -111,7 +111,7 @@ def hopeless(error: BaseException) -> str | None:
         return f"the server answers {status}" if 400 <= status < 500 and status not in (408, 425, 429) else None
     if isinstance(error, FileNotFoundError):
         # fsspec says "not found" for any failed first request, with the real reason as the cause.
-        return "the file is not there any more" if error.__cause__ is None else hopeless(error.__cause__)
+        return "the file no longer exists" if error.__cause__ is None else hopeless(error.__cause__)
     if isinstance(error, (PermissionError, IsADirectoryError)) or "credentials" in type(error).__name__.lower():
         return words(error)
     if isinstance(error, (ImportError, NotImplementedError, TypeError, AttributeError, ValueError)):
@@ -134,7 +134,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def asked_seconds(error: BaseException) -> float | None:
-    """Seconds that the store asks to be left alone, None when it does not say."""
+    """Seconds for which the store requests no further attempt, None when it requests nothing."""
     headers = _headers(error)
     after = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", after):

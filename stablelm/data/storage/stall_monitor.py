@@ -1,4 +1,4 @@
-"""Who waits for a store in this process: told on stderr, and read by the heartbeat and the metrics."""
+"""Which reads of this process wait for a store: printed to stderr, and read by the heartbeat and the metrics."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class Wait:
 _waits: dict[int, Wait] = {}
 _reads: dict[int, Wait] = {}  # under way; one that takes long becomes a wait
 _waited, _waits_since = 0.0, float("nan")  # seconds that are over, and since when there have been waits now
-_relayed: dict[int, list[Wait]] = {}  # of worker processes, which tell them on stderr by themselves
+_relayed: dict[int, list[Wait]] = {}  # of worker processes, which print them to stderr themselves
 _lock = threading.Lock()
 _watcher: threading.Thread | None = None
 
@@ -60,7 +60,7 @@ def _changing() -> Iterator[None]:
 
 
 def relay(worker: object, waits: list[Wait]) -> None:
-    """What waits now in a worker process, in place of what it said before."""
+    """What waits now in a worker process, in place of what it reported before."""
     with _changing():
         _relayed.pop(id(worker), None)
         if waits:
@@ -117,7 +117,7 @@ def line(waits: list[Wait]) -> str:
 
 def _watch() -> None:
     global _watcher
-    told = float("-inf")
+    printed = float("-inf")
     while True:
         with _lock:
             if not _waits and not _reads:
@@ -129,7 +129,7 @@ def _watch() -> None:
             _waits.update((key, read) for key, read in slow.items() if key in _reads and read.file not in failed)
             waits = sorted((Wait(**vars(wait)) for wait in _waits.values()), key=lambda wait: wait.since)
         now = time.time()
-        if waits and now - waits[0].since >= FIRST_LINE and now - told >= NEXT_LINES:
-            told = now
+        if waits and now - waits[0].since >= FIRST_LINE and now - printed >= NEXT_LINES:
+            printed = now
             print(printable(line(waits)), file=sys.stderr, flush=True)
         time.sleep(min(FIRST_LINE, NEXT_LINES, 1.0) / 2)

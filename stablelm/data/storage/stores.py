@@ -1,4 +1,4 @@
-"""Stores of files: one client a store and process, made by fsspec, and what a store must say before it is believed.
+"""Stores of files: one fsspec client per store and process, and what an answer must contain before it is used.
 
 fsspec's and s3fs's own files were tried: they take whatever bytes come for the ones that were asked for.
 Imports no store's client: only remote files need one.
@@ -40,7 +40,7 @@ def missing_package(url: str) -> str | None:
 
 
 def tag(info: dict[str, Any]) -> str:
-    """What a store tells of a file's content: ETag, version or time of change, '' for nothing."""
+    """What a store reports of a file's content: ETag, version or time of change; '' for nothing."""
     return next((str(info[name]) for name in TAGS if info.get(name)), "")
 
 
@@ -116,10 +116,10 @@ class ByteRange:
                 f"{self.url}: the server does not serve parts of a file (HTTP range requests): it answered {status} to "
                 f"{self.header}; download the files, or use a server that supports ranges"
             )
-        told = headers.get("Content-Range", "")
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", told.strip())
+        given = headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", given.strip())
         if match is None:
-            raise self._refused(f"answered without a valid Content-Range ({told[:80]!r})")
+            raise self._refused(f"answered without a valid Content-Range ({given[:80]!r})")
         first, last, total = match.groups()
         if total not in ("*", str(self.stamp.size)):
             raise changed(self.url, self.stamp, Stamp(int(total), self.stamp.tag))
@@ -127,11 +127,11 @@ class ByteRange:
             raise self._refused(f"answered bytes {first}-{last}")
         self._check_length(headers)
 
-    def check_tag(self, told: str) -> None:
-        """Raises DataError unless the answer is of the content that was opened first, as its ETag or date tells."""
-        if told and told != self.stamp.tag:
-            raise changed(self.url, self.stamp, Stamp(self.stamp.size, told))
-        if self.stamp.tag and not told:
+    def check_tag(self, tag: str) -> None:
+        """Raises DataError unless the answer is of the content that was opened first, as its ETag or date shows."""
+        if tag and tag != self.stamp.tag:
+            raise changed(self.url, self.stamp, Stamp(self.stamp.size, tag))
+        if self.stamp.tag and not tag:
             raise self._refused(f"does not repeat the ETag or Last-Modified {self.stamp.tag}")
 
     def _check_length(self, headers: Mapping[str, str]) -> None:
@@ -142,7 +142,7 @@ class ByteRange:
     async def body(self, read: Callable[[int], Awaitable[bytes]], *, ends: bool) -> bytes:
         """All bytes of the range from `read(most)`; `ends`: the end of the body follows from its length alone.
 
-        Raises ConnectionError when the body is cut or stalls, which another request may mend, DataError when it
+        Raises ConnectionError when the body is cut or stalls, which another request may cure, DataError when it
         goes on beyond the range.
         """
         wanted = self.stop - self.start
@@ -175,11 +175,11 @@ class ByteRange:
 
 def check_encoding(url: str, headers: Mapping[str, str]) -> None:
     """Raises DataError where the body is another one than the stored bytes."""
-    told = headers.get("Content-Encoding", "").strip().lower()
+    content = headers.get("Content-Encoding", "").strip().lower()
     stored = next((labels for suffix, labels in STORED.items() if base_name(url).endswith(suffix)), ())
     transfer = headers.get("Transfer-Encoding", "").strip().lower()
-    if told not in ("", "identity", "aws-chunked", *stored):
-        coding = f"Content-Encoding: {told[:40]}"
+    if content not in ("", "identity", "aws-chunked", *stored):
+        coding = f"Content-Encoding: {content[:40]}"
     elif transfer not in ("", "identity", "chunked"):
         coding = f"Transfer-Encoding: {transfer[:40]}"
     else:

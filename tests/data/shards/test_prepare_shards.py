@@ -276,17 +276,17 @@ def test_near_copies_are_found_and_the_first_stays(tmp_path):
     near = base[2].rsplit(" ", 3)[0] + " and a few others"
     rows = [[*base[:3], "short", near], [base[4], base[5] + " more", base[5], "short", base[0]]]
     filters = RowFilters(duplicates="minhash")
-    found = row_filters.left_out([row_filters.features(texts, filters) for texts in rows], filters)
+    found = row_filters.excluded([row_filters.features(texts, filters) for texts in rows], filters)
     assert [mask.tolist() for mask in found] == [[False] * 4 + [True], [False, False, True, True, True]]
     exact = RowFilters(duplicates="exact")
-    found = row_filters.left_out([row_filters.features(texts, exact) for texts in rows], exact)
+    found = row_filters.excluded([row_filters.features(texts, exact) for texts in rows], exact)
     assert [mask.tolist() for mask in found] == [[False] * 5, [False, False, False, True, True]]
 
 
 def test_a_filtered_document_hides_no_copy():
     filters = RowFilters(max_chars=30, duplicates="minhash")
     long = "one two three four five six seven eight"
-    found = row_filters.left_out([row_filters.features([long, "five words are not enough", "x"], filters)], filters)
+    found = row_filters.excluded([row_filters.features([long, "five words are not enough", "x"], filters)], filters)
     assert np.concatenate(found).tolist() == [True, False, False]
 
 

@@ -5,23 +5,20 @@ import json
 from pathlib import Path
 
 import pytest
-from support.faulty_stores import BLOCK, CONTENT, NAME, STORES, TEXTS, packed, stored
+from support.faulty_stores import BLOCK, CONTENT, NAME, TEXTS, packed
 from support.letters import LetterTokenizer
 
 from stablelm.config.schema import DataConfig
 from stablelm.data import inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
-from stablelm.data.storage import options, retry
+from stablelm.data.storage import options
 from stablelm.errors import ConfigError, DataError
 
 
-@pytest.fixture(params=STORES)
-def store(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.1)
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
     monkeypatch.setattr(options, "LARGEST_BLOCK", BLOCK)
-    yield from stored(request.param, tmp_path, monkeypatch)
 
 
 OTHERS = {

@@ -4,25 +4,14 @@ import gzip
 import time
 
 import pytest
-from support.faulty_stores import CONTENT, NAME, STORES, TEXTS, stored
+from support.faulty_stores import CONTENT, NAME, TEXTS
 from support.httpserver import serve
 from support.range_faults import FAULTS
 
 from stablelm.data.formats.file_rows import documents
-from stablelm.data.storage import retry, stores
+from stablelm.data.storage import stores
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.1)
-
-
-@pytest.fixture(params=STORES)
-def store(request, tmp_path):
-    yield from stored(request.param, tmp_path, request.getfixturevalue("monkeypatch"))
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

@@ -7,21 +7,10 @@ import threading
 import time
 
 import pytest
-from support.faulty_stores import STORES, TEXTS, stored
+from support.faulty_stores import TEXTS, stored
 
 from stablelm.data.storage import retry, stall_monitor
 from stablelm.errors import DataError
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY", 0.01)
-    monkeypatch.setattr(retry, "LONGEST_DELAY", 0.1)
-
-
-@pytest.fixture(params=STORES)
-def store(request, tmp_path):
-    yield from stored(request.param, tmp_path, request.getfixturevalue("monkeypatch"))
 
 
 def test_twenty_random_cuts(store):

@@ -18,7 +18,8 @@ FOUND = [f"hf://datasets/allenai/c4@{COMMIT}/en/c4-train.0000{index}-of-00003.js
 # One answer a URL, since importing `datasets` takes seconds.
 RESOLVE = """
 import json, sys
-from stablelm.data.corpus import check, resolve
+from stablelm.data.corpus import resolve
+from stablelm.data.inspection import check
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.formats.file_rows import documents
 from stablelm.errors import UserError
