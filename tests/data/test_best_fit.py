@@ -139,7 +139,7 @@ def test_a_block_that_became_shorter_is_a_changed_file(tmp_path):
 def test_empty_documents_only_are_an_error_and_no_endless_search(tmp_path):
     files = [write_rows(tmp_path / "a.json", [""] * 24)]
     for paths in (files, write_shards(files, tmp_path)):
-        with pytest.raises(DataError, match="finds no document in its share"):
+        with pytest.raises(DataError, match="has no document in its share"):
             loader(paths).next()
 
 

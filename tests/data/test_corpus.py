@@ -83,16 +83,16 @@ def test_urls_are_sorted_by_base_name_without_host_and_query():
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("{tmp}/none.json", "there is no file or folder"),
-        ("{tmp}/none/", "there is no file or folder"),
+        ("{tmp}/none.json", "does not exist"),
+        ("{tmp}/none/", "does not exist"),
         ("{tmp}/none*.json", "no file matches"),
         ("{tmp}/{{d,none}}.json", "no file matches"),
         ("{tmp}/z", "holds no file named *.json.gz"),
         ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
         ("http://host/text.csv", "is of an unsupported file type"),
-        ("ftp://bucket/a.json", "is in a store we do not read"),
+        ("ftp://bucket/a.json", "is in an unsupported store"),
         ("hf://allenai/c4/x.json", "write hf://datasets/<owner>/<name>"),
-        ("embedded:test", "is no split"),
+        ("embedded:test", "is not a split"),
         ("", "the path is empty"),
     ],
 )

@@ -151,7 +151,7 @@ def test_lanes_of_one_rank_touch_few_files():
 def test_a_lane_without_documents_names_the_key_and_the_mend(tmp_path):
     order = Order(write_corpus(tmp_path, [3]), seed=1, lanes=5, shuffle_block=4)
     assert [cursor.epoch for cursor, _ in itertools.islice(read_lane(order, 2), 2)] == [0, 1]
-    with pytest.raises(DataError, match=r"data\.lanes: lane 3 of 5 finds no document .*; use fewer lanes or more doc"):
+    with pytest.raises(DataError, match=r"data\.lanes: lane 3 of 5 has no document .*; use fewer lanes or more doc"):
         next(read_lane(order, 3))
 
 
@@ -164,5 +164,5 @@ def test_empty_files_are_passed_over(tmp_path):
 def test_a_cursor_beyond_a_file_that_shrank_is_an_error(tmp_path):
     files = [write_rows(tmp_path / "a.json", ["a"] * 5)]
     order = Order(files, seed=1, lanes=1, shuffle_block=4)
-    with pytest.raises(DataError, match=r"a\.json: changed since the checkpoint, it has no row 6 any more"):
+    with pytest.raises(DataError, match=r"a\.json: changed since the checkpoint: row 6 no longer exists"):
         next(read_lane(order, 0, Cursor(0, 0, 1, 1, 0)))

@@ -86,7 +86,7 @@ def test_text_and_shards_show_the_same(model, tmp_path, packing):
 
 def test_mistakes_are_told_and_help_is_quick(model):
     wrong = call("data.path=none.json", f"data.tokenizer={model}")
-    assert wrong.returncode == 78 and "data.path: there is no file or folder 'none.json'" in wrong.stderr
+    assert wrong.returncode == 78 and "data.path: 'none.json' does not exist" in wrong.stderr
     took = []
     for _ in range(3):
         start = time.perf_counter()

@@ -177,7 +177,7 @@ def test_signals_to_the_whole_tree_do_not_end_a_worker(files, name):
 
 PARENT = """
 import sys, time
-from test_worker_processes import loader, processes
+from test_workers import loader, processes
 if __name__ == "__main__":
     each = loader(sys.argv[1:], 2)
     each.next()

@@ -63,8 +63,8 @@ BAD = {
     "no key": (b'{"body": "text"}', "without a string under 'text'"),
     "null": (b'{"text": null}', "without a string under 'text'"),
     "NaN": (b'{"text": NaN}', "without a string under 'text'"),
-    "half a pair": (b'{"text": "half a pair \\ud83d here"}', r"half a surrogate pair (\ud83d) under 'text'"),
-    "other half": (b'{"text": "half a pair \\ude00 here"}', r"half a surrogate pair (\ude00) under 'text'"),
+    "half a pair": (b'{"text": "half a pair \\ud83d here"}', r"a lone surrogate (\ud83d) under 'text'"),
+    "other half": (b'{"text": "half a pair \\ude00 here"}', r"a lone surrogate (\ude00) under 'text'"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "the byte 0xe9, which is not UTF-8"),
     "not UTF-8, NaN": (b'{"score": NaN, "text": "caf\xe9"}', "the byte 0xe9, which is not UTF-8"),
 }

@@ -209,7 +209,7 @@ def test_files_have_filters_too_and_nothing_left_is_an_error(forms, functions, t
     kept = replace(data, filter=f"{functions}:even")
     assert list(documents(find(kept), ReadOptions.of(kept))) == TEXTS[::2]
     empty = replace(data, filter=f"{functions}:nothing")
-    with pytest.raises(DataError, match="finds no document in its share"):
+    with pytest.raises(DataError, match="has no document in its share"):
         read(start(find(data), empty, 1, None), 1)
     for name, says in (
         ("fails", r"part-0.json.gz, row 1: data.map=.* failed with KeyError"),
@@ -301,7 +301,7 @@ def test_files_of_one_name_in_several_folders(tmp_path):
 
 
 WRONG = {
-    "/no/such": "there is no folder '/no/such'",
+    "/no/such": "the folder '/no/such' does not exist",
     "csv": "the builder 'csv' needs files",
     "csv?data_files={csv}/no*.csv": "has no files of data",
     "csv?data_files={csv}/part-0.csv": "has no column 'text' but 'text;number'",

@@ -102,7 +102,7 @@ def test_damaged_files_name_the_file(tmp_path, name, pack):
 
 def test_a_missing_local_file_fails_at_once(tmp_path):
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"absent\.json: the file is not there any more"):
+    with pytest.raises(DataError, match=r"absent\.json: the file no longer exists"):
         lines(tmp_path / "absent.json", budget=60)
     assert time.monotonic() - began < 5
 

@@ -229,14 +229,14 @@ def test_a_place_that_is_full_is_exit_74(files, model, tmp_path, workers):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--source", "none.json"], 78, "--source: there is no file or folder 'none.json'"),
-        (["--tokenizer", "none.model"], 78, "--tokenizer: there is no file 'none.model'"),
+        (["--source", "none.json"], 78, "--source: 'none.json' does not exist"),
+        (["--tokenizer", "none.model"], 78, "--tokenizer: 'none.model' does not exist"),
         (["--out", "{file}"], 78, "--out: cannot write to"),
         (["--out", "http://127.0.0.1:1/x"], 78, "--out: nothing can be written to"),
-        (["--workers", "0"], 78, "--workers: 0 is no number of processes"),
-        (["--part", "4/3"], 78, "--part: '4/3' is no share"),
-        (["--min-chars", "9", "--max-chars", "3"], 78, "leave no document"),
-        (["--dedup", "minhash", "--similarity", "2"], 78, "--similarity: 2.0 is no share"),
+        (["--workers", "0"], 78, "--workers: must be at least 1, not 0"),
+        (["--part", "4/3"], 78, "--part: '4/3' is not K/N"),
+        (["--min-chars", "9", "--max-chars", "3"], 78, "exclude every document"),
+        (["--dedup", "minhash", "--similarity", "2"], 78, "--similarity: must be above 0 and at most 1, not 2.0"),
         (["--source", "{bad}"], 78, "bad.json, line 2: not valid JSON"),
         (["--source", "http://127.0.0.1:1/a.json", "--retry-budget", "0"], 77, "unreadable at byte 0"),
     ],
@@ -296,7 +296,7 @@ def test_a_filtered_document_hides_no_copy():
         ("embedded", "is text, and data.source is shards"),
         ("{folder}", "has no manifest.json, which data/prepare.py writes last"),
         ("{folder}/*.tokens", "no shard matches"),
-        ([], "there are no shards"),
+        ([], "the list of shards is empty"),
     ],
 )
 def test_paths_without_shards_are_bad_input(tmp_path, path, says):

@@ -164,7 +164,7 @@ def test_a_masked_row_is_left_out_and_the_state_still_fits(tmp_path):
 def test_all_rows_masked_is_an_error_and_no_endless_search(tmp_path):
     files = write_corpus(tmp_path, [12])
     path = write_shard(files[0], tmp_path / "p", masked=tuple(range(12)))
-    with pytest.raises(DataError, match=r"finds no document in its share"):
+    with pytest.raises(DataError, match=r"has no document in its share"):
         loader([path]).next()
 
 
@@ -184,12 +184,12 @@ def test_a_missing_row_is_a_changed_file(tmp_path):
     ("damage", "says"),
     [
         (lambda data: b"", "it is empty"),
-        (lambda data: data[:-1], "no whole shard"),
-        (lambda data: data[8:], "no whole shard"),
-        (lambda data: data[:10], "no whole shard"),
-        (lambda data: data.replace(b'"version": 2', b'"version": 9'), "of format 9"),
+        (lambda data: data[:-1], "not a complete file"),
+        (lambda data: data[8:], "not a complete file"),
+        (lambda data: data[:10], "not a complete file"),
+        (lambda data: data.replace(b'"version": 2', b'"version": 9'), "has format version 9"),
         (lambda data: data.replace(b'"letters"', b'"another"'), "another tokenizer"),
-        (lambda data: data.replace(b'"rows": 9', b'"rows": 8'), "no whole shard"),
+        (lambda data: data.replace(b'"rows": 9', b'"rows": 8'), "not a complete file"),
     ],
 )
 def test_damage_is_told_when_a_shard_is_opened(tmp_path, damage, says):

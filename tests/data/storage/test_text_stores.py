@@ -170,7 +170,7 @@ def test_a_store_with_nothing_that_matches(bucket):
         corpus.resolve("s3://bucket/de/*", key="data.path", cache="unused", options=quick())
     with pytest.raises(ConfigError, match=r"cannot be listed|nothing in the store matches"):
         corpus.resolve("s3://absent/de", key="data.path", cache="unused", options=quick())
-    with pytest.raises(DataError, match=r"s3://bucket/en/absent\.json: the file is not there any more"):
+    with pytest.raises(DataError, match=r"s3://bucket/en/absent\.json: the file no longer exists"):
         list(documents(["s3://bucket/en/absent.json"], quick()))
 
 
@@ -191,8 +191,8 @@ def test_a_table_is_read_by_ranges_of_its_text_column(folder):
         (table(), {"text_column": "txt"}, r"has no column 'txt' but 'url', 'text', 'body'; set data\.text_column"),
         (table([1, 2]), {}, r"column 'text' holds int64, not text"),
         (table(["a", None, "b"], pa.string()), {}, r"row 2: no value under 'text'"),
-        (table()[:-9] + b"\0" * 9, {}, "damaged or no parquet file"),
-        (b"PAR1" + bytes(40), {}, "damaged or no parquet file"),
+        (table()[:-9] + b"\0" * 9, {}, "damaged or not a parquet file"),
+        (b"PAR1" + bytes(40), {}, "damaged or not a parquet file"),
     ],
 )
 def test_a_table_that_is_wrong(tmp_path, content, options, says):

@@ -14,7 +14,7 @@ from support.fakehub import COMMIT, FakeHub
 from support.programs import TINY, command, environment, losses, run
 from support.samples import REPOSITORY
 from support.tiny import TinyCorpus
-from test_hub import ask
+from test_hub_listing import ask
 
 VARIANTS = {"en": (1024, 8), "en.noblocklist": (1024, 8), "realnewslike": (512, 1)}
 FRAGMENTS = {"en": "c4.yaml", "en.noblocklist": "c4-en.noblocklist.yaml", "realnewslike": "c4-realnewslike.yaml"}
