@@ -25,14 +25,14 @@ SHOWN = 8
 
 
 class Problems:
-    """Sentences, each with its key and its fix."""
+    """Problems, one sentence each, reported at once so that all can be fixed at once."""
 
     def __init__(self) -> None:
         self._sentences: list[str] = []
 
     @contextlib.contextmanager
     def collecting(self, key: str = "") -> Iterator[None]:
-        """Takes in a ConfigError of the block, and a DataError under `key`, and goes on behind the block."""
+        """Collects a ConfigError of the with block, and a DataError under `key`, instead of raising it."""
         try:
             yield
         except ConfigError as error:
@@ -43,7 +43,7 @@ class Problems:
             self._sentences.append(f"{key}: {error}")
 
     def raise_any(self) -> None:
-        """Raises ConfigError with a line for each problem, of many the first few and how many there are."""
+        """Raises ConfigError with a line for each problem; of many only the first few and the number of the others."""
         if self._sentences:
             rest = len(self._sentences) - SHOWN
             more = [f"and {rest} more problems of this kind"] if rest > 0 else []
@@ -51,7 +51,7 @@ class Problems:
 
 
 def listed(items: Sequence[str], *, show: Callable[[str], str] = repr) -> str:
-    """The items in a row, of many the first few and how many there are."""
+    """The items, separated by commas; of many only the first few and the number of the others."""
     rest = len(items) - SHOWN
     return ", ".join(map(show, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
 
@@ -68,8 +68,8 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
     data set as `datasets://...` (see `dataset_files`) or 'embedded'.
     Shell braces such as {00000..01023} or {a,b} are expanded everywhere, which is how many files at an
     http server are named. 'embedded' is the training split under TRAINING_KEYS and the validation split
-    elsewhere; 'embedded:train' and 'embedded:validation' say it outright. `cache` is where the embedded
-    corpus is kept; `options` say how a store is reached that must be asked for its files.
+    elsewhere; 'embedded:train' and 'embedded:validation' choose a split. `cache` is the folder of the embedded
+    corpus; `options` are used to list the files of a store.
 
     Raises ConfigError under `key`, a line for each entry that matches nothing or something other than files, or when
     two files share a base name, since base names decide the order of the text.
@@ -89,7 +89,7 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
     for name, same in by_name.items():
         if len(same) > 1:
             raise ConfigError(
-                f"{key}: two files have the base name {name!r} ({same[0]} and {same[1]}); rename one or leave it out"
+                f"{key}: two files have the base name {name!r} ({same[0]} and {same[1]}); rename or remove one"
             )
     return sorted(files, key=base_name)
 
@@ -215,7 +215,7 @@ def _local(entry: str, *, key: str) -> list[str]:
 
 
 def files_alone(paths: list[str], key: str, where: str) -> list[str]:
-    """These paths, sorted. Raises ConfigError naming all that are not files: the run would do without their text."""
+    """These paths, sorted. Raises ConfigError naming all that are not files: their text would be missing."""
     wrong = []
     for path in sorted(paths):
         if os.path.islink(path) and not os.path.exists(path):
@@ -224,14 +224,14 @@ def files_alone(paths: list[str], key: str, where: str) -> list[str]:
             wrong.append(f"{path!r} ({'a folder' if os.path.isdir(path) else 'not a regular file'})")
     if wrong:
         raise ConfigError(
-            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or name "
-            "the files alone"
+            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or list "
+            "only the files"
         )
     return sorted(paths)
 
 
 def _text_of(files: list[str]) -> list[str]:
-    """The files of a folder that are named like text; plain text only where it is all: beside others it is notes."""
+    """The files of a folder with one of SUFFIXES; plain text only without others, beside which it is notes."""
     wanted = [file for file in files if _wanted(base_name(file))]
     return [file for file in wanted if not is_plain_text(file)] or wanted
 

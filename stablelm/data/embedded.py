@@ -1,4 +1,4 @@
-"""The corpus that needs no network: English text that every CPython carries, written once in C4's own form.
+"""The corpus that needs no network: English text that comes with every CPython, written once in C4's format.
 
 It is the help topics of `pydoc_data.topics` and the docstrings of the standard library, about 2 MB, under the
 Python Software Foundation License. It differs from one version of Python to the next, so a hash of the text is
@@ -40,7 +40,7 @@ class Document(NamedTuple):
 def stdlib_documents() -> list[Document]:
     """Every document of this Python in a fixed order; each long paragraph occurs once in the whole.
 
-    The help topics quote one another at length, so without this a held-out document would be known from training.
+    The help topics quote one another at length, so without this a validation document would occur in the training text.
     Empty where the standard library has no source files.
     """
     library = Path(sysconfig.get_path("stdlib"))
@@ -156,7 +156,7 @@ def embedded(cache: str) -> EmbeddedCorpus:
     Safe to call from many processes: one builds under a lock, in a temporary folder that is renamed when
     complete; the others wait. A finished corpus is also found in a cache that cannot be written.
 
-    Raises ConfigError when the cache cannot be written or this Python carries no sources.
+    Raises ConfigError when the cache cannot be written or this Python has no sources.
     """
     root = Path(cache).expanduser()
     final = root / f"embedded-{_python()}-{RECIPE}"
@@ -179,7 +179,7 @@ def _found(final: Path) -> EmbeddedCorpus:
     validation = sorted(str(path) for path in final.glob("*-validation.*.json.gz"))
     model = final / "tokenizer.model"
     if len(train_files) != TRAIN_FILES or len(validation) != 1 or not model.is_file():
-        raise ConfigError(f"{KEY}: files are missing from {str(final)!r}; delete this folder, it will be made again")
+        raise ConfigError(f"{KEY}: files are missing from {str(final)!r}; delete this folder to have it built again")
     return EmbeddedCorpus(train_files, validation, str(model))
 
 
@@ -205,7 +205,7 @@ def _write(folder: Path) -> None:
     if len(documents) < VALIDATION_SHARE * TRAIN_FILES:
         raise ConfigError(
             f"data.path: 'embedded' needs the sources of the standard library, and this Python "
-            f"({_python()}) has none; install them or give files of your own"
+            f"({_python()}) has none; install them or use other files"
         )
     # Sorted by hash: an order that is mixed, and the same for the same text.
     keyed = sorted((hashlib.sha256(document.text.encode()).digest(), document) for document in documents)

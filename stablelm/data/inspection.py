@@ -1,4 +1,4 @@
-"""What is looked at in a corpus before anything is created: form, completeness, size.
+"""The text of a run: its files, found and checked before anything is created (format, completeness, size).
 
 Local files are all opened; of those in other stores the first and the last are.
 """
@@ -56,7 +56,7 @@ def check(files: list[str], *, key: str, options: ReadOptions | None = None) -> 
 def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
     """The first and the last of the remote files can be read by ranges and hold text, as `check` finds it.
 
-    A store must answer within seconds; one that says that it is busy is waited for as in training.
+    A store must answer within seconds; one that reports that it is busy is waited for as in training.
     Raises ConfigError under `key`.
     """
     # The shards of a dataset were opened when they were found.
@@ -76,7 +76,7 @@ def check_enough(
 ) -> None:
     """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
 
-    Nothing is read where the files' size alone answers, and reading stops as soon as enough was seen.
+    Nothing is read where the size of the files is enough to know, and reading stops at so many tokens.
     Raises ConfigError under `key`, with the number of tokens there are.
     """
     paths = _near(files)
@@ -103,7 +103,7 @@ def check_enough(
 def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes", options: ReadOptions | None = None) -> None:
     """Each lane gets at least one document: with F < lanes files each file is dealt to ceil(lanes / F) of them.
 
-    Raises ConfigError under `key` with the largest number of lanes that these files allow. Remote files are passed.
+    Raises ConfigError under `key` with the most lanes that these files allow. Remote files are not checked.
     """
     shares = -(-lanes // len(files))
     if shares == 1:
@@ -163,7 +163,7 @@ def _check_content(path: str, size: int, head: bytes, key: str) -> None:
 
 
 def _once(options: ReadOptions | None) -> ReadOptions:
-    """These options for local files, which are not tried again and leave nothing in the cache."""
+    """These options for local files, without retries and cache."""
     return replace(
         options or ReadOptions(),
         retry_budget=0,
@@ -178,7 +178,7 @@ def _once(options: ReadOptions | None) -> ReadOptions:
 
 
 def _read(path: str, key: str, options: ReadOptions, whole: bool) -> None:
-    """The first row gives a text, or is excluded; with `whole` all do, as far as a look's time goes.
+    """The first row gives a text, or is excluded; with `whole` all do, as far as the time limit allows.
 
     With `bad_rows=skip` one row must.
     """
@@ -217,7 +217,7 @@ def paths(data: DataConfig) -> dict[str, str | list[str]]:
 
 
 def asked(data: DataConfig, path: str | list[str], *, split: str) -> str | list[str]:
-    """A path as it is looked up: with source=datasets a data set, of this split unless it says another."""
+    """A path as it is looked up: with source=datasets a data set, of this split unless the path names another."""
     if data.source != "datasets":
         return path
     # A split that is given for the training text is none for a validation set.
@@ -232,7 +232,7 @@ def find(
 ) -> Sources:
     """The training files, of each source checked to hold so many tokens and to serve so many lanes.
 
-    `known`: lists of paths that were asked for before. Raises ConfigError.
+    `known`: lists of paths that were looked up before. Raises ConfigError.
     """
     found, problems = {}, Problems()
     for name, path in paths(data).items():

@@ -49,8 +49,8 @@ class Batch:
     """Rows of one rank for one step: int64 (rows, seq_len); targets are the tokens that follow.
 
     Row i is row rank + i * world_size of the global batch `data_step`, counted from 0. Tokens and targets may
-    share memory and are not to be written to. With best-fit packing a target of -100 is none: it would be
-    padding or the first token of another document. `documents`, if asked for, is int32 (rows, seq_len): the
+    share memory and are not to be written to. With best-fit packing a target of -100 is not counted: it would be
+    padding or the first token of another document. `documents`, if requested, is int32 (rows, seq_len): the
     number of the document within its row to which each token belongs; padding counts as one.
     """
 
@@ -64,7 +64,7 @@ class Loader:
     """Endless batches of a rank; `world_size` must divide `data.lanes` and `global_batch_size`.
 
     `files` are text, or all of them prepared shards; with `data.mixture` they are given by source.
-    `documents`: number the documents in each batch. `seen`: what earlier attempts of the run read.
+    `documents`: number the documents in each batch. `seen`: the files that earlier attempts of the run read.
     `next` raises DataError when text became unavailable or is damaged; the loader is closed then.
     `wait_seconds` is the time the last `next` took to get its rows.
     """
@@ -149,7 +149,7 @@ class Loader:
         self._counts["input_tokens"] += tokens.size
 
     def counts(self) -> dict[str, int]:
-        """COUNTS of this rank's batches since they were last asked for, or since `load`."""
+        """COUNTS of this rank's batches since the last call, or since `load`."""
         counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
         return counts
 
@@ -165,7 +165,7 @@ class Loader:
         return {"data_step": self._data_step, "lanes": lanes}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state whose `lanes` are the union over the ranks of any world size."""
+        """Continue from a state whose `lanes` are the union over the ranks of any world size."""
         self._stop()
         self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = int(state["data_step"])

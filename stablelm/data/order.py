@@ -3,7 +3,7 @@
 Lane l of Λ reads the entries l, l+Λ, l+2Λ, ... of one endless sequence of entries. An epoch of it is a
 keyed permutation of the files; with fewer files than lanes each file counts as S = ceil(Λ/F) entries.
 A file's rows are taken in blocks of S * shuffle_block. A keyed permutation mixes the rows of a block and
-deals them out in turn: share k gets those at its places k, k+S, k+2S, ... Rows may have a period,
+deals them out in turn: share k gets those at the positions k, k+S, k+2S, ... Rows may have a period,
 such as every second one empty, so no lane takes every S-th row.
 Nothing here knows of ranks or workers, and keys hold base names only (of a prepared shard: its source's),
 so data may move, and be prepared, at any time. A row keeps its number whether it holds a document or not.
@@ -55,7 +55,7 @@ class Cursor:
 class DocumentGroup:
     """Consecutive rows of a block, the first one at `cursor` (offset 0): their documents, None for an excluded one.
 
-    `wrong` says what is wrong with the row after them. `skipped` of the excluded rows are bad ones; in a group
+    `wrong` is the error of the row after them. `skipped` of the excluded rows are bad ones; in a group
     that is not a whole block such a row is the last.
     """
 
@@ -131,7 +131,7 @@ class Order:
         return epoch + turns, entry
 
     def turns(self, cursor: Cursor) -> float:
-        """Epochs that the cursor's lane has behind it; an entry that it is in the middle of counts as unread."""
+        """Epochs that the cursor's lane has finished; an entry that is not finished counts as unread."""
         return cursor.epoch + cursor.entry // self.lanes * self.lanes / self.entries
 
     def locate(self, epoch: int, entry: int) -> tuple[int, int]:
@@ -149,7 +149,7 @@ class Order:
         return range(block * self.block_rows, (block + blocks) * self.block_rows)
 
     def dealt(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
-        """Places of a share's rows, in its order, in a block in which the file has `size` rows, (rows of it,)."""
+        """Positions of a share's rows, in its order, in a block in which the file has `size` rows, (rows of it,)."""
         name = source_name(self.files[file])
         mixed = self._mix(epoch, name, block, size) if self.shares == 1 else self._mixed(epoch, name, block, size)
         return mixed[share :: self.shares]

@@ -212,7 +212,7 @@ class BestFitPacker:
 
 
 def _pieces(ends: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """Spans of at most `size` tokens; a document of one token has nothing to predict and no piece."""
+    """Spans of at most `size` tokens; a document of one token has nothing to predict and gives no piece."""
     pieces, begin = [], 0
     for end in ends.tolist():
         pieces += [(first, min(first + size, end)) for first in range(begin, end - 1, size - 1)]
@@ -234,10 +234,10 @@ class BatchRow(NamedTuple):
 
 
 class RowMaker(Protocol):
-    """Makes rows in the order in which they are asked for; each lane's rows must be asked for in order.
+    """Makes rows in the order of the requests; each lane's rows must be requested in order.
 
-    `receive` gives the rows of the oldest `ask` and raises what their making raised. After `close`, which may
-    come from another thread, neither is of use.
+    `receive` gives the rows of the oldest `ask` and raises what their making raised. `close` may be called
+    by another thread; afterwards nothing else may be called.
     """
 
     def ask(self, numbers: Sequence[int]) -> None: ...
@@ -260,21 +260,21 @@ class LaneRows:
 
     def take(self, numbers: range) -> list[BatchRow]:
         """The rows of these numbers, made now."""
-        return [self._row(number) for number in numbers]
+        return list(self._rows(numbers))
 
     def ask(self, numbers: Sequence[int]) -> None:
         self._asked.append(numbers)
 
     def receive(self) -> Iterator[BatchRow]:
-        for number in self._asked.popleft():
-            yield self._row(number)
+        return self._rows(self._asked.popleft())
 
-    def _row(self, number: int) -> BatchRow:
-        index = number % len(self._names)
-        windows = self._windows[index]
-        window = windows.next_window()
-        borders = windows.borders if self._borders else NO_BORDERS
-        return BatchRow(window, self._names[index], windows.position, windows.filled, borders, windows.skipped)
+    def _rows(self, numbers: Sequence[int]) -> Iterator[BatchRow]:
+        for number in numbers:
+            index = number % len(self._names)
+            windows = self._windows[index]
+            window = windows.next_window()
+            borders = windows.borders if self._borders else NO_BORDERS
+            yield BatchRow(window, self._names[index], windows.position, windows.filled, borders, windows.skipped)
 
     def share(self, mine: range) -> "LaneRows":
         """A maker for some of the lanes, to be used in place of this one."""

@@ -197,7 +197,7 @@ class BatchedTokenization:
 
     A tokenizer's tables fill the processor's cache; what is done between two calls drives them out, so a few hundred
     documents at once cost a sixth less than some dozen at a time. `turn` is that of all threads of the process: one
-    encodes at a time, with the strength of `threads` of them, so that the others read meanwhile and the tables are in
+    encodes at a time, with `threads` threads, so that the others read meanwhile and the tables are in
     use once.
     """
 

@@ -69,7 +69,7 @@ class RowProducer:
             for number in numbers:
                 while number not in self._ready:
                     if self._closed:
-                        raise RuntimeError("the loader was closed while a batch was waited for")
+                        raise RuntimeError("the loader was closed while it waited for a batch")
                     self._filled.wait()
                 row = self._ready.pop(number)
                 if isinstance(row, BaseException):

@@ -29,9 +29,9 @@ LINES = tuple(suffix + packed for suffix in (".json", ".jsonl") for packed in ("
 
 
 def address(path: str, given: Mapping[str, Any], *, split: str) -> str:
-    """`path` (name, folder or builder, perhaps with ?name=...) as one URL; what it says itself goes before `given`.
+    """`path` (name, folder or builder, perhaps with ?name=...) as one URL; its own arguments override `given`.
 
-    'embedded' and URLs stay as they are. `split` is taken where none is said; files named by data_files are 'train'.
+    'embedded' and URLs stay as they are. `split` is the default; files named by data_files are 'train'.
     """
     if path.partition(":")[0] == "embedded" or "://" in path:
         return path
@@ -67,7 +67,7 @@ def _query(text: str) -> dict[str, list[str]]:
 
 
 def _value(text: str | list[str]) -> Any:
-    """A number, a truth value or null where the text is one."""
+    """The value of a string that is a number, a boolean or null in JSON, else the string."""
     try:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError:
@@ -96,7 +96,7 @@ def expand(url: str, *, key: str, options: ReadOptions) -> list[str]:
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from error
     if empty:
-        raise ConfigError(f"{key}: {files[0]!r} holds no row; leave it out or fetch it again")
+        raise ConfigError(f"{key}: {files[0]!r} contains no row; remove it from the data set or download it again")
     return found
 
 
@@ -105,7 +105,7 @@ def _found(asked: DatasetRequest, url: str, key: str, options: ReadOptions) -> t
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
 
     if asked.path in builders and not {"data_files", "data_dir"} & set(asked.arguments):
-        raise ConfigError(f"{key}: the builder {asked.path!r} needs files; name them by data_files")
+        raise ConfigError(f"{key}: the builder {asked.path!r} needs files; set data_files")
     if asked.path.startswith(("/", ".")) and not os.path.exists(asked.path):
         raise ConfigError(
             f"{key}: the folder {asked.path!r} does not exist; check the path, looked up from {os.getcwd()}"
@@ -133,7 +133,7 @@ def _found(asked: DatasetRequest, url: str, key: str, options: ReadOptions) -> t
         raise ConfigError(f"{key}: {url!r} has no files of data; check the folder or data_files")
     if asked.split not in found:
         raise ConfigError(
-            f"{key}: {url!r} has no split {asked.split!r} but {', '.join(map(repr, found))}; name one of these by split"
+            f"{key}: {url!r} has no split {asked.split!r} but {', '.join(map(repr, found))}; set split to one of these"
         )
     return builder, found[asked.split]
 
@@ -156,7 +156,7 @@ def _sentence(error: Exception, asked: DatasetRequest, url: str, key: str) -> st
 
 
 def _options(builder: Any, key: str, url: str) -> dict[str, Any]:
-    """What differs from the builder's defaults: by the data set's card or by what was asked."""
+    """What differs from the builder's defaults: set by the data set's card or by the request."""
     default = type(builder.config)()
     settings = {
         field.name: getattr(builder.config, field.name)

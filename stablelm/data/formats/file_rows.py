@@ -1,4 +1,4 @@
-"""Where documents come from: rows of files, each a document or a JSON object that holds one."""
+"""Rows of files in any format, each a document or an object that contains one; the user's functions over them."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ SUFFIXES_IN_WORDS = f"{', '.join('*' + suffix for suffix in SUFFIXES[:-1])} or *
 # Lines a process keeps for lanes that share a file and are behind the foremost of them, over all files.
 HELD_BYTES = 512 << 20
 # Rows read at once: a pass goes on beyond those that are kept.
-TOGETHER = 256
+ROWS_READ_AT_ONCE = 256
 
 
 def document_text(row: FileRow, *, url: str, column: str = "text") -> str | None:
@@ -49,9 +49,9 @@ def document_text(row: FileRow, *, url: str, column: str = "text") -> str | None
 
 
 def record_of(number: int, line: bytes, url: str, column: str = "text") -> dict[str, Any]:
-    """The object in a line of JSON, or of what Python's own json takes for it: NaN and halves of surrogate pairs.
+    """The object in a line of JSON, or of what Python's json module accepts: NaN and lone surrogates.
 
-    Bytes that are not UTF-8 become such halves, so that only a text that holds one is wrong. Raises BadRow.
+    Bytes that are not UTF-8 become lone surrogates, so that only a document that contains one is wrong. Raises BadRow.
     """
     try:
         record = orjson.loads(line)
@@ -91,7 +91,7 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[F
         (number, _record_or_what_is_wrong(number, content, url) if isinstance(content, bytes) else content)
         for number, content in islice(stored, row - first, None)
     )
-    # The user's functions see no row before the one asked for.
+    # The user's functions see no row before the one requested.
     return row, transformed(records, url=url, options=options)
 
 
@@ -123,8 +123,8 @@ def _foreign(url: str) -> tables.DatasetFile | None:
 def texts(url: str, options: ReadOptions, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str | None]:
     """What each row of a file holds, in file order: its document, or None where that is excluded or skipped.
 
-    Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it, of which
-    `skipped` hears.
+    Raises DataError as its parts do; BadRow for a bad row, unless `options.bad_rows` says to skip it, which is
+    then passed to `skipped`.
     """
     for row in rows_from(url, 0, options)[1]:
         try:
@@ -146,7 +146,7 @@ def documents(files: list[str], options: ReadOptions) -> Iterator[str]:
 
 
 class FileRows:
-    """Rows of one file by number, read forward once from the first asked for; thread-safe.
+    """Rows of one file by number, read forward once from the first that is requested; thread-safe.
 
     The latest `room` bytes of them stay in memory. A file with an index, a table or plain text is entered
     near the first row, other files are read from their start.
@@ -165,7 +165,7 @@ class FileRows:
     def take(self, wanted: range, pick: Pick | None = None) -> list[FileRow] | None:
         """The rows of these numbers (from 0) that the file has, in order; with `pick` those that it picks of them.
 
-        None when they are not kept any more, or so far ahead that others would lose theirs.
+        None when they are no longer kept, or so far ahead that other lanes would lose theirs.
         """
         with self._lock:
             if self._rows is None:
@@ -174,7 +174,7 @@ class FileRows:
             if not self._low <= wanted.start <= reach:
                 return None
             while self._high <= wanted[-1] and not self._ended:
-                self._read(min(wanted[-1] + 1 - self._high, TOGETHER), wanted.start)
+                self._read(min(wanted[-1] + 1 - self._high, ROWS_READ_AT_ONCE), wanted.start)
             found = wanted[: len(range(wanted.start, min(wanted.stop, self._high), wanted.step))]
             rows = [self._held[found[place]] for place in (range(len(found)) if pick is None else pick(len(found)))]
             self._forget(wanted.stop)
@@ -215,7 +215,7 @@ def _size(row: FileRow) -> int:
 
 
 class SharedFiles:
-    """Files that several lanes of a process read: they advance almost in step, so one pass serves them all.
+    """Files that several lanes of a process read: they advance at almost the same pace, so one pass serves them all.
 
     At most two passes over a file are kept: lanes enter the next epoch while others finish this one.
     """

@@ -1,4 +1,4 @@
-"""The text of a compressed file in pieces, from its start or from a place in the middle."""
+"""The text of a compressed file in pieces, from its start or from a seek point in the middle."""
 
 import zlib
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Damaged(DataError):
 
 @dataclass(frozen=True)
 class BlockStart:
-    """Where reading could begin: a `SeekPoint`, as far as the inflater knows it; `ahead` inflated bytes ago."""
+    """A `SeekPoint` as far as the inflater knows it, `ahead` inflated bytes before the current position."""
 
     bit: int
     ahead: int = 0
@@ -38,7 +38,7 @@ class BlockStart:
 
 
 class SeekPointFinder:
-    """Takes the starts that an inflater finds and gives each, when its first row is known, to the index."""
+    """Collects the starts that an inflater finds; each is added to the index when its first row is known."""
 
     def __init__(self, places: SeekIndex):
         self._index = places
@@ -75,9 +75,9 @@ class SeekPointFinder:
 
 
 def pieces(file: RangeFile, place: SeekPoint | None, starts: SeekPointFinder) -> Iterator[bytes]:
-    """Inflated text from `place` (None: the start) on: `.gz` and `.zst` inflated, other names as they are.
+    """Text from the seek point `place` (None: the start) on: `.gz` and `.zst` inflated, other files as they are.
 
-    Raises DataError as reading does, and Damaged, naming the file, when it is truncated or no such format.
+    Raises DataError as reading does, and Damaged, naming the file, when it is truncated or of another format.
     """
     file.seek(place.bit // 8 if place else 0)
     name = base_name(file.url)
@@ -101,7 +101,7 @@ def pieces(file: RangeFile, place: SeekPoint | None, starts: SeekPointFinder) ->
 
 
 def _in_parts(texts: Iterator[bytes]) -> Iterator[bytes]:
-    """The same text, of which no piece is large: a piece of a million lines becomes as many objects."""
+    """The same text in small pieces: a piece of a million lines would become a million objects."""
     for text in texts:
         if len(text) <= MUCH:
             yield text

@@ -1,8 +1,12 @@
-"""Places in a file where reading can begin, found while it was read and kept beside other derived files.
+"""Seek points: positions in a file at which reading can begin, found while it was read and kept in an index.
+
+zlib does not report where blocks begin. A block of Huffman codes has a header whose numbers must fit together, so numpy
+finds the few bits that may begin one, and inflating from there shows which do: from a true start the same bytes come
+out that the whole stream gave.
 
 An index is a convenience: one that is lost, damaged or cannot be written only costs a slower seek. Each
 change writes a new file and renames it, so readers of any number of processes see whole ones; of two
-changes at the same moment one may win, and its loss costs no more than a place.
+changes at the same moment one may win, and the other costs no more than a seek point.
 """
 
 import hashlib
@@ -62,7 +66,7 @@ class SeekPoint:
 
 
 class SeekIndex:
-    """Places of one content of a file; `folder` None: nothing is known and nothing kept."""
+    """The seek points of one content of a file; with `folder` None nothing is kept."""
 
     def __init__(self, folder: str | None, url: str, stamp: Stamp):
         name = base_name(url)
@@ -73,7 +77,7 @@ class SeekIndex:
         self._learn(self._load())
 
     def before(self, row: int) -> SeekPoint | None:
-        """The last place at or before this row."""
+        """The last seek point at or before this row."""
         number = bisect_right(self._rows, row) - 1
         if number < 0:
             return None
@@ -81,14 +85,14 @@ class SeekIndex:
         return next((place for place in self._load() if place.bit == bit), None)
 
     def due(self, bit: int) -> bool:
-        """Whether a place is wanted here: none is known within SPACING before it, nor from there on as far."""
+        """Whether a seek point is needed here: none is known within SPACING before or after it."""
         if self._path is None or bit < 8 * SPACING:
             return False
         number = bisect_right(self._bits, bit + 8 * SPACING // 2) - 1
         return number < 0 or self._bits[number] <= bit - 8 * SPACING
 
     def add(self, place: SeekPoint) -> None:
-        """Keeps a place, beside those that others have kept in the meantime."""
+        """Keeps a seek point, beside those that other processes have kept in the meantime."""
         if self._path is None:
             return
         places = {known.bit: known for known in self._load()} | {place.bit: place}
@@ -104,7 +108,7 @@ class SeekIndex:
             self._path = None
 
     def drop(self) -> None:
-        """Forgets an index that proved wrong."""
+        """Deletes an index that proved wrong."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         self._learn([])
@@ -130,7 +134,7 @@ def _packed(place: SeekPoint) -> bytes:
 
 
 def _unpacked(data: bytes) -> list[SeekPoint]:
-    """Places of an index file, in order; none when it is damaged anywhere."""
+    """The seek points of an index file, in order; none when it is damaged anywhere."""
     if not data.startswith(MAGIC):
         return []
     places, at = [], len(MAGIC)

@@ -1,4 +1,8 @@
-"""Rows of a parquet file: its text column, read row group by row group through byte ranges."""
+"""Rows of tables: parquet files, read row group by row group, and files that need a builder of `datasets`.
+
+A file of a data set is named by a URL that has all that opening it takes, so that any process can without asking the
+hub for a list: `datasets+<builder>://<name>?file=<path or URL>&options=<of the builder>`. `name` stands for it in the
+order of the text and is unique within the data set."""
 
 import importlib
 import io
@@ -31,7 +35,7 @@ def parquet_rows_from(
 
     A row is (its number from 1, the text, or what is wrong where there is none), or with `whole` (its number, all
     columns by name). Raises DataError naming the file when it cannot be read, is not a parquet file or has no column
-    of text named `options.text_column`; with `whole` two columns must only not have one name.
+    of text named `options.text_column`; with `whole` only two columns of one name are an error.
     """
     file = RangeFile(url, options)
     table = _opened(file)
@@ -200,7 +204,7 @@ def storage_options(options: ReadOptions) -> dict[str, dict[str, Any]]:
 def dataset_rows_from(
     shard: DatasetFile, row: int, options: ReadOptions, *, whole: bool
 ) -> tuple[int, Iterator[tuple[int, Any]]]:
-    """(row, rows from there on) of a shard; what comes before is read and passed over.
+    """(row, rows from there on) of a file of a data set; earlier rows are read and dropped.
 
     A row is (its number from 1, the text, or what is wrong where there is none), or with `whole` (its number, all
     columns by name). Raises DataError naming the file when it stays unreadable for `options.retry_budget`, is

@@ -56,7 +56,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The longest line of a file, and the most blank lines in a row, in bytes."""
+    """The limit on the length of a line, and of blank lines in a row, in bytes."""
 
     url: str
     most: int
@@ -133,7 +133,7 @@ def _closing(file: RangeFile, runs: Iterator[list[TextLine]]) -> Iterator[TextLi
 
 
 def _after(chunks: Iterator[bytes], place: SeekPoint) -> Iterator[bytes] | None:
-    """The text from the place's row on; None when there is not what the index says."""
+    """The text from the seek point's row on; None where the file does not match the index."""
     ahead = place.skip
     try:
         for chunk in chunks:
@@ -148,7 +148,7 @@ def _after(chunks: Iterator[bytes], place: SeekPoint) -> Iterator[bytes] | None:
 def _split(
     chunks: Iterator[bytes], starts: SeekPointFinder, number: int, row: int, bound: LengthLimit
 ) -> Iterator[list[TextLine]]:
-    """Lines of the chunks, those that end in one together; `number` lines and `row` rows came before them."""
+    """Lines of the chunks, those that end in one chunk in one list; `number` lines and `row` rows came before them."""
     carry: list[bytes] = []
     held = blanks = 0  # bytes of the line that goes on, and since the last row
     for chunk in chunks:
@@ -194,7 +194,7 @@ def plain_text_from(url: str, row: int, options: ReadOptions, *, whole: bool) ->
     """(number of the first row given, rows from there on), at or before `row`.
 
     A row is (its line from 1, the text, or what is wrong with it); with `whole` the text is under
-    `options.text_column` of a mapping. A file without text has no row. Raises DataError as `reader` does.
+    `options.text_column` of a mapping. A file without text has no row. Raises DataError as `lines_from` does.
     """
     if options.text_unit == "line":
         first, lines = lines_from(url, row, options)

@@ -1,7 +1,7 @@
 """The work of data/prepare.py: every source file becomes one shard, in as many processes as wanted.
 
 What is written depends on the text, the tokenizer and the filters alone. A shard appears whole or not at
-all, masks come when all shards are there, and the manifest comes last: it says that the folder is finished.
+all, masks come when all shards are there, and the manifest comes last: it marks the folder as complete.
 """
 
 import functools
@@ -64,7 +64,7 @@ class MadeShard:
 
 
 def prepare(request: PrepareRequest, message: Callable[[str], None]) -> None:
-    """Writes all shards, masks and the manifest; of one part only the shards. Says each finished file by `message`.
+    """Writes all shards, masks and the manifest; of one part only the shards. Reports each finished file by `message`.
 
     Raises DataError when text cannot be read, StorageError when something cannot be written.
     """
@@ -138,7 +138,7 @@ def _make(task: PrepareTask) -> MadeShard:
 
 
 def _kept(request: PrepareRequest, name: str, size: int, tokenizer: str) -> ShardFooter | None:
-    """What an earlier run wrote of this source, if it is whole and made with this tokenizer."""
+    """What an earlier run wrote of this source, if it is complete and made with this tokenizer."""
     url = request.out.url(name + SUFFIX)
     try:
         # What was written is new each time: a change is none of a source's.

@@ -1,4 +1,4 @@
-"""From data.path to prepared shards, and what is looked at in them before anything is created."""
+"""From data.path to the files of prepared shards, and their checks before anything is created."""
 
 import glob
 import hashlib
@@ -58,7 +58,7 @@ def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[st
     for file in files:
         other = by_name.setdefault(source_name(file), file)
         if other != file:
-            raise ConfigError(f"{key}: two shards are of {source_name(file)!r} ({other} and {file}); leave one out")
+            raise ConfigError(f"{key}: two shards are of {source_name(file)!r} ({other} and {file}); remove one")
     return sorted(by_name.values(), key=source_name)
 
 

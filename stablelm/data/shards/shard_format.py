@@ -265,7 +265,7 @@ class OutputFolder:
             raise ConfigError(f"{key}: {self.where!r} cannot be opened ({error}); install what it needs") from None
 
     def put(self, name: str, write: Callable[[IO[bytes]], T]) -> T:
-        """A file of what `write` writes. Raises StorageError when the place is full or fails."""
+        """A file of what `write` writes. Raises StorageError when the storage is full or fails."""
         try:
             return self._put_local(self.folder, name, write) if self.folder is not None else self._put(name, write)
         except OSError as error:

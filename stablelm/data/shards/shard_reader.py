@@ -1,4 +1,7 @@
-"""Reading prepared shards: rows by number as arrays of tokens, from any store; see `shard_format` for the layout."""
+"""Reading prepared shards: rows by number as arrays of tokens; see `shard_format` for the layout.
+
+Remote ones are read through a cache of pages, which the readers of a process share.
+"""
 
 import hashlib
 import math
@@ -68,7 +71,7 @@ class PagedFile:
         with RangeFile(url, options) as file:
             try:
                 if file.stamp().size > MOST:
-                    raise DataError(f"{url}: holds {file.stamp().size} bytes, more than any such file of ours")
+                    raise DataError(f"{url}: has {file.stamp().size} bytes, more than the {MOST} that it may have")
                 return file.readall()
             except DataError as error:
                 if _is_missing(error.__cause__):
@@ -129,7 +132,7 @@ class MappedFile:
         return self._view[start:stop]
 
     def unchanged(self) -> None:
-        """Raises DataError if the file has another size now: its missing pages would end the process."""
+        """Raises DataError if the file has another size now: reading its missing pages would kill the process."""
         if self._map.size() != self.size:
             raise DataError(f"{self._path}: changed while it was read; put the old file back, or start a new run")
 
@@ -329,7 +332,7 @@ def _mask(url: str, rows: int, options: ReadOptions) -> np.ndarray | None:
 
 
 def read_mask(url: str, *, options: ReadOptions) -> bytes | None:
-    """Content of a shard's mask, None if it has none. Raises DataError when the store does not say."""
+    """Content of a shard's mask, None if it has none. Raises DataError when the store does not answer."""
     where = mask_url(url)
     path = local_path(where)
     if path is None:

@@ -93,7 +93,7 @@ class SeenFiles:
             how = how if path is not None or before.size != now.size else f"from {before.tag} to {now.tag}"
             raise DataError(
                 f"{url}: changed {how} since an earlier attempt of this run read it; put the old file back, or start a "
-                f"new run (where the text is the same all the same, delete {self.folder} and run again)"
+                f"new run (if its text is the same, delete {self.folder} and run again)"
             )
 
     def forget(self, url: str) -> None:

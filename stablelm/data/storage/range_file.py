@@ -1,6 +1,6 @@
 """Bytes of a file in any store, read so that a cut connection loses nothing.
 
-Retries happen on the raw bytes, below the decompressor: a fetch that failed is asked for again at the
+Retries happen on the raw bytes, below the decompressor: a failed fetch is repeated at the
 same offset, so what reads above never sees a hole. Remote files may be kept whole on this machine's disk, at most so
 many bytes of them, shared by its processes: one process fetches a file while the others wait for its lock, and the
 files that were opened longest ago are deleted first. Whatever fails there, the file is read from its store.
@@ -37,7 +37,7 @@ CHUNK = 1 << 20
 
 
 class LookEnded(DataError):
-    """What is raised where a look at a file has taken as long as it may."""
+    """Raised when the time for a look at a file is over."""
 
 
 class RangeFile(io.RawIOBase):
@@ -69,7 +69,7 @@ class RangeFile(io.RawIOBase):
         return self.offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves without asking the store for anything but, once, the size."""
+        """Moves; only the first seek from the end asks the store for the size."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.offset}.get(whence)
         self._moved(self.stamp().size + offset if base is None else base + offset)
         return self.offset
@@ -99,7 +99,7 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
     def slices(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) from the current offset to the end, a slice at once; each is let go when taken."""
+        """(offset, bytes) from the current offset to the end, a slice at once; each is freed when taken."""
         size = min(max(self._options.block // 8, SLICES[0]), SLICES[1])
         while block := self.read(self.block):
             start = self.offset - len(block)
@@ -111,7 +111,7 @@ class RangeFile(io.RawIOBase):
                 start += len(part)
 
     def forget(self) -> None:
-        """Says that the file is damaged: the run may go on with another copy."""
+        """Records that the file is damaged: the run may continue with another copy."""
         if self._options.seen is not None:
             self._options.seen.forget(self.url)
 
@@ -331,7 +331,7 @@ def _make_room(folder: Path, room: int, own: Path) -> None:
             path.unlink(missing_ok=True)
             total -= size
     if total > room:
-        raise OSError(errno.ENOSPC, "what is fetched now takes all the room")
+        raise OSError(errno.ENOSPC, "the files that are being fetched take all the space")
 
 
 def _left_over(part: Path) -> bool:

@@ -70,7 +70,7 @@ class Retries:
         self._wait.attempt += 1
 
     def _note(self, error: Exception) -> None:
-        """Shows the failure to those who watch what waits."""
+        """Makes the failure visible in `stall_monitor.waiting`."""
         cause = redacted(words(error))
         if self._wait is None:
             self._wait = Wait(redacted(self._name), 1, time.time(), cause)

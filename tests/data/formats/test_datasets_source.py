@@ -307,7 +307,7 @@ WRONG = {
     "csv?data_files={csv}/part-0.csv": "has no column 'text' but 'text;number'",
     "{json.gz}?split=test": "has no split 'test' but 'train'",
     "{json.gz}?name=en": "Available: ['default']",
-    "{json.gz}?none=1": "knows 'none'",
+    "{json.gz}?none=1": "has an option 'none'",
     "{arrow}?data_files=*.csv": "data_files",
     "{saved}": "was written by save_to_disk; give the builder 'arrow'",
 }
