@@ -210,6 +210,20 @@ def test_a_truncated_file_ends_the_run_with_its_name(tmp_path):
         global_steps([each], 1000)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_batches_are_passed_over_and_the_others_stay_as_they_are(files, workers):
+    whole, some = loader(files), loader(files, workers=workers)
+    some.skip([(1, 2), [4, 1]])
+    batches = [whole.next() for _ in range(7)]
+    found = [some.next() for _ in range(3)]
+    assert [batch.data_step for batch in found] == [0, 3, 5]
+    assert all(torch.equal(batch.tokens, batches[batch.data_step].tokens) for batch in found)
+    some.skip([])
+    assert torch.equal(some.next().tokens, batches[6].tokens)
+    assert some.state() == whole.state()
+    some.close()
+
+
 def test_close_does_not_wait_for_a_store_that_is_down(tmp_path):
     with serve(tmp_path) as server:
         server.down = True
