@@ -13,6 +13,8 @@ from stablelm.data.storage import stores
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("quick_retries")
+
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_an_answer_that_is_not_what_was_asked_for(store, fault):

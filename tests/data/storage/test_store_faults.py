@@ -12,6 +12,8 @@ from support.faulty_stores import TEXTS, stored
 from stablelm.data.storage import retry, stall_monitor
 from stablelm.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("quick_retries")
+
 
 def test_twenty_random_cuts(store):
     stream = store.documents()
