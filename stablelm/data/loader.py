@@ -3,20 +3,20 @@
 Sample n = data_step * global_batch_size + row comes from lane n mod Λ. Rank r of W owns the lanes ≡ r
 and so the rows ≡ r mod W. Workers, threads or processes, each serve some of the rank's lanes, so a lane has one reader.
 
-The path of a token, from the file that opens its URL to the training step. Each call below asks the next file for what
-it needs, so a debugger follows it downwards with data.workers=0; with workers, `workers.RowProducer` makes the rows
-ahead and stands between the first two. Files of several sources choose theirs in `mixture.MixedWindows`.
+The path of a token, from the training loop to the file that opens a URL. Each function calls the next one, so that a
+debugger can step into it with data.workers=0; otherwise threads of `workers.RowProducer` call `LaneRows` ahead of time.
+With several sources `mixture.MixedWindows` chooses one before `Packer`; `mixture.RunText` builds all of it.
 
-    train/loop.py             train                       asks for a batch
-    data/loader.py            Loader.next                 joins the rows of a rank
-    data/packing.py           LaneRows.take               one row: Packer.next_window cuts a lane's tokens
-    data/tokenizer.py         LaneTokens.next_chunk       tokenizes documents of several lanes in one call
-    data/order.py             TextLane.next_group         decides which document comes next
-    data/formats/file_rows.py SharedFiles.take            keeps a file's rows, FileRows reads them
-    data/formats/text_lines.py  lines_from                cuts text into lines
-    data/formats/inflate.py   pieces                      inflates gzip and zstandard
-    data/storage/range_file.py  RangeFile.readinto        reads and retries byte ranges, open_file opens
-    data/storage/http_file.py HttpFile                    opens the URL and fetches ranges
+    train/loop.py               train                  asks for a batch
+    data/loader.py              Loader.next            joins the rows of a rank
+    data/packing.py             LaneRows.take          gives each row a window, which Packer.next_window cuts
+    data/tokenizer.py           LaneTokens.next_chunk  tokenizes documents of several lanes in one call
+    data/order.py               TextLane.next_group    decides which document comes next
+    data/formats/file_rows.py   SharedFiles.take       keeps the rows of a file, which FileRows reads
+    data/formats/text_lines.py  lines_from             splits text into lines
+    data/formats/inflate.py     pieces                 inflates gzip and zstandard
+    data/storage/range_file.py  RangeFile.slices       reads and retries byte ranges; open_file opens
+    data/storage/http_file.py   HttpFile               opens the URL and fetches the ranges
 
 Prepared tokens go from `packing` to `order.ShardLane` and `shards/shard_reader.py`, then to `storage/range_file.py`.
 """

@@ -153,7 +153,7 @@ def test_equal_base_names_are_refused(folder: Path):
         find([str(folder / "d.json"), str(copy)])
     assert "two files have the base name 'd.json'" in str(caught.value)
     assert str(copy) in str(caught.value)
-    assert "rename one" in str(caught.value)
+    assert "rename or remove one" in str(caught.value)
 
 
 def test_embedded_is_the_split_that_the_key_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

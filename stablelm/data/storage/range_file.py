@@ -87,21 +87,14 @@ class RangeFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
-        if self._options.until is not None and time.monotonic() > self._options.until:
-            raise LookEnded(
-                f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
-                "holds text, and that its store is fast enough"
-            )
-        data = self._fetched(len(buffer))
+        data = self._next(len(buffer))
         buffer[: len(data)] = data
-        self.offset += len(data)
-        self._tail = bytes(data[-OVERLAP:])
         return len(data)
 
     def slices(self) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) from the current offset to the end, a slice at once; each is freed when taken."""
         size = min(max(self._options.block // 8, SLICES[0]), SLICES[1])
-        while block := self.read(self.block):
+        while block := bytes(self._next(self.block)):
             start = self.offset - len(block)
             parts = deque(block[at : at + size] for at in range(0, len(block), size))
             del block
@@ -121,6 +114,18 @@ class RangeFile(io.RawIOBase):
 
     def _retries(self) -> Retries:
         return Retries(self.url, budget=self._options.retry_budget, first_answer=self._options.first_answer)
+
+    def _next(self, size: int) -> memoryview:
+        """Up to so many bytes from the current offset, which is then behind them; empty only at the end of the file."""
+        if self._options.until is not None and time.monotonic() > self._options.until:
+            raise LookEnded(
+                f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
+                "holds text, and that its store is fast enough"
+            )
+        data = self._fetched(size)
+        self.offset += len(data)
+        self._tail = bytes(data[-OVERLAP:])
+        return data
 
     def _fetched(self, size: int) -> memoryview:
         """Up to so many bytes from the current offset, empty at the end; fetched again where a fetch fails."""
@@ -216,10 +221,7 @@ class RangeFile(io.RawIOBase):
 
 
 def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
-    """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead.
-
-    The clients of stores are imported where a file needs them.
-    """
+    """An open file that can seek, and its stamp; remote ones fetch what is read, without reading ahead."""
     path = local_path(url)
     if path is not None:
         local = io.FileIO(open_regular(path))
@@ -227,12 +229,12 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     scheme = url.partition("://")[0]
     family = FAMILIES.get(scheme, scheme) if "::" not in url else None
     if PINNED_FILE.fullmatch(url):
-        from stablelm.data.storage.hub import HubFile
+        from stablelm.data.storage.hub import HubFile  # with the client of the hub
 
         file = HubFile(url, options)
         return file, file.stamp
     if family == "http":
-        from stablelm.data.storage.http_file import HttpFile
+        from stablelm.data.storage.http_file import HttpFile  # with aiohttp
 
         file = HttpFile(url, options)
         return file, file.stamp
