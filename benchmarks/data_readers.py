@@ -35,9 +35,10 @@ def read(reader: str, pattern: str, storage: dict[str, Any], budget: float, out:
 
 def ours(pattern: str, storage: dict[str, Any], budget: float, waits: list[float]) -> Iterator[str]:
     """Documents as the loader reads them; `waits` gets the seconds that each retried read took."""
-    from stablelm.data import corpus, retry
-    from stablelm.data.options import ReadOptions
-    from stablelm.data.source import documents
+    from stablelm.data import corpus
+    from stablelm.data.formats.file_rows import documents
+    from stablelm.data.storage import retry
+    from stablelm.data.storage.options import ReadOptions
 
     noted = retry.noted
 

@@ -30,7 +30,7 @@ from loader_contestants import BATCH, SEQ_LEN, on_one_core, on_two_cores
 from loader_prepared import measure_prepared, measure_resume, write_shards
 from loader_streaming import in_passes, in_slices, pin, record, records
 
-from stablelm.data import shard_format
+from stablelm.data.shards import shard_format
 from stablelm.data.tokenizer import Tokenizer
 
 

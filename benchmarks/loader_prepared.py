@@ -11,12 +11,11 @@ from loader_contestants import BATCH, SEQ_LEN
 from loader_streaming import record
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import shard_format
-from stablelm.data.encoding import document_tokens
+from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.shards import shard_format
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import Tokenizer, document_tokens
 
 STEPS = 100  # of a round
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.lanes import Cursor
+from stablelm.data.formats.text_lines import numbered_lines
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.reader import numbered_lines
+from stablelm.data.order import Cursor
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 
 LANES = 8

@@ -14,19 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.errors import ConfigError, UserError
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.errors import ConfigError
+from stablelm.programs.arguments import Parser, add_text_arguments, path_or_url, run
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        type=path_or_url,
-        help="files, globs, folders, URLs, hf:// patterns or 'embedded'",
-    )
+    add_text_arguments(parser)
     parser.add_argument(
         "--tokenizer", required=True, type=path_or_url, help="a SentencePiece .model file, or 'embedded'"
     )
@@ -35,12 +29,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes, each with a file at a time; default: one a core")
     parser.add_argument("--part", metavar="K/N", help="only the K-th of N shares of the files, and no manifest")
-    parser.add_argument("--min-chars", type=int, metavar="N", help="leave shorter documents out; default: none")
-    parser.add_argument("--max-chars", type=int, metavar="N", help="leave longer documents out; default: none")
+    parser.add_argument("--min-chars", type=int, metavar="N", help="exclude shorter documents; default: none")
+    parser.add_argument("--max-chars", type=int, metavar="N", help="exclude longer documents; default: none")
     parser.add_argument(
         "--dedup",
         choices=["exact", "minhash"],
-        help="leave out copies of earlier documents, or near copies; default: none",
+        help="exclude copies of earlier documents, or near copies; default: none",
     )
     parser.add_argument(
         "--similarity", type=float, default=0.8, help="of near copies: share of common five-word runs; default: 0.8"
@@ -49,34 +43,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--retry-budget", type=float, default=600.0, help="seconds to retry one unreachable read; default: 600"
     )
-    parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
-    parser.add_argument(
-        "--bad-rows", choices=["stop", "skip"], default="stop", help="a row without a document; default: stop"
-    )
-    parser.add_argument(
-        "--text-unit", choices=["file", "line"], default="file", help="a document in *.txt files; default: file"
-    )
-    parser.add_argument(
-        "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
-    from stablelm.data import corpus, masks
+    from stablelm.data import inspection
     from stablelm.data.embedded import embedded
-    from stablelm.data.options import ReadOptions
-    from stablelm.data.output import Output
-    from stablelm.data.prepare import Request, prepare
+    from stablelm.data.shards import row_filters
+    from stablelm.data.shards.prepare_shards import PrepareRequest, prepare
+    from stablelm.data.shards.shard_format import OutputFolder
+    from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer
 
     workers = options.workers if options.workers is not None else _cores()
     if workers < 1:
-        raise ConfigError(f"--workers: {workers} is no number of processes; give at least 1")
-    filters = masks.Filters(options.min_chars, options.max_chars, options.dedup, options.similarity)
-    masks.check(filters)
+        raise ConfigError(f"--workers: must be at least 1, not {workers}")
+    filters = row_filters.RowFilters(options.min_chars, options.max_chars, options.dedup, options.similarity)
+    row_filters.check(filters)
     part = _part(options.part)
     tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
     Tokenizer(tokenizer, key="--tokenizer")
@@ -86,11 +71,10 @@ def main(argv: list[str] | None = None) -> None:
         bad_rows=options.bad_rows,
         text_unit=options.text_unit,
     )
-    files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
-    corpus.check(files, key="--source", options=reading)
-    out = Output(options.out)
+    files = inspection.text_files(options.source, key="--source", cache=options.cache, options=reading)
+    out = OutputFolder(options.out)
     out.create("--out")
-    request = Request(files, tokenizer, out, filters, workers, part, options.verify, reading)
+    request = PrepareRequest(files, tokenizer, out, filters, workers, part, options.verify, reading)
     prepare(request, lambda text: print(text, flush=True))
 
 
@@ -104,14 +88,8 @@ def _part(text: str | None) -> tuple[int, int] | None:
     share, _, shares = text.partition("/")
     if share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares):
         return int(share), int(shares)
-    raise ConfigError(f"--part: {text!r} is no share; write 3/16 for the third of sixteen")
+    raise ConfigError(f"--part: {text!r} is not K/N with 1 <= K <= N; write 3/16 for the third of sixteen")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -3,7 +3,7 @@
     python data/train_tokenizer.py --source embedded --vocab-size 4096 --out tokenizer.model
     python data/train_tokenizer.py --source 'c4/en/c4-train.0000*.json.gz' --vocab-size 32000 --out c4-32k.model
 
-The same text and options give the same file. Every text is given back by decode(encode(text)).
+The same text and options give the same file. decode(encode(text)) reproduces every text.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.errors import ConfigError, UserError
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.errors import ConfigError
+from stablelm.programs.arguments import Parser, add_text_arguments, path_or_url, run
 
 HELD_OUT_SHARE = 100  # every hundredth document, by the hash of its text, is kept for the report
 HELD_OUT = 1000  # documents held out at most
@@ -25,13 +25,7 @@ HELD_OUT = 1000  # documents held out at most
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        type=path_or_url,
-        help="files, globs, folders, URLs, hf:// patterns or 'embedded'",
-    )
+    add_text_arguments(parser)
     parser.add_argument("--out", required=True, type=path_or_url, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, 256 bytes, unknown and eos included")
     parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram", help="default: unigram")
@@ -39,32 +33,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--sentences", type=int, default=500_000, help="lines to train on, drawn from all the text; default: 500000"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw; default: 0")
-    parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
-    parser.add_argument(
-        "--bad-rows", choices=["stop", "skip"], default="stop", help="a row without a document; default: stop"
-    )
-    parser.add_argument(
-        "--text-unit", choices=["file", "line"], default="file", help="a document in *.txt files; default: file"
-    )
-    parser.add_argument(
-        "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     # Imported here, so that --help answers at once.
-    from stablelm.data import corpus
-    from stablelm.data.options import ReadOptions
-    from stablelm.data.source import documents
+    from stablelm.data import inspection
+    from stablelm.data.formats.file_rows import documents
+    from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer, sample_lines, train
 
     if options.sentences < 1:
-        raise ConfigError(f"--sentences: {options.sentences} is no number of lines; give at least 1")
+        raise ConfigError(f"--sentences: must be at least 1, not {options.sentences}")
     reading = ReadOptions(text_column=options.text_column, bad_rows=options.bad_rows, text_unit=options.text_unit)
-    files = corpus.resolve(options.source, key="--source", cache=options.cache, options=reading)
-    corpus.check(files, key="--source", options=reading)
+    files = inspection.text_files(options.source, key="--source", cache=options.cache, options=reading)
     held_out: list[str] = []
 
     def training_texts() -> Iterator[str]:
@@ -100,8 +83,8 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         if staging is not None:
             staging.unlink(missing_ok=True)
-        mend = "give a path in a folder that can be written"
-        raise ConfigError(f"--out: cannot write {str(path)!r} ({error.strerror}); {mend}") from None
+        fix = "give a path in a folder that can be written"
+        raise ConfigError(f"--out: cannot write {str(path)!r} ({error.strerror}); {fix}") from None
 
 
 def _number(text: str) -> int:
@@ -109,8 +92,4 @@ def _number(text: str) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main)

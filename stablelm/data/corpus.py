@@ -1,26 +1,60 @@
-"""From what the user wrote (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
+"""From the paths of a configuration (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
 
+import contextlib
 import glob
 import itertools
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from stablelm.config.secret_rules import advice
-from stablelm.data import dataset_files, hub, stores
 from stablelm.data.embedded import embedded
-from stablelm.data.inspection import SUFFIXES, SUFFIXES_IN_WORDS, check, check_enough, check_lanes
-from stablelm.data.options import ReadOptions
-from stablelm.data.plain_text import is_plain_text
-from stablelm.data.problems import Problems, listed
-from stablelm.data.retry import persist
-from stablelm.data.stores import base_name, local_path
+from stablelm.data.formats import dataset_files
+from stablelm.data.formats.file_rows import SUFFIXES, SUFFIXES_IN_WORDS
+from stablelm.data.formats.text_lines import is_plain_text
+from stablelm.data.storage import stores
+from stablelm.data.storage.options import ReadOptions, base_name, local_path
+from stablelm.data.storage.retry import persist
 from stablelm.errors import ConfigError, DataError
 from stablelm.redaction import carries_secret, redacted
 
-__all__ = ["braces", "check", "check_enough", "check_lanes", "is_local", "resolve"]
+SHOWN = 8
+
+
+class Problems:
+    """Problems, one sentence each, reported at once so that all can be fixed at once."""
+
+    def __init__(self) -> None:
+        self._sentences: list[str] = []
+
+    @contextlib.contextmanager
+    def collecting(self, key: str = "") -> Iterator[None]:
+        """Collects a ConfigError of the with block, and a DataError under `key`, instead of raising it."""
+        try:
+            yield
+        except ConfigError as error:
+            self._sentences.append(str(error))
+        except DataError as error:
+            if not key:
+                raise
+            self._sentences.append(f"{key}: {error}")
+
+    def raise_any(self) -> None:
+        """Raises ConfigError with a line for each problem; of many only the first few and the number of the others."""
+        if self._sentences:
+            rest = len(self._sentences) - SHOWN
+            more = [f"and {rest} more problems of this kind"] if rest > 0 else []
+            raise ConfigError("\n".join([*self._sentences[:SHOWN], *more]))
+
+
+def listed(items: Sequence[str], *, show: Callable[[str], str] = repr) -> str:
+    """The items, separated by commas; of many only the first few and the number of the others."""
+    rest = len(items) - SHOWN
+    return ", ".join(map(show, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+
 
 TRAINING_KEYS = ("data.path", "--source")
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
@@ -34,8 +68,8 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
     data set as `datasets://...` (see `dataset_files`) or 'embedded'.
     Shell braces such as {00000..01023} or {a,b} are expanded everywhere, which is how many files at an
     http server are named. 'embedded' is the training split under TRAINING_KEYS and the validation split
-    elsewhere; 'embedded:train' and 'embedded:validation' say it outright. `cache` is where the embedded
-    corpus is kept; `options` say how a store is reached that must be asked for its files.
+    elsewhere; 'embedded:train' and 'embedded:validation' choose a split. `cache` is the folder of the embedded
+    corpus; `options` are used to list the files of a store.
 
     Raises ConfigError under `key`, a line for each entry that matches nothing or something other than files, or when
     two files share a base name, since base names decide the order of the text.
@@ -55,7 +89,7 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
     for name, same in by_name.items():
         if len(same) > 1:
             raise ConfigError(
-                f"{key}: two files have the base name {name!r} ({same[0]} and {same[1]}); rename one or leave it out"
+                f"{key}: two files have the base name {name!r} ({same[0]} and {same[1]}); rename or remove one"
             )
     return sorted(files, key=base_name)
 
@@ -104,6 +138,8 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
             f"are named; set {advice(entry)} in the environment"
         )
     if scheme == "hf":
+        from stablelm.data.storage import hub  # with the clients of web servers and of the hub
+
         return [file for url in braces(entry) for file in hub.expand(url, key=key)]
     if scheme in OBJECT_STORES:
         if sentence := stores.missing_package(entry):
@@ -111,7 +147,7 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
         return [file for url in braces(entry) for file in _objects(url, key, options)]
     if scheme not in ("http", "https"):
         raise ConfigError(
-            f"{key}: {entry!r} is in a store we do not read; give a local path, http(s)://, hf://, s3://, gs:// or az://"
+            f"{key}: {entry!r} is in an unsupported store; give a local path, http(s)://, hf://, s3://, gs:// or az://"
         )
     if "*" in urlsplit(entry).path:
         raise ConfigError(
@@ -122,7 +158,7 @@ def _remote(entry: str, key: str, options: ReadOptions) -> list[str]:
 
 
 def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
-    """Files of a glob or folder in an object store; a URL that is named like a file is taken at its word."""
+    """Files of a glob or folder in an object store; a URL with a file's suffix is not looked up."""
     if "*" not in url and "?" not in url and base_name(url).endswith(SUFFIXES):
         return [url]
     pattern = url if glob.has_magic(url) else url.rstrip("/") + "/*"
@@ -144,7 +180,7 @@ def _objects(url: str, key: str, options: ReadOptions) -> list[str]:
 def _embedded(entry: str, *, key: str, cache: str) -> list[str]:
     split = entry.partition(":")[2] or ("train" if key in TRAINING_KEYS else "validation")
     if split not in ("train", "validation"):
-        raise ConfigError(f"{key}: {entry!r} is no split; write 'embedded:train' or 'embedded:validation'")
+        raise ConfigError(f"{key}: {entry!r} is not a split; write 'embedded:train' or 'embedded:validation'")
     corpus = embedded(cache)
     return corpus.train if split == "train" else corpus.validation
 
@@ -163,7 +199,7 @@ def _local(entry: str, *, key: str) -> list[str]:
     here = f"check the path, looked up from {os.getcwd()}"
     patterns = [path] if os.path.lexists(path) else braces(path)
     if patterns == [path] and not glob.has_magic(path) and not os.path.lexists(path):
-        raise ConfigError(f"{key}: there is no file or folder {entry!r}; {here}")
+        raise ConfigError(f"{key}: {entry!r} does not exist; {here}")
     matches = {
         pattern: [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True) for pattern in patterns
     }
@@ -179,7 +215,7 @@ def _local(entry: str, *, key: str) -> list[str]:
 
 
 def files_alone(paths: list[str], key: str, where: str) -> list[str]:
-    """These paths, sorted. Raises ConfigError naming all that are not files: the run would do without their text."""
+    """These paths, sorted. Raises ConfigError naming all that are not files: their text would be missing."""
     wrong = []
     for path in sorted(paths):
         if os.path.islink(path) and not os.path.exists(path):
@@ -188,14 +224,14 @@ def files_alone(paths: list[str], key: str, where: str) -> list[str]:
             wrong.append(f"{path!r} ({'a folder' if os.path.isdir(path) else 'not a regular file'})")
     if wrong:
         raise ConfigError(
-            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or name "
-            "the files alone"
+            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or list "
+            "only the files"
         )
     return sorted(paths)
 
 
 def _text_of(files: list[str]) -> list[str]:
-    """The files of a folder that are named like text; plain text only where it is all: beside others it is notes."""
+    """The files of a folder with one of SUFFIXES; plain text only without others, beside which it is notes."""
     wanted = [file for file in files if _wanted(base_name(file))]
     return [file for file in wanted if not is_plain_text(file)] or wanted
 

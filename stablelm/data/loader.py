@@ -2,24 +2,39 @@
 
 Sample n = data_step * global_batch_size + row comes from lane n mod Λ. Rank r of W owns the lanes ≡ r
 and so the rows ≡ r mod W. Workers, threads or processes, each serve some of the rank's lanes, so a lane has one reader.
+
+The path of a token, from the training loop to the file that opens a URL. Each function calls the next one, so that a
+debugger can step into it with data.workers=0; otherwise threads of `workers.RowProducer` call `LaneRows` ahead of time.
+With several sources `mixture.MixedWindows` chooses one before `Packer`; `mixture.RunText` builds all of it.
+
+    train/loop.py               train                  asks for a batch
+    data/loader.py              Loader.next            joins the rows of a rank
+    data/packing.py             LaneRows.take          gives each row a window, which Packer.next_window cuts
+    data/tokenizer.py           LaneTokens.next_chunk  tokenizes documents of several lanes in one call
+    data/order.py               TextLane.next_group    decides which document comes next
+    data/formats/file_rows.py   SharedFiles.take       keeps the rows of a file, which FileRows reads
+    data/formats/text_lines.py  lines_from             splits text into lines
+    data/formats/inflate.py     pieces                 inflates gzip and zstandard
+    data/storage/range_file.py  RangeFile.slices       reads and retries byte ranges; open_file opens
+    data/storage/http_file.py   HttpFile               opens the URL and fetches the ranges
+
+Prepared tokens go from `packing` to `order.ShardLane` and `shards/shard_reader.py`, then to `storage/range_file.py`.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.encoding import IGNORED, Encoder
-from stablelm.data.lanes import Cursor, Place
-from stablelm.data.mixture import Cursors, Places
-from stablelm.data.producer import Producer, allow_open_files
-from stablelm.data.rows import Maker, Row
-from stablelm.data.run_text import RunText, of_source
-from stablelm.data.seen_files import SeenFiles
-from stablelm.data.worker import Task, WorkerProcess
+from stablelm.data.mixture import RunText, of_source
+from stablelm.data.order import Cursor, TokenPosition
+from stablelm.data.packing import BatchRow, LaneRows, SourceCursors, SourcePositions
+from stablelm.data.storage.options import SeenFiles
+from stablelm.data.tokenizer import IGNORED, Encoder
+from stablelm.data.workers import RowProducer, WorkerProcess, WorkerTask, allow_open_files
 
 if TYPE_CHECKING:
     import torch
@@ -31,11 +46,11 @@ COUNTS: tuple[str, ...] = ("skipped_rows", "unknown_tokens", "input_tokens")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one rank for one step: int64 (rows, seq_len); targets are the tokens one place on.
+    """Rows of one rank for one step: int64 (rows, seq_len); targets are the tokens that follow.
 
     Row i is row rank + i * world_size of the global batch `data_step`, counted from 0. Tokens and targets may
-    share memory and are not to be written to. With best-fit packing a target of -100 is none: it would be
-    padding or the first token of another document. `documents`, if asked for, is int32 (rows, seq_len): the
+    share memory and are not to be written to. With best-fit packing a target of -100 is not counted: it would be
+    padding or the first token of another document. `documents`, if requested, is int32 (rows, seq_len): the
     number of the document within its row to which each token belongs; padding counts as one.
     """
 
@@ -49,7 +64,7 @@ class Loader:
     """Endless batches of a rank; `world_size` must divide `data.lanes` and `global_batch_size`.
 
     `files` are text, or all of them prepared shards; with `data.mixture` they are given by source.
-    `documents`: number the documents in each batch. `seen`: what earlier attempts of the run read.
+    `documents`: number the documents in each batch. `seen`: the files that earlier attempts of the run read.
     `next` raises DataError when text became unavailable or is damaged; the loader is closed then.
     `wait_seconds` is the time the last `next` took to get its rows.
     """
@@ -80,39 +95,41 @@ class Loader:
         self._padding = self._given = 0  # tokens and windows
         self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = 0
-        self._skipped: list[range] = []
-        self._cursors: dict[int, Cursor | Cursors] = {}  # where it began
-        self._places: dict[int, Place | Places | Cursor | Cursors] = {}  # where lanes that have moved since are
-        self._producer: Producer | None = None
+        self._cursors: dict[int, Cursor | SourceCursors] = {}  # where it began
+        self._positions: dict[
+            int, TokenPosition | SourcePositions | Cursor | SourceCursors
+        ] = {}  # of lanes that have moved since
+        self._source: LaneRows | RowProducer | None = None  # of rows
+        self._skipped: list[tuple[int, int]] = []
         self._closed = False
 
-    def skip(self, ranges: Sequence[Sequence[int]]) -> None:
-        """From now on leaves out these batches, and no others: [first data step, count] each."""
-        self._skipped = [range(first, first + count) for first, count in ranges]
+    def skip(self, windows: Iterable[Sequence[int]]) -> None:
+        """`next` passes over these batches, given as (first data step, how many), in place of those given before."""
+        self._skipped = [(first, first + count) for first, count in windows]
 
     def next(self) -> Batch:
         """The batch of the next data step that is not skipped."""
-        batch = self._next()
-        while any(batch.data_step in skipped for skipped in self._skipped):
-            batch = self._next()
+        batch = self._batch()
+        while any(first <= batch.data_step < stop for first, stop in self._skipped):
+            batch = self._batch()
         return batch
 
-    def _next(self) -> Batch:
+    def _batch(self) -> Batch:
         import torch
 
         assert not self._closed
-        if self._producer is None:
-            self._producer = self._start()
+        if self._source is None:
+            self._source = self._start()
         began = time.perf_counter()
         first = self._data_step * self._rows
         try:
-            rows = self._producer.take(range(first, first + self._rows))
+            rows = self._source.take(range(first, first + self._rows))
         except BaseException:
             self.close()
             raise
         self.wait_seconds = time.perf_counter() - began
         for row in rows:
-            self._places[row.lane] = row.place
+            self._positions[row.lane] = row.position
         # Joined in the type they come in and then widened; tokens and targets are views of the same memory.
         windows = np.concatenate([row.window for row in rows]).astype(np.int64).reshape(len(rows), -1)
         tokens, targets = windows[:, :-1], windows[:, 1:]
@@ -126,13 +143,13 @@ class Loader:
         self._data_step += 1
         return batch
 
-    def _count(self, rows: "list[Row]", tokens: np.ndarray) -> None:
+    def _count(self, rows: list[BatchRow], tokens: np.ndarray) -> None:
         self._counts["skipped_rows"] += sum(row.skipped for row in rows)
         self._counts["unknown_tokens"] += int(np.count_nonzero(tokens == self._text.tokenizer.unknown))
         self._counts["input_tokens"] += tokens.size
 
     def counts(self) -> dict[str, int]:
-        """COUNTS of this rank's batches since they were last asked for, or since `load`."""
+        """COUNTS of this rank's batches since the last call, or since `load`."""
         counts, self._counts = self._counts, dict.fromkeys(COUNTS, 0)
         return counts
 
@@ -143,17 +160,17 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins: `data_step` and the cursors of this rank's lanes that have moved."""
-        cursors = self._cursors | {lane: place.cursor() for lane, place in self._places.items()}
+        cursors = self._cursors | {lane: position.cursor() for lane, position in self._positions.items()}
         lanes = {str(lane): cursor.to_list() for lane, cursor in sorted(cursors.items())}
         return {"data_step": self._data_step, "lanes": lanes}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state whose `lanes` are the union over the ranks of any world size."""
+        """Continue from a state whose `lanes` are the union over the ranks of any world size."""
         self._stop()
         self._counts = dict.fromkeys(COUNTS, 0)
         self._data_step = int(state["data_step"])
         saved = ((int(lane), _read_cursor(cursor)) for lane, cursor in state["lanes"].items())
-        self._cursors, self._places = {lane: cursor for lane, cursor in saved if lane in self._lanes}, {}
+        self._cursors, self._positions = {lane: cursor for lane, cursor in saved if lane in self._lanes}, {}
 
     def close(self) -> None:
         """End the threads; there are no batches after this."""
@@ -161,16 +178,18 @@ class Loader:
         self._stop()
 
     def _stop(self) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            producer.close()
+        source, self._source = self._source, None
+        if source is not None:
+            source.close()
 
-    def _start(self) -> Producer:
+    def _start(self) -> LaneRows | RowProducer:
         allow_open_files(len(self._lanes) * len(self._orders))
         workers = min(self._data.workers, len(self._lanes))
-        processes = workers > 0 and self._data.worker_kind == "process"
-        return Producer(
-            self._processes(workers) if processes else self._threads(max(workers, 1)),
+        if workers == 0:
+            return self._task(range(len(self._lanes))).maker()
+        processes = self._data.worker_kind == "process"
+        return RowProducer(
+            self._processes(workers) if processes else self._threads(workers),
             len(self._lanes),
             self._data_step * self._rows,
             batch=self._rows,
@@ -178,21 +197,20 @@ class Loader:
             ahead=max(self._data.prefetch, 1) * self._rows,
             # A process has the next request before its answer is taken, so that it does not stand idle.
             depth=2 if processes else 1,
-            threads=workers > 0,
         )
 
-    def _task(self, mine: range) -> Task:
+    def _task(self, mine: range) -> WorkerTask:
         borders = self._documents or self._data.packing == "best_fit"
-        cursors = {self._lanes[place]: self._cursors.get(self._lanes[place]) for place in mine}
+        cursors = {self._lanes[index]: self._cursors.get(self._lanes[index]) for index in mine}
         known = {lane: cursor for lane, cursor in cursors.items() if cursor is not None}
-        return Task(self._text, mine, self._lanes, known, self._data_step, borders)
+        return WorkerTask(self._text, mine, self._lanes, known, self._data_step, borders)
 
-    def _threads(self, count: int) -> list[Maker]:
+    def _threads(self, count: int) -> list[LaneRows]:
         """Threads share what they read of files that several lanes need."""
         everything = self._task(range(len(self._lanes))).maker(threads=count)
         return [everything.share(range(index, len(self._lanes), count)) for index in range(count)]
 
-    def _processes(self, count: int) -> list[Maker]:
+    def _processes(self, count: int) -> list[WorkerProcess]:
         shares = (range(index, len(self._lanes), count) for index in range(count))
         return [WorkerProcess(self._task(mine)) for mine in shares]
 
@@ -201,23 +219,23 @@ class Loader:
 
         Whole entries count, so a lane that is in the middle of a file counts it as not read.
         """
-        moved = self._cursors | {lane: place.cursor() for lane, place in self._places.items()}
-        told = {}
+        moved = self._cursors | {lane: position.cursor() for lane, position in self._positions.items()}
+        turns_of = {}
         for name, order in self._orders.items():
             cursors = [of_source(moved.get(lane), name) for lane in self._lanes]
             turns = [order.turns(cursor) if cursor else 0.0 for cursor in cursors]
-            told[name] = sum(turns) / len(turns)
-        return told
+            turns_of[name] = sum(turns) / len(turns)
+        return turns_of
 
 
-def _read_cursor(saved: Any) -> Cursor | Cursors:
+def _read_cursor(saved: Any) -> Cursor | SourceCursors:
     """A lane's entry in a saved state: of the only source, or of each of several."""
     if isinstance(saved, Mapping):
-        return Cursors((name, Cursor(*cursor)) for name, cursor in saved.items())
+        return SourceCursors((name, Cursor(*cursor)) for name, cursor in saved.items())
     return Cursor(*saved)
 
 
-def _document_numbers(rows: "list[Row]", seq_len: int) -> np.ndarray:
+def _document_numbers(rows: list[BatchRow], seq_len: int) -> np.ndarray:
     """int32 (rows, seq_len): counted from 0 in each row; padding is a document of its own."""
     numbers = np.zeros((len(rows), seq_len), np.int32)
     for row, marks in zip(rows, numbers, strict=True):
@@ -227,7 +245,7 @@ def _document_numbers(rows: "list[Row]", seq_len: int) -> np.ndarray:
     return numbers.cumsum(axis=1, dtype=np.int32)
 
 
-def _best_fit_targets(rows: "list[Row]", targets: np.ndarray) -> np.ndarray:
+def _best_fit_targets(rows: list[BatchRow], targets: np.ndarray) -> np.ndarray:
     """A copy of `targets` without those that begin a document or are padding."""
     targets = targets.copy()
     for row, values in zip(rows, targets, strict=True):

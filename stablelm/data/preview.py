@@ -12,17 +12,15 @@ from rich.text import Text
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config, DataConfig
-from stablelm.data import training
+from stablelm.data import inspection
 from stablelm.data.embedded import embedded
-from stablelm.data.encoding import document_tokens
-from stablelm.data.lanes import Lane, Order
+from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Batch, Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.shard_format import is_shard
-from stablelm.data.shard_lane import ShardLane
-from stablelm.data.shards import SharedShards
-from stablelm.data.source import SharedFiles
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.order import Order, ShardLane, TextLane
+from stablelm.data.shards.shard_format import is_shard
+from stablelm.data.shards.shard_reader import SharedShards
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import Tokenizer, document_tokens
 from stablelm.errors import ConfigError
 from stablelm.printable import printable
 
@@ -34,7 +32,7 @@ BORDER, EOS, PADDING = "◆", "⏹", "░"
 
 
 @dataclass(frozen=True)
-class Statistics:
+class DocumentStatistics:
     """Of some documents: lengths in tokens (eos counted), bytes of UTF-8 text a token, share of unknown tokens."""
 
     documents: int
@@ -46,7 +44,7 @@ class Statistics:
     unknown: float
 
 
-def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, training.Sources]:
+def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, inspection.Sources]:
     """The configuration, its tokenizer and its training files, all checked. Raises ConfigError."""
     config = loaded.config
     if config.train.steps is None and config.train.tokens is None:  # the text does not depend on them
@@ -54,11 +52,17 @@ def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, training.Sources]:
     rules.check(config, 1, None, loaded.origins)
     data = config.data
     tokenizer = Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer)
-    return config, tokenizer, training.find(data, tokenizer, tokens=data.seq_len + 1, lanes=data.lanes)
+    return config, tokenizer, inspection.find(data, tokenizer, tokens=data.seq_len + 1, lanes=data.lanes)
 
 
 def preview(
-    config: Config, tokenizer: Tokenizer, sources: training.Sources, *, documents: int, sequences: int, console: Console
+    config: Config,
+    tokenizer: Tokenizer,
+    sources: inspection.Sources,
+    *,
+    documents: int,
+    sequences: int,
+    console: Console,
 ) -> None:
     """Prints the page. Raises DataError when text cannot be read."""
     if documents < 1 or sequences < 1:
@@ -98,13 +102,13 @@ def first_documents(files: list[str], tokenizer: Tokenizer, config: Config) -> I
             yield next(lane)
 
 
-def statistics(documents: list[tuple[np.ndarray, str]], tokenizer: Tokenizer) -> Statistics:
+def statistics(documents: list[tuple[np.ndarray, str]], tokenizer: Tokenizer) -> DocumentStatistics:
     """Of documents given as (tokens with eos, text)."""
     lengths = np.array([len(tokens) for tokens, _ in documents])
     size = sum(len(text.encode()) for _, text in documents)
     unknown = sum(int((tokens == tokenizer.unknown).sum()) for tokens, _ in documents)
     total = int(lengths.sum())
-    return Statistics(
+    return DocumentStatistics(
         len(lengths),
         total,
         float(lengths.mean()),
@@ -136,19 +140,20 @@ def _documents(order: Order, lane: int, tokenizer: Tokenizer, data: DataConfig) 
     start, options = order.start(lane), ReadOptions.of(data, lanes=LANES)
     if all(map(is_shard, order.files)):
         shared = SharedShards(tokenizer.sha256, lanes=LANES, options=options)
-        for chunk in ShardLane(order, lane, shared).chunks(start):
+        tokenized = ShardLane(order, lane, start, shared)
+        while True:
+            chunk = tokenized.next_chunk()
             for tokens in np.split(chunk.tokens, chunk.ends[:-1]):
                 if len(tokens):
                     yield tokens, tokenizer.decode(tokens.tolist())
-        return
     files = SharedFiles(len(order.files), options=options)
-    for _, text in Lane(order, lane, files, options=options).documents(start):
+    for _, text in TextLane(order, lane, start, files, options=options).documents():
         tokens = document_tokens(tokenizer, text)
         if len(tokens):
             yield tokens, text
 
 
-def _table(title: str, found: Statistics) -> Table:
+def _table(title: str, found: DocumentStatistics) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in {
         "documents": f"{found.documents:,}",

@@ -1,22 +1,60 @@
-"""SentencePiece models: loading one, and training one that gives every text back."""
+"""From documents to tokens: SentencePiece models, loaded or trained, and the documents of several lanes in one call."""
 
 import hashlib
 import io
 import random
 import re
-from collections.abc import Iterable
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
 
+from stablelm.data.order import DocumentGroup, TextLane, TokenChunk
 from stablelm.errors import ConfigError
 from stablelm.small_files import read_small
 
+IGNORED = -100  # as a target: no target
+NO_TOKENS = np.empty(0, np.int32)
 # A longer line is cut, so that SentencePiece neither skips it nor slows down on it.
 LONGEST_LINE = 4096
-# Texts from which on a call for them together costs less than one for each.
+# Texts from which on one call for all of them costs less than one for each.
 FEW = 16
+# Documents of one call, if the lanes have as many; those of a lane at its start, and at least afterwards.
+DOCUMENTS_OF_A_CALL = 512
+DOCUMENTS_AT_START, DOCUMENTS_AFTERWARDS = 4, 8
+
+
+class Encoder(Protocol):
+    """What the data layer needs of a tokenizer; `sha256` names it in prepared shards.
+
+    `unknown`: id of the token for what no piece can write.
+    `encode_arrays` gives the tokens of each document and its eos, int32 (length,), by up to `threads` threads.
+    """
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def unknown(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode_arrays(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]: ...
+
+
+def document_tokens(tokenizer: Encoder, text: str | None) -> np.ndarray:
+    """Tokens of a document and its eos, int32 (length,); empty where there would be only eos."""
+    return with_text(tokenizer.encode_arrays([text])[0]) if text else NO_TOKENS
+
+
+def with_text(tokens: np.ndarray) -> np.ndarray:
+    """The tokens of a row with eos; empty where eos is the only one, since rows without text do not count."""
+    return tokens if len(tokens) > 1 else NO_TOKENS
 
 
 class Tokenizer:
@@ -26,7 +64,7 @@ class Tokenizer:
     can write, `sha256` the hash of the file. Methods may be called from several threads: a loaded processor
     is never changed.
 
-    Raises ConfigError under `key` when the file is missing, is no SentencePiece model or has no eos.
+    Raises ConfigError under `key` when the file does not exist, is not a SentencePiece model or has no eos.
     """
 
     def __init__(self, path: str | Path, *, key: str = "data.tokenizer"):
@@ -62,11 +100,11 @@ def _read(path: str, key: str) -> bytes:
     try:
         return read_small(Path(path).expanduser())
     except FileNotFoundError:
-        mend = "give the path of a SentencePiece .model file, or 'embedded'"
-        raise ConfigError(f"{key}: there is no file {path!r}; {mend}") from None
+        fix = "give the path of a SentencePiece .model file, or 'embedded'"
+        raise ConfigError(f"{key}: {path!r} does not exist; {fix}") from None
     except OSError as error:
-        mend = "give a readable SentencePiece .model file"
-        raise ConfigError(f"{key}: cannot read {path!r} ({error.strerror}); {mend}") from None
+        fix = "give a readable SentencePiece .model file"
+        raise ConfigError(f"{key}: cannot read {path!r} ({error.strerror}); {fix}") from None
 
 
 def _processor(content: bytes, path: str, key: str) -> sentencepiece.SentencePieceProcessor:
@@ -145,10 +183,97 @@ def train(lines: Iterable[str], *, vocab_size: int, model_type: str = "unigram",
 
 
 def _possible(error: str) -> str:
-    """The mend in SentencePiece's message, without its talk of options that are not ours."""
+    """The fix that SentencePiece's message contains, without the options that it names."""
     if most := re.search(r"value <= (\d+)", error):
         return f"it gives at most {most[1]}; give fewer pieces or more text"
     if least := re.search(r"required_chars. \d+ vs (\d+)", error):
-        return f"it takes at least {least[1]}; give more pieces"
+        return f"it needs at least {least[1]}; give more pieces"
     reason = " ".join(error.rsplit("] ", 1)[-1].split()).rstrip(".")
     return f"there is too little of it{f' ({reason})' if reason else ''}; give more text"
+
+
+class BatchedTokenization:
+    """The lanes of one thread, whose documents are tokenized in one call. Each has at most one chunk ahead.
+
+    A tokenizer's tables fill the processor's cache; what is done between two calls drives them out, so a few hundred
+    documents at once cost a sixth less than some dozen at a time. `turn` is that of all threads of the process: one
+    encodes at a time, with `threads` threads, so that the others read meanwhile and the tables are in
+    use once.
+    """
+
+    def __init__(self, encoder: Encoder, *, threads: int, turn: threading.Lock):
+        self._encoder, self._threads, self._turn = encoder, threads, turn
+        self._lanes: list[LaneTokens] = []
+
+    def add(self, documents: TextLane) -> "LaneTokens":
+        """The tokens of one more lane."""
+        self._lanes.append(LaneTokens(documents, self, len(self._lanes)))
+        return self._lanes[-1]
+
+    def fill(self, number: int) -> None:
+        """Makes chunks for lane `number` and for those after it that have none and need not open their first file."""
+        each = max(DOCUMENTS_AFTERWARDS, DOCUMENTS_OF_A_CALL // len(self._lanes))
+        taken: list[tuple[LaneTokens, DocumentGroup]] = []
+        documents = 0
+        for lane in self._lanes[number:] + self._lanes[:number]:
+            if lane.ready or not lane.begun:
+                continue
+            try:
+                group = lane.documents.next_group(DOCUMENTS_AT_START if lane.at_start else each)
+            except Exception as error:
+                lane.ready.append(error)
+                continue
+            lane.at_start = False
+            taken.append((lane, group))
+            documents += len(group.texts)
+            if documents >= DOCUMENTS_OF_A_CALL:
+                break
+        texts = [text for _, group in taken for text in group.texts if text]
+        with self._turn:
+            tokens = iter(self._encoder.encode_arrays(texts, threads=self._threads) if texts else ())
+        for lane, group in taken:
+            if group.texts:
+                lane.ready.append(_chunk(group, tokens))
+            if group.wrong is not None:
+                lane.ready.append(group.wrong)
+
+
+class LaneTokens:
+    """The tokens of one lane's documents, made with those of other lanes."""
+
+    def __init__(self, documents: TextLane, batch: BatchedTokenization, number: int):
+        self.documents, self._batch, self._number = documents, batch, number
+        self.ready: deque[TokenChunk | Exception] = deque()
+        self.begun, self.at_start = False, True
+
+    def next_chunk(self) -> TokenChunk:
+        """The tokens of the lane's next documents; raises what reading them raises."""
+        self.begun = True
+        if not self.ready:
+            self._batch.fill(self._number)
+        chunk = self.ready.popleft()
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+
+class BlockTokens:
+    """The tokens of one lane's documents, a whole block in each chunk, as best-fit packing needs them."""
+
+    def __init__(self, documents: TextLane, encoder: Encoder):
+        self._documents, self._encoder = documents, encoder
+
+    def next_chunk(self) -> TokenChunk:
+        """The tokens of the rest of the block. Raises what is wrong with any of its rows: none is left out."""
+        group = self._documents.next_group()
+        if group.wrong is not None:
+            raise group.wrong
+        texts = [text for text in group.texts if text]
+        return _chunk(group, iter(self._encoder.encode_arrays(texts) if texts else ()))
+
+
+def _chunk(group: DocumentGroup, tokens: Iterator[np.ndarray]) -> TokenChunk:
+    """The chunk of a group, with the next `tokens` for each of its documents and none for rows without text."""
+    parts = [with_text(next(tokens)) if text else NO_TOKENS for text in group.texts]
+    ends = np.cumsum([len(part) for part in parts])
+    return TokenChunk(group.cursor, np.concatenate(parts), ends, skipped=group.skipped)

@@ -1,15 +1,16 @@
-"""A fixed set of windows on which a run is measured, the same ones every time."""
+"""The fixed windows on which a run is measured, and the unigram baseline that it must beat."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.encoding import IGNORED, Encoder, document_tokens
-from stablelm.data.options import ReadOptions
-from stablelm.data.problems import listed
-from stablelm.data.source import documents
+from stablelm.data.corpus import listed
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.shards import shard_format, shard_reader
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import IGNORED, Encoder, document_tokens
 from stablelm.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ class ValidationSet:
     """Windows of a corpus: int64 (n, seq_len); a target of -100 is no target.
 
     `bytes_per_token`: UTF-8 bytes a token (eos counted) of the documents that were touched, which turns
-    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since what it
-    stands for is neither predicted nor given back. `documents`: how many were touched.
+    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since the
+    text of it is not predicted. `documents`: how many were touched.
     """
 
     tokens: "torch.Tensor"
@@ -78,3 +79,42 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
         text_bytes / sum(map(len, parts)) if restored else None,
         len(parts),
     )
+
+
+def unigram_cross_entropy(
+    train: Mapping[str, list[str]],
+    tokenizer: Encoder,
+    validation: ValidationSet,
+    *,
+    vocab: int,
+    tokens: int,
+    options: ReadOptions,
+    shares: Mapping[str, float] | None = None,
+) -> float:
+    """Mean cross-entropy, in nats per token, of an add-one unigram model on the validation targets.
+
+    The model is p(v) = (count(v) + 1) / (N + vocab) over the first N = `tokens` training tokens (files in
+    base-name order, documents in file order, eos counted; fewer if there are fewer), of several sources each its share
+    of `shares`. Raises DataError.
+    """
+    counts = np.ones(vocab, np.int64)
+    for name, files in train.items():
+        remaining = tokens if shares is None else round(tokens * shares[name])
+        for tokens_of_some in token_arrays(files, tokenizer, options=options):
+            if remaining <= 0:
+                break
+            ids = tokens_of_some[:remaining]
+            counts += np.bincount(ids, minlength=vocab)
+            remaining -= len(ids)
+    targets = validation.targets.numpy()
+    log_probability = np.log(counts) - np.log(counts.sum())
+    return float(-log_probability[targets[targets >= 0]].mean())
+
+
+def token_arrays(files: list[str], tokenizer: Encoder, *, options: ReadOptions) -> Iterator[np.ndarray]:
+    """Tokens of all documents, eos included, in base-name and file order, one or more documents at a time."""
+    if all(map(shard_format.is_shard, files)):
+        yield from shard_reader.documents(files, tokenizer.sha256, options=options)
+        return
+    for text in documents(files, options):
+        yield document_tokens(tokenizer, text)

@@ -16,9 +16,9 @@ from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
+from stablelm.data.corpus import Problems
 from stablelm.data.embedded import embedded
-from stablelm.data.options import ReadOptions
-from stablelm.data.problems import Problems
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, UserError

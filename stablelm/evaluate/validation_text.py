@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from stablelm.config import validation_sets
 from stablelm.config.schema import Config
-from stablelm.data import training
-from stablelm.data.options import ReadOptions
+from stablelm.data import inspection
+from stablelm.data.storage.options import ReadOptions
 
 
 def validation_paths(config: Config) -> dict[str, str | list[str]]:
@@ -13,7 +13,7 @@ def validation_paths(config: Config) -> dict[str, str | list[str]]:
     paths = {name: each.path for name, each in validation_sets.sets(config.data).items()}
     if not paths and config.data.path == "embedded" and not config.data.mixture:
         paths["default"] = "embedded"
-    return {name: training.asked(config.data, path, split="validation") for name, path in paths.items()}
+    return {name: inspection.asked(config.data, path, split="validation") for name, path in paths.items()}
 
 
 def validation_options(config: Config, name: str) -> ReadOptions:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stablelm.config.schema import Config
-from stablelm.data.waiting import waited_seconds
+from stablelm.data.storage.stall_monitor import waited_seconds
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.methods.sizes import flops_per_token

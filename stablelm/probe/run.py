@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from stablelm.config import rules
 from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.data import training
+from stablelm.data import inspection
 from stablelm.data.embedded import embedded
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch
@@ -71,7 +71,7 @@ def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None
     folder = Path(out if out is not None else f"{config.run.dir.rstrip('/')}/probe")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a directory")
-    files = training.find(data, tokenizer, tokens=sequences * seq_len + 1)
+    files = inspection.find(data, tokenizer, tokens=sequences * seq_len + 1)
     prepared = Prepared(config, loaded.asked, "single", Launch(), tokenizer, Corpora(files, {}, {}))
     return Request(prepared, sequences, seq_len, folder)
 

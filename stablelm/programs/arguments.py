@@ -4,11 +4,12 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from stablelm.errors import ConfigError
+from stablelm.errors import ConfigError, UserError
 from stablelm.paths import expand
 
 KEYS = "overrides"
@@ -32,6 +33,39 @@ def named_path(text: str) -> str:
     """Type of an argument `[NAME=]PATH`."""
     name, given = re.fullmatch(r"([\w-]+=)?(.*)", text, re.ASCII | re.DOTALL).groups("")  # type: ignore[union-attr]
     return name + path_or_url(given)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the programs that read text: where it is, and how it is read."""
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        type=path_or_url,
+        help="files, globs, folders, URLs, hf:// patterns or 'embedded'",
+    )
+    parser.add_argument("--text-column", default="text", help="key or column that holds the text; default: text")
+    parser.add_argument(
+        "--bad-rows", choices=["stop", "skip"], default="stop", help="a row without a document; default: stop"
+    )
+    parser.add_argument(
+        "--text-unit", choices=["file", "line"], default="file", help="a document in *.txt files; default: file"
+    )
+    parser.add_argument(
+        "--cache", default="data/cache", type=path_or_url, help="folder of the embedded corpus; default: data/cache"
+    )
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a program and exits; a `UserError` is printed as one sentence and gives the exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
 
 
 class Parser(argparse.ArgumentParser):

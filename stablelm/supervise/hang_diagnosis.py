@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stablelm.config.schema import Config
-from stablelm.data.stores import STALL_SECONDS
-from stablelm.data.waiting import waiting
+from stablelm.data.storage.stall_monitor import waiting
+from stablelm.data.storage.stores import STALL_SECONDS
 from stablelm.supervise.progress_marker import ProgressMarker
 from stablelm.supervise.rank_store import RankStore
 

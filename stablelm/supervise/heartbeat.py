@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.config.schema import Config
-from stablelm.data.waiting import waiting
+from stablelm.data.storage.stall_monitor import waiting
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import EXIT_RANK_LOST
 from stablelm.new_files import make_folder, open_new, replace_file

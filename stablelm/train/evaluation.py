@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from stablelm.config import mixture
-from stablelm.data import unigram
+from stablelm.data import validation
 from stablelm.data.mixture import Mixture
-from stablelm.data.options import ReadOptions
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
 from stablelm.train.job import Job
@@ -64,7 +64,7 @@ def compare_with_unigram(prepared: Prepared, job: Job, message: Callable[[str], 
         loss = job.progress.val_loss[name]
         found["val_bits_per_byte"][name] = bits = bits_per_byte(loss, data.bytes_per_token)
         try:
-            baseline = unigram.cross_entropy(
+            baseline = validation.unigram_cross_entropy(
                 corpora.train,
                 prepared.tokenizer,
                 data,

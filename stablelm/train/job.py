@@ -17,7 +17,7 @@ from stablelm.config.load import dump
 from stablelm.config.schema import Config
 from stablelm.data import validation
 from stablelm.data.loader import Loader
-from stablelm.data.seen_files import SeenFiles
+from stablelm.data.storage.options import SeenFiles
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks

@@ -15,10 +15,10 @@ from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data import corpus, inspection, training, validation
+from stablelm.data import corpus, inspection, validation
+from stablelm.data.corpus import Problems
 from stablelm.data.embedded import embedded
-from stablelm.data.options import ReadOptions
-from stablelm.data.problems import Problems
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError
@@ -34,7 +34,7 @@ from stablelm.train import run_directory
 class Corpora:
     """Files by purpose, and what the run is (see `config.identity`)."""
 
-    train: training.Sources
+    train: inspection.Sources
     validation: dict[str, list[str]]
     identity: dict[str, Any]
 
@@ -102,29 +102,31 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
     problems, train, found = Problems(), {}, {}
     with problems.collecting():
-        train = training.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
+        train = inspection.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
     for name, path in validation_paths(config).items():
         with problems.collecting(key := f"data.validation.{name}"):
             options = validation_options(config, name)
-            found[name] = training.text(data, path, key=key, known=known, options=options)
+            found[name] = inspection.text(data, path, key=key, known=known, options=options)
             if all(map(corpus.is_local, found[name])):
                 needed = config.evaluate.batches * config.train.global_batch_size * data.seq_len + 1
                 for _ in validation.touched(found[name], tokenizer, tokens=needed, options=options):
                     pass
     problems.raise_any()
     check_remote(config, train, found, known)
-    names = training.identity_names(train, data)
+    names = inspection.identity_names(train, data)
     return Corpora(train, found, identities.identity(config, base_names=names, tokenizer_sha256=tokenizer.sha256))
 
 
-def check_remote(config: Config, train: training.Sources, sets: dict[str, list[str]], known: training.Lists) -> None:
+def check_remote(
+    config: Config, train: inspection.Sources, sets: dict[str, list[str]], known: inspection.Lists
+) -> None:
     """Checks remote text, except lists that the run began with: a failure of their store now is not bad input."""
     asked = {
         f"data.validation.{name}": (path, sets[name], validation_options(config, name))
         for name, path in validation_paths(config).items()
     }
     if config.data.source == "files":
-        for name, path in training.paths(config.data).items():
+        for name, path in inspection.paths(config.data).items():
             key = f"data.mixture.{name}.path" if name else "data.path"
             asked[key] = path, train[name], ReadOptions.of(config.data)
     problems = Problems()
@@ -145,14 +147,14 @@ def known_files(config: Config) -> dict[str, list[str]]:
 
 def files_to_keep(config: Config, corpora: Corpora) -> dict[str, list[str]]:
     """What `known_files` is to find: the lists of remote paths, since local ones are looked up at once."""
-    asked, sets = training.paths(config.data), validation_paths(config)
+    asked, sets = inspection.paths(config.data), validation_paths(config)
     lists = [(asked[name], files) for name, files in corpora.train.items()]
     lists += [(sets[name], files) for name, files in corpora.validation.items()]
     return {json.dumps(path): files for path, files in lists if not all(map(corpus.is_local, files))}
 
 
 def _remote(config: Config) -> bool:
-    paths = [*training.paths(config.data).values(), *validation_paths(config).values()]
+    paths = [*inspection.paths(config.data).values(), *validation_paths(config).values()]
     flat = [item for path in paths for item in (path if isinstance(path, list) else [path])]
     return not all(corpus.is_local(item) for item in flat)
 

@@ -12,7 +12,7 @@ from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.checkpoint.selection import CHECKPOINTS, is_link
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
-from stablelm.data import seen_files
+from stablelm.data.storage.options import gather_seen
 from stablelm.errors import ConfigError
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
@@ -110,7 +110,7 @@ def create(
             replace_file(run_dir / "tokenizer.model", Path(tokenizer).read_bytes())
             replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
-            seen_files.gather(run_dir)
+            gather_seen(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
         except OSError as error:
             raise storage_error(run_dir, error) from error

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.letters import LetterTokenizer, write_corpus, write_rows
+from support.letters import LetterTokenizer, given_chunks, write_corpus, write_rows
 from support.prepared import write_shard, write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.best_fit import BestFitPacker, fit
-from stablelm.data.encoding import IGNORED
-from stablelm.data.lanes import Chunk, Cursor
 from stablelm.data.loader import Loader
+from stablelm.data.order import Cursor, TokenChunk
+from stablelm.data.packing import BestFitPacker, fit
+from stablelm.data.tokenizer import IGNORED
 from stablelm.errors import DataError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4)
@@ -30,7 +30,7 @@ def blocks(lengths: list[list[int]], first: int = 0):
         ends = np.cumsum(lengths[number], dtype=np.int64)
         tokens = np.concatenate(parts)
         tokens[ends - 1] = 0
-        yield Chunk(Cursor(turn // len(lengths), 0, number, 0, 0), tokens, ends)
+        yield TokenChunk(Cursor(turn // len(lengths), 0, number, 0, 0), tokens, ends)
 
 
 def loader(files: list[str], *, documents: bool = False, **data) -> Loader:
@@ -64,13 +64,13 @@ def test_an_item_goes_where_it_fits_best():
 def test_each_token_but_a_documents_first_is_predicted_once(lengths, seq_len):
     if max([length for block in lengths for length in block], default=0) < 2:
         return
-    packer = BestFitPacker(blocks(lengths), seq_len, 0, Cursor(0, 0, 0, 0, 0))
+    packer = BestFitPacker(given_chunks(blocks(lengths)), seq_len, 0, Cursor(0, 0, 0, 0, 0))
     predicted: Counter[int] = Counter()
     eos = 0
     while True:
-        window = packer.next()
+        window = packer.next_window()
         assert len(window) == seq_len + 1
-        if packer.place.cursor().epoch:
+        if packer.position.cursor().epoch:
             break
         assert (window[packer.filled :] == 0).all()
         kept = np.ones(seq_len, bool)
@@ -95,15 +95,15 @@ def test_each_token_but_a_documents_first_is_predicted_once(lengths, seq_len):
 def test_the_cursor_is_all_the_state(lengths, seq_len, steps):
     if max([length for block in lengths for length in block], default=0) < 2:
         return
-    whole = BestFitPacker(blocks(lengths), seq_len, 0, Cursor(0, 0, 0, 0, 0))
+    whole = BestFitPacker(given_chunks(blocks(lengths)), seq_len, 0, Cursor(0, 0, 0, 0, 0))
     for _ in range(steps):
-        whole.next()
-    cursor = whole.place.cursor()
+        whole.next_window()
+    cursor = whole.position.cursor()
     turn = cursor.epoch * len(lengths) + cursor.block
-    again = BestFitPacker(blocks(lengths, turn), seq_len, 0, cursor)
+    again = BestFitPacker(given_chunks(blocks(lengths, turn)), seq_len, 0, cursor)
     for _ in range(6):
-        assert again.next().tolist() == whole.next().tolist()
-        assert again.place.cursor() == whole.place.cursor()
+        assert again.next_window().tolist() == whole.next_window().tolist()
+        assert again.position.cursor() == whole.position.cursor()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -139,7 +139,7 @@ def test_a_block_that_became_shorter_is_a_changed_file(tmp_path):
 def test_empty_documents_only_are_an_error_and_no_endless_search(tmp_path):
     files = [write_rows(tmp_path / "a.json", [""] * 24)]
     for paths in (files, write_shards(files, tmp_path)):
-        with pytest.raises(DataError, match="finds no document in its share"):
+        with pytest.raises(DataError, match="has no document in its share"):
             loader(paths).next()
 
 

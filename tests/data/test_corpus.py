@@ -83,16 +83,16 @@ def test_urls_are_sorted_by_base_name_without_host_and_query():
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("{tmp}/none.json", "there is no file or folder"),
-        ("{tmp}/none/", "there is no file or folder"),
+        ("{tmp}/none.json", "does not exist"),
+        ("{tmp}/none/", "does not exist"),
         ("{tmp}/none*.json", "no file matches"),
         ("{tmp}/{{d,none}}.json", "no file matches"),
         ("{tmp}/z", "holds no file named *.json.gz"),
         ("http://host/en/*.json.gz", "a web server cannot be asked for its files"),
         ("http://host/text.csv", "is of an unsupported file type"),
-        ("ftp://bucket/a.json", "is in a store we do not read"),
+        ("ftp://bucket/a.json", "is in an unsupported store"),
         ("hf://allenai/c4/x.json", "write hf://datasets/<owner>/<name>"),
-        ("embedded:test", "is no split"),
+        ("embedded:test", "is not a split"),
         ("", "the path is empty"),
     ],
 )
@@ -153,13 +153,13 @@ def test_equal_base_names_are_refused(folder: Path):
         find([str(folder / "d.json"), str(copy)])
     assert "two files have the base name 'd.json'" in str(caught.value)
     assert str(copy) in str(caught.value)
-    assert "rename one" in str(caught.value)
+    assert "rename or remove one" in str(caught.value)
 
 
 def test_embedded_is_the_split_that_the_key_asks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    from stablelm.data.embedded import Embedded
+    from stablelm.data.embedded import EmbeddedCorpus
 
-    made = Embedded(["/c/a.json.gz"], ["/c/v.json.gz"], "/c/t.model")
+    made = EmbeddedCorpus(["/c/a.json.gz"], ["/c/v.json.gz"], "/c/t.model")
     seen = []
     monkeypatch.setattr(corpus, "embedded", lambda cache: seen.append(cache) or made)
     assert find("embedded") == ["/c/a.json.gz"]

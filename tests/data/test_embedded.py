@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from stablelm.data import corpus, embedded, stdlib_text
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data import embedded, inspection
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError
 
 # A build of a hundredth of the size: what is under test here is how files come to be.
 SMALL = """
 import os, time
-from stablelm.data import embedded, stdlib_text
+from stablelm.data import embedded
 words = "one two three four five six seven eight nine ten eleven twelve".split()
 def text(n):
     return " ".join(words[(n * 7 + k * k) % 12] for k in range(30)) + f" {n}"
@@ -28,8 +28,8 @@ def made():
     with open(os.environ["BUILDS"], "a") as log:
         log.write("x")
     time.sleep(float(os.environ.get("DELAY", 0)))
-    return [stdlib_text.Document(text(n), f"url/{n}") for n in range(400)]
-stdlib_text.documents = made
+    return [embedded.Document(text(n), f"url/{n}") for n in range(400)]
+embedded.stdlib_documents = made
 embedded.PIECES = 290
 """
 
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Replaces the text of the standard library by 400 short documents; gives the file that counts builds."""
     builds = tmp_path / "builds"
     monkeypatch.setenv("BUILDS", str(builds))
-    monkeypatch.setattr(stdlib_text, "documents", stdlib_text.documents)
+    monkeypatch.setattr(embedded, "stdlib_documents", embedded.stdlib_documents)
     monkeypatch.setattr(embedded, "PIECES", embedded.PIECES)
     exec(SMALL, {})
     return builds
@@ -64,7 +64,7 @@ def test_files_are_in_the_form_of_c4(small: Path, tmp_path: Path):
     assert len(names) == 8
     assert all(re.fullmatch(r"python-3\.\d+\.\d+\S*-[0-9a-f]{8}-train\.0000\d-of-00008\.json\.gz", n) for n in names)
     assert Path(made.validation[0]).name.endswith("-validation.00000-of-00001.json.gz")
-    corpus.check([*made.train, *made.validation], key="data.path")
+    inspection.check([*made.train, *made.validation], key="data.path")
     texts = list(documents([*made.train, *made.validation], ReadOptions(retry_budget=0)))
     assert len(texts) == len(set(texts)) == 400
     line = gzip.decompress(Path(made.train[0]).read_bytes()).splitlines()[0]
@@ -162,13 +162,13 @@ def test_a_file_that_was_deleted(small: Path, tmp_path: Path):
 def test_a_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     empty = tmp_path / "lib"
     empty.mkdir()
-    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: str(empty))
+    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(empty))
     with pytest.raises(ConfigError, match=r"^data\.path: 'embedded' needs the sources of the standard library"):
         embedded.embedded(str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> embedded.Embedded:
+def real(tmp_path_factory: pytest.TempPathFactory) -> embedded.EmbeddedCorpus:
     folder = tmp_path_factory.getbasetemp()
     # The workers of a parallel run share one build, which is locked.
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -180,7 +180,7 @@ def long_paragraphs(files: list[str]) -> list[str]:
     return [" ".join(p.split()) for p in paragraphs if len(" ".join(p.split())) >= 80]
 
 
-def test_the_real_corpus(real: embedded.Embedded):
+def test_the_real_corpus(real: embedded.EmbeddedCorpus):
     training = list(documents(real.train, ReadOptions(retry_budget=0)))
     validation = list(documents(real.validation, ReadOptions(retry_budget=0)))
     assert sum(len(text.encode()) for text in training) > 1_500_000
@@ -189,10 +189,10 @@ def test_the_real_corpus(real: embedded.Embedded):
     # No paragraph of some length is known from training.
     assert set(long_paragraphs(real.validation)).isdisjoint(long_paragraphs(real.train))
     # The default number of lanes works.
-    corpus.check_lanes(real.train, 768)
+    inspection.check_lanes(real.train, 768)
 
 
-def test_the_real_tokenizer(real: embedded.Embedded):
+def test_the_real_tokenizer(real: embedded.EmbeddedCorpus):
     tokenizer = Tokenizer(real.tokenizer)
     assert tokenizer.pieces == 4096
     texts = list(documents(real.validation, ReadOptions(retry_budget=0)))
@@ -215,8 +215,10 @@ def test_sources_are_parsed_not_imported_and_tests_left_out(tmp_path: Path, monk
     source("test/gamma.py", "Gamma")
     source("site-packages/delta.py", "Delta")
     (tmp_path / "broken.py").write_text('"""Broken."""\nthis is no python\n')
-    monkeypatch.setattr(stdlib_text.sysconfig, "get_path", lambda name: str(tmp_path))
-    found = {d.url: d.text for d in stdlib_text.documents() if not d.url.startswith(("pydoc:topics", "pydoc:builtins"))}
+    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = {
+        d.url: d.text for d in embedded.stdlib_documents() if not d.url.startswith(("pydoc:topics", "pydoc:builtins"))
+    }
     assert list(found) == ["pydoc:beta#0", "pydoc:alpha#0"]
     text = found["pydoc:alpha#0"]
     assert text.startswith("alpha\nAlpha module.\n\nalpha.A\nAlpha class. more of it")

@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from stablelm.data import inspection
-from stablelm.data.corpus import check, check_enough, check_lanes
+from stablelm.data.inspection import check, check_enough, check_lanes
 from stablelm.data.tokenizer import Tokenizer, train
 from stablelm.errors import ConfigError
 
@@ -42,7 +42,7 @@ def test_good_files_pass(name: str, content: bytes, tmp_path: Path):
     ("name", "content", "says"),
     [
         ("a.csv", GOOD, "is of an unsupported file type; give files named *.json.gz"),
-        ("a.parquet", b"PAR1", "damaged or no parquet file"),
+        ("a.parquet", b"PAR1", "damaged or not a parquet file"),
         ("a.parquet", GOOD, "holds plain data, but its name says parquet"),
         ("a.json.gz", b"", "is empty"),
         ("a.json", b"", "is empty"),

@@ -14,8 +14,9 @@ from support.letters import LetterTokenizer, write_corpus, write_rows
 from support.samples import shared_data
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import retry, source
+from stablelm.data.formats import file_rows
 from stablelm.data.loader import Batch, Loader
+from stablelm.data.storage import retry
 from stablelm.errors import DataError
 
 LANES, BATCH, SEQ_LEN = 24, 36, 16
@@ -132,7 +133,7 @@ def test_resume_across_epochs(files):
 @pytest.mark.parametrize("held", [0, 500])
 def test_order_does_not_depend_on_the_memory_for_shared_files(files, monkeypatch, held):
     reference = global_steps([loader(files)], 30)
-    monkeypatch.setattr(source, "HELD_BYTES", held)
+    monkeypatch.setattr(file_rows, "HELD_BYTES", held)
     assert global_steps([loader(files)], 30) == reference
 
 
@@ -207,6 +208,20 @@ def test_a_truncated_file_ends_the_run_with_its_name(tmp_path):
     each = loader([str(broken)], workers=1, lanes=2, batch=2)
     with pytest.raises(DataError, match=r"broken\.json\.gz: truncated"):
         global_steps([each], 1000)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_batches_are_passed_over_and_the_others_stay_as_they_are(files, workers):
+    whole, some = loader(files), loader(files, workers=workers)
+    some.skip([(1, 2), [4, 1]])
+    batches = [whole.next() for _ in range(7)]
+    found = [some.next() for _ in range(3)]
+    assert [batch.data_step for batch in found] == [0, 3, 5]
+    assert all(torch.equal(batch.tokens, batches[batch.data_step].tokens) for batch in found)
+    some.skip([])
+    assert torch.equal(some.next().tokens, batches[6].tokens)
+    assert some.state() == whole.state()
+    some.close()
 
 
 def test_close_does_not_wait_for_a_store_that_is_down(tmp_path):

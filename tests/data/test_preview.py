@@ -15,11 +15,11 @@ from support.letters import write_rows
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.data import shard_format, tokenizer
-from stablelm.data.encoding import document_tokens
+from stablelm.data import tokenizer
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.shards import shard_format
+from stablelm.data.tokenizer import Tokenizer, document_tokens
 
 PROGRAM = REPOSITORY / "data" / "preview.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch"]
@@ -86,7 +86,7 @@ def test_text_and_shards_show_the_same(model, tmp_path, packing):
 
 def test_mistakes_are_told_and_help_is_quick(model):
     wrong = call("data.path=none.json", f"data.tokenizer={model}")
-    assert wrong.returncode == 78 and "data.path: there is no file or folder 'none.json'" in wrong.stderr
+    assert wrong.returncode == 78 and "data.path: 'none.json' does not exist" in wrong.stderr
     took = []
     for _ in range(3):
         start = time.perf_counter()

@@ -13,12 +13,13 @@ from support.letters import LetterTokenizer, write_rows
 from support.prepared import write_shards
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import inspection, shard_corpus, shard_format
-from stablelm.data.lanes import Lane, Order
+from stablelm.data import inspection
+from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Loader
-from stablelm.data.options import ReadOptions
-from stablelm.data.shards import Shard
-from stablelm.data.source import SharedFiles
+from stablelm.data.order import Order, TextLane
+from stablelm.data.shards import shard_files, shard_format
+from stablelm.data.shards.shard_reader import TokenShard
+from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import ConfigError, DataError
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -35,7 +36,7 @@ def documents_of_lanes(files: list[str], **options) -> list[int]:
     reading = ReadOptions(retry_budget=0, **options)
     order = Order(files, seed=3, lanes=LANES, shuffle_block=64)
     shared = SharedFiles(len(files), options=reading)
-    lanes = [Lane(order, lane, shared, options=reading).documents(order.start(lane)) for lane in range(LANES)]
+    lanes = [TextLane(order, lane, order.start(lane), shared, options=reading).documents() for lane in range(LANES)]
     return [sum(1 for _ in itertools.takewhile(lambda found: found[0].epoch == 0, lane)) for lane in lanes]
 
 
@@ -70,7 +71,7 @@ def test_every_document_comes_once_an_epoch_and_nothing_else(tmp_path_factory, k
     order = Order([str(folder / "a.json")], seed=1, lanes=3, shuffle_block=block)
     shared, seen = SharedFiles(1, options=reading), []
     for lane in range(3):
-        found = Lane(order, lane, shared, options=reading).documents(order.start(lane))
+        found = TextLane(order, lane, order.start(lane), shared, options=reading).documents()
         with contextlib.suppress(DataError):  # of so few documents some lanes may get none
             seen += [text for _, text in itertools.takewhile(lambda each: each[0].epoch == 0, found)]
     assert sorted(seen) == sorted(texts.values())
@@ -103,7 +104,7 @@ def test_text_and_shards_agree_whatever_is_missing(tmp_path: Path, packing: str)
 @pytest.mark.parametrize("prepared", [False, True])
 def test_checks_count_documents_and_not_rows(tmp_path: Path, prepared: bool):
     files = [write_rows(tmp_path / "a.json", ["some text", "", "", "more text", ""])]
-    checks = shard_corpus if prepared else inspection
+    checks = shard_files if prepared else inspection
     files = write_shards(files, tmp_path / "p") if prepared else files
     checks.check_lanes(files, 2)
     with pytest.raises(ConfigError, match=r"take 3 documents from each, but .* holds 2; set at most 2 lanes"):
@@ -113,7 +114,7 @@ def test_checks_count_documents_and_not_rows(tmp_path: Path, prepared: bool):
 def test_prepared_rows_keep_their_numbers(tmp_path: Path):
     files = [write_rows(tmp_path / "a.json", ["some", "", "text"])]
     (path,) = write_shards(files, tmp_path / "p")
-    shard = Shard(path, tokenizer=None, options=ReadOptions())
+    shard = TokenShard(path, tokenizer=None, options=ReadOptions())
     rows = shard.take(np.array([2, 0, 1]))
     assert (rows.ends - rows.begins).tolist() == [5, 5, 0]
     assert shard.count() == (10, 2)

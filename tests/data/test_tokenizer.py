@@ -53,7 +53,7 @@ def test_both_kinds_of_model(model_type: str, tmp_path: Path):
     assert Tokenizer(path).decode(Tokenizer(path).encode(AWKWARD)) == AWKWARD
 
 
-@pytest.mark.parametrize(("pieces", "says"), [(100, "it takes at least 28"), (5000, "it gives at most ")])
+@pytest.mark.parametrize(("pieces", "says"), [(100, "it needs at least 28"), (5000, "it gives at most ")])
 def test_a_vocabulary_that_the_text_cannot_give(pieces: int, says: str):
     with pytest.raises(ConfigError, match=rf"^--vocab-size: {pieces} pieces cannot be learned from this text, {says}"):
         train(TEXT, vocab_size=pieces, key="--vocab-size")
@@ -67,7 +67,7 @@ def test_no_text_at_all():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "there is no file"),
+        (None, "does not exist; give the path of"),
         (b"", "is not a SentencePiece model"),
         (b"hello, this is text\n", "is not a SentencePiece model"),
         (bytes(range(256)), "is not a SentencePiece model"),

@@ -51,16 +51,16 @@ def test_the_draw_depends_on_the_seed_and_kind_on_the_model_type(source: Path, t
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--source", "none.json", "--vocab-size", "290"], "--source: there is no file or folder 'none.json'"),
+        (["--source", "none.json", "--vocab-size", "290"], "--source: 'none.json' does not exist"),
         (
             ["--source", "{source}", "--vocab-size", "20"],
-            "it takes at least 2",
+            "it needs at least 2",
         ),
         (
             ["--source", "{source}", "--vocab-size", "90000"],
             "--vocab-size: 90000 pieces cannot be learned",
         ),
-        (["--source", "{source}", "--vocab-size", "290", "--sentences", "0"], "--sentences: 0 is no number of lines"),
+        (["--source", "{source}", "--vocab-size", "290", "--sentences", "0"], "--sentences: must be at least 1, not 0"),
         (["--source", "{source}", "--vocab-size", "many"], "invalid int value: 'many'"),
         (["--vocab-size", "290"], "the following arguments are required: --source"),
     ],

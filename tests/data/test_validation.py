@@ -7,9 +7,8 @@ import pytest
 import torch
 from support.letters import LetterTokenizer, write_rows
 
-from stablelm.data import unigram
-from stablelm.data.options import ReadOptions
-from stablelm.data.validation import IGNORED, read
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.validation import IGNORED, read, unigram_cross_entropy
 from stablelm.errors import DataError
 
 TEXTS = {"b.json": ["abc", "", "dé"], "a.json.gz": ["fghij", "k"]}
@@ -62,7 +61,7 @@ def test_unigram_is_add_one_over_the_first_tokens(files, tokens):
     counts = Counter(STREAM[:tokens])
     total = min(tokens, len(STREAM)) + 300
     expected = -sum(math.log((counts[token] + 1) / total) for token in STREAM[1:11]) / 10
-    found = unigram.cross_entropy({"": files}, LetterTokenizer(), validation, vocab=300, tokens=tokens, options=AT_ONCE)
+    found = unigram_cross_entropy({"": files}, LetterTokenizer(), validation, vocab=300, tokens=tokens, options=AT_ONCE)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
@@ -70,7 +69,7 @@ def test_unigram_leaves_padding_out(files):
     whole = read_set(files, 40, 1)
     exact = read_set(files, len(STREAM) - 1, 1)
     scores = [
-        unigram.cross_entropy({"": files}, LetterTokenizer(), each, vocab=300, tokens=100, options=AT_ONCE)
+        unigram_cross_entropy({"": files}, LetterTokenizer(), each, vocab=300, tokens=100, options=AT_ONCE)
         for each in (whole, exact)
     ]
     assert scores[0] == scores[1]

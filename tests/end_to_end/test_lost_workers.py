@@ -15,7 +15,7 @@ def children(pid: int) -> list[int]:
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    return [child for child in found if b"stablelm.data.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in found if b"stablelm.data.workers" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.timeout(120)

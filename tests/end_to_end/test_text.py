@@ -26,7 +26,7 @@ def test_skipped_rows_are_in_records_and_summary_also_after_a_resume(tiny_corpus
     base = [*SHORT, *tiny_corpus.overrides(), f"data.path={data}", "data.lanes=4", "train.global_batch_size=4"]
     refused = run("pretrain", *base, f"run.dir={tmp_path / 'refused'}")
     assert refused.returncode == 78 and not (tmp_path / "refused").exists()
-    assert "a.jsonl, line 2: half a surrogate pair" in refused.stderr and "data.bad_rows=skip" in refused.stderr
+    assert "a.jsonl, line 2: a lone surrogate" in refused.stderr and "data.bad_rows=skip" in refused.stderr
 
     base += ["data.bad_rows=skip", "train.steps=12", "model.n_layers=1"]
     whole = run("pretrain", *base, f"run.dir={tmp_path / 'whole'}")
@@ -103,7 +103,7 @@ def test_all_that_is_wrong_with_the_text_is_said_at_once(tiny_corpus: TinyCorpus
     for words in (
         "gone.jsonl",
         "none-*.jsonl",
-        "validation.one: there is no file",
+        "nil.jsonl' does not exist",
         "empty.jsonl' is empty",
         "line 2: not",
     ):

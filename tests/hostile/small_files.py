@@ -19,7 +19,7 @@ from support.samples import REPOSITORY
 
 from stablelm.checkpoint import manifest
 from stablelm.checkpoint.manifest import record_of
-from stablelm.data import shard_format
+from stablelm.data.shards import shard_format
 
 RAW = [
     *(

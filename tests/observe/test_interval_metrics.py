@@ -12,7 +12,7 @@ from support.distributed import run_ranks
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.data.waiting import Wait, noted
+from stablelm.data.storage.stall_monitor import Wait, noted
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.methods.sizes import flops_per_token

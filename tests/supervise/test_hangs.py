@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support.distributed import run_ranks
 
 from stablelm.config.schema import Config, DataConfig, ObserveConfig, RunConfig
-from stablelm.data.waiting import Wait, noted
+from stablelm.data.storage.stall_monitor import Wait, noted
 from stablelm.engine.consensus import Consensus
 from stablelm.engine.ranks import Ranks
 from stablelm.supervise import heartbeat, rank_store

@@ -75,18 +75,13 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+HALVES = {"index.json": 100, "state.json": 20, "manifest.json": 100, "COMMITTED": 20}
 STAGES: dict[str, tuple[str, str, int]] = {
     "staging made": ("os.mkdir", "/tensors", 0),
     "tensors half written": ("open", ".safetensors", 1000),
     "tensors written": ("open", "/tensors", 0),
-    "half of index.json": ("open", "/index.json", 100),
-    "before state.json": ("open", "/state.json", 0),
-    "half of state.json": ("open", "/state.json", 20),
-    "before config.yaml": ("open", "/config.yaml", 0),
-    "before manifest.json": ("open", "/manifest.json", 0),
-    "half of manifest.json": ("open", "/manifest.json", 100),
-    "before COMMITTED": ("open", "/COMMITTED", 0),
-    "half of COMMITTED": ("open", "/COMMITTED", 20),
+    **{f"half of {name}": ("open", f"/{name}", size) for name, size in HALVES.items()},
+    **{f"before {name}": ("open", f"/{name}", 0) for name in (*list(HALVES)[1:], "config.yaml")},
     "before the rename": ("os.rename", "", 0),
     "after the rename": ("os.rename", "", 0),
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import documents
+from stablelm.data.formats.file_rows import documents
+from stablelm.data.storage.options import ReadOptions
 from support.fakehub import COMMIT, FakeHub
 from support.httpserver import FaultyServer, serve
 from support.stores import s3_server

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,3 +39,13 @@ def write_corpus(folder: Path, rows: list[int]) -> list[str]:
         suffix = ".json.gz" if index % 2 else ".json"
         files.append(write_rows(folder / f"part-{index:05d}{suffix}", texts))
     return files
+
+
+def given_chunks(chunks: Iterator[Any]) -> Any:
+    """Something that packing takes its tokens from, which gives these chunks."""
+
+    class Given:
+        def next_chunk(self) -> Any:
+            return next(chunks)
+
+    return Given()

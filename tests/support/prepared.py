@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from stablelm.data import shard_format
-from stablelm.data.encoding import document_tokens
-from stablelm.data.options import ReadOptions
-from stablelm.data.source import texts
+from stablelm.data.formats.file_rows import texts
+from stablelm.data.shards import shard_format
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.tokenizer import document_tokens
 from support.letters import LetterTokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 from support.letters import LetterTokenizer, write_corpus
 
 from stablelm.config.load import load
-from stablelm.data import stores
+from stablelm.data.storage import stores
 from stablelm.train.prepare import files_to_keep, find_corpora, known_files
 
 

@@ -1,0 +1,1 @@
+"""Prepared tokens: the files that hold them, how they are written, filtered and read."""
