@@ -64,7 +64,7 @@ PHRASES = {
     r"(no|without a) word( of its own)?": "no summary, or: silently",
     r"so many (times|seconds|steps|bytes|rows|tokens|documents|processes|ranks)": "that number of ...",
     r"is no hang yet": "does not count as a hang",
-    r"(held|are) alike": "replicated, or: are identical",
+    r"held alike": "replicated, or: are identical",
     r"(made|written|starts?|started|begins?|begun|drawn|trains?|asked) anew": "again, or: a new ...",
     r"(to go|goes|went|going|gone) on( with)?": "continue, or: resume",
     rf"{COUNT} an? {EACH}": "per",
