@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ def named_path(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Ends with the exit code of a bad configuration, and names the nearest option or command."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         return self._all_known(found, unknown)
 
-    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_intermixed_args(args, namespace)
         return self._all_known(found, unknown)
 

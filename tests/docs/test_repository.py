@@ -74,7 +74,8 @@ def test_hooks_are_pinned_and_their_targets_exist():
     repositories = read(".pre-commit-config.yaml")["repos"]
     remote = {entry["repo"]: entry["rev"] for entry in repositories if entry["repo"] != "local"}
     assert all(Version(rev.removeprefix("v")).release for rev in remote.values())
-    assert f"=={remote['https://github.com/astral-sh/ruff-pre-commit'].removeprefix('v')}" == str(CONSTRAINTS["ruff"])
+    ruff = remote["https://github.com/astral-sh/ruff-pre-commit"]
+    assert f"=={ruff.removeprefix('v')}" == str(CONSTRAINTS[canonicalize_name("ruff")])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for hook in (hook for entry in repositories if entry["repo"] == "local" for hook in entry["hooks"]):
         program, target = hook["entry"].split()
