@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("stablelm/**/*.py", "launch/*.py", "data/*.py", "slurm/*.py", "slurm/*.sh")
-PAGES = ("*.md", "docs/**/*.md", "data/*.md", "benchmarks/*.md")
+PAGES = ("*.md", "docs/**/*.md", "data/*.md", ".github/*.md")
 
 # A phrase is a regular expression, without regard to case; a space matches any white space.
 NOUN = (
