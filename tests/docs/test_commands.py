@@ -43,10 +43,9 @@ COMMANDS = [
 
 
 @lru_cache
-def help_of(program: str) -> str:
-    return subprocess.run(
-        [sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+def help_of(*program: str) -> str:
+    command = [sys.executable, *program, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def is_placeholder(value: str) -> bool:
