@@ -1,39 +1,54 @@
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+# The versions that the tests ran with. Another set: make test VENV=.venv-other CONSTRAINTS=FILE
+CONSTRAINTS ?= constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
 
-.PHONY: quickstart test test-slow combinations lint install clean
+.PHONY: quickstart test test-slow combinations lint style types words format install clean
 
-# Trains a 24-layer model on text that comes with Python; run it again and it finds nothing to do.
+# Trains a 24-layer model on text that comes with Python; a second run finds nothing to do.
 quickstart: $(VENV)/.installed
 	$(BIN)/python launch/pretrain.py --config configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" tests
 
-# Tests of minutes rather than seconds.
+# Tests that take minutes rather than seconds.
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
-# Every pair of what a user can combine, in runs that are killed and resumed: an hour or two; goes on where it stopped.
+# Every pair of options that a user can combine, in runs that are killed and resumed: one to two hours; resumes if stopped.
 combinations: $(VENV)/.installed-dev
 	$(BIN)/python tests/combinations/run.py
 
-lint: $(VENV)/.installed-dev
+lint: style types words
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
+# Phrases that documentation and messages avoid, with what to write instead.
+words: $(VENV)/.installed-dev
+	$(BIN)/python tests/lint/phrases.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(PIP_INSTALL) .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) $(VENV)/.installed
+	$(PIP_INSTALL) '.[dev]'
 	touch $@
 
 clean:

@@ -37,7 +37,7 @@ MARKERS = "osD^vP*Xdh<>"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; losses in nats a token, lists with one entry a step."""
+    """A finished run; losses in nats per token, lists with one entry per step."""
 
     method: str
     lr: float
@@ -181,7 +181,7 @@ def table(rows: Sequence[dict[str, Any]], settings: dict[str, Any], unigram_loss
 
 
 READING = f"""\
-Validation loss in nats a token: mean ± standard deviation over the seeds at the best learning rate, then seed 0 at
+Validation loss in nats per token: mean ± standard deviation over the seeds at the best learning rate, then seed 0 at
 each one; × marks a run that diverged: its loss was not finite, or its training loss, a mean of the last {LAST} steps,
 ended less than {LEARNED} nats below that of the first step. LR sensitivity (Wortsman et al., 2023) is the mean over
 the learning rates of min(loss, initial loss) - best loss, where a diverged run counts as the initial loss. Gradient
@@ -196,7 +196,7 @@ def _what(settings: dict[str, Any], unigram_loss: float) -> str:
         f"{settings['train.schedule']} to a tenth, AdamW, gradients clipped at {settings['train.grad_clip']:g}. "
         f"Every method has activation {settings['model.activation']} and position "
         f"{settings['model.attention.position']}, also where its own default is another. "
-        f"A unigram model of the training tokens has a validation loss of {unigram_loss:.3f}."
+        f"The unigram baseline of the training tokens has a validation loss of {unigram_loss:.3f}."
     )
 
 
@@ -254,8 +254,10 @@ def draw(runs: Sequence[Run], rows: Sequence[dict[str, Any]], unigram_loss: floa
         axes.grid(alpha=0.3)
         if math.isfinite(unigram_loss):
             axes.axhline(unigram_loss, color="0.4", linestyle=":", linewidth=1)
-    left.set(xlabel="step", ylabel="training loss, nats a token", title="at each method's best learning rate")
-    right.set(xlabel="peak learning rate", ylabel="validation loss, nats a token", title="final; dotted: unigram model")
+    left.set(xlabel="step", ylabel="training loss, nats per token", title="at each method's best learning rate")
+    right.set(
+        xlabel="peak learning rate", ylabel="validation loss, nats per token", title="final; dotted: unigram baseline"
+    )
     right.set_xscale("log")
     figure.legend(loc="outside right center", frameon=False, fontsize=8, title="method, best lr")
     figure.savefig(file, dpi=140)

@@ -24,8 +24,8 @@ def main(run_dir: Path, target: Path) -> None:
     axes.plot(*zip(*train, strict=True), color="0.65", label="training")
     axes.plot(*zip(*validation, strict=True), "o-", color="tab:blue", label="validation")
     unigram = summary["unigram_loss"]["default"]
-    axes.axhline(unigram, color="tab:red", linestyle=":", label=f"unigram model, {unigram:.2f}")
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title="make quickstart: 24 layers x 128 on a CPU")
+    axes.axhline(unigram, color="tab:red", linestyle=":", label=f"unigram baseline, {unigram:.2f}")
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title="make quickstart: 24 layers x 128 on a CPU")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(target, dpi=130)

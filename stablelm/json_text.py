@@ -41,9 +41,10 @@ def load(content: bytes | str) -> Any:
     """The value of JSON text. Raises ValueError for text that is not UTF-8 or not JSON to the letter."""
     try:
         text = content if isinstance(content, str) else content.decode()
-        return json.loads(text, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8 text") from None
+    try:
+        return json.loads(text, parse_constant=_constant, parse_float=_float, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}" if text else "empty") from None
     except RecursionError:

@@ -5,7 +5,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,11 +71,11 @@ def run(main: Callable[[], None]) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """Ends with the exit code of a bad configuration, and names the nearest option or command."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         return self._all_known(found, unknown)
 
-    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_intermixed_args(args, namespace)
         return self._all_known(found, unknown)
 

@@ -91,7 +91,7 @@ def test_numbers_that_would_fill_the_memory_need_the_users_word():
 
 def test_the_page_names_what_is_believed():
     text = PAGE.read_text()
-    listed = text[text.index("Of its configuration are taken") : text.index("The list is in")]
+    listed = text[text.index("Only these parts of its configuration are used") : text.index("The list is in")]
     named = set(re.findall(r"`([a-z]+\.[a-z_]+)`", listed))
     assert named == {name for name in VALUES | LOCAL if not name.startswith("model.")}
     for link in re.findall(r"\]\(([^)#]+)", text):

@@ -124,7 +124,7 @@ def page(soak: Soak, command: str, seed: int, wrong: list[str]) -> str:
     again, codes = recomputed(records(soak.run_dir)), ends(soak.run_dir, soak.strikes)
     struck = {kind: found for kind in KINDS if (found := [s for s in soak.strikes if s.kind == kind])}
     passed = (
-        "The run finished by itself. Every loss equals the undisturbed run's bit for bit, those of steps made again "
+        "The run finished by itself. Every loss equals the undisturbed run's bit for bit, repeated steps "
         "included. No step was committed twice, no token was lost or repeated."
     )
     lines = [
@@ -135,9 +135,9 @@ def page(soak: Soak, command: str, seed: int, wrong: list[str]) -> str:
         "**" + ("Failed: " + "; ".join(wrong) + "." if wrong else passed) + "**", "",
         f"- attempts: {soak.starts()}",
         f"- commits: {len(soak.commits)}, one every {EVERY} steps and one at each stop",
-        f"- steps made again: {sum(again.values())} in all, at most {max(again.values(), default=0)} by one attempt",
+        f"- repeated steps: {sum(again.values())} in all, at most {max(again.values(), default=0)} by one attempt",
         f"- cold start, from sbatch to the first step: {soak.cold_start:.0f} s", "",
-        "Medians in seconds from the fault; – where the attempt went on.", "",
+        "Medians in seconds from the fault; – if the attempt continued.", "",
         "| fault | times | attempts ended with | back in the queue | next attempt begins | next new step |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
