@@ -19,7 +19,7 @@ import numpy as np
 from stablelm.config.load import load
 from stablelm.methods.predict import predict
 from stablelm.probe.measure import measure
-from stablelm.probe.run import Request, collision_of, prepare
+from stablelm.probe.prober import Request, collision_of, prepare
 from stablelm.train.build import first_rows
 
 METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.plan.run import plan
+    from stablelm.plan.planner import plan
 
     return plan(
         arguments.config,

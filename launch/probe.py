@@ -31,7 +31,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.probe.run import probe
+    from stablelm.probe.prober import probe
 
     return probe(
         arguments.config,

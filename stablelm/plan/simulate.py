@@ -23,7 +23,7 @@ from stablelm.config.schema import Config
 from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.plan import estimate, memory
-from stablelm.plan.ledger import Ledger
+from stablelm.plan.memory_tracker import Ledger
 from stablelm.plan.memory import Layout, Parameter
 from stablelm.train.step import train_step
 

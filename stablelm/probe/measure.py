@@ -21,7 +21,7 @@ from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Layer
 from stablelm.observe.gauges import Internals, LayerGauge, internals, norm, state, stream_figures
-from stablelm.probe.shelf import Shelf, boundaries, shares
+from stablelm.probe.disk_offload import Shelf, boundaries, shares
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev
 

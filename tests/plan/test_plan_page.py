@@ -8,7 +8,7 @@ import pytest
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.plan.run import make, prepare
+from stablelm.plan.planner import make, prepare
 
 SPEC = importlib.util.spec_from_file_location("make_plan_page", REPOSITORY / "docs" / "make_plan_page.py")
 assert SPEC is not None and SPEC.loader is not None

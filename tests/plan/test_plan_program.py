@@ -18,9 +18,9 @@ from stablelm.model.flops import flops_per_token, parameter_counts
 from stablelm.plan import estimate, memory, remedies
 from stablelm.plan.accelerators import ACCELERATORS
 from stablelm.plan.collectives import collectives
-from stablelm.plan.report import RESERVE
-from stablelm.plan.run import make, plan, prepare
-from stablelm.plan.step import step_time
+from stablelm.plan.plan_report import RESERVE
+from stablelm.plan.planner import make, plan, prepare
+from stablelm.plan.step_time import step_time
 
 RUNS = sorted((REPOSITORY / "configs" / "runs").glob("c4-*b-*.yaml"))
 SMALL = [*SHAPE, "model.vocab_size=320", "train.global_batch_size=8", "train.precision=bf16", "data.seq_len=32"]

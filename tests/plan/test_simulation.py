@@ -16,7 +16,7 @@ from stablelm.engine.mesh import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.plan import estimate, memory, simulate
 from stablelm.plan.collectives import collectives, ddp_buckets
-from stablelm.plan.ledger import Ledger
+from stablelm.plan.memory_tracker import Ledger
 from stablelm.plan.simulate import _Engine, _fake_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,7 +15,7 @@ from stablelm.plan.accelerators import Accelerator, find
 from stablelm.train.start import exit_code_of
 
 if TYPE_CHECKING:
-    from stablelm.plan.report import Plan
+    from stablelm.plan.plan_report import Plan
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _check_out(out: Path) -> None:
 def _run(request: Request, out: str | None) -> None:
     import warnings
 
-    from stablelm.plan.report import as_json, text
+    from stablelm.plan.plan_report import as_json, text
 
     with warnings.catch_warnings():
         # FSDP and the hooks of a simulation warn of what the real engine does on purpose.
@@ -121,8 +121,8 @@ def make(request: Request) -> "Plan":
     from stablelm.config.engine_rules import SHARDED
     from stablelm.plan import estimate, memory, remedies
     from stablelm.plan.collectives import collectives
-    from stablelm.plan.report import RESERVE, Plan
-    from stablelm.plan.step import step_time
+    from stablelm.plan.plan_report import RESERVE, Plan
+    from stablelm.plan.step_time import step_time
 
     started = time.perf_counter()
     config, world = request.config, request.world_size

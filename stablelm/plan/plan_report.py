@@ -9,10 +9,10 @@ from stablelm.plan import activations, memory
 from stablelm.plan.collectives import Collectives
 from stablelm.plan.memory import Layout, Parameter
 from stablelm.plan.remedies import Remedy
-from stablelm.plan.step import StepTime
+from stablelm.plan.step_time import StepTime
 
 if TYPE_CHECKING:
-    from stablelm.plan.run import Request
+    from stablelm.plan.planner import Request
     from stablelm.plan.simulate import Simulation
 
 RESERVE = 5e9

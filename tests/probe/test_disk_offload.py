@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stablelm.errors import StorageError
-from stablelm.probe import shelf as module
-from stablelm.probe.shelf import Shelf, shares
+from stablelm.probe import disk_offload as module
+from stablelm.probe.disk_offload import Shelf, shares
 
 
 @pytest.mark.parametrize("segment", [64, 5000])

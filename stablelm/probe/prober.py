@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stablelm.methods.predict import Prediction
-    from stablelm.probe.report import Probe
+    from stablelm.probe.probe_report import Probe
 
 LONGEST = 256
 
@@ -93,8 +93,8 @@ def _lengths(config: Config, sequences: int, seq_len: int | None) -> int:
 def _run(request: Request) -> None:
     from rich.console import Console
 
-    from stablelm.probe.report import as_json, draw, table
-    from stablelm.probe.shelf import unwritable
+    from stablelm.probe.probe_report import as_json, draw, table
+    from stablelm.probe.disk_offload import unwritable
 
     _create(request.out)
     model = request.config.model
@@ -117,7 +117,7 @@ def _run(request: Request) -> None:
 
 
 def _create(folder: Path) -> None:
-    from stablelm.probe.shelf import unwritable
+    from stablelm.probe.disk_offload import unwritable
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def _instead(config: Config) -> str:
 
 def _probe(request: Request) -> "Probe":
     from stablelm.probe.measure import measure
-    from stablelm.probe.report import Probe
+    from stablelm.probe.probe_report import Probe
     from stablelm.probe.verdict import read_runs, verdict
     from stablelm.train.build import first_rows
 
