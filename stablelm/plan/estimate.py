@@ -25,18 +25,18 @@ def peak(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str
     if layout.kind in ("zero2", "zero3") and rank_memory.micro_batches(config, layout.world_size) > 1:
         rest["gradients"] = held["gradients"]
     rest["inputs"] = 2 * TOKEN_BYTES * config.train.global_batch_size // layout.world_size * config.data.seq_len
-    layers, loss = layer_memory.measure(config), layer_memory.loss(config)
+    layers, (loss, held_by_loss) = layer_memory.measure(config), layer_memory.loss(config)
     sharded = layout.kind in SHARDED
     units = group_units(config, listed)[:-1]
     kept = Counter(activations=layers.kept, weight_copies=layers.weight_copies(sharded=sharded))
     copies = 0 if sharded else layers.layer_copies
     of_unit = Counter(activations=layers.layers // len(units), weight_copies=copies // len(units))
     backward = Counter(temporary=layers.temporary, weight_copies=0 if sharded else layers.recomputed_copies)
-    backward += loss.held + _gathered(config, units, layout)
+    backward += held_by_loss + _gathered(config, units, layout)
     reduced = _reduced(config, units, layout)
     root = _root(config, listed, layout)
     points = (
-        rest + kept + loss.peak + root,
+        rest + kept + loss + root,
         rest + kept + backward + root,
         rest + (kept - of_unit) + backward + reduced + root,
         rest + of_unit + backward + reduced + root + _gradients(config, listed, layout, held),

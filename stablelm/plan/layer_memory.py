@@ -7,7 +7,6 @@ kernels is meant: torch.compile and fused kernels of a GPU may keep less.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -23,8 +22,8 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.recompute import recompute_layers
 from stablelm.errors import ConfigError
 from stablelm.model.decoder import Decoder
-from stablelm.model.linear import make_dtypes
-from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
+from stablelm.model.linear import Dtypes, make_dtypes
+from stablelm.model.loss import chunked_cross_entropy
 from stablelm.plan.memory_tracker import MemoryTracker
 
 LAYERS = 6
@@ -270,35 +269,20 @@ class _Keep(torch.autograd.Function):
         return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in outputs)
 
 
-@dataclass(frozen=True)
-class LossMemory:
-    """Bytes by kind that the loss of a micro-batch needs beside what the layers keep."""
+def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
+    """Bytes by kind that the loss of a micro-batch needs beside what the layers keep: at its peak, and from then on.
 
-    peak: Counter[str]
-    held: Counter[str]
-    """What the backward pass of the layers finds: the gradient of the head."""
-
-
-def loss(config: Config) -> LossMemory:
-    """The memory of the loss of a resolved config."""
+    The latter is the gradient of the head.
+    """
     model, micro = config.model, config.train.micro_batch_size
     assert micro is not None and model.vocab_size is not None
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
-    tokens = micro * config.data.seq_len
-    rows = max(1, CHUNK_BYTES // (model.vocab_size * dtypes.parameter.itemsize))
-    sizes = (2 * rows, 3 * rows)
-    at: Callable[[int], Counter[str]] = lambda n: _loss(model.vocab_size, model.d_model, dtypes, n)  # noqa: E731
-    if tokens <= sizes[1]:
-        peak = at(tokens)
-    else:
-        both = [at(size) for size in sizes]
-        kinds = both[0] | both[1]
-        peak = Counter({kind: _on_line(tokens, sizes, (both[0][kind], both[1][kind])) for kind in kinds})
-    return LossMemory(peak, Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize))
+    held = Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize)
+    return _loss(model.vocab_size, model.d_model, dtypes, micro * config.data.seq_len), held
 
 
 @lru_cache(maxsize=64)
-def _loss(vocab: int, d_model: int, dtypes: Any, tokens: int) -> Counter[str]:
+def _loss(vocab: int, d_model: int, dtypes: Dtypes, tokens: int) -> Counter[str]:
     tracker = MemoryTracker()
     with FakeTensorMode():
         hidden = torch.empty(tokens, d_model, dtype=dtypes.compute, requires_grad=True)
@@ -309,7 +293,7 @@ def _loss(vocab: int, d_model: int, dtypes: Any, tokens: int) -> Counter[str]:
         tracker.assign((hidden,), "activations")
         with tracker:
             chunked_cross_entropy(hidden, weight, targets)
-    return Counter({kind: tracker.peak[kind] for kind in ("activations", "weight_copies")})
+    return Counter({kind: tracker.peak[kind] for kind in KINDS})
 
 
 def _on_line(at: int, places: tuple[int, int], values: tuple[int, int]) -> int:
