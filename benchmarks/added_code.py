@@ -42,7 +42,7 @@ def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
         Added("deepscalelm_pre: scales", writes(engines["deepscalelm_pre"], shape), writes(base, shape)),
         Added("magneto: inner norms", inner_norms(engines["magneto"], shape)),
         Added("sigma_reparam: scales", sigma_scales(sigma, shape)),
-        Added("sigma_reparam: refresh", sigma.sigma.refresh),
+        Added("sigma_reparam: refresh", sigma.matrices.update),
         Added("catformer: cat, norm, recompute", reads(engines["catformer"], shape), reads(base, shape)),
     ]
 

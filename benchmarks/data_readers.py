@@ -61,7 +61,7 @@ def theirs(pattern: str, storage: dict[str, Any]) -> Iterator[str]:
     """Documents as `datasets` streams them, with the settings it comes with."""
     import datasets
 
-    from stablelm.data.corpus import braces
+    from stablelm.data.storage.options import braces
 
     options = {"endpoint_url": storage["s3.endpoint_url"]} if storage else None
     files = braces(pattern) if pattern.startswith("http") else pattern

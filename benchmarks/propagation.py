@@ -19,7 +19,7 @@ import numpy as np
 from stablelm.config.load import load
 from stablelm.probe.measure import measure
 from stablelm.probe.predict import predict
-from stablelm.probe.run import Request, collision_of, prepare
+from stablelm.probe.prober import ProbeRequest, collision_of, prepare
 from stablelm.train.job import first_rows
 
 METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"
@@ -27,7 +27,7 @@ SHAPES = "12x256,48x256,192x256,1000x64"
 FIGURES = ("stream_variance", "attention_branch_variance", "feedforward_branch_variance", "token_correlation")
 
 
-def request(method: str, shape: str, seed: int, options: argparse.Namespace) -> Request:
+def request(method: str, shape: str, seed: int, options: argparse.Namespace) -> ProbeRequest:
     """What to probe: a method at n_layers x d_model, heads of 32 features."""
     n_layers, d_model = map(int, shape.split("x"))
     keys = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stablelm.config.load import load
 from stablelm.probe.measure import measure
-from stablelm.probe.run import prepare
+from stablelm.probe.prober import prepare
 from stablelm.probe.verdict import TRAINABILITY
 from stablelm.train.job import first_rows
 

@@ -29,8 +29,8 @@ from stablelm.config.schema import (
     ModelConfig,
     TrainConfig,
 )
+from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.optimizers import adamw
-from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.methods import catalogue
 from stablelm.methods.catalogue import apply_method
 from stablelm.methods.completep import CompletepOptions
@@ -127,7 +127,7 @@ def train(model: ModelConfig, steps: int) -> list[float]:
     decoder = Decoder(model, "fp32")
     initialise(decoder, model, 0)
     optimizer = adamw(dict(decoder.named_parameters()), roles(decoder), TrainConfig(lr=LR), model)
-    sigma = SigmaMatrices(decoder)
+    sigma = Reparametrised(decoder)
     text = torch.randint(VOCABULARY, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
 
     def mean_loss() -> Tensor:
@@ -141,7 +141,7 @@ def train(model: ModelConfig, steps: int) -> list[float]:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-        sigma.refresh()
+        sigma.update()
     with torch.no_grad():
         return [*losses, mean_loss().item()]
 

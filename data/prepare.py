@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     # Imported here, so that --help answers at once.
     from stablelm.data import inspection
     from stablelm.data.embedded import embedded
+    from stablelm.data.prepare_shards import PrepareRequest, prepare
     from stablelm.data.shards import row_filters
-    from stablelm.data.shards.prepare_shards import PrepareRequest, prepare
     from stablelm.data.shards.shard_format import OutputFolder
     from stablelm.data.storage.options import ReadOptions
     from stablelm.data.tokenizer import Tokenizer

@@ -19,9 +19,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--documents", type=int, default=1000, help="documents to count; default: 1000")
     parser.add_argument("--sequences", type=int, default=2, help="packed sequences to show; default: 2")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="configuration keys, which have the last word"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, which take precedence")
     return parser.parse_intermixed_args(argv)
 
 

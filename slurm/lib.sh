@@ -178,7 +178,7 @@ set_network() { # what gloo, NCCL and torch read; whatever is set already wins
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 }
 
-preflight() { # one task a node checks node, GPUs and network; sets unfit to the nodes with errors
+preflight() { # one task per node checks node, GPUs and network; sets unfit to the nodes with errors
     local found
     [ "${STABLELM_PREFLIGHT:-1}" != 0 ] || return 0
     found=$(srun --export=ALL --mpi=none --job-name=preflight --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \

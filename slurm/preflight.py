@@ -1,4 +1,4 @@
-"""One task a node, before the ranks start: is this node, its GPUs and its network fit for the run?
+"""One task per node, before the ranks start: is this node, its GPUs and its network fit for the run?
 
 `preflight.py RUN_DIR NOW` prints a line for what is wrong and ends with 1 if the ranks could not start or would die
 here; `NOW` is the batch host's clock. Standard library only: it must answer in a second.

@@ -1,5 +1,8 @@
 """What a user can cause, each with the exit code that scripts rely on."""
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
 from stablelm.printable import printable
 from stablelm.redaction import redacted
 
@@ -53,3 +56,38 @@ class ProcessLostError(UserError):
     """A process of the run was ended from outside, as by the kernel for want of memory."""
 
     exit_code = EXIT_RANK_LOST
+
+
+SHOWN = 8
+
+
+class Problems:
+    """Problems, one sentence each, reported at once so that all can be fixed at once."""
+
+    def __init__(self) -> None:
+        self._sentences: list[str] = []
+
+    @contextlib.contextmanager
+    def collecting(self, key: str = "") -> Iterator[None]:
+        """Collects a ConfigError of the with block, and a DataError under `key`, instead of raising it."""
+        try:
+            yield
+        except ConfigError as error:
+            self._sentences.append(str(error))
+        except DataError as error:
+            if not key:
+                raise
+            self._sentences.append(f"{key}: {error}")
+
+    def raise_any(self) -> None:
+        """Raises ConfigError with a line for each problem; of many only the first few and the number of the others."""
+        if self._sentences:
+            rest = len(self._sentences) - SHOWN
+            more = [f"and {rest} more problems of this kind"] if rest > 0 else []
+            raise ConfigError("\n".join([*self._sentences[:SHOWN], *more]))
+
+
+def listed(items: Sequence[str], *, show: Callable[[str], str] = repr) -> str:
+    """The items, separated by commas; of many only the first few and the number of the others."""
+    rest = len(items) - SHOWN
+    return ", ".join(map(show, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")

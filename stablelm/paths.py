@@ -16,7 +16,7 @@ def expand(path: str, label: str) -> str:
     """
     if "$" in path:
         home = re.match(r"\$(?:HOME\b|\{HOME\})", path)
-        fix = f"write ~{path[home.end() :]}" if home else "write out what it stands for, or let the shell do it"
+        fix = f"write ~{path[home.end() :]}" if home else "write its value, or let the shell expand it"
         raise ConfigError(f"{label}{path} holds a $, but variables are not expanded in paths; {fix}")
     if path.startswith(FILE):
         return FILE + expand(path.removeprefix(FILE), label + FILE)

@@ -61,7 +61,7 @@ class Fence:
         if self.taken and self.token not in tokens and newest <= self.token:
             raise StorageError(
                 f"{self.root} has been removed while the run was writing to it: this attempt commits nothing more and "
-                "ends; put it back to go on from it, or start anew"
+                "ends; restore it to resume, or start a new run"
             )
         if newest > self.token:
             holder = read_token(self.root, newest)

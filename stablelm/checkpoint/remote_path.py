@@ -187,7 +187,7 @@ def writing(place: CheckpointPath) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise StorageError(
-                f"no space left for a checkpoint in {place} ({error.strerror}): free space there, lower "
+                f"no space for a checkpoint in {place} ({error.strerror}): free space there, lower "
                 "checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
             ) from error
         if error.errno in UNWRITABLE:

@@ -1,11 +1,7 @@
 """YAML files and `key.path=value` arguments become a `Config`; every mistake is named with its origin."""
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from stablelm.config import text
 from stablelm.config.durations import parse_duration
@@ -25,6 +21,7 @@ from stablelm.config.keys import (
 )
 from stablelm.config.read import Given, in_full, put, read_argument, read_content, read_file
 from stablelm.config.schema import Config
+from stablelm.config.typed_values import adapter, show
 from stablelm.errors import ConfigError
 from stablelm.paths import expand
 
@@ -88,27 +85,6 @@ def typed(given: dict[str, Any], origin: str) -> dict[str, Any]:
     return leaves
 
 
-def checked_options(kind: type, given: Mapping[str, Any]) -> None:
-    """Raises ConfigError with a line for each of the values that the fields of an options dataclass do not take."""
-    from pydantic import ValidationError
-
-    own, hints, problems = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind), []
-    for name, value in given.items():
-        if name not in own:
-            problems.append(f"unknown option {name}; it has {', '.join(own)}")
-            continue
-        try:
-            taken = _adapter(hints[name]).validate_python(value, strict=True)
-        except ValidationError:
-            problems.append(f"{name}={_show(value)} must be {describe(hints[name])}")
-            continue
-        allowed = own[name].metadata.get("range")
-        if allowed is not None and taken is not None and not allowed.holds(taken):
-            problems.append(f"{name}={_show(value)} must be {allowed.words}")
-    if problems:
-        raise ConfigError("; ".join(problems))
-
-
 def _merge(layers: list[dict[str, Given]], problems: list[str]) -> dict[str, Given]:
     """Values by full name, later layers over earlier ones."""
     merged: dict[str, Given] = {}
@@ -157,13 +133,13 @@ def _convert(name: str, given: Given, key: Key, entry: str) -> tuple[Any, str]:
     if isinstance(value, list):
         value = tuple(value) if takes_tuple(kind) else value
     try:
-        return _adapter(kind).validate_python(value, strict=True), ""
+        return adapter(kind).validate_python(value, strict=True), ""
     except (ValidationError, OverflowError):
         pass
     expected, hint = described(key) if not entry else describe(kind), ""
     if isinstance(given.value, bool | int | float) and "string" in expected and "number" not in expected:
         hint = "; put it in quotes to make it a string"
-    return None, f"{name}={_show(given.value)} must be {expected}{hint} ({given.origin})"
+    return None, f"{name}={show(given.value)} must be {expected}{hint} ({given.origin})"
 
 
 def _with_homes(
@@ -194,24 +170,9 @@ def _with_homes(
     return made
 
 
-@lru_cache
-def _adapter(kind: Any):
-    from pydantic import ConfigDict, TypeAdapter
-
-    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
-
-
-def _show(value: Any) -> str:
-    """A value in YAML's own notation, shortened."""
-    words = text.write({"v": value})[2:].strip() if not isinstance(value, dict) else str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        words = str(value)
-    return words if len(words) <= 80 else words[:77] + "..."
-
-
 def _no_section(name: str, given: Given) -> str:
     inside = next(key for key in keys() if key.startswith(name + "."))
-    return f"{name}={_show(given.value)} must be a section, a mapping of keys such as {inside} ({given.origin})"
+    return f"{name}={show(given.value)} must be a section, a mapping of keys such as {inside} ({given.origin})"
 
 
 def _unknown(name: str, near: str | None, given: Given) -> str:

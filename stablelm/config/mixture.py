@@ -70,7 +70,7 @@ def _entry_problems(entry: str, value: Any) -> Iterator[str]:
         yield f"{key}: the name of a source has only letters, digits, _ and -; rename it"
     elif rest == "path":
         if not isinstance(value, str | list | tuple):
-            yield f"{key}={value} must be a path or a list of paths; quote it to make it text"
+            yield f"{key}={value} must be a path or a list of paths; quote it to make it a string"
     elif _step(rest) is None:
         yield f"{key}: a source has a path and a weight, or weight.<step> from which it holds; give one of these"
     elif not _is_weight(value):

@@ -7,9 +7,9 @@ from typing import Any
 from stablelm.config import data_rules, engine_rules, guard_rules, secret_rules, validation_sets
 from stablelm.config.durations import parse_duration
 from stablelm.config.keys import assemble, one_of, values
-from stablelm.config.load import checked_options
 from stablelm.config.ranges import ranges
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
+from stablelm.config.typed_values import checked_options
 from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 from stablelm.methods.catalogue import apply_method
@@ -287,7 +287,7 @@ class _Rules:
             worlds = _around(world_size, lambda n: lanes % n == 0, lanes)
             others = _around(lanes, lambda n: n % world_size == 0, lanes + world_size)
             self.broken(
-                f"data.lanes={lanes} cannot be shared out evenly over {world_size} processes; "
+                f"data.lanes={lanes} must be divisible by the number of processes, {world_size}; "
                 f"start {_either(worlds, 'process')}, or a new run with {_either(others, 'lane')}",
                 "data.lanes",
             )
@@ -295,7 +295,7 @@ class _Rules:
             sizes = _around(batch, lambda n: n % world_size == 0, batch + world_size)
             worlds = _around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
             self.broken(
-                f"train.global_batch_size={batch} cannot be shared out evenly over {world_size} processes; "
+                f"train.global_batch_size={batch} must be divisible by the number of processes, {world_size}; "
                 f"use {_either(sizes)}, or start {_either(worlds, 'process')}",
                 "train.global_batch_size",
             )

@@ -240,8 +240,10 @@ class DataConfig:
 class TrainConfig:
     steps: int | None = key(None, "optimizer steps; exactly one of steps and tokens", identity=True)
     tokens: int | None = key(None, "training length; rounded up to whole steps", unit="tokens", identity=True)
-    global_batch_size: int = key(32, "sequences a step over all ranks", unit="sequences", identity=True)
-    micro_batch_size: int | None = key(None, "sequences a rank takes at once; None: no accumulation", unit="sequences")
+    global_batch_size: int = key(32, "sequences per step over all ranks", unit="sequences", identity=True)
+    micro_batch_size: int | None = key(
+        None, "sequences that a rank processes at once; None: no accumulation", unit="sequences"
+    )
     lr: float = key(3e-4, "peak learning rate", identity=True)
     min_lr: float | None = key(None, "learning rate at the end; None: lr / 10", identity=True)
     warmup_steps: int = key(100, "linear warm-up from zero; may exceed steps", unit="steps", identity=True)
@@ -289,7 +291,7 @@ class CheckpointConfig:
     every: int = key(500, "steps between checkpoints; 0: only when the run stops", unit="steps")
     keep: int = key(2, "newest checkpoints kept")
     keep_permanent_every: int | None = key(None, "checkpoints at multiples of this are never deleted", unit="steps")
-    async_: bool = key(True, "copy to host memory and write while training goes on; one save in flight")
+    async_: bool = key(True, "copy to host memory and write while training continues; one save in flight")
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,9 @@ class EvaluateConfig:
     every: int = key(500, "steps between evaluations; 0: only at the end", unit="steps")
     batches: int = key(8, "global batches of each validation set, the same ones every time")
     micro_batch_size: int = key(
-        8, "sequences a rank takes at once; the same in any world size, so that the figures are", unit="sequences"
+        8,
+        "sequences that a rank processes at once; the same in any world size, so that the figures are",
+        unit="sequences",
     )
 
 

@@ -133,7 +133,7 @@ def items(node: yaml.MappingNode) -> list[tuple[str, yaml.Node, int]]:
     for key, value in node.value:
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
-            raise TextError("a name must be text, not a list or mapping", line)
+            raise TextError("a name must be a string, not a list or mapping", line)
         if key.value in found:
             raise TextError(f"{key.value} is given twice, first in line {found[key.value][2]}", line)
         found[key.value] = (key.value, value, line)

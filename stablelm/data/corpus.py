@@ -1,12 +1,8 @@
 """From the paths of a configuration (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
 
-import contextlib
 import glob
-import itertools
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,45 +12,10 @@ from stablelm.data.formats import dataset_files
 from stablelm.data.formats.file_rows import SUFFIXES, SUFFIXES_IN_WORDS
 from stablelm.data.formats.text_lines import is_plain_text
 from stablelm.data.storage import stores
-from stablelm.data.storage.options import ReadOptions, base_name, local_path
+from stablelm.data.storage.options import ReadOptions, base_name, braces, files_alone, local_path
 from stablelm.data.storage.retry import persist
-from stablelm.errors import ConfigError, DataError
+from stablelm.errors import ConfigError, DataError, Problems, listed
 from stablelm.redaction import carries_secret, redacted
-
-SHOWN = 8
-
-
-class Problems:
-    """Problems, one sentence each, reported at once so that all can be fixed at once."""
-
-    def __init__(self) -> None:
-        self._sentences: list[str] = []
-
-    @contextlib.contextmanager
-    def collecting(self, key: str = "") -> Iterator[None]:
-        """Collects a ConfigError of the with block, and a DataError under `key`, instead of raising it."""
-        try:
-            yield
-        except ConfigError as error:
-            self._sentences.append(str(error))
-        except DataError as error:
-            if not key:
-                raise
-            self._sentences.append(f"{key}: {error}")
-
-    def raise_any(self) -> None:
-        """Raises ConfigError with a line for each problem; of many only the first few and the number of the others."""
-        if self._sentences:
-            rest = len(self._sentences) - SHOWN
-            more = [f"and {rest} more problems of this kind"] if rest > 0 else []
-            raise ConfigError("\n".join([*self._sentences[:SHOWN], *more]))
-
-
-def listed(items: Sequence[str], *, show: Callable[[str], str] = repr) -> str:
-    """The items, separated by commas; of many only the first few and the number of the others."""
-    rest = len(items) - SHOWN
-    return ", ".join(map(show, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
-
 
 TRAINING_KEYS = ("data.path", "--source")
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
@@ -97,21 +58,6 @@ def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions
 def is_local(url: str) -> bool:
     """Whether `url` is a path of the local file system."""
     return local_path(url) is not None
-
-
-def braces(text: str) -> list[str]:
-    """Shell brace expansion: {a,b} gives each word, {007..011} each number, padded like the first."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
-    if match is None:
-        return [text]
-    first, last, words = match.groups()
-    if words is not None:
-        choices = words.split(",")
-    else:
-        step = 1 if int(first) <= int(last) else -1
-        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
-    before, after = text[: match.start()], braces(text[match.end() :])
-    return [before + choice + rest for choice, rest in itertools.product(choices, after)]
 
 
 def _expand(entry: str, key: str, cache: str, options: ReadOptions) -> list[str]:
@@ -212,22 +158,6 @@ def _local(entry: str, *, key: str) -> list[str]:
     if missing:
         raise ConfigError(f"{key}: no file matches {listed(missing)}; {here}")
     return files_alone([match for matched in found.values() for match in matched], key, f"{entry!r} matches")
-
-
-def files_alone(paths: list[str], key: str, where: str) -> list[str]:
-    """These paths, sorted. Raises ConfigError naming all that are not files: their text would be missing."""
-    wrong = []
-    for path in sorted(paths):
-        if os.path.islink(path) and not os.path.exists(path):
-            wrong.append(f"{path!r} (a link to {os.readlink(path)!r}, which does not exist)")
-        elif not os.path.isfile(path):
-            wrong.append(f"{path!r} ({'a folder' if os.path.isdir(path) else 'not a regular file'})")
-    if wrong:
-        raise ConfigError(
-            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or list "
-            "only the files"
-        )
-    return sorted(paths)
 
 
 def _text_of(files: list[str]) -> list[str]:

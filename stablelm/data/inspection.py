@@ -11,7 +11,6 @@ from itertools import islice
 from stablelm.config import mixture
 from stablelm.config.schema import DataConfig
 from stablelm.data import corpus
-from stablelm.data.corpus import Problems
 from stablelm.data.formats import dataset_files, tables
 from stablelm.data.formats.file_rows import SUFFIXES, SUFFIXES_IN_WORDS, document_text, documents, rows_from
 from stablelm.data.formats.text_lines import BadRow
@@ -19,7 +18,7 @@ from stablelm.data.shards import shard_files
 from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import LookEnded, RangeFile
 from stablelm.data.tokenizer import Tokenizer, document_tokens
-from stablelm.errors import ConfigError, DataError
+from stablelm.errors import ConfigError, DataError, Problems
 from stablelm.small_files import open_regular
 
 # A zstandard file may begin with a frame to skip, of one of 16 kinds.

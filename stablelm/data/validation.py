@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stablelm.data.corpus import listed
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.shards import shard_format, shard_reader
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import IGNORED, Encoder, document_tokens
-from stablelm.errors import DataError
+from stablelm.errors import DataError, listed
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from stablelm import private_names
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
+from stablelm.engine.after_step import Reparametrised, sum_over_ranks
 from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.optimizers import adamw, refused, set_learning_rate
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import recompute_layers
-from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.torch_engine import compile_layers
 from stablelm.errors import ConfigError
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
             check(self._engine, wanted)
         else:
             self._materialise(config, ranks, None, {})
-        self.sigma = SigmaMatrices(self.module)
+        self.matrices = Reparametrised(self.module)
         self.module.train(train)
         if self.optimizer is not None:
             names = {parameter: name for name, parameter in self.parameters().items()}
@@ -136,9 +136,20 @@ class DeepSpeedEngine:
         self._largest_norm = largest_norm
         self._engine.step()
         norm = self._norm()
-        self.sigma.refresh(refused(norm, largest_norm))
+        self._scale_rows(self.matrices.update(refused(norm, largest_norm)))
         self.clear_gradients()
         return norm
+
+    def _scale_rows(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiplies rows of matrices in the master weights, and publishes these; collective if there are any."""
+        flats = self._masters() if factors else []
+        for name, factor in factors.items():
+            part = self._slices[f"{name}.weight"]
+            rows = torch.arange(part.start, part.start + part.length, device=factor.device) // part.shape[1]
+            held = part.shard(flats[part.group]).local
+            held.mul_(factor.expand(part.shape[0])[rows].to(held.device, held.dtype))
+        if factors:
+            self.loaded()
 
     def _norm(self) -> Tensor:
         """The global norm of the step under way or of the last one, from when DeepSpeed has computed it."""

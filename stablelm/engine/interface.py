@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config
+from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.model.loss import LossSums
 
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     kind: str
     device: torch.device
-    sigma: SigmaMatrices
+    matrices: Reparametrised
     """Refreshed by `step`; its norms and tracking errors are collectives on sharded weights."""
 
     @property

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
+from stablelm.engine.after_step import Reparametrised, sum_over_ranks
 from stablelm.engine.optimizers import adamw, average, clip, norms, refused, set_learning_rate, total_norm
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
-from stablelm.engine.spectral_refresh import SigmaMatrices, sum_over_ranks
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
 from stablelm.model.decoder import Decoder
@@ -41,7 +41,7 @@ class TorchEngine:
             shard(self.module, self.module.layers, config, make_mesh(kind, ranks, config.engine.replicas))
         self._materialise(config, ranks)
         self._replicated = replicated(self.module) if kind in SHARDED else []
-        self.sigma = SigmaMatrices(self.module)
+        self.matrices = Reparametrised(self.module)
         self._ddp = data_parallel(self.module, ranks.device) if kind == "ddp" else None
         self._call: nn.Module = self._ddp or self.module
         self.module.train(train)
@@ -102,7 +102,7 @@ class TorchEngine:
         # The fused kernel reads it on the device, leaves weights and moments alone and takes the count back.
         setattr(self.optimizer, "found_inf", skipped.float())  # noqa: B010 - torch declares no such attribute
         self.optimizer.step()
-        self.sigma.refresh(skipped)
+        self.matrices.scale_rows(self.matrices.update(skipped))
         self.clear_gradients()
         return norm.detach()
 

@@ -16,12 +16,11 @@ from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
-from stablelm.data.corpus import Problems
 from stablelm.data.embedded import embedded
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
-from stablelm.errors import ConfigError, UserError
+from stablelm.errors import ConfigError, Problems, UserError
 from stablelm.evaluate import consent
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report

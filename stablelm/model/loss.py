@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor):
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         assert ctx.grads is not None, "the chunked loss can be differentiated once"
         grads, ctx.grads = ctx.grads, None
         scaled = (None if grad is None else grad.mul_(grad_total) for grad in grads)

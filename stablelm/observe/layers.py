@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.spectral_refresh import SigmaMatrices
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Chunks, Layer
@@ -130,7 +130,7 @@ class LayerObserver:
     def __init__(
         self,
         engine: Engine,
-        sigma: SigmaMatrices,
+        sigma: Reparametrised,
         ranks: Ranks,
         *,
         every: int,
@@ -176,7 +176,7 @@ def depth_metrics(found: Internals) -> dict[str, float]:
     return metrics
 
 
-def sigma_metrics(sigma: SigmaMatrices) -> dict[str, float]:
+def sigma_metrics(sigma: Reparametrised) -> dict[str, float]:
     """`sigma/<index>/<role>`, the tracked norms, and `sigma/tracking_error`, the largest; none without sigma."""
     norms = sigma.norms()
     if not norms:

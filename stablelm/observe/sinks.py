@@ -31,7 +31,7 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "free some space and run again"
     elif error.errno == errno.ENOENT:
-        fix = "put it back to go on from it, or start anew"
+        fix = "restore it to resume, or start a new run"
     return StorageError(f"{path} cannot be written ({error.strerror or error}); {fix}")
 
 

@@ -1,12 +1,18 @@
-"""Collectives of one optimizer step on one rank, in closed form: how many, and bytes of the whole tensors they move."""
+"""Collectives of one optimizer step on one rank: how many, and the bytes of the full tensors they move.
+
+Those of weights and gradients follow from the parameters and the engine's units, those of the update are measured.
+"""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.methods.sizes import d_key_value, widths
-from stablelm.plan.memory import (
+from stablelm.plan.fake_engine import FakeEngine, fake_ranks
+from stablelm.plan.layer_memory import with_layers
+from stablelm.plan.rank_memory import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
     Layout,
@@ -18,14 +24,15 @@ from stablelm.plan.memory import (
     width,
 )
 
+UPDATED_LAYERS = 2
 VALID_BYTES = 8  # the count of valid targets, which all ranks agree on
 
 
 @dataclass
 class Collectives:
-    """By kind: a gather's bytes are those it makes, a reduction's those it takes, on each rank.
+    """Counts and bytes by kind on each rank: the output of a gather, the input of a reduction.
 
-    `replicas` are those among the copies of the model, for time's sake; they count in `counts` and `bytes` too.
+    `replicas`: bytes reduced between copies of the model, which take another network; included in `bytes`.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -38,7 +45,7 @@ class Collectives:
 
 
 def collectives(config: Config, listed: list[Parameter], layout: Layout) -> Collectives:
-    """Those of a step, with one all-reduce for the count of valid targets before it."""
+    """The collectives of a step, including the all-reduce of the count of valid targets."""
     found = Collectives()
     if layout.world_size == 1:
         return found
@@ -54,7 +61,7 @@ def collectives(config: Config, listed: list[Parameter], layout: Layout) -> Coll
 
 
 def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Collectives) -> None:
-    """Units are gathered for both passes of each micro-batch, the root once a step; all are reduced in the last one."""
+    """Units are gathered for both passes of each micro-batch, the root once a step; all are reduced in the last."""
     micro, size = micro_batches(config, layout.world_size), width(config)
     *layers, root = ([sum(padded(p, layout.shards) for p in unit)] for unit in group_units(config, listed))
     units = [elements for (elements,) in layers]
@@ -68,28 +75,41 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
     vectors = [parameter.elements for parameter in listed if not parameter.is_matrix]
     if vectors:
         found.add("all_reduce", 1, sum(vectors) * size)
-    found.add("all_reduce", 1, 8)  # the squared norm of this copy, in fp64
-    sigma = sigma_elements(config)
-    if sigma:
-        found.add("all_reduce", 1, sigma * size)
+    for kind, (count, moved) in _update(config, layout).items():
+        found.add(kind, count, moved)
 
 
-def sigma_elements(config: Config) -> int:
-    """Elements of the vectors of all spectral norms, which a refresh on split matrices sums over ranks."""
-    model = config.model
-    if model.reparam != "sigma":
-        return 0
-    inner, d_kv, total = model.axes.maps.rank(model), d_key_value(model), 0
-    for layer in range(model.n_layers):
-        attention, feedforward = widths(model, 2 * layer), widths(model, 2 * layer + 1)
-        for d_out in (attention.attention, d_kv, d_kv):
-            total += attention.read + d_out + (2 * inner if inner else 0)
-        total += attention.attention + attention.branch
-        if model.axes.reparam.applies(model, 1):
-            assert model.d_ff is not None
-            firsts = 2 if model.activation == "swiglu" else 1
-            total += firsts * (feedforward.read + model.d_ff) + model.d_ff + feedforward.branch
-    return total
+def _update(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:
+    """(count, bytes) by kind of the collectives of the update: the norm of the gradients, what a method then renews.
+
+    Measured on few layers of the real engine. Summed over layers whose widths grow evenly they are a polynomial of the
+    second degree in the depth, which three depths determine.
+    """
+    first = with_layers(config.model, UPDATED_LAYERS).n_layers
+    depths = [first, first + 1, first + 2] if config.model.n_layers > first + 2 else [config.model.n_layers]
+    found = [_update_of(replace(config, model=replace(config.model, n_layers=depth)), layout) for depth in depths]
+    if len(depths) == 1:
+        return found[0]
+    missing = config.model.n_layers - first
+
+    def at_depth(kind: str, place: int) -> int:
+        low, middle, high = (each[kind][place] for each in found)
+        return low + missing * (middle - low) + missing * (missing - 1) // 2 * (high - 2 * middle + low)
+
+    return {kind: (at_depth(kind, 0), at_depth(kind, 1)) for kind in found[0]}
+
+
+def _update_of(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:
+    config = replace(config, engine=replace(config.engine, replicas=layout.replicas if layout.kind == "hsdp" else None))
+    with fake_ranks(layout, 1) as ranks:
+        engine = FakeEngine(config, layout.kind, ranks)
+        with engine.mode:
+            for parameter in engine.module.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            with engine.tracker:
+                engine.step(0.0)
+    counts, sizes = engine.tracker.collectives, engine.tracker.collective_bytes
+    return {kind: (counts[kind], sizes[kind]) for kind in counts}
 
 
 def ddp_buckets(sizes: list[int]) -> list[int]:

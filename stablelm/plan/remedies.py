@@ -1,4 +1,4 @@
-"""What would make a plan fit: the first of a list of changes, by the closed form."""
+"""What would make a plan fit: the first of a list of changes whose estimated peak memory does."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from stablelm.config import engine_rules
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config, EngineConfig
 from stablelm.plan import estimate
-from stablelm.plan.memory import Layout, Parameter
+from stablelm.plan.rank_memory import Layout, Parameter
 
 MOST_RANKS = 4096
 SMALL_UNIT = 2**24
@@ -16,7 +16,7 @@ OFFLOADS = {"zero1": "optimizer", "zero2": "optimizer", "zero3": "parameters"} |
 
 @dataclass(frozen=True)
 class Remedy:
-    """Changed keys as arguments, the number of ranks, and the bytes that a device then needs."""
+    """Changed keys as arguments, the number of ranks, and the peak bytes per GPU with them."""
 
     arguments: tuple[str, ...]
     world_size: int
@@ -31,12 +31,12 @@ def first_that_fits(
     scale: float,
     layout_of: Callable[[Config, int], Layout],
 ) -> Remedy | None:
-    """The first combination whose peak, times `scale` (simulated over closed form), is at most `limit` bytes.
+    """The first combination whose peak, times `scale` (simulated over estimated), is at most `limit` bytes.
 
-    At each number of ranks, from the given one in powers of two: the settings as they are; recompute, with ever
-    smaller micro-batches, or one for all rows, so that no whole gradients wait for the last; with that, fsdp2 in place
-    of an engine that splits less, and small units; zero3, which sums gradients after each micro-batch; offload. The
-    global batch stays, and None is returned where none of it helps. `config.engine.kind` is concrete.
+    At the given number of ranks, then at twice, four times, ... as many: the settings as they are; recompute, with
+    smaller and smaller micro-batches, or a single one, so that no unreduced gradients accumulate; that with fsdp2 in
+    place of an engine that shards less, and small units; with zero3, which reduces gradients after each micro-batch;
+    with offload. The global batch stays the same; None if nothing fits. `config.engine.kind` is concrete.
     """
     ranks = world_size
     while ranks <= MOST_RANKS:

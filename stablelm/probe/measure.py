@@ -1,7 +1,7 @@
 """A model at its initialisation, measured with the memory of a few layers.
 
-Layers are built one at a time, forward and then backward, by the model's own code and with its own initial
-values; in between the stream waits in a temporary file.
+Layers are built one at a time, forward and then backward, by the model's own code and with its own initial values; in
+between the stream is kept in temporary files.
 """
 
 import ctypes
@@ -20,12 +20,11 @@ from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
-from stablelm.probe.shelf import Shelf, boundaries, shares
+from stablelm.probe.disk_offload import to_disk
 from stablelm.seeds import seed_from
 from stablelm.theory.embedding import tev
 
 TRIM_EVERY = 8
-_SPECTRAL = (".gamma", ".u", ".v")
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,12 @@ def measure(
     """Forward and backward at initialisation in training mode, so with dropout; tokens, targets: (rows, seq) int64.
 
     `precision` is fp32 or fp64; `seed`: as `run.seed`; the first `pieces` rows of the embedding are tokens; `folder`
-    holds the temporary file; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator
-    starts anew at each boundary from `boundary_seed`. In memory at once: a layer with its gradients, embedding and
-    head, a concatenated stream, and the gradients of an averaged one. Raises StorageError if the folder is full.
+    holds the temporary files; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator is
+    seeded anew at each boundary with `boundary_seed`. In memory at once: a layer with its gradients, embedding and
+    head, and the gradient of the whole stream. Raises StorageError if the folder is full.
     """
-    with torch.random.fork_rng([]), Shelf(folder) as shelf:
-        walk = _Walk(config, precision, seed, tokens, shelf, on_layer)
+    with torch.random.fork_rng([]):
+        walk = _Walk(config, precision, seed, tokens, folder, on_layer)
         walk.forward()
         loss = walk.finish(targets, z_loss)
         for index in reversed(range(config.n_layers)):
@@ -73,7 +72,7 @@ def boundary_seed(seed: int, index: int) -> int:
 
 
 class _Walk:
-    """The state on the way up and down the stack."""
+    """The state of one forward and one backward pass through the stack."""
 
     def __init__(
         self,
@@ -81,10 +80,11 @@ class _Walk:
         precision: str,
         seed: int,
         tokens: Tensor,
-        shelf: Shelf,
+        folder: Path,
         on_layer: Callable[[], None],
     ):
         self._config, self._seed, self._tokens, self._on_layer = config, seed, tokens, on_layer
+        self._folder = folder
         self._spectral: dict[str, Tensor] = {}
         with torch.device("meta"):
             self.decoder = Decoder(config, precision)
@@ -93,7 +93,8 @@ class _Walk:
             if name != "layers":
                 self._materialise(name, part)
         self._positions = self.decoder.positions(tokens)
-        self._stream = boundaries(config, self.decoder.stream, shelf)
+        self._boundaries: list[Chunks] = []
+        """The stream after the embedding (0) and after each layer, on disk."""
         self._values: Chunks = ()
         self._rows: list[dict[str, Tensor]] = []
         self._gradient: tuple[Tensor, ...] = ()
@@ -104,23 +105,25 @@ class _Walk:
         self.sigma: dict[str, float] = {}
 
     def _materialise(self, prefix: str, part: nn.Module) -> None:
-        """Gives a part its seeded initial values; spectral norms are found once and kept, for they cost most."""
+        """Gives a part its seeded initial values; spectral norms are computed once and kept: they take longest."""
         part.to_empty(device="cpu")
         parameters = {f"{prefix}.{name}": parameter for name, parameter in part.named_parameters()}
         tensors = parameters | {f"{prefix}.{name}": buffer for name, buffer in part.named_buffers()}
         known = {name: self._spectral[name] for name in tensors if name in self._spectral}
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in known}
+        reparam = self._config.axes.reparam
+        beside = tuple(f".{own}" for own in (*reparam.parameters(1, 1), *reparam.buffers(1, 1)))
         with torch.no_grad():
             for name, value in initial_values(shapes, self._config, self._seed):
                 tensors[name].copy_(value)
-                if name.endswith(_SPECTRAL):
+                if name.endswith(beside):
                     self._spectral[name] = value.clone()  # it may be a row of a whole factor
             for name, value in known.items():
                 tensors[name].copy_(value)
 
     @contextmanager
     def _layer(self, index: int) -> Iterator[Layer]:
-        """Layer `index` with its values, which are given up at the end."""
+        """Layer `index` with its initial values, which are freed at the end."""
         layer = self.decoder.layers[index]
         assert isinstance(layer, Layer)
         self._materialise(f"layers.{index}", layer)
@@ -133,10 +136,10 @@ class _Walk:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """Up through the layers; keeps the stream of each boundary."""
+        """Forward through the layers; keeps the stream at each boundary."""
         self._keep(self.decoder.stream.start(self._embed()), {})
         for index in range(self._config.n_layers):
-            chunks = self._stream.at(index)
+            chunks = self._boundaries[index]
             with self._layer(index) as layer:
                 gauge = LayerGauge(layer)
                 new = layer(chunks, self._positions, self._values)
@@ -144,39 +147,46 @@ class _Walk:
                 self.sigma |= _spectral_norms(layer, f"layers.{index}")
             if layer.gives_values:
                 new, self._values = new[:-1], new[-1:]
-            self._keep(new, gauge.figures)
+            self._keep(self._after(chunks, new), gauge.figures)
 
     def _embed(self) -> Tensor:
         torch.manual_seed(boundary_seed(self._seed, -1))
         return self.decoder.embed(self._tokens)
 
-    def _keep(self, new: Chunks, figures: dict[str, Tensor]) -> None:
-        self._stream.add(new)
-        chunks = self._stream.at(len(self._rows))
+    def _after(self, chunks: Chunks, new: Chunks) -> Chunks:
+        """The stream after a layer, which made `new` of it."""
+        return self.decoder.stream.settle(self.decoder.stream.join(chunks, new))
+
+    def _keep(self, chunks: Chunks, figures: dict[str, Tensor]) -> None:
+        before = {id(chunk): chunk for chunk in self._boundaries[-1]} if self._boundaries else {}
+        made = {id(chunk): chunk for chunk in chunks if id(chunk) not in before}
+        on_disk = before | dict(zip(made, to_disk(made.values(), self._folder), strict=True))
+        chunks = tuple(on_disk[id(chunk)] for chunk in chunks)
+        self._boundaries.append(chunks)
         self._rows.append(stream_figures(self.decoder.stream.state(chunks)) | figures)
 
     def finish(self, targets: Tensor, z_loss: float) -> float:
         """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
-        decoder, chunks = self.decoder, _leaves(self._stream.at(self._config.n_layers))
+        decoder, chunks = self.decoder, _leaves(self._boundaries[-1])
         hidden = decoder.finish(chunks)
         sums = chunked_cross_entropy(hidden.flatten(0, 1), decoder.head_weight(), targets.flatten(), z_loss=z_loss)
         tied = [decoder.embedding.weight] if decoder.head is None else []
-        # An averaged stream carries outputs that only averages read: no gradient from here.
+        # A stream may hold outputs that only later layers read: no gradient from here.
         found = torch.autograd.grad(
             sums.total / sums.valid, [*chunks, *tied], allow_unused=True, materialize_grads=True
         )
-        self._turn(found[: len(chunks)])
+        self._reach(found[: len(chunks)])
         self._table_gradient = found[-1] if tied else None
         return float(sums.cross_entropy / sums.valid)
 
-    def _turn(self, gradient: tuple[Tensor, ...]) -> None:
-        """Arrives at a boundary from above."""
+    def _reach(self, gradient: tuple[Tensor, ...]) -> None:
+        """Takes the gradient to a boundary."""
         self._gradient = gradient
         self._gradients.append(norm(self.decoder.stream.state(gradient)))
 
     def backward(self, index: int) -> None:
-        """Down through layer `index`, which runs again from its stored input with the same dropout."""
-        chunks, values = _leaves(self._stream.at(index)), ()
+        """Backward through layer `index`, which runs again from its stored input with the same dropout."""
+        chunks, values = _leaves(self._boundaries[index]), ()
         with self._layer(index) as layer:
             if not layer.gives_values:
                 values = _leaves(self._values)
@@ -184,13 +194,13 @@ class _Walk:
             if layer.gives_values:
                 new, own = new[:-1], new[-1:] if self._values_gradient else ()
             matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
-            joined = self.decoder.stream.join(chunks, new)
-            gradient = (*shares(self._gradient, joined), *(self._values_gradient if own else ()))
-            found = torch.autograd.grad((*joined, *own), [*chunks, *values, *matrices], gradient)
+            gradient = (*self._gradient, *(self._values_gradient if own else ()))
+            after = self._after(chunks, new)
+            found = torch.autograd.grad((*after, *own), [*chunks, *values, *matrices], gradient)
         width = len(chunks)
         self._weight_gradients.append(norm(found[width + len(values) :]))
         self._add_to_values(found[width : width + len(values)])
-        self._turn(found[:width])
+        self._reach(found[:width])
 
     def _add_to_values(self, gradient: tuple[Tensor, ...]) -> None:
         if gradient and self._values_gradient:
@@ -198,7 +208,7 @@ class _Walk:
         self._values_gradient = gradient or self._values_gradient
 
     def start(self) -> None:
-        """Down through the embedding."""
+        """Backward through the embedding."""
         table = self.decoder.embedding.weight
         gradient = torch.autograd.grad(self.decoder.stream.start(self._embed()), table, self._gradient)[0]
         if self._table_gradient is not None:
@@ -206,12 +216,12 @@ class _Walk:
         self._weight_gradients.append(norm((gradient,)))
 
     def internals(self) -> Internals:
-        """What was found, once the embedding is reached."""
+        """The figures, once the embedding is reached."""
         return internals(self._rows, self._gradients[::-1], self._weight_gradients[::-1])
 
 
 def _trim() -> None:
-    """Gives freed memory back: glibc keeps what lies between small blocks in use, some MB a layer."""
+    """Returns freed memory to the system: glibc keeps what lies between small blocks in use, some MB a layer."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What the figures say, in words: measured ratios beside what our own runs did, and no prophecy."""
+"""The figures in words: measured ratios beside those of our own trainability runs; no prediction of failure."""
 
 import json
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Run:
 
 
 def read_runs(path: Path = TRAINABILITY) -> list[Run]:
-    """The runs that the package knows of; none if there is no such file."""
+    """The runs in the package's file; none if the file does not exist."""
     if not path.exists():
         return []
     return [

@@ -71,11 +71,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """Ends with the exit code of a bad configuration, and names the nearest option or command."""
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    # Pyright compares with overloads by the type of the namespace, which no program here uses.
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         found, unknown = self.parse_known_args(args, namespace)
         return self._all_known(found, unknown)
 
-    def parse_intermixed_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_intermixed_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
         found, unknown = self.parse_known_intermixed_args(args, namespace)
         return self._all_known(found, unknown)
 

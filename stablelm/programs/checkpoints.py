@@ -15,7 +15,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     where = "a run, its checkpoints, or one step-...; a path or URL; nothing outside it is touched"
     elsewhere = "where the run has its checkpoints, if not in RUN_DIR"
     for name, text in {
-        "list": "one line a checkpoint, newest first; compares names and sizes",
+        "list": "one line per checkpoint, newest first; compares names and sizes",
         "verify": "reads and hashes every file",
         "prune": "deletes superseded checkpoints after hashing all; corrupt ones are never deleted",
     }.items():

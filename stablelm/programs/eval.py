@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--sequences",
         type=int,
         metavar="N",
-        help="at most N sequences a set, 0 for all; default: as many as training used",
+        help="at most N sequences per set, 0 for all; default: as many as training used",
     )
     parser.add_argument(
         "--config",

@@ -17,7 +17,8 @@ STARTED = time.time()
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        description="Pretrain a language model. Started again with the same arguments, a run goes on where it was.",
+        description="Pretrain a language model. Started again with the same arguments, a run resumes from its last "
+        "checkpoint.",
         epilog="All keys: docs/configuration.md. Exit codes: 0 finished, 75 stopped early (run again), 78 bad input.",
     )
     parser.add_argument(

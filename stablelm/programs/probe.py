@@ -21,14 +21,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sequences", type=int, default=2, metavar="N", help="sequences of text; default: 2")
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens a sequence; default: data.seq_len, at most 256"
+        "--seq-len", type=int, metavar="N", help="tokens per sequence; default: data.seq_len, at most 256"
     )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.probe.run import probe
+    from stablelm.probe.prober import probe
 
     return probe(
         arguments.config,

@@ -12,10 +12,10 @@ from typing import NamedTuple
 class Marker(NamedTuple):
     """The phase that is under way, and at which place in it; `since`: seconds since 1970.
 
-    `count` is the number of places passed before, `finished` the last of them in words.
+    `passed` is the number of places passed before, `finished` the last of them in words.
     """
 
-    count: int
+    passed: int
     step: int
     phase: str
     place: str
@@ -46,7 +46,7 @@ class ProgressMarker:
         before = self.now
         if (phase, step) != (before.phase, before.step):
             self._parts_before = self.save_parts
-        self.now = Marker(before.count + 1, step, phase, place, time.time(), before.words())
+        self.now = Marker(before.passed + 1, step, phase, place, time.time(), before.words())
 
     def reached(self, place: str) -> None:
         """The next place inside the phase."""
@@ -54,7 +54,7 @@ class ProgressMarker:
 
     def passed(self) -> None:
         """A place without a name, such as an exchange with the other ranks."""
-        self.now = self.now._replace(count=self.now.count + 1, since=time.time())
+        self.now = self.now._replace(passed=self.now.passed + 1, since=time.time())
 
     def in_step(self, phase: str, place: str) -> None:
         """A phase of the same step begins."""
@@ -73,7 +73,7 @@ class ProgressMarker:
     def progress(self) -> tuple[int, int]:
         """What compares ranks: places passed, and parts of saves where the rank waits for a save."""
         now = self.now
-        return now.count, self.save_parts if now.phase == "save" else 0
+        return now.passed, self.save_parts if now.phase == "save" else 0
 
     def last_finished(self) -> str:
         """In words, for a message."""

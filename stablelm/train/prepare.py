@@ -16,12 +16,11 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
-from stablelm.data.corpus import Problems
 from stablelm.data.embedded import embedded
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
-from stablelm.errors import ConfigError
+from stablelm.errors import ConfigError, Problems
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
 from stablelm.observe import provenance

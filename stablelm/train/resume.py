@@ -50,8 +50,8 @@ def find(
         found = selection.newest_valid(root, on_damaged=skip, consensus=consensus, lacks=contents.problems)
         if found is None and (newest := consensus.first(lambda: damaged[:1])):
             raise CheckpointError(
-                f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start anew under another "
-                "run.dir"
+                f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start a new "
+                "run under another run.dir"
             )
     else:
         found = selection.resolve_checkpoint(resume, consensus=consensus, lacks=contents.problems)

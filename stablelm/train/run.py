@@ -94,7 +94,7 @@ def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
     job.loader.close()
     job.profiler.close()
     if reason:
-        line = f"stopped early ({reason}) at step {job.progress.step} of {config.train.steps}; run again to go on"
+        line = f"stopped early ({reason}) at step {job.progress.step} of {config.train.steps}; run again to continue"
         records.message(line)
     elif job.ranks.is_first:
         ending.extra |= compare_with_unigram(prepared, job, records.message)
@@ -111,7 +111,7 @@ def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: Checkpoi
         ending.extra |= {k: earlier[k] for k in ("params", "unigram_loss", "val_bits_per_byte") if k in earlier}
         print(
             f"nothing to do: {config.run.dir} has finished its {config.train.steps} steps;"
-            " name another run.dir to train anew"
+            " name another run.dir to train again"
         )
         print(where_to_look(config))
     ending.progress.step, ending.progress.tokens = state["step"], state["tokens"]

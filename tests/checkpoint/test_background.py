@@ -236,7 +236,7 @@ def ranks_save_in_the_background(rank, world_size, root):
 def test_ranks_save_beside_the_loop_and_fail_together(tmp_path):
     results = run_ranks(ranks_save_in_the_background, 2, tmp_path)
     assert results[0] == results[1]
-    assert "no space left" in results[0][0]
+    assert "no space" in results[0][0]
     assert results[0][1] == []
     assert manifest.verify(tmp_path / "step-00000001") == []
 

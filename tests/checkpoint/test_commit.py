@@ -211,7 +211,7 @@ def test_two_ranks_share_the_work_and_fail_together(tmp_path):
     assert full[0] == full[1]
     assert full[0][0] == "StorageError"
     assert str(tmp_path) in full[0][1]
-    assert "no space left" in full[0][1]
+    assert "no space" in full[0][1]
     assert [kind for kind, *_ in bug] == ["FailedElsewhere", "AssertionError"]
     assert "rank 1 failed: AssertionError: model.bug is not a tensor" in bug[0][1]
     assert unshared[0][:2] == unshared[1][:2]

@@ -87,7 +87,7 @@ def test_a_disk_that_fills_behind_the_loop_ends_the_run_soon(tiny_corpus: TinyCo
     ]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 74, done.stderr
-    assert "no space left for a checkpoint" in done.stderr
+    assert "no space for a checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     told = summary(tmp_path / "run")
     assert (told["exit_code"], told["checkpointed_step"]) == (74, -1)

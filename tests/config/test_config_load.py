@@ -171,7 +171,7 @@ def test_a_scalar_for_a_section_does_not_hide_other_problems(tmp_path):
         ),
         ("train:\n  lr: !!float fast\n", "{}:2: 'fast' does not fit its tag tag:yaml.org,2002:float"),
         ("a: &a\n  b: *a\n", "{}: nested too deeply, or a mapping that contains itself"),
-        ("[a]: 3\n", "{}:1: a name must be text, not a list or mapping"),
+        ("[a]: 3\n", "{}:1: a name must be a string, not a list or mapping"),
     ],
 )
 def test_wrong_files(tmp_path, content, message):

@@ -212,14 +212,14 @@ def test_padding_of_the_vocabulary(vocab):
 
 def test_world_size_and_lanes():
     assert problems("data.lanes=10", "train.global_batch_size=12", world_size=3) == [
-        "data.lanes=10 cannot be shared out evenly over 3 processes; start 2 or 5 processes, "
+        "data.lanes=10 must be divisible by the number of processes, 3; start 2 or 5 processes, "
         "or a new run with 9 or 12 lanes (argument data.lanes=10)"
     ]
 
 
 def test_world_size_and_batch():
     assert problems("train.global_batch_size=10", world_size=4) == [
-        "train.global_batch_size=10 cannot be shared out evenly over 4 processes; use 8 or 12, "
+        "train.global_batch_size=10 must be divisible by the number of processes, 4; use 8 or 12, "
         "or start 2 processes (argument train.global_batch_size=10)"
     ]
 

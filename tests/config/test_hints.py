@@ -102,9 +102,10 @@ def test_a_wrong_type_hides_nothing():
         "guards.window=1 must be at least 2",
         "model.method=preln is not a known method: did you mean pre_ln?",
         "model.d_model=100 is not divisible by model.n_heads=6; use 5 or 10 heads",
-        "data.lanes=10 cannot be shared out evenly over 3 processes; start 2 or 5 processes, "
+        "data.lanes=10 must be divisible by the number of processes, 3; start 2 or 5 processes, "
         "or a new run with 9 or 12 lanes",
-        "train.global_batch_size=32 cannot be shared out evenly over 3 processes; use 30 or 33, or start 2 processes",
+        "train.global_batch_size=32 must be divisible by the number of processes, 3; "
+        "use 30 or 33, or start 2 processes",
     ]  # fmt: skip
 
 

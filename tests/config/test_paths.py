@@ -44,7 +44,7 @@ def test_every_path_key(key, entry: str, home: str, tmp_path: Path):
     for wrong in ("$HOME/a", "${HOME}/a", "a/$B", "'s3://$BUCKET/a'"):
         with pytest.raises(ConfigError) as caught:
             load([], [f"{name}={wrong}"])
-        fix = "write ~/a" if "HOME" in wrong else "write out what it stands for"
+        fix = "write ~/a" if "HOME" in wrong else "write its value"
         assert str(caught.value).startswith(f"{name}={wrong.strip(chr(39))} holds a $")
         assert fix in str(caught.value)
         assert str(caught.value).endswith(f"(argument {name}={wrong})")

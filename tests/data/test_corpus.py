@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from stablelm.data import corpus
-from stablelm.data.corpus import braces, resolve
+from stablelm.data.corpus import resolve
+from stablelm.data.storage.options import braces
 from stablelm.errors import ConfigError
 
 

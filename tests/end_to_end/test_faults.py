@@ -184,7 +184,7 @@ def test_a_full_disk_ends_with_74_and_keeps_the_last_commit(tiny_corpus: TinyCor
     full = (ALLOW, "faults.full_disk=4", "checkpoint.every=2", "train.steps=6")
     done = start(tiny_corpus, tmp_path, *full, processes=2)
     assert done.returncode == 74, done.stderr
-    assert done.stderr.count("no space left for a checkpoint") == 1
+    assert done.stderr.count("no space for a checkpoint") == 1
     assert summary(tmp_path)["exit_code"] == 74
     assert state(tmp_path)["step"] == 2
     assert start(tiny_corpus, tmp_path, *full, processes=2).returncode == 0

@@ -51,7 +51,7 @@ def test_signal_saves_and_asks_to_be_run_again(number: signal.Signals, tiny_corp
     told = summary(tmp_path)
     assert (told["exit_code"], told["reason"]) == (75, "signal")
     assert committed_step(tmp_path) == told["step"] == max(losses(tmp_path))
-    assert "run again to go on" in out
+    assert "run again to continue" in out
 
 
 def test_terminals_ctrl_c_under_torchrun_stops_all_ranks_at_one_step(tiny_corpus: TinyCorpus, tmp_path: Path):

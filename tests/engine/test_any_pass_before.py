@@ -48,7 +48,7 @@ def described(engine: Engine) -> dict[str, Any]:
         name: (type(tensor).__name__, tuple(tensor.shape), local(tensor).data_ptr(), local(tensor).tolist())
         for name, tensor in engine.tensors().items()
     }
-    return {**tensors, "sigma": engine.sigma.norms()}
+    return {**tensors, "sigma": engine.matrices.norms()}
 
 
 def local(tensor: Any) -> torch.Tensor:

@@ -141,7 +141,11 @@ def on_rank(rank: int, world_size: int, cases: dict[str, Any], directory: Path |
         engine.clear_gradients()
         shares = train(engine, config, ranks, range(steps), micro=micro)
         assert_split(engine, world_size)
-        found[name] = {"gradients": before if rank == 0 else None, "shares": shares, "sigma": engine.sigma.norms()}
+        found[name] = {
+            "gradients": before if rank == 0 else None,
+            "shares": shares,
+            "sigma": engine.matrices.norms(),
+        }
     if directory is not None:
         found["passed on"] = pass_on(ranks, directory)
     return found
@@ -239,7 +243,7 @@ def test_sigma_is_that_of_one_process(several):
     engine = TorchEngine(config, "single", SINGLE)
     train(engine, config, SINGLE, range(12))
     for kind in KINDS:
-        assert several(2, False)[0][f"{kind} clipped"]["sigma"] == pytest.approx(engine.sigma.norms(), rel=1e-5)
+        assert several(2, False)[0][f"{kind} clipped"]["sigma"] == pytest.approx(engine.matrices.norms(), rel=1e-5)
 
 
 def test_engines_take_over_from_one_another(several):

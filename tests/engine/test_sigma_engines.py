@@ -153,8 +153,8 @@ def on_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
             engine, config, ranks, micro=min(micro, ROWS // world_size), steps=range(steps)
         )
         if not state:
-            state = {"vectors": vectors(engine), "norms": engine.sigma.norms()}
-            state |= {"errors": engine.sigma.tracking_errors(), "whole": {}, "local": {}}
+            state = {"vectors": vectors(engine), "norms": engine.matrices.norms()}
+            state |= {"errors": engine.matrices.tracking_errors(), "whole": {}, "local": {}}
             for name, parameter in engine.parameters().items():
                 assert isinstance(parameter, DTensor) == (parameter.ndim > 1)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -191,7 +191,7 @@ class TestSeveralProcesses:
         config = make_config("sigma_reparam")
         engine = TorchEngine(config, "single", SINGLE)
         train(engine, config, SINGLE)
-        wanted, norms = vectors(engine), engine.sigma.norms()
+        wanted, norms = vectors(engine), engine.matrices.norms()
         for state in several(world_size)[0]:
             assert state["vectors"].keys() == wanted.keys()
             for name, vector in state["vectors"].items():

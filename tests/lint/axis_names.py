@@ -18,6 +18,8 @@ from stablelm.methods import axes, catalogue  # noqa: E402 - after the path is s
 
 ORDINARY = {"none", "unit", "post"}
 """Names that are words of other things too: no offload, the unit of a key, an HTTP request."""
+METRICS = {"sigma"}
+"""Names of metrics and sections too, which may be keys of a dictionary."""
 CHECKED = ("stablelm", "launch", "data")
 
 
@@ -52,7 +54,7 @@ def findings(source: str, names: set[str], kinds: set[str]) -> Iterator[tuple[in
         elif isinstance(node, ast.MatchValue):
             used = [node.value]
         elif isinstance(node, ast.Dict):
-            used = list(node.keys)
+            used = [key for key in node.keys if getattr(key, "value", None) not in METRICS]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             wanted = getattr(node.args[1], "elts", [node.args[1]])
             hits = {getattr(each, "id", getattr(each, "attr", "")) for each in wanted} & kinds

@@ -204,7 +204,9 @@ def observed(kind: str, ranks: Ranks, precision: str = "fp64") -> dict[str, floa
     """One record of the engine, made of all that an observer gathers."""
     engine = build_engine(configured("model.method=magneto_sigma", f"train.precision={precision}"), kind, ranks)
     records: list[dict] = []
-    LayerObserver(engine, engine.sigma, ranks, every=4, batch=text, pieces=PIECES, record=records.append).step(4, 100)
+    LayerObserver(engine, engine.matrices, ranks, every=4, batch=text, pieces=PIECES, record=records.append).step(
+        4, 100
+    )
     assert len(records) == 1
     return records[0]
 
@@ -243,7 +245,7 @@ def test_names_of_records():
     assert found["attention/0001/entropy"] == internals.attention_entropy[1] > 0
     assert found["attention/0003/logit_max"] == internals.logit_max[3] > 0
     assert "attention/0000/entropy" not in found
-    assert found["sigma/0003/fc2"] == engine.sigma.norms()["layers.2.feedforward.body.fc2"]
+    assert found["sigma/0003/fc2"] == engine.matrices.norms()["layers.2.feedforward.body.fc2"]
     assert abs(found["sigma/tracking_error"]) < 1e-6
     table = engine.module.get_parameter("embedding.weight")[:PIECES].detach()
     assert (found["embedding/tev_mean"], found["embedding/tev_std"]) == pytest.approx(tev(table))
@@ -262,7 +264,9 @@ def test_never_asked_never_reads():
         raise AssertionError("the batch was read")
 
     engine = engine_of()
-    observer = LayerObserver(engine, engine.sigma, SINGLE, every=0, batch=fail, pieces=PIECES, record=lambda _: fail())
+    observer = LayerObserver(
+        engine, engine.matrices, SINGLE, every=0, batch=fail, pieces=PIECES, record=lambda _: fail()
+    )
     observer.step(4, 100)
 
 

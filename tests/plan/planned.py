@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
@@ -52,9 +53,12 @@ def kept_in_a_real_step(config: Config) -> Counter[str]:
         recompute_layers(decoder.layers)
         for layer in decoder.layers:
             layer.register_forward_pre_hook(lambda module, inputs: [keep(chunk) for chunk in inputs[0]] and None)
-    tokens = torch.randint(int(config.model.vocab_size or 0), (2, config.data.seq_len))
+    tokens = torch.randint(300, (config.train.micro_batch_size or 1, config.data.seq_len))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         decoder(tokens, tokens)
+    for tensor in tree_leaves([vars(module) for module in decoder.modules()]):
+        if isinstance(tensor, torch.Tensor):
+            keep(tensor)  # a table that a module made in its first pass
     total: Counter[str] = Counter()
     for kind, size, _ in found.values():
         total[kind] += size

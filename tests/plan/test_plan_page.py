@@ -8,7 +8,8 @@ import pytest
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.plan.run import make, prepare
+from stablelm.plan.planner import make
+from stablelm.plan.request import prepare
 
 SPEC = importlib.util.spec_from_file_location("make_plan_page", REPOSITORY / "docs" / "make_plan_page.py")
 assert SPEC is not None and SPEC.loader is not None
@@ -19,7 +20,7 @@ PAGE = page_maker.PAGE.read_text()
 
 @pytest.mark.parametrize("command", page_maker.commands(PAGE))
 def test_figures_on_the_page(command: str):
-    """Parameters and collectives as they are, the peak as near as the closed form is."""
+    """Parameters and collectives as they are, the peak as near as the estimate is."""
     words = shlex.split(command)
     files = [str(REPOSITORY / words[i + 1]) for i, word in enumerate(words) if word == "--config"]
     world_size = int(words[words.index("--world-size") + 1])
@@ -29,9 +30,9 @@ def test_figures_on_the_page(command: str):
     assert f"parameters      {sum(p.elements for p in made.listed):>16,}\n" in shown
     for count in made.moved.counts.values():
         assert f"{count:,} " in shown
-    together = re.search(r"together +([\d.]+) GB", shown)
-    assert together is not None
-    assert made.peak.total() / 1e9 == pytest.approx(float(together[1]), rel=0.05)
+    total = re.search(r"total +([\d.]+) GB", shown)
+    assert total is not None
+    assert made.peak.total() / 1e9 == pytest.approx(float(total[1]), rel=0.05)
     assert ("does not fit" in shown) == (not made.fits)
 
 

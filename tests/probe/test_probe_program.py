@@ -13,8 +13,8 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.load import load
 from stablelm.probe.measure import measure
-from stablelm.probe.report import chosen
-from stablelm.probe.run import collision_of, predicted, prepare, probe, reference_model
+from stablelm.probe.probe_report import chosen
+from stablelm.probe.prober import collision_of, predicted, prepare, probe, reference_model
 from stablelm.train.job import first_rows
 
 SHAPE = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=24", "data.lanes=12"]
@@ -162,7 +162,7 @@ def test_help_and_bad_keys_answer_at_once():
     assert "unknown key model.depth" in wrong.stderr
     assert time.monotonic() - started < 30
     assert not Path("nowhere").exists()
-    code = "import sys, stablelm.probe.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, stablelm.probe.prober; sys.exit('torch' in sys.modules)"
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

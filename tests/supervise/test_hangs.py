@@ -230,10 +230,10 @@ def test_a_heartbeat_tells_where_the_rank_is(tmp_path: Path, monkeypatch: pytest
     watched.start()
     watched.marker.at("evaluation", 7)
     deadline, told = time.monotonic() + 20, {}
+    path = tmp_path / "heartbeat" / "rank-0.json"
     with noted(Wait("https://h/a.json.gz", 4, time.time(), "503")):
         while told.get("phase") != "evaluation" or "store" not in told:
             assert time.monotonic() < deadline
-            path = tmp_path / "heartbeat" / "rank-0.json"
             told = json.loads(path.read_text()) if path.exists() else {}
     watched.stop()
     assert (told["store"]["file"], told["store"]["attempt"], told["store"]["reads"]) == ("https://h/a.json.gz", 4, 1)

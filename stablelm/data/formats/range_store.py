@@ -34,11 +34,12 @@ class RangeStore(AbstractFileSystem):
         # datasets hands those of open() to the store.
         self._text = {name: settings[name] for name in ("encoding", "errors", "newline") if name in settings}
 
-    def open(self, path: str, mode: str = "rb", **settings: Any) -> Any:
+    # fsspec names its optional parameters; datasets and fsspec pass them by name.
+    def open(self, path: str, mode: str = "rb", **settings: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         text = self._text if "b" not in mode else {}
         return super().open(path, mode, **{**text, **settings})
 
-    def _open(self, path: str, mode: str = "rb", **settings: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", **settings: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         file = RangeFile(unquote(path), self._options)
         return io.BufferedReader(file, buffer_size=file.block)
 

@@ -10,11 +10,10 @@ from typing import Annotated, NotRequired
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from stablelm.data.corpus import Problems, braces, files_alone
 from stablelm.data.shards.shard_format import SUFFIX, mask_url, source_name
 from stablelm.data.shards.shard_reader import PagedFile, TokenShard, read_mask
-from stablelm.data.storage.options import ReadOptions, local_path
-from stablelm.errors import ConfigError, DataError
+from stablelm.data.storage.options import ReadOptions, braces, files_alone, local_path
+from stablelm.errors import ConfigError, DataError, Problems
 from stablelm.json_text import parse
 from stablelm.small_files import read_small
 

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stablelm.errors import DataError
+from stablelm.errors import ConfigError, DataError, listed
 from stablelm.new_files import make_folder, open_to_append, replace_file
 from stablelm.small_files import read_small
 
@@ -219,3 +220,34 @@ class ReadOptions:
                 branch = branch.setdefault(part, {})
             branch[inner[-1]] = value
         return found
+
+
+def braces(text: str) -> list[str]:
+    """Shell brace expansion: {a,b} gives each word, {007..011} each number, padded like the first."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        return [text]
+    first, last, words = match.groups()
+    if words is not None:
+        choices = words.split(",")
+    else:
+        step = 1 if int(first) <= int(last) else -1
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
+    before, after = text[: match.start()], braces(text[match.end() :])
+    return [before + choice + rest for choice, rest in itertools.product(choices, after)]
+
+
+def files_alone(paths: list[str], key: str, where: str) -> list[str]:
+    """These paths, sorted. Raises ConfigError naming all that are not files: their text would be missing."""
+    wrong = []
+    for path in sorted(paths):
+        if os.path.islink(path) and not os.path.exists(path):
+            wrong.append(f"{path!r} (a link to {os.readlink(path)!r}, which does not exist)")
+        elif not os.path.isfile(path):
+            wrong.append(f"{path!r} ({'a folder' if os.path.isdir(path) else 'not a regular file'})")
+    if wrong:
+        raise ConfigError(
+            f"{key}: {where} what is not a file: {listed(wrong, show=str)}; restore or remove it, or list "
+            "only the files"
+        )
+    return sorted(paths)

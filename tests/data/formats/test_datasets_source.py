@@ -316,13 +316,12 @@ WRONG = {
 @pytest.mark.parametrize("path", WRONG)
 def test_what_cannot_be_opened(forms, path, tmp_path):
     folders = {form: str(Path(forms["text"]).parent / form) for form in FORMS}
+    expected = WRONG[path]
     for form, folder in folders.items():
-        path, says = path.replace(f"{{{form}}}", folder), WRONG.get(path, "")
-        if says:
-            wanted = says
+        path = path.replace(f"{{{form}}}", folder)
     with pytest.raises(ConfigError) as error:
         find(config(path, tmp_path))
-    assert wanted in str(error.value)
+    assert expected in str(error.value)
     assert str(error.value).startswith("data.path: ")
     assert "; " in str(error.value)
 

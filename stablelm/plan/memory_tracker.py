@@ -1,7 +1,8 @@
 """Live bytes by kind, and collectives, of everything that runs inside a context: fake tensors or real ones.
 
-torch's own FSDPMemTracker hooks every module of an FSDP unit as if it were a unit, which gathers grouped layers once a
-layer; so storages are followed here in the same way (weak references, `resize_`), and kinds come from the operations.
+torch's FSDPMemTracker was tried: it hooks every module of an FSDP unit as if it were a unit of its own and so gathers
+grouped layers once per layer. Storages are followed here in the same way (weak references, `resize_`); their kinds come
+from the operations.
 """
 
 import weakref
@@ -16,19 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.private_names import TorchDispatchMode, active_fake_mode, tree_leaves
 
-KINDS = (
-    "weights",
-    "gradients",
-    "moments",
-    "buffers",
-    "inputs",
-    "gathered",
-    "reduced",
-    "weight_copies",
-    "activations",
-    "temporary",
-)
-# (operation, which arguments hold what a rank sends or, for a gather, receives)
+# operation: (kind, the argument that a rank sends or, for a gather, receives; None: the result)
 _COLLECTIVES = {
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
@@ -44,11 +33,11 @@ _WORK = ("aten", "fsdp", "c10d", "_c10d_functional")
 _FREE = ("empty", "empty_like", "new_empty", "detach", "wait_tensor", "_unsafe_view")
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Follows storages while it is entered. `current` and `peak` are bytes by kind, `collectives` counts and bytes.
 
-    A tensor that an operation makes is an activation until `backward` is set, and temporary from then on, unless the
-    operation is one of FSDP's or the tensor was given a kind by `book`. Without `follows`, only collectives count.
+    A tensor made by an operation is an activation until `backward` is set and temporary from then on, unless the
+    operation is one of FSDP's or `assign` gave the tensor a kind. Without `follows`, only collectives are counted.
     """
 
     def __init__(self) -> None:
@@ -60,18 +49,18 @@ class Ledger(TorchDispatchMode):
         self.operations = 0
         self.backward = False
         self.follows = True
-        self._booked: dict[int, tuple[str, int, weakref.ref]] = {}
+        self._known: dict[int, tuple[str, int, weakref.ref]] = {}
         self._total = self._highest = 0
         self._mode: Any = None
 
     def __enter__(self):
         self._mode = active_fake_mode()
         self._resize = torch.UntypedStorage.resize_
-        ledger, original = self, self._resize
+        tracker, original = self, self._resize
 
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             original(storage, size)
-            ledger._sized(storage)
+            tracker._resized(storage)
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
         return super().__enter__()
@@ -80,13 +69,13 @@ class Ledger(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         return super().__exit__(*failure)
 
-    def book(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Gives the storages of `tensors` a kind, whether they were seen before or not."""
+    def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Gives the storages of `tensors` a kind, whether they are followed already or not."""
         for tensor in tensors:
             self._enter(_local(tensor).untyped_storage(), kind, rename=True)
 
-    def start_peak(self) -> None:
-        """Forgets the peak; the next one is at least the current state."""
+    def reset_peak(self) -> None:
+        """Starts a new peak from the current state."""
         self.peak, self._highest = +self.current, self._total
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -125,47 +114,47 @@ class Ledger(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._enter(tensor.untyped_storage(), kind, rename=fsdp)
         if name == "_reduce_scatter_base_":
-            self.book(tree_leaves(args[0]), "gradients")
-            self.book(tree_leaves(args[1]), "reduced")
+            self.assign(tree_leaves(args[0]), "gradients")
+            self.assign(tree_leaves(args[1]), "reduced")
         if self._total > self._highest:
-            self.start_peak()
+            self.reset_peak()
 
     def _kind_of(self, tensor: Tensor) -> str | None:
-        booked = self._booked.get(_key(tensor.untyped_storage()))
-        return booked[0] if booked else None
+        known = self._known.get(_key(tensor.untyped_storage()))
+        return known[0] if known else None
 
     def _enter(self, storage: torch.UntypedStorage, kind: str, *, rename: bool) -> None:
         key = _key(storage)
-        if key in self._booked:
-            before, size, reference = self._booked[key]
+        if key in self._known:
+            before, size, reference = self._known[key]
             if rename and before != kind:
-                self._booked[key] = (kind, size, reference)
+                self._known[key] = (kind, size, reference)
                 self.current[before] -= size
                 self.current[kind] += size
-            self._sized(storage)
+            self._resized(storage)
             return
-        reference = weakref.ref(storage, partial(_gone, weakref.ref(self), key))
-        self._booked[key] = (kind, 0, reference)
-        self._sized(storage)
+        reference = weakref.ref(storage, partial(_freed, weakref.ref(self), key))
+        self._known[key] = (kind, 0, reference)
+        self._resized(storage)
 
-    def _sized(self, storage: torch.UntypedStorage) -> None:
+    def _resized(self, storage: torch.UntypedStorage) -> None:
         key = _key(storage)
-        if key in self._booked:
-            kind, before, reference = self._booked[key]
+        if key in self._known:
+            kind, before, reference = self._known[key]
             size = storage.size()
-            self._booked[key] = (kind, size, reference)
+            self._known[key] = (kind, size, reference)
             self.current[kind] += size - before
             self._total += size - before
 
     def _drop(self, key: int) -> None:
-        kind, size, _ = self._booked.pop(key)
+        kind, size, _ = self._known.pop(key)
         self.current[kind] -= size
         self._total -= size
 
 
-def _gone(ledger: "weakref.ref[Ledger]", key: int, _: weakref.ref) -> None:
-    found = ledger()
-    if found is not None and key in found._booked:
+def _freed(tracker: "weakref.ref[MemoryTracker]", key: int, _: weakref.ref) -> None:
+    found = tracker()
+    if found is not None and key in found._known:
         found._drop(key)
 
 

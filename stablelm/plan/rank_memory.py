@@ -1,9 +1,10 @@
-"""What each rank holds of a model, in closed form: weights, gradients and Adam's moments of every engine.
+"""What each rank stores of a model: parameters, gradients and optimizer state (Adam's moments) of every engine.
 
-FSDP2 and HSDP (`engine.sharding`): a matrix of R rows over S shards leaves rank r rows r * ceil(R / S) up to
-(r + 1) * ceil(R / S), and each unit is gathered with its matrices padded to S * ceil(R / S) rows; vectors are whole on
-every rank. ZeRO: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020,
-section 5, with fp32 working weights beside the fp32 weights that Adam updates (`engine.deepspeed_config`).
+It follows from the shapes of the parameters alone. FSDP2 and HSDP (`engine.sharding`): of a matrix of R rows over S
+shards rank r holds rows r * ceil(R / S) up to (r + 1) * ceil(R / S), and each unit is gathered with its matrices padded
+to S * ceil(R / S) rows; vectors are replicated. ZeRO: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training
+Trillion Parameter Models, 2020, section 5, with fp32 working parameters beside the fp32 master parameters that Adam
+updates (`engine.deepspeed_config`).
 """
 
 from collections import Counter
@@ -16,15 +17,15 @@ from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config
 from stablelm.engine.deepspeed_config import PERSISTENT
 from stablelm.engine.sharding import GATHERED_BYTES, default_replicas
-from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import decays, roles
+from stablelm.plan.layer_memory import on_meta
 
 DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
-ALIGNMENT = 2  # elements, of each rank's part of a flat ZeRO group
+ALIGNMENT = 2  # elements, of each rank's shard of a flat ZeRO group
 
 
 class Parameter(NamedTuple):
-    """A parameter of the whole model; `group` are parameters that AdamW treats alike."""
+    """A parameter of the model, unsharded; `group` identifies parameters with the same AdamW options."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind of engine spreads `world_size` ranks: `replicas` copies of the model, each over `shards` ranks."""
+    """How an engine uses `world_size` ranks: `replicas` copies of the model, each sharded over `shards` ranks."""
 
     kind: str
     world_size: int
@@ -55,7 +56,7 @@ class Layout:
 
 
 def make_layout(config: Config, kind: str, world_size: int, nodes: int) -> Layout:
-    """The layout of a resolved config; `nodes` choose the copies of hsdp as the engine does."""
+    """The layout of a resolved config; the default number of copies of hsdp depends on `nodes`."""
     replicas = 1
     if kind == "hsdp":
         replicas = config.engine.replicas or default_replicas(world_size, nodes)
@@ -66,8 +67,7 @@ def make_layout(config: Config, kind: str, world_size: int, nodes: int) -> Layou
 
 def parameters(config: Config) -> list[Parameter]:
     """Every parameter of the real model, built on the meta device."""
-    with torch.device("meta"):
-        decoder = Decoder(config.model, str(config.train.precision))
+    decoder = on_meta(config.model, str(config.train.precision))
     found = roles(decoder)
     listed = []
     for name, parameter in decoder.named_parameters():
@@ -80,32 +80,32 @@ def parameters(config: Config) -> list[Parameter]:
 
 
 def width(config: Config) -> int:
-    """Bytes of a stored weight."""
+    """Bytes per element of a stored parameter."""
     return 8 if config.train.precision == "fp64" else 4
 
 
 def gathered_width(config: Config) -> int:
-    """Bytes of a gathered element of a layer."""
+    """Bytes per element of a layer's gathered parameter."""
     return GATHERED_BYTES if config.train.precision == "bf16" else width(config)
 
 
 def rows_of(parameter: Parameter, shards: int, rank: int) -> int:
-    """Rows of a matrix that FSDP leaves to a rank of the shard group."""
+    """Rows of a matrix on one rank of FSDP's shard group."""
     rows = parameter.shape[0]
     chunk = -(-rows // shards)
     return max(0, min(chunk, rows - rank * chunk))
 
 
 def padded(parameter: Parameter, shards: int) -> int:
-    """Elements of a gathered matrix, its padding with it."""
+    """Elements of a gathered matrix, including padding."""
     rows = parameter.shape[0]
     return -(-rows // shards) * shards * (parameter.elements // rows)
 
 
 def resting(config: Config, listed: list[Parameter], layout: Layout, rank: int = 0) -> Counter[str]:
-    """Bytes of `weights`, `gradients` and `moments`, under ZeRO also `masters`, that a rank holds.
+    """Bytes of `weights`, `gradients` and `moments`, under ZeRO also `masters`, on one rank before the update.
 
-    Those in host memory are included; rank 0 has the most. `gradients` are those of the moment before the update.
+    Host memory is included; rank 0 has the most.
     """
     if layout.kind in ZERO:
         return _zero(config, listed, layout)
@@ -139,7 +139,7 @@ def _zero(config: Config, listed: list[Parameter], layout: Layout) -> Counter[st
 
 
 def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
-    """The part of `held` that `engine.offload` puts into the host's memory."""
+    """The part of `held` that `engine.offload` keeps in host memory."""
     offload = config.engine.offload
     if offload == "none":
         return Counter()
@@ -152,9 +152,9 @@ def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Count
 
 
 def accumulated(config: Config, listed: list[Parameter], layout: Layout) -> int:
-    """Bytes of gradients that wait, whole, for the last of several micro-batches; 0 without accumulation.
+    """Bytes of unreduced gradients that accumulate until the last of several micro-batches; 0 for a single one.
 
-    FSDP2 and HSDP reduce nothing before it, so every rank adds up whole matrices in fp32.
+    FSDP2 and HSDP reduce nothing before it: every rank accumulates unsharded fp32 gradients.
     """
     if micro_batches(config, layout.world_size) == 1 or layout.kind in ("zero2", "zero3"):
         return 0
@@ -162,26 +162,10 @@ def accumulated(config: Config, listed: list[Parameter], layout: Layout) -> int:
 
 
 def micro_batches(config: Config, world_size: int) -> int:
-    """Micro-batches that a rank takes in a step."""
+    """Micro-batches per rank and step."""
     micro = config.train.micro_batch_size
     assert micro is not None
     return config.train.global_batch_size // world_size // micro
-
-
-def weight_copies(config: Config, listed: list[Parameter], layout: Layout) -> int:
-    """Bytes of bf16 matrices that the backward pass keeps where the weights themselves are fp32.
-
-    FSDP gathers in bf16, and what is recomputed (a layer, the first maps on a concatenated stream) makes its copies
-    again: nothing is kept then.
-    """
-    if config.train.precision != "bf16":
-        return 0
-    kept = [p for p in listed if p.is_matrix and p.role not in ("embedding", "position", "head")]
-    if layout.kind in SHARDED or config.engine.recompute == "full":
-        kept = [parameter for parameter in kept if parameter.layer is None]
-    if config.model.stream == "concat":
-        kept = [parameter for parameter in kept if parameter.role in ("output", "fc2", "projection")]
-    return sum(parameter.elements for parameter in kept) * GATHERED_BYTES
 
 
 def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]]:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stablelm.probe.predict import Prediction
-    from stablelm.probe.report import Probe
+    from stablelm.probe.probe_report import Probe
 
 LONGEST = 256
 
 
 @dataclass(frozen=True)
-class Request:
+class ProbeRequest:
     """What to probe, all of it checked."""
 
     prepared: Prepared
@@ -50,7 +50,7 @@ def probe(files: list[str], overrides: list[str], *, out: str | None, sequences:
     return exit_code_of(lambda: prepare(load(files, overrides, world_size=1), out, sequences, seq_len), _run)
 
 
-def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None) -> Request:
+def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None) -> ProbeRequest:
     """Resolves the configuration and checks its text and the arguments; `out` None: <run.dir>/probe.
 
     Raises ConfigError, in one sentence, before anything is created.
@@ -73,7 +73,7 @@ def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None
         raise ConfigError(f"--out {folder} is a file; name a directory")
     files = inspection.find(data, tokenizer, tokens=sequences * seq_len + 1)
     prepared = Prepared(config, loaded.asked, "single", Launch(), tokenizer, Corpora(files, {}, {}))
-    return Request(prepared, sequences, seq_len, folder)
+    return ProbeRequest(prepared, sequences, seq_len, folder)
 
 
 def _lengths(config: Config, sequences: int, seq_len: int | None) -> int:
@@ -90,11 +90,11 @@ def _lengths(config: Config, sequences: int, seq_len: int | None) -> int:
     return seq_len
 
 
-def _run(request: Request) -> None:
+def _run(request: ProbeRequest) -> None:
     from rich.console import Console
 
-    from stablelm.probe.report import as_json, draw, table
-    from stablelm.probe.shelf import unwritable
+    from stablelm.probe.disk_offload import unwritable
+    from stablelm.probe.probe_report import as_json, draw, table
 
     _create(request.out)
     model = request.config.model
@@ -117,7 +117,7 @@ def _run(request: Request) -> None:
 
 
 def _create(folder: Path) -> None:
-    from stablelm.probe.shelf import unwritable
+    from stablelm.probe.disk_offload import unwritable
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +133,9 @@ def _instead(config: Config) -> str:
     return " in place of bf16" if config.train.precision == "bf16" else ""
 
 
-def _probe(request: Request) -> "Probe":
+def _probe(request: ProbeRequest) -> "Probe":
     from stablelm.probe.measure import measure
-    from stablelm.probe.report import Probe
+    from stablelm.probe.probe_report import Probe
     from stablelm.probe.verdict import read_runs, verdict
     from stablelm.train.job import first_rows
 

@@ -1,32 +1,33 @@
 """An estimate of a step's time: a roofline of one accelerator, the network between them, and the host that drives it.
 
-Not a measurement. Matrix products run at `ATTAINABLE` of the peak; all else moves the bytes that the forward pass keeps
-(each written once, read in both passes, with a gradient of its size written and read) at `BANDWIDTH` of the memory's
-rate; products and traffic do not overlap. A collective over S ranks moves (S - 1) / S of its tensor into each rank
-(twice for an all-reduce) at `WIRE` of the slower of two rates: the links inside a node, and the node's whole network
-where the group spans nodes (rings enter a node once, Patarasuk and Yuan 2009); each costs `LATENCY`. Gathers and
-reductions of layers hide behind compute where units are prefetched, else only reductions do; the root unit's never. An
-eager host starts `1 / HOST` operations a second, and the device waits for it where that is slower. The
-constants are ours, from what well-tuned training reaches.
+Not a measurement. Matmuls run at `ATTAINABLE` of the peak. Memory-bound operations move the bytes that the forward pass
+keeps (each written once, read in both passes, with a gradient of its size written and read) at `BANDWIDTH` of the
+memory's rate, and do not overlap with matmuls. A collective over S ranks moves (S - 1) / S of its tensor into each rank
+(twice for an all-reduce) at `WIRE` of the slower of two rates: the links inside a node, and, where the group spans
+nodes, the network of a whole node (a ring enters each node once, Patarasuk and Yuan 2009); each collective costs
+`LATENCY`. Gathers and reductions of layers overlap with compute where units are prefetched, else only reductions do;
+those of the root unit never do. The host starts `1 / HOST` operations a second in eager execution, and the device waits
+for it where that is slower. The constants are ours, from what well-tuned training reaches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
 from stablelm.methods.sizes import flops_per_token
+from stablelm.model.linear import make_dtypes
 from stablelm.observe.accelerators import Accelerator
-from stablelm.plan import activations, memory
+from stablelm.plan import layer_memory, rank_memory
 from stablelm.plan.collectives import Collectives
-from stablelm.plan.memory import Layout, Parameter
+from stablelm.plan.rank_memory import Layout, Parameter
 
 ATTAINABLE = 0.7
 BANDWIDTH = 0.75
 WIRE = 0.75
 LATENCY = 30e-6
 HOST = 8e-6
-TRAFFIC = 5
-RECOMPUTED_TRAFFIC = 2
+PASSES = 5
+RECOMPUTE_PASSES = 2
 UPDATE_BYTES = 28  # an fp32 weight, gradient and two moments read, all but the gradient written
 
 
@@ -34,13 +35,13 @@ UPDATE_BYTES = 28  # an fp32 weight, gradient and two moments read, all but the 
 class StepTime:
     """Seconds of a step on each rank, and what they come to."""
 
-    products: float
-    traffic: float
+    matmul: float
+    memory_bound: float
     host: float
     gather: float
     reduce: float
     exposed: float
-    """Of gather and reduce, what compute does not hide."""
+    """The part of gather and reduce that does not overlap with compute."""
     update: float
     offload: float
     total: float
@@ -60,25 +61,25 @@ def step_time(
     gpus_per_node: int,
     operations: int | None,
 ) -> StepTime:
-    """The estimate for a resolved config; `operations` are those that the host starts in a step, None: not known."""
+    """The estimate for a resolved config; `operations`: how many the host starts in a step, None if unknown."""
     tokens = config.train.global_batch_size * config.data.seq_len
-    local_tokens, micro = tokens / layout.world_size, memory.micro_batches(config, layout.world_size)
+    local_tokens, micro = tokens / layout.world_size, rank_memory.micro_batches(config, layout.world_size)
     flops = flops_per_token(config.model, config.data.seq_len)
-    products = local_tokens * _computed(config, flops) / (accelerator.peak * ATTAINABLE)
-    traffic = micro * _traffic(config) / (accelerator.memory_bandwidth * BANDWIDTH)
+    matmul = local_tokens * _computed(config, flops) / (accelerator.peak * ATTAINABLE)
+    memory_bound = micro * _memory_bound(config) / (accelerator.memory_bandwidth * BANDWIDTH)
     host = (operations or 0) * HOST * (not config.train.compile)
-    gather, reduce, open_ended = _wires(listed, layout, moved, accelerator, gpus_per_node, memory.width(config))
-    device = max(products + traffic, host)
-    hidden = (gather if config.engine.prefetch else 0.0) + reduce - open_ended
-    exposed = max(0.0, hidden - device) + open_ended + (0.0 if config.engine.prefetch else gather)
-    held = memory.resting(config, listed, layout)
-    away = memory.on_host(config, listed, layout, held)
+    gather, reduce, never_hidden = _wires(listed, layout, moved, accelerator, gpus_per_node, rank_memory.width(config))
+    device = max(matmul + memory_bound, host)
+    hidden = (gather if config.engine.prefetch else 0.0) + reduce - never_hidden
+    exposed = max(0.0, hidden - device) + never_hidden + (0.0 if config.engine.prefetch else gather)
+    held = rank_memory.resting(config, listed, layout)
+    away = rank_memory.on_host(config, listed, layout, held)
     local = held["weights"] - away["weights"]
     update = local / 4 * UPDATE_BYTES / (accelerator.memory_bandwidth * BANDWIDTH)
     offload = 2 * (away["weights"] + away["gradients"]) / accelerator.host_link
     total = device + exposed + update + offload
     return StepTime(
-        products, traffic, host, gather, reduce, exposed, update, offload, total,
+        matmul, memory_bound, host, gather, reduce, exposed, update, offload, total,
         flops * tokens,
         flops * tokens / (total * accelerator.peak * layout.world_size),
         tokens / total,
@@ -86,7 +87,7 @@ def step_time(
 
 
 def _computed(config: Config, flops: float) -> float:
-    """Operations a token, those of recompute with them: the layers' forward pass, a third of theirs, once more."""
+    """FLOPs a token including recompute, which repeats the forward pass of the layers, a third of their FLOPs."""
     if config.engine.recompute != "full":
         return flops
     model = config.model
@@ -95,20 +96,21 @@ def _computed(config: Config, flops: float) -> float:
     return flops + (flops - head) / 3
 
 
-def _traffic(config: Config) -> float:
+def _memory_bound(config: Config) -> float:
     """Bytes that one micro-batch moves outside of matrix products."""
-    model, sizes = config.model, activations.sizes_of(config)
-    layers = sum(activations.layer(model, sizes, index) for index in range(model.n_layers))
-    times = TRAFFIC + (RECOMPUTED_TRAFFIC if config.engine.recompute == "full" else 0)
-    assert model.vocab_size is not None
-    logits = sizes.tokens * model.vocab_size * (2 * sizes.parameter + 2 * sizes.compute)
-    return times * layers + logits
+    model, micro = config.model, config.train.micro_batch_size
+    assert model.vocab_size is not None and micro is not None
+    layers = layer_memory.measure(replace(config, engine=replace(config.engine, recompute="none"))).layers
+    times = PASSES + (RECOMPUTE_PASSES if config.engine.recompute == "full" else 0)
+    dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
+    bytes_of_a_logit = 2 * (dtypes.parameter.itemsize + dtypes.compute.itemsize)
+    return times * layers + micro * config.data.seq_len * model.vocab_size * bytes_of_a_logit
 
 
 def _wires(
     listed: list[Parameter], layout: Layout, moved: Collectives, accelerator: Accelerator, per_node: int, size: int
 ) -> tuple[float, float, float]:
-    """Seconds of gathers and of reductions, and of both what nothing can hide."""
+    """Seconds of gathers, of reductions, and of the part of both that never overlaps with compute."""
     if layout.world_size == 1:
         return 0.0, 0.0, 0.0
     shards = layout.shards if layout.kind in SHARDED else layout.world_size
@@ -123,7 +125,7 @@ def _wires(
     reduce += both * moved.replicas / across + 2 * share * summed / rate + moved.counts["all_reduce"] * LATENCY
     if layout.kind not in SHARDED:
         return gather, reduce, 0.1 * reduce + (gather if layout.kind in ("zero1", "zero2") else 0.0)
-    root = sum(memory.padded(p, shards) for p in listed if p.layer is None and p.is_matrix) * size
+    root = sum(rank_memory.padded(p, shards) for p in listed if p.layer is None and p.is_matrix) * size
     return gather, reduce, 2 * root * share / rate + 4 * LATENCY
 
 

@@ -1,0 +1,147 @@
+"""What follows the optimizer step on reparametrised matrices, as this rank holds them, and its collectives."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import clean_name, part_of
+from stablelm.methods import spectral
+from stablelm.model.linear import Linear
+from stablelm.private_names import copy_all
+
+
+class Reparametrised:
+    """The reparametrised matrices of a model; empty, and free of cost, where nothing follows the optimizer step."""
+
+    def __init__(self, module: nn.Module):
+        self._maps = {
+            clean_name(name): part
+            for name, part in module.named_modules()
+            if isinstance(part, Linear) and part.reparam is not None and part.reparam.after_step
+        }
+        # Kept: FSDP2 puts the gathered matrix in the place of its shard for some passes.
+        self._weights: list[Any] = [part.weight for part in self._maps.values()]
+        self._starts = [_start(weight) for weight in self._weights]
+        self._reduce = _reducer(self._weights)
+
+    def update(self, skipped: Tensor | None = None) -> dict[str, Tensor]:
+        """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
+
+        Returns what each matrix's rows are to be multiplied with, (1,) or (d_out,), by name; empty if nothing.
+        """
+        if not self._maps:
+            return {}
+        buffers = [buffer for part in self._maps.values() for buffer in part.buffers(recurse=False)]
+        kept = [buffer.clone() for buffer in buffers] if skipped is not None else []
+        reparam = next(iter(self._maps.values())).reparam
+        assert reparam is not None
+        factors = reparam.update(self._matrices(), self._reduce)
+        if skipped is None:
+            return dict(zip(self._maps, factors or (), strict=False))
+        if buffers:
+            wanted = torch.where(skipped.to(buffers[0].device), _flat(kept), _flat(buffers))
+            parts = wanted.split([buffer.numel() for buffer in buffers])
+            copy_all(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        factors = [torch.where(skipped.to(factor.device), 1.0, factor) for factor in factors or ()]
+        return dict(zip(self._maps, factors, strict=False))
+
+    def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiplies the rows of matrices that are held whole or in rows by the factors of `update`."""
+        for name, weight, first_row in zip(self._maps, self._weights, self._starts, strict=True):
+            if name in factors:
+                rows = (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+                factor = factors[name].expand(weight.shape[0])[first_row : first_row + len(rows), None]
+                rows.mul_(factor.to(rows.device, rows.dtype))
+
+    def norms(self) -> dict[str, float]:
+        """Tracked spectral norm of every matrix that has one, by name; a collective on sharded weights."""
+        return self._by_name(spectral.estimates)
+
+    def tracking_errors(self) -> dict[str, float]:
+        """Relative shortfall of every tracked norm (`spectral.tracking_errors`); a collective on sharded weights."""
+        return self._by_name(spectral.tracking_errors)
+
+    def _by_name(self, measure) -> dict[str, float]:
+        if not self._maps or not hasattr(next(iter(self._maps.values())), "u"):
+            return {}
+        return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
+
+    def _matrices(self) -> list[spectral.Matrix] | list[spectral.Slice]:
+        held = [
+            (weight, start, *_vectors(part, weight))
+            for weight, start, part in zip(self._weights, self._starts, self._maps.values(), strict=True)
+        ]
+        if any(map(_is_flat, self._weights)):
+            return [spectral.Slice(_local_range(weight, u), start, u, v) for weight, start, u, v in held]
+        return [spectral.Matrix(_local(weight, u), first_row, u, v) for weight, first_row, u, v in held]
+
+
+def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
+    """u and v of a matrix; without such, empty tensors of their lengths."""
+    if hasattr(part, "u"):
+        return part.u, part.v
+    d_out, d_in = weight.ds_shape if _is_flat(weight) else weight.shape
+    return torch.empty(d_in, device="meta"), torch.empty(d_out, device="meta")
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The sums over ranks of 1-dim CPU tensors by name, in one collective."""
+    if not parts or ranks.world_size == 1:
+        return parts
+    flat = torch.cat(list(parts.values())).to(ranks.device)
+    dist.all_reduce(flat)
+    return dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
+
+
+def _reducer(weights: list[Any]) -> Callable[[Tensor], None] | None:
+    """What sums over the ranks that hold parts of the same copy of the weights; None if each holds them whole."""
+    if any(_is_flat(weight) for weight in weights):
+        return partial(_sum, group=None)
+    meshes = [weight.device_mesh for weight in weights if isinstance(weight, DTensor)]
+    if not meshes:
+        return None
+    return partial(_sum, group=meshes[0].get_group("shard"))
+
+
+def _sum(flat: Tensor, group: dist.ProcessGroup | None) -> None:
+    dist.all_reduce(flat, group=group)
+
+
+def _local(weight: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of a matrix, beside `like` unless that is empty."""
+    return _beside((weight.to_local() if isinstance(weight, DTensor) else weight).detach(), like)
+
+
+def _beside(part: Tensor, like: Tensor) -> Tensor:
+    return part if like.is_meta else part.to(like.device)
+
+
+def _is_flat(weight: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 split the parameter, whose part on this rank is its `ds_tensor`."""
+    return hasattr(weight, "ds_tensor")
+
+
+def _local_range(weight: Any, like: Tensor) -> Tensor:
+    """This rank's elements, without padding, beside `like` unless that is empty."""
+    size = max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - _start(weight)))
+    return _beside(weight.ds_tensor.detach()[:size], like)
+
+
+def _start(weight: Any) -> int:
+    """The index of this rank's first row, or first element under ZeRO-3; it does not change."""
+    if _is_flat(weight):
+        return min(weight.ds_zero_partition_rank * weight.ds_tensor.ds_numel, weight.ds_numel)
+    if not isinstance(weight, DTensor):
+        return 0
+    return part_of(weight, 0, 1).start // math.prod(weight.shape[1:])
