@@ -161,7 +161,7 @@ def _same_parameters(model: ModelConfig, precision: str) -> bool:
 
 
 class _Pass:
-    """One pass of a decoder on fake tensors: forward, and backward through the last two layers.
+    """One pass of a decoder on fake tensors: forward, and backward to all that enters the last two layers.
 
     With `outputs` the layers are stand-ins that return these, and nothing runs backward.
     """
@@ -211,7 +211,7 @@ class _Pass:
             if backward:
                 tracker.backward = True
                 tracker.reset_peak()
-                torch.autograd.grad(edge, self._made_before_last_two(), gradient, allow_unused=True)
+                torch.autograd.grad(edge, self._edges[max(0, self.depth - 2)], gradient, allow_unused=True)
                 self.recomputed_copies = tracker.peak["weight_copies"] - self._kept["weight_copies"]
                 self.temporary = tracker.peak.total() - self._kept.total() - self.recomputed_copies
 
@@ -228,11 +228,6 @@ class _Pass:
         self._live.append(+self._tracker.current)
         if not isinstance(layer, _StandIn):
             self.outputs.append([(tensor.shape, tensor.dtype) for tensor in outputs])
-
-    def _made_before_last_two(self) -> list[GradientEdge]:
-        """What the layer before the last two added to the stream."""
-        earlier, edges = ([], *self._edges)[-3:-1] if len(self._edges) > 1 else ([], self._edges[0])
-        return [edge for edge in edges if edge not in earlier]
 
     @property
     def alike(self) -> bool:
