@@ -23,7 +23,7 @@ from stablelm.engine.recompute import recompute_layers
 from stablelm.errors import ConfigError
 from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Dtypes, make_dtypes
-from stablelm.model.loss import chunked_cross_entropy
+from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
 from stablelm.plan.memory_tracker import MemoryTracker
 
 LAYERS = 6
@@ -273,7 +273,13 @@ def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
     assert micro is not None and model.vocab_size is not None
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
     held = Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize)
-    return _loss(model.vocab_size, model.d_model, dtypes, micro * config.data.seq_len), held
+    rows = max(1, CHUNK_BYTES // (model.vocab_size * dtypes.parameter.itemsize))
+    tokens, sizes = micro * config.data.seq_len, (2 * rows, 3 * rows)
+    # Beyond a few chunks of logits each token adds the same.
+    few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size)) for size in sizes)
+    if tokens <= sizes[1]:
+        return more, held
+    return Counter({kind: _on_line(tokens, sizes, (few[kind], more[kind])) for kind in KINDS}), held
 
 
 @lru_cache(maxsize=64)
