@@ -22,7 +22,7 @@ from stablelm.engine.sharding import recompute_layers
 from stablelm.errors import ConfigError
 from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Dtypes, make_dtypes
-from stablelm.model.loss import chunked_cross_entropy
+from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
 from stablelm.plan.memory_tracker import MemoryTracker
 from stablelm.private_names import FakeTensorMode
 
@@ -161,7 +161,7 @@ def _same_parameters(model: ModelConfig, precision: str) -> bool:
 
 
 class _Pass:
-    """One pass of a decoder on fake tensors: forward, and backward through the last two layers.
+    """One pass of a decoder on fake tensors: forward, and backward to all that enters the last two layers.
 
     With `outputs` the layers are stand-ins that return these, and nothing runs backward.
     """
@@ -211,7 +211,7 @@ class _Pass:
             if backward:
                 tracker.backward = True
                 tracker.reset_peak()
-                torch.autograd.grad(edge, self._made_before_last_two(), gradient, allow_unused=True)
+                torch.autograd.grad(edge, self._edges[max(0, self.depth - 2)], gradient, allow_unused=True)
                 self.recomputed_copies = tracker.peak["weight_copies"] - self._kept["weight_copies"]
                 self.temporary = tracker.peak.total() - self._kept.total() - self.recomputed_copies
 
@@ -228,11 +228,6 @@ class _Pass:
         self._live.append(+self._tracker.current)
         if not isinstance(layer, _StandIn):
             self.outputs.append([(tensor.shape, tensor.dtype) for tensor in outputs])
-
-    def _made_before_last_two(self) -> list[GradientEdge]:
-        """What the layer before the last two added to the stream."""
-        earlier, edges = ([], *self._edges)[-3:-1] if len(self._edges) > 1 else ([], self._edges[0])
-        return [edge for edge in edges if edge not in earlier]
 
     @property
     def alike(self) -> bool:
@@ -278,7 +273,13 @@ def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
     assert micro is not None and model.vocab_size is not None
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
     held = Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize)
-    return _loss(model.vocab_size, model.d_model, dtypes, micro * config.data.seq_len), held
+    rows = max(1, CHUNK_BYTES // (model.vocab_size * dtypes.parameter.itemsize))
+    tokens, sizes = micro * config.data.seq_len, (2 * rows, 3 * rows)
+    # Beyond a few chunks of logits each token adds the same.
+    few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size)) for size in sizes)
+    if tokens <= sizes[1]:
+        return more, held
+    return Counter({kind: _on_line(tokens, sizes, (few[kind], more[kind])) for kind in KINDS}), held
 
 
 @lru_cache(maxsize=64)

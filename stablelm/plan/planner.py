@@ -82,7 +82,7 @@ def make(request: PlanRequest) -> "Plan":
         return rank_memory.make_layout(of, of.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
 
     listed, layout = rank_memory.parameters(config), layout_of(config, world)
-    estimated, simulation = estimate.peak(config, listed, layout), None
+    simulation = None
     if request.simulated and config.engine.kind in ("single", *SHARDED):
         from stablelm.plan.simulate import simulate
 
@@ -90,7 +90,7 @@ def make(request: PlanRequest) -> "Plan":
     held = rank_memory.resting(config, listed, layout)
     host = rank_memory.on_host(config, listed, layout, held)
     # The simulation offloads nothing, its only device being the CPU.
-    peak = estimated if simulation is None else simulation.peak - host
+    peak = estimate.peak(config, listed, layout) if simulation is None else simulation.peak - host
     moved = collectives(config, listed, layout)
     time_of_step = step_time(
         config, listed, layout, moved, request.accelerator, gpus_per_node=request.gpus_per_node,
@@ -99,7 +99,7 @@ def make(request: PlanRequest) -> "Plan":
     limit = request.accelerator.memory - RESERVE
     remedy = None
     if peak.total() > limit:
-        scale = peak.total() / estimated.total()
+        scale = peak.total() / estimate.peak(config, listed, layout).total()
         remedy = remedies.first_that_fits(config, listed, world, limit, scale, layout_of)
     return Plan(
         request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy,

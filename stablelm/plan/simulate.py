@@ -121,6 +121,8 @@ def _extended(
             held = held + Counter(gradients=more["gradients"])
         elif index > 0 or phase == "earlier layers":
             held = held + Counter(gradients=more["accumulated"])
+        if phase in ("later layers", "earlier layers"):
+            held = held + Counter(temporary=more["temporary"])
         peaks.append(peak + held)
     peak = max(peaks, key=Counter.total)
     whole_units = few.engine.unit_bytes == config.engine.unit_bytes
@@ -144,13 +146,13 @@ def _extended(
 
 
 def _difference(few: Config, config: Config, layout: Layout) -> Counter[str]:
-    """Bytes that the missing layers add to what rests, accumulates and is kept."""
+    """Bytes that the missing layers add to what rests, accumulates, is kept and is temporary."""
     total: Counter[str] = Counter()
     for sign, part in ((1, config), (-1, few)):
         listed, layers = rank_memory.parameters(part), layer_memory.measure(part)
         found = rank_memory.resting(part, listed, layout)
         found["accumulated"] = rank_memory.accumulated(part, listed, layout)
-        found["activations"] = layers.kept
+        found["activations"], found["temporary"] = layers.kept, layers.temporary
         found["weight_copies"] = layers.weight_copies(sharded=layout.kind in SHARDED)
         total.update({kind: sign * size for kind, size in found.items()})
     return total

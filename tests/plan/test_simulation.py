@@ -89,6 +89,19 @@ def test_few_layers_stand_for_many_exactly(
     assert few.operations == pytest.approx(whole.operations, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["catformer", "denseformer"])
+def test_few_different_layers_stand_for_many_nearly(method: str):
+    sizes = (f"model.method={method}", "model.n_layers=40", "train.precision=bf16", "engine.unit_bytes=100000")
+    config = planned(*sizes, world_size=4, kind="fsdp2")
+    listed, layout = rank_memory.parameters(config), layout_of(config, 4)
+    few = simulate.simulate(config, listed, layout)
+    whole = simulate.simulate(config, listed, layout, layers=40)
+    assert whole.exact and not few.exact
+    assert few.kept == pytest.approx(whole.kept, rel=0.01)
+    assert few.peak.total() == pytest.approx(whole.peak.total(), rel=0.07)
+
+
 @pytest.mark.parametrize("kind", ["single", "fsdp2"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_estimated_peak_is_near(kind: str, recompute: str):
