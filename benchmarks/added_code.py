@@ -13,7 +13,7 @@ from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
 from stablelm.model.sublayer import Chunks, Sublayer, added
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 M = TypeVar("M", bound=nn.Module)
 
 
