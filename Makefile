@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
 
-.PHONY: quickstart test test-slow combinations lint style types words format install clean
+.PHONY: quickstart test test-slow combinations lint style types names words format install clean
 
 # Trains a 24-layer model on text that comes with Python; a second run finds nothing to do.
 quickstart: $(VENV)/.installed
@@ -22,7 +22,7 @@ test-slow: $(VENV)/.installed-dev
 combinations: $(VENV)/.installed-dev
 	$(BIN)/python tests/combinations/run.py
 
-lint: style types words
+lint: style types names words
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,6 +31,10 @@ style: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+
+# A method is one file: nothing else compares with the name of an axis value.
+names: $(VENV)/.installed-dev
+	$(BIN)/python tests/lint/axis_names.py
 
 # Phrases that documentation and messages avoid, with what to write instead.
 words: $(VENV)/.installed-dev

@@ -43,7 +43,7 @@ def gaps(held: TensorIndex, shapes: Mapping[str, torch.Size]) -> list[str]:
     ]
 
 
-def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
+def problems(path: CheckpointPath, *, optimizer: bool = True, trusted: bool = False) -> list[str]:
     """What a checkpoint lacks of the model that its own configuration describes, in a phrase; empty: it is complete.
 
     Without `optimizer` the weights alone count. Raises StoreError if an object store does not answer, EarlierFormat
@@ -53,7 +53,7 @@ def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
         state, commit = read_state(path), read_commit(path)
         if state["step"] != commit.step:
             return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
-        held, model = read_index(path / TENSORS), model_of(path)
+        held, model = read_index(path / TENSORS), model_of(path, trusted=trusted)
         # A foreign checkpoint may name a model that is too large even to be described.
         if model.n_layers > len(held.tensors):
             return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
@@ -73,12 +73,12 @@ def problems(path: CheckpointPath, *, optimizer: bool = True) -> list[str]:
     ]
 
 
-def model_of(path: CheckpointPath) -> ModelConfig:
+def model_of(path: CheckpointPath, *, trusted: bool = False) -> ModelConfig:
     """The resolved model section of a checkpoint's config.yaml; what it leaves to be derived is in state.json.
 
     Raises OSError, ValueError, CheckpointError or ConfigError.
     """
-    found = saved_run.model_of(path)
+    found = saved_run.model_of(path, trusted=trusted)
     unknown = [name for name in ("kv_heads", "d_ff", "max_seq_len", "vocab_size") if getattr(found, name) is None]
     if unknown:
         raise ValueError(f"{CONFIG} and {STATE} do not give model.{unknown[0]}")

@@ -18,6 +18,7 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.config.trust import METHOD, Believed, believed, excesses
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.json_text import Count, Number, parse
+from stablelm.methods import catalogue
 from stablelm.printable import printable
 from stablelm.small_files import read_small
 
@@ -94,9 +95,15 @@ def read_configuration(path: CheckpointPath, *, own: Loaded | None = None, trust
     return found
 
 
-def model_of(path: CheckpointPath) -> ModelConfig:
-    """The model section alone, checked. Raises CheckpointError or ConfigError."""
-    found = believed(saved(path))
+def model_of(path: CheckpointPath, *, trusted: bool = False) -> ModelConfig:
+    """The model section alone, checked. Raises CheckpointError or ConfigError.
+
+    A method that is named by import path is imported only if the checkpoint is `trusted`.
+    """
+    whole = saved(path)
+    if trusted:
+        catalogue.find(whole.model.method)
+    found = believed(whole)
     _refuse_unknown_code(path, found)
     rules.check_saved(found.config)
     return found.config.model

@@ -103,7 +103,7 @@ def _prepare(
 
     found = selection.resolve_checkpoint(
         checkpoint,
-        lacks=partial(contents.problems, optimizer=False),
+        lacks=partial(contents.problems, optimizer=False, trusted=trusted),
         elsewhere=consent.elsewhere(checkpoint, own, trusted),
     )
     state = saved_run.read_state(found)

@@ -22,6 +22,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("run_dir", type=path_or_url, metavar="RUN_DIR", help=where)
         command.add_argument("--dir", type=path_or_url, metavar="DIR", help=elsewhere)
+        if name == "verify":
+            command.add_argument(
+                "--trust-checkpoint",
+                action="store_true",
+                help="import the method that the checkpoint names, if it is code",
+            )
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
@@ -91,7 +97,7 @@ def check(options: argparse.Namespace) -> None:
     corrupt = []
     for path in _steps(options):
         try:
-            problems = manifest.verify(path) or contents.problems(path)
+            problems = manifest.verify(path) or contents.problems(path, trusted=options.trust_checkpoint)
         except CheckpointError as error:  # of an earlier version
             problems = [str(error)]
         corrupt += [_name(path)] if problems else []

@@ -194,3 +194,10 @@ def test_drawn_figures_are_small_and_complete():
     drawn = {path.stem: path.stat().st_size for path in FIGURES.glob("*.png")}
     assert set(drawn) == set(METHODS)
     assert max(drawn.values()) < 60_000
+
+
+def test_the_page_on_adding_a_method_shows_the_file_that_is_tested():
+    tested = (PAGES.parents[1] / "tests" / "methods" / "test_own_method.py").read_text(encoding="utf-8")
+    pieces = re.findall(r"^```python\n(.*?)^```$", TEXTS["adding.md"], re.MULTILINE | re.DOTALL)
+    assert len(pieces) == 4
+    assert all(piece in tested for piece in pieces)

@@ -122,3 +122,31 @@ def test_checkpoints_elsewhere_by_the_users_word_alone(place: Path):
     assert f"says checkpoint.dir='{kept}'" in unasked.err
     for consent in (["--trust-checkpoint"], ["--config", str(run / "config.yaml")]):
         assert tried(place, *line, *consent).faults({0}) == []
+
+
+OWN_METHOD = """
+import pathlib
+from stablelm.methods.axes import Method
+pathlib.Path("made-by-a-method").touch()
+METHOD = Method("own", "a paper", {"placement": "post"})
+"""
+
+
+def test_a_method_by_import_path_is_imported_by_the_users_word_alone(place: Path):
+    """Refused where a checkpoint names it; imported for --config that names it, and for --trust-checkpoint."""
+    run = place / "run"
+    (place / "own_method.py").write_text(OWN_METHOD)
+    set_keys(run, model__method="own_method:METHOD")
+    line = ["eval", "--checkpoint", str(run)]
+    beside: dict = {"fresh": True, "seconds": 60, "PYTHONPATH": str(place)}
+    for refused in (line, [*line, "--data", "embedded"], ["checkpoints", "verify", str(run)]):
+        outcome = tried(place, *refused, **beside)
+        assert "own_method:METHOD" in outcome.err + outcome.out
+        assert outcome.code == 78, outcome
+        assert not (place / "made-by-a-method").exists()
+    own = ["eval", "--checkpoint", str(run), "--config", str(run / "config.yaml")]
+    for agreed in (own, [*line, "--trust-checkpoint"], ["checkpoints", "verify", "--trust-checkpoint", str(run)]):
+        outcome = tried(place, *agreed, **beside)
+        assert outcome.code != 78 or "own_method" not in outcome.err, outcome
+        assert (place / "made-by-a-method").exists()
+        (place / "made-by-a-method").unlink()
