@@ -23,7 +23,7 @@ class Decoder(nn.Module):
     """A stack of layers around the stream; it knows nothing of ranks.
 
     `config` is resolved (no None); `precision` is fp32, bf16 or fp64. Parameters are left unset, so
-    that it can be built on the meta device: `methods.initialise` gives the values.
+    that it can be built on the meta device: `model.initialise` gives the values.
     """
 
     def __init__(self, config: ModelConfig, precision: str):

@@ -25,7 +25,7 @@ Gradients = Literal["none", "stream", "all"]
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on one batch; by layer boundary 0 ... n_layers as `methods.predict.Prediction`, nan where nothing is.
+    """One model on one batch; by layer boundary 0 ... n_layers as `probe.predict.Prediction`, nan where nothing is.
 
     `gradient_norm`: of the mean loss to the whole stream of all tokens; `weight_gradient_norm`: to all matrices of
     layer 1 ... together; `loss`: mean cross-entropy in nats; `collision`: the share of pairs of positions of a
