@@ -11,9 +11,9 @@ from stablelm.engine.torch_engine import TorchEngine
 from stablelm.model.attention import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
-from stablelm.model.sublayer import Chunks, Sublayer, added
+from stablelm.model.sublayer import Chunks, Sublayer, named_parameters_of
 
-Work = Callable[[], object]
+Work = Callable[[], None]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -42,9 +42,18 @@ def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
         Added("deepscalelm_pre: scales", writes(engines["deepscalelm_pre"], shape), writes(base, shape)),
         Added("magneto: inner norms", inner_norms(engines["magneto"], shape)),
         Added("sigma_reparam: scales", sigma_scales(sigma, shape)),
-        Added("sigma_reparam: refresh", sigma.matrices.update),
+        Added("sigma_reparam: refresh", refreshes(sigma)),
         Added("catformer: cat, norm, recompute", reads(engines["catformer"], shape), reads(base, shape)),
     ]
+
+
+def refreshes(engine: TorchEngine) -> Work:
+    """What follows the optimizer step."""
+
+    def work() -> None:
+        engine.matrices.update()
+
+    return work
 
 
 def writes(engine: TorchEngine, shape: Shape) -> Work:
@@ -57,7 +66,7 @@ def writes(engine: TorchEngine, shape: Shape) -> Work:
     def work() -> None:
         chunks: Chunks = (start,)
         for part, branch in zip(parts, branches, strict=True):
-            chunks = part.stream.join(chunks, part.stream.write(chunks, branch, added(part, part.added)))
+            chunks = part.stream.join(chunks, part.stream.write(chunks, branch, named_parameters_of(part, part.added)))
         chunks[0].backward(gradient)
         _forget(start, *branches)
 
@@ -127,7 +136,7 @@ def reads(engine: TorchEngine, shape: Shape) -> Work:
 
 def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
     """The input of a sub-layer's first product and, where they are made for it, its matrices."""
-    x = part.stream.read(chunks, added(part, part.added))
+    x = part.stream.read(chunks, named_parameters_of(part, part.added))
     x = x if part.norm_in is None else part.norm_in(x)
     weights = [linear.weight for linear in part.body.first_maps]
     if part.frees_input:

@@ -1,0 +1,1 @@
+"""Saving and loading: the format of tensors, commit, fencing, retention."""

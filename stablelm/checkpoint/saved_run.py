@@ -30,7 +30,7 @@ Jump = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Judged = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
-class Position(TypedDict):
+class SavedPosition(TypedDict):
     """Where the next batch begins: the place of each lane that has moved, in its only source or by source."""
 
     data_step: Count
@@ -55,7 +55,7 @@ class State(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     step: Count
     tokens: Count
-    data: Position
+    data: SavedPosition
     identity: Identity  # type: ignore[valid-type]
     guards: NotRequired[Guards]
     evaluation_due: NotRequired[bool]

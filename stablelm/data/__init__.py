@@ -1,0 +1,1 @@
+"""From URLs to batches: storage, formats, shards, order, packing, workers."""

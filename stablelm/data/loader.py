@@ -173,7 +173,7 @@ class Loader:
         self._cursors, self._positions = {lane: cursor for lane, cursor in saved if lane in self._lanes}, {}
 
     def close(self) -> None:
-        """End the threads; there are no batches after this."""
+        """Stops the workers; no batches can be taken afterwards."""
         self._closed = True
         self._stop()
 
@@ -193,7 +193,7 @@ class Loader:
             len(self._lanes),
             self._data_step * self._rows,
             batch=self._rows,
-            # Ahead of the batch being asked for, at least one row must be allowed.
+            # At least one batch ahead: with 0 no worker could start.
             ahead=max(self._data.prefetch, 1) * self._rows,
             # A process has the next request before its answer is taken, so that it does not stand idle.
             depth=2 if processes else 1,

@@ -1,0 +1,1 @@
+"""How ranks share a model: one process, DDP, FSDP2, HSDP, DeepSpeed ZeRO."""

@@ -1,4 +1,4 @@
-"""What follows the optimizer step on reparametrised matrices, as this rank holds them, and its collectives."""
+"""Updates of reparametrised matrices after an optimizer step, on this rank's parts, and their collectives."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ class Reparametrised:
             for name, part in module.named_modules()
             if isinstance(part, Linear) and part.reparam is not None and part.reparam.after_step
         }
-        # Kept: FSDP2 puts the gathered matrix in the place of its shard for some passes.
+        # Kept because FSDP2 replaces `module.weight` by the gathered matrix in some passes.
         self._weights: list[Any] = [part.weight for part in self._maps.values()]
         self._starts = [_start(weight) for weight in self._weights]
         self._reduce = _reducer(self._weights)
@@ -34,7 +34,7 @@ class Reparametrised:
     def update(self, skipped: Tensor | None = None) -> dict[str, Tensor]:
         """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
 
-        Returns what each matrix's rows are to be multiplied with, (1,) or (d_out,), by name; empty if nothing.
+        Returns factors for the rows of each matrix, (1,) or (d_out,), by name; empty if there are none.
         """
         if not self._maps:
             return {}
@@ -43,14 +43,15 @@ class Reparametrised:
         reparam = next(iter(self._maps.values())).reparam
         assert reparam is not None
         factors = reparam.update(self._matrices(), self._reduce)
+        names = self._maps if factors is not None else ()
         if skipped is None:
-            return dict(zip(self._maps, factors or (), strict=False))
+            return dict(zip(names, factors or (), strict=True))
         if buffers:
-            wanted = torch.where(skipped.to(buffers[0].device), _flat(kept), _flat(buffers))
+            wanted = torch.where(skipped.to(buffers[0].device), _joined(kept), _joined(buffers))
             parts = wanted.split([buffer.numel() for buffer in buffers])
             copy_all(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
         factors = [torch.where(skipped.to(factor.device), 1.0, factor) for factor in factors or ()]
-        return dict(zip(self._maps, factors, strict=False))
+        return dict(zip(names, factors, strict=True))
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
         """Multiplies the rows of matrices that are held whole or in rows by the factors of `update`."""
@@ -84,14 +85,14 @@ class Reparametrised:
 
 
 def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
-    """u and v of a matrix; without such, empty tensors of their lengths."""
+    """u and v of a matrix; if it has none, meta tensors of their lengths."""
     if hasattr(part, "u"):
         return part.u, part.v
     d_out, d_in = weight.ds_shape if _is_flat(weight) else weight.shape
     return torch.empty(d_in, device="meta"), torch.empty(d_out, device="meta")
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 

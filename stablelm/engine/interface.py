@@ -58,8 +58,8 @@ class Engine(Protocol):
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         """Clips by global norm, updates, clears the gradients; returns the norm before clipping (0-dim).
 
-        Where `gradients.refused(norm, largest_norm)` nothing changes on any rank: weights, moments, step counts and
-        the vectors of spectral norms stay bit for bit.
+        Where `engine.optimizers.refused(norm, largest_norm)` nothing changes on any rank: weights, moments, step counts
+        and the vectors of spectral norms stay bit for bit.
         """
         ...
 

@@ -1,0 +1,1 @@
+"""Perplexity of checkpoints and validation sets."""

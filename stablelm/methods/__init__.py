@@ -1,0 +1,1 @@
+"""The space of stability methods: axes, catalogue, one file a method."""

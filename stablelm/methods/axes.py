@@ -1,8 +1,9 @@
 """The axes of the method space, and what a value of each must answer.
 
 A method's file defines the values that it introduces as frozen dataclasses derived from these, and its `Method`. All
-other code asks the value and compares no names. Every answer has the default of the plain pre-norm model, so that a
-value says only what it changes. Importing a method must not import torch: what computes imports it where it is called.
+other code calls their methods and never compares names. Every answer has the default of the plain pre-norm model, so
+that a value says only what it changes. Importing a method must not import torch: what computes imports it where it is
+called.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablelm.theory.attention import Pattern
-from stablelm.theory.kernels import Norm as NormTheory
+from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Refusal(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Features that a sub-layer reads, that its heads have together, and that its branch has."""
+    """Features of what a sub-layer reads, of all its heads together, and of its branch's output."""
 
     read: int
     attention: int
@@ -112,7 +113,8 @@ class Role(NamedTuple):
 
     `kind`: embedding, position, head; query, key, value, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
     bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
-    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether its size means nothing.
+    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes the
+    function independent of its norm.
     """
 
     kind: str
@@ -149,17 +151,17 @@ class Value:
         return ()
 
     def export_obstacle(self, model: Model) -> str | None:
-        """Why no plain decoder computes the same, so that the model cannot be exported as one; None: one does."""
+        """Why no standard architecture computes the same function, or None if one does."""
         return None
 
 
 @dataclass(frozen=True)
 class Stream(Value):
-    """What flows from layer to layer and how a branch joins it: skip x + branch f(x) unless a value says otherwise.
+    """What flows from layer to layer and how a branch joins it: x <- skip x + branch f(x) by default.
 
     The stream is a tuple of tensors, each (batch, seq, width), and never changed in place, so that recompute and
     sharding engines may run any layer again from its inputs. A layer returns only tensors that it made itself (engines
-    hook the outputs of a layer); `join` makes the stream after it of the stream before it and these.
+    hook the outputs of a layer); `join(before, new)` returns the stream after it.
     """
 
     skip: float = 1.0
@@ -168,7 +170,7 @@ class Stream(Value):
     grows: ClassVar[bool] = False
     """Whether sub-layers have widths of their own (`widths`), and the end is projected back to d_model."""
     has_skip: ClassVar[bool] = True
-    """Whether what a sub-layer reads passes it by; without, the gradient's theory does not hold."""
+    """Whether there is a skip connection; the theory of gradients assumes one."""
     predicted: ClassVar[bool] = True
     """Whether the theory knows the stream."""
     layers_differ: ClassVar[bool] = False
@@ -261,7 +263,7 @@ class Placement(Value):
         return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
 
 
-class Norm(Value):
+class NormKind(Value):
     """A norm over the last dimension."""
 
     has_bias: ClassVar[bool] = True
@@ -292,7 +294,7 @@ class Init(Value):
     sizes_branches: ClassVar[bool] = False
     """Whether it sets the size of a branch by the size of its matrices, which a spectral norm of 1 undoes."""
     unit_variance: ClassVar[bool] = False
-    """Whether embeddings and activations have variance 1, as a tailored slope takes for granted."""
+    """Whether embeddings and activations have variance 1, as the activation `tailored` assumes."""
 
     def std(self, role: Role, shape: Sequence[int], model: Model) -> float:
         """Of a matrix of the layers, (fan_out, fan_in)."""
@@ -311,9 +313,10 @@ class Init(Value):
         return model.d_model**-0.5
 
     def head_scale(self, model: Model) -> float:
-        """What multiplies the head's input; unit logits for a tied head of embeddings of unit variance.
+        """What multiplies the head's input.
 
-        There 1 / (std sqrt(d)) (Kedia et al. 2024, released code).
+        For a tied head of unit-variance embeddings 1 / (std sqrt(d)), which gives unit logits (Kedia et al. 2024,
+        released code).
         """
         if model.tie_embeddings and self.unit_variance:
             return 1 / (self.embedding_std(model) * math.sqrt(model.d_model))
@@ -324,7 +327,7 @@ class Init(Value):
         return d_head**-0.5
 
     def rates(self, model: Model, *, in_layer: bool, matrix: bool) -> Rates:
-        """For a parameter inside or outside the layers that is a matrix or a vector."""
+        """Multipliers for one parameter: in or outside the layers, a matrix or a vector."""
         return Rates()
 
     def starts_at_zero(self, kind: str) -> bool:
@@ -362,14 +365,15 @@ class Reparam(Value):
     def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
         """Initial values of those parameters and buffers; `top` finds the weight's largest singular value.
 
-        With the zeros that `methods.spectral.SharedStarts` gives in place of another rank's triplets all are zeros.
+        When another rank computes this matrix's singular vectors, `top` returns zeros; every value must then be zero
+        too, because the ranks' results are summed.
         """
         return {}
 
     def factor(self, linear: Any) -> "Tensor | None":
         """What multiplies the product with a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.
 
-        The gradient passes through it. It must not change anything, for recompute runs the forward pass twice.
+        The gradient passes through it. It must have no side effects: recompute calls it twice.
         """
         return None
 
@@ -391,7 +395,7 @@ class Activation(Value):
     """The feed-forward's nonlinearity."""
 
     gated: ClassVar[bool] = False
-    """Whether it has a second first matrix, whose output goes through the nonlinearity and multiplies the first's."""
+    """Whether it has a gate: act(gate x) * fc1 x."""
     keeps_variance: ClassVar[bool] = False
     """Whether its output has the variance of its input."""
     scales_evenly: ClassVar[bool] = False
@@ -433,7 +437,7 @@ class Position(Value):
     pairs_features: ClassVar[bool] = False
     """Whether it turns pairs of a head's features, so that their number must be even."""
     biases_logits: ClassVar[bool] = False
-    """Whether `bias` gives something."""
+    """Whether `bias` returns a bias."""
 
     def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":
         """What `turn` needs, made once for all layers; `where`: dtype and device."""
@@ -448,7 +452,7 @@ class Position(Value):
         return None
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
-        """What positions do to attention at the start, for the theory; one object for equal arguments."""
+        """What positions do to attention at the start, for the theory, whose tables are kept by identity: cache it."""
         raise NotImplementedError
 
     def mean_weights(self, model: Model, q: float) -> tuple[float, float]:
@@ -463,12 +467,12 @@ class Position(Value):
 
 
 class Shaping(Value):
-    """What attention is at the start beside what logits and positions make of it."""
+    """A fixed bias and row scale that shape attention at initialisation."""
 
     replaces_skip: ClassVar[bool] = False
     """Whether the stream needs no skip."""
     active: ClassVar[bool] = False
-    """Whether `bias_and_scale` gives something; it differs between layers, and needs whole sequences."""
+    """Whether `bias_and_scale` is used; it differs between layers, and needs whole sequences."""
 
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
@@ -486,7 +490,7 @@ class ValueMixing(Value):
         return own
 
     def moments(self, kept: float, common: float) -> tuple[float, float]:
-        """Variance and covariance of averaged values after the mixing, from those of the own."""
+        """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
         return kept, common
 
 
@@ -515,13 +519,13 @@ class Axes:
 
     stream: Stream
     placement: Placement
-    norm: Norm
+    norm: NormKind
     init: Init
     reparam: Reparam
     activation: Activation
     position: Position
     shaping: Shaping
-    values: ValueMixing
+    value_mixing: ValueMixing
     maps: Maps
 
     def each(self) -> tuple[Value, ...]:

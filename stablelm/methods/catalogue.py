@@ -113,7 +113,7 @@ def axes(names: Mapping[str, str | None], method: str, value_residual: bool, low
     found: dict[str, Any] = {axis: values(axis, method)[str(name)] for axis, name in names.items()}
     return Axes(
         **found,
-        values=ValueResidual() if value_residual else OwnValues(),
+        value_mixing=ValueResidual() if value_residual else OwnValues(),
         maps=LowRank() if low_rank else WholeMaps(),
     )
 

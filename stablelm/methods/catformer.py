@@ -47,7 +47,7 @@ class CatformerOptions(MethodOptions):
 
 @dataclass(frozen=True)
 class Concat(Stream):
-    """A sub-layer makes its own chunk only."""
+    """Each sub-layer appends one chunk."""
 
     name: ClassVar[str] = "concat"
     grows: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class Concat(Stream):
         return Widths(model.d_model + sublayer * options.growth, options.d_attention, options.growth)
 
     def sized(self, model: M) -> M:
-        """Growth, d_attention and d_ff near the wanted expansions, with a residual model's parameters within 1 %."""
+        """Growth, d_attention and d_ff nearest to the target expansions, within 1 % of a residual twin's parameters."""
         return _sized(model)
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
@@ -90,7 +90,7 @@ class Concat(Stream):
         return chunks + new
 
     def settle(self, chunks: "Chunks") -> "Chunks":
-        """Runs of narrow chunks as one: reading hundreds of them takes longer."""
+        """Merges 16 chunks of equal width at a time: reading hundreds is slow."""
         import torch
 
         while len(chunks) >= MERGED and len({chunk.shape[-1] for chunk in chunks[-MERGED:]}) == 1:
@@ -121,7 +121,7 @@ class UnitInit(Init):
 
 
 def head_unit(model: Model) -> int:
-    """What the width of all heads must be divisible by: as many heads, each even where positions pair features."""
+    """What the width of all heads must be divisible by: n_heads, doubled if each head's width must be even."""
     return model.n_heads * (2 if model.axes.position.pairs_features else 1)
 
 

@@ -160,7 +160,7 @@ class Espa(Shaping):
                 "espa is itself a bias on the logits and starts with queries of zero, which a norm cannot scale; "
                 "use model.attention.position=none, rope or learned, and no qk_norm",
             )
-        if axes.values.share is not None:
+        if axes.value_mixing.share is not None:
             yield Refusal(
                 ("model.attention.value_residual", "model.attention.shaping"),
                 "mixing in the first layer's values is a skip, which espa's decay does not reckon with; "

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from stablelm.methods.axes import Model, Norm
+from stablelm.methods.axes import Model, NormKind
 from stablelm.theory import moments
-from stablelm.theory.kernels import Norm as NormTheory
+from stablelm.theory.kernels import NormTheory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerNorm(Norm):
+class LayerNorm(NormKind):
     """Ba et al. 2016."""
 
     name: ClassVar[str] = "layernorm"
@@ -27,7 +27,7 @@ class LayerNorm(Norm):
 
 
 @dataclass(frozen=True)
-class RmsNorm(Norm):
+class RmsNorm(NormKind):
     """Zhang & Sennrich 2019."""
 
     name: ClassVar[str] = "rmsnorm"
@@ -43,7 +43,7 @@ class RmsNorm(Norm):
 
 
 @dataclass(frozen=True)
-class DyT(Norm):
+class DyT(NormKind):
     """tanh(alpha x) with a learned alpha (1,), no statistics at all (Zhu et al. 2025, arXiv 2503.10622)."""
 
     name: ClassVar[str] = "dyt"

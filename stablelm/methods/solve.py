@@ -76,7 +76,7 @@ def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tup
     own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
     own /= 1 - model.dropout
     kept, common = r + (1 - r) * own, r + (1 - r) * shared
-    return model.axes.values.moments(kept, common) if index else (kept, common)
+    return model.axes.value_mixing.moments(kept, common) if index else (kept, common)
 
 
 def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:

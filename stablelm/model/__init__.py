@@ -1,0 +1,1 @@
+"""The decoder, which asks the axes and knows nothing of ranks."""

@@ -16,7 +16,7 @@ from stablelm.model.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
 
 Tap = Callable[[int, Chunks], Chunks]
-"""Sees the stream after the embedding (0) and after each layer (1 ...), and gives what flows on."""
+"""Sees the stream after the embedding (0) and after each layer (1 ...), and returns the stream to continue with."""
 
 
 class Decoder(nn.Module):
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         values: Chunks = ()
         for index, layer in enumerate(self.layers):
             new = layer(chunks, positions, values)
-            if layer.gives_values:
+            if self.config.axes.value_mixing.share is not None and not values:
                 *new, first = new
                 values, new = (first,), tuple(new)
             chunks = self._tapped(index + 1, self.stream.settle(self.stream.join(chunks, new)))

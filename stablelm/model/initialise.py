@@ -65,15 +65,17 @@ def initial_values(
     `start` finds the largest singular value; they are all zeros where it gives zeros.
     """
     reparam = config.axes.reparam
-    beside = tuple(reparam.parameters(1, 1))
+    beside = tuple(f".{own}" for own in reparam.parameters(1, 1))
     for name, shape in shapes.items():
-        if name.endswith(tuple(f".{own}" for own in beside)):
+        if name.endswith(beside):
             continue  # given with its matrix
-        stem = name.removesuffix(".weight")
-        sigma = bool(beside) and f"{stem}.{beside[0]}" in shapes
-        value = initial_value(name, role_of(name, reparametrised=sigma), shape, config, seed)
+        role = role_of(name)
+        sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
+        applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
+        value = initial_value(name, role, shape, config, seed)
         yield name, value
-        if sigma:
+        if applies:
+            stem = name.removesuffix(".weight")
             yield from ((f"{stem}.{own}", first) for own, first in reparam.starts(value, config, start).items())
 
 

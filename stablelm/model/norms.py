@@ -15,7 +15,7 @@ class Norm(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dtypes: Dtypes, width: int, *, kind: axes.Norm | None = None, scale: float = 1.0
+        self, config: ModelConfig, dtypes: Dtypes, width: int, *, kind: axes.NormKind | None = None, scale: float = 1.0
     ):
         super().__init__()
         self.kind = kind or config.axes.norm

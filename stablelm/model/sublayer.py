@@ -18,23 +18,22 @@ Products = tuple[Tensor, ...]
 
 
 def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
-    """Registers what an axis value adds to a module, its values left unset, and gives its names."""
+    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
     for parameter in parameters:
         empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
         module.register_parameter(parameter.name, nn.Parameter(empty))
     return tuple(parameter.name for parameter in parameters)
 
 
-def added(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What was added to a module, by name."""
+def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """These parameters of a module, by name."""
     return {name: getattr(module, name) for name in names}
 
 
 class Sublayer(nn.Module):
     """One body (attention or feed-forward) with its norms and its way onto the stream; `index` counts both kinds.
 
-    `enter` reads the stream and gives the products of the body's first maps, `leave` makes the branch of them and
-    writes it.
+    `enter` reads the stream and applies the body's first maps, `leave` computes the branch from them and writes it.
     """
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
@@ -65,7 +64,7 @@ class Sublayer(nn.Module):
         return tuple(linear.complete(part) for linear, part in zip(maps, parts, strict=True))
 
     def _read(self, *chunks: Tensor) -> Tensor:
-        x = self.stream.read(chunks, added(self, self.added))
+        x = self.stream.read(chunks, named_parameters_of(self, self.added))
         if self.norm_in is not None:
             x = self.norm_in(x)
         return x.to(self.compute_dtype)
@@ -73,17 +72,17 @@ class Sublayer(nn.Module):
     def _product(self, *chunks: Tensor) -> Tensor:
         """The products of all first maps side by side, without scale and bias.
 
-        One product comes last: recompute stops once it has the input, and does not multiply again.
+        The product comes last: recompute stops at its saved input and does not repeat it.
         """
         x = self._read(*chunks)
         return F.linear(x, torch.cat([linear.weight for linear in self.body.first_maps]).to(self.compute_dtype))
 
     def leave(self, chunks: Chunks, products: Products, positions: Positions) -> Chunks:
-        """The tensors that this sub-layer adds to the stream, in the stream's dtype."""
+        """The tensors from which `Stream.join` makes the next stream, in the stream's dtype."""
         branch = self.body(products, positions)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        new = self.stream.write(chunks, self.dropout(branch), added(self, self.added))
+        new = self.stream.write(chunks, self.dropout(branch), named_parameters_of(self, self.added))
         if self.norm_out is not None:
             new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
         return new
@@ -94,23 +93,23 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
-        self.stream, self.values = config.axes.stream.at(config), config.axes.values
-        self.gives_values = self.values.share is not None and index == 0
+        self.stream, self.value_mixing = config.axes.stream.at(config), config.axes.value_mixing
+        self.gives_values = self.value_mixing.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
         self.added = _add(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(self, chunks: Chunks, positions: Positions, values: Chunks = ()) -> Chunks:
-        """What both sub-layers add to the stream, for `Stream.join`; chunks: (batch, seq, width) each.
+        """The tensors from which `Stream.join` makes the next stream; chunks: (batch, seq, width) each.
 
-        Where values are mixed the first layer also returns its own, last, and the others get them as `values`.
+        With value mixing, layer 0 also returns its values as the last tensor; later layers receive them as `values`.
         """
         products = self.attention.enter(chunks)
         own = products[2]
         if values:
-            products = (products[0], products[1], self.values.mix(own, values[0]))
+            products = (products[0], products[1], self.value_mixing.mix(own, values[0]))
         attended = self.attention.leave(chunks, products, positions)
         between = self.stream.join(chunks, attended)
         fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
-        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added(self, self.added))
+        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
         return (*new, own) if self.gives_values else new

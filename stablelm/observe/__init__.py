@@ -1,0 +1,1 @@
+"""Metrics, sinks, measurements of layers, profiles."""

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.sharding import recompute_layers
@@ -24,7 +23,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Dtypes, make_dtypes
 from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
 from stablelm.plan.memory_tracker import MemoryTracker
-from stablelm.private_names import FakeTensorMode
+from stablelm.private_names import FakeTensorMode, tree_leaves
 
 LAYERS = 6
 DIFFERENT_LAYERS = (16, 24)

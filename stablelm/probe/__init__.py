@@ -1,0 +1,1 @@
+"""Signal and gradient of every layer at initialisation, beside the theory."""

@@ -10,7 +10,7 @@ from stablelm.methods.axes import Role, Widths
 from stablelm.methods.sizes import d_head, d_key_value, stream_width, widths
 from stablelm.methods.stds import initial_std
 from stablelm.theory.attention import AttentionBody, Pattern
-from stablelm.theory.kernels import FeedForwardBody, Norm, norm_forward, times_diagonal
+from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
 from stablelm.theory.moments import token_collision
 from stablelm.theory.propagation import End, SublayerTheory, propagate
 
@@ -95,7 +95,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     )
 
 
-def _norm(config: ModelConfig, scale: float = 1.0) -> Norm:
+def _norm(config: ModelConfig, scale: float = 1.0) -> NormTheory:
     return config.axes.norm.theory(config, scale)
 
 
@@ -117,7 +117,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         qk_norm=bool(config.attention.qk_norm),
         logit_cap=config.attention.logit_cap or None,
         inner_norm=_norm(config) if config.axes.placement.before_output else None,
-        value_mix=config.axes.values.share,
+        value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
     )
 

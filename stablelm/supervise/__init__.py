@@ -1,0 +1,1 @@
+"""Heartbeats, hangs, shutdown, requeueing, injected faults."""

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablelm.theory.hermite import expectation
-from stablelm.theory.kernels import Norm, norm_backward, norm_forward
+from stablelm.theory.kernels import NormTheory, norm_backward, norm_forward
 from stablelm.theory.moments import dyt_second_moment
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
 
-_UNIT = Norm()
+_UNIT = NormTheory()
 _LARGEST = 50.0  # keeps exp within range; no row moves by then
 
 
@@ -70,7 +70,7 @@ class AttentionBody:
     d_head: int
     qk_norm: bool = False
     logit_cap: float | None = None
-    inner_norm: Norm | None = None
+    inner_norm: NormTheory | None = None
     value_mix: float | None = None
     dropout: float = 0.0
 

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormTheory:
     """A norm over the features of each token, its learned gain at 1.
 
     It divides by the root of the mean square, or, with `alpha`, is tanh(alpha x). `centred`: it takes the mean over
@@ -47,7 +47,7 @@ class FeedForwardBody:
     fc2_back: float
     gate_gain: float = 0.0
     gate_back: float = 0.0
-    inner_norm: Norm | None = None
+    inner_norm: NormTheory | None = None
     output_scale: float = 1.0
     gated: bool = False
 
@@ -75,7 +75,7 @@ def times_diagonal(kernel: Array, factor: float) -> Array:
     return result
 
 
-def norm_forward(norm: Norm | None, kernel: Array) -> Array:
+def norm_forward(norm: NormTheory | None, kernel: Array) -> Array:
     """Kernel of the norm's output; features are taken to have mean zero. None: the kernel itself.
 
     tanh(alpha x) is an odd activation of Gaussian features (Zhu et al. 2025, arXiv 2503.10622).
@@ -89,7 +89,7 @@ def norm_forward(norm: Norm | None, kernel: Array) -> Array:
     return norm.scale**2 * kernel / _variances(norm, kernel)
 
 
-def norm_backward(norm: Norm | None, kernel: Array, gradient: Array) -> Array:
+def norm_backward(norm: NormTheory | None, kernel: Array, gradient: Array) -> Array:
     """Gradient kernel at the norm's input, from its input's `kernel` and the gradient kernel at its output.
 
     Layernorm divides a gradient by its token's std (Xiong et al. 2020); the directions it projects out are one or
@@ -104,7 +104,7 @@ def norm_backward(norm: Norm | None, kernel: Array, gradient: Array) -> Array:
     return norm.scale**2 * gradient / _variances(norm, kernel)
 
 
-def _variances(norm: Norm, kernel: Array) -> Array:
+def _variances(norm: NormTheory, kernel: Array) -> Array:
     std = np.sqrt(np.diagonal(kernel) + norm.eps)
     return np.outer(std, std)
 

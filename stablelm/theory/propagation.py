@@ -18,7 +18,7 @@ from stablelm.theory.attention import AttentionBody, AttentionState, attention_b
 from stablelm.theory.kernels import (
     FeedForwardBody,
     FeedForwardState,
-    Norm,
+    NormTheory,
     feedforward_backward,
     feedforward_forward,
     norm_backward,
@@ -40,9 +40,9 @@ class SublayerTheory:
     body: AttentionBody | FeedForwardBody
     keep: float = 1.0
     write: float = 1.0
-    norm_in: Norm | None = None
-    norm_branch: Norm | None = None
-    norm_after: Norm | None = None
+    norm_in: NormTheory | None = None
+    norm_branch: NormTheory | None = None
+    norm_after: NormTheory | None = None
     dropout: float = 0.0
     concat: tuple[int, int] | None = None
 
@@ -56,7 +56,7 @@ class End:
     two positions are equal, which is the correlation of their gradients as long as p is close to uniform.
     """
 
-    norm: Norm | None
+    norm: NormTheory | None
     head_gradient: float
     target_collision: float
     tokens: int

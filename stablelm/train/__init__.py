@@ -1,0 +1,1 @@
+"""The training loop: start with loop.py."""

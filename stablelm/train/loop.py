@@ -72,7 +72,7 @@ def train(job: Job) -> str:
         if saving:
             marker.at("save", step)
             job.saver.wait()
-            # A stop at a spike leaves it to the next attempt, which finds it again.
+            # When it stops at a spike, the resumed run meets the spike again and handles it.
             if spike is None or not stopping or progress.checkpointed_step < 0:
                 job.save(stopping or step == steps)
         job.stop.save_seconds, job.stop.step_seconds = job.saver.margin_seconds, interval.slowest
@@ -116,5 +116,5 @@ def rewound(job: Job, spike: Outcome, exchange: StepExchange, interval: Interval
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something done each `every` steps (0: never) and at the last one is due."""
+    """Whether `step` is a multiple of `every`, or the last; `every` = 0 means only the last."""
     return step == last or (every > 0 and step % every == 0)

@@ -34,11 +34,11 @@ def train_step(
     """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
 
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
-    so that accumulation and world size do not change the gradient. Nothing is updated on any rank where the loss of one
-    or the gradient's norm is not finite, or the norm is above `largest_norm`. `loss_factor` is for faults on
-    purpose; `mark` is called with each phase and place that begins.
+    so that accumulation and world size do not change the gradient. If any micro-batch's loss or the gradient norm is
+    not finite, or the norm exceeds `largest_norm`, no rank updates. `loss_factor` is for fault injection; `mark` is
+    called with each phase and place that begins.
     """
-    mark("forward", "batch sizes")
+    mark("forward", "target counts")
     valid = (targets >= 0).sum().to(engine.device)
     valid_global = valid.clone()
     if ranks.world_size > 1:
@@ -55,10 +55,10 @@ def train_step(
         sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
-        # 1, or NaN where the loss is not finite: it reaches every rank's gradients.
-        finite = 1 + 0 * sums.total.detach()
+        # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.
+        nan_if_bad = 1 + 0 * sums.total.detach()
         mark("backward", part)
-        engine.backward(sums.total / valid_global * finite, last=last)
+        engine.backward(sums.total / valid_global * nan_if_bad, last=last)
         cross_entropy += sums.cross_entropy
     mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)

@@ -268,7 +268,7 @@ def test_all_problems_at_once(tmp_path):
 def test_check_needs_no_tokenizer():
     config = load([], ["train.steps=1", "model.vocab_size=1"]).config
     rules.check(config, 1, None)
-    with pytest.raises(ConfigError, match="cannot be shared out"):
+    with pytest.raises(ConfigError, match="must be divisible by"):
         rules.check(config, 5, None, {})
 
 

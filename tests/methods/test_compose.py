@@ -80,7 +80,7 @@ def _forbidden(case: Case) -> bool:
     keys = _keys(case)
     axes = {axis: catalogue.values(axis)[keys[key]] for axis, key in catalogue.KEYS.items() if key in keys}
     if "attention.value_residual" in keys:
-        axes["values"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
+        axes["value_mixing"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
 
     def option(kind: type) -> Any:
         return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")} if kind is SigmaOptions else {})

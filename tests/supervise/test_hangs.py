@@ -58,7 +58,7 @@ def test_a_marker_counts_places_alike_on_all_ranks():
     marker.at("data", 1)
     marker.at("step", 1)
     marker.in_step("forward", "micro-batch 1 of 2")
-    assert (marker.now.count, marker.now.words()) == (3, "step 1, forward (micro-batch 1 of 2)")
+    assert (marker.now.passed, marker.now.words()) == (3, "step 1, forward (micro-batch 1 of 2)")
     assert marker.last_finished() == "step 1, step"
     marker.saved_part("step 0, save (staging)")  # in the background: it says nothing of the main thread
     assert marker.progress() == (3, 0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablelm.theory.attention import AttentionBody
-from stablelm.theory.kernels import FeedForwardBody, Norm
+from stablelm.theory.kernels import FeedForwardBody, NormTheory
 from stablelm.theory.moments import LeakyRelu
 from stablelm.theory.propagation import End, SublayerTheory
 
@@ -35,7 +35,7 @@ class Draw:
         return torch.randn(d_in, d_out, generator=self.generator) * math.sqrt(gain / d_in)
 
 
-def normalise(norm: Norm | None, x: Tensor) -> Tensor:
+def normalise(norm: NormTheory | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
     if norm.alpha is not None:

@@ -15,7 +15,7 @@ from stablelm.theory.attention import (
     attention_forward,
     causal_pattern,
 )
-from stablelm.theory.kernels import Norm
+from stablelm.theory.kernels import NormTheory
 
 SEQ_LEN, D_MODEL, HEADS = 64, 256, 4
 D_HEAD = D_MODEL // HEADS
@@ -99,7 +99,7 @@ VARIANTS = {
     "cap": make_body(gain=1.2, logit_cap=4.0),
     "alibi": make_body(alibi(2)),
     "row_scale": make_body(replace(causal_pattern(SEQ_LEN), row_scale=np.linspace(1.5, 0.5, SEQ_LEN))),
-    "inner_norm": make_body(inner_norm=Norm(centred=True)),
+    "inner_norm": make_body(inner_norm=NormTheory(centred=True)),
 }
 PLAIN = [("plain", r, r_gradient) for r in (0.0, 0.3, 0.6, 0.9) for r_gradient in (0.0, 0.5)]
 OTHERS = [(name, r, 0.0) for name in VARIANTS if name != "plain" for r in (0.05, 0.5)]

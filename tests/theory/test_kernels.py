@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stablelm.theory.kernels import (
     FeedForwardBody,
-    Norm,
+    NormTheory,
     feedforward_backward,
     feedforward_forward,
     norm_backward,
@@ -22,7 +22,7 @@ from stablelm.theory.moments import GELU, RELU, SILU, LeakyRelu
 FEATURES = 400_000
 KERNEL = np.array([[0.5, 0.4], [0.4, 2.0]])
 GRADIENT = np.array([[1.0, 0.5], [0.5, 1.5]])
-NORMS = {"layernorm": Norm(centred=True, scale=0.5), "rmsnorm": Norm(eps=0.1), "dyt": Norm(alpha=0.7)}
+NORMS = {"layernorm": NormTheory(centred=True, scale=0.5), "rmsnorm": NormTheory(eps=0.1), "dyt": NormTheory(alpha=0.7)}
 ACTIVATIONS = {
     "relu": (RELU, F.relu),
     "gelu": (GELU, F.gelu),
@@ -41,7 +41,7 @@ def kernel_of(x: Tensor) -> np.ndarray:
     return (x @ x.T).detach().numpy() / FEATURES
 
 
-def normalise(norm: Norm, x: Tensor) -> Tensor:
+def normalise(norm: NormTheory, x: Tensor) -> Tensor:
     if norm.alpha is not None:
         return norm.scale * torch.tanh(norm.alpha * x)
     if norm.centred:
@@ -58,7 +58,7 @@ def test_norms_equal_random_features(norm):
     assert norm_backward(norm, KERNEL, GRADIENT) == pytest.approx(kernel_of(back), rel=0.02)
 
 
-@pytest.mark.parametrize("inner_norm", [None, Norm(centred=True), Norm()])
+@pytest.mark.parametrize("inner_norm", [None, NormTheory(centred=True), NormTheory()])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_feedforward_equals_random_features(activation, inner_norm):
     """fc1's and the gate's products are Gaussian features; gains of fc2 act on the kernels alone."""

@@ -10,13 +10,13 @@ import torch
 from simulated_stack import simulate
 
 from stablelm.theory.attention import AttentionBody, Pattern, attention_forward, causal_pattern
-from stablelm.theory.kernels import FeedForwardBody, Norm
+from stablelm.theory.kernels import FeedForwardBody, NormTheory
 from stablelm.theory.moments import GELU, RELU, SILU, Function, LeakyRelu
 from stablelm.theory.propagation import End, SublayerTheory, propagate, token_correlation
 
 SEQ_LEN, D_MODEL, HEADS, VOCAB, BATCH = 64, 256, 4, 4096, 4
 D_HEAD, D_FF = D_MODEL // HEADS, 4 * D_MODEL
-LAYER_NORM = Norm(centred=True)
+LAYER_NORM = NormTheory(centred=True)
 ROTARY = 10000.0 ** -(np.arange(D_HEAD // 2) * 2 / D_HEAD)
 ZIPF = 1 / np.arange(1, VOCAB + 1) / (1 / np.arange(1, VOCAB + 1)).sum()
 COLLISION = float((ZIPF**2).sum())
@@ -52,7 +52,7 @@ def start(variance: float = 1.0, seq_len: int = SEQ_LEN) -> np.ndarray:
     return variance * (COLLISION + (1 - COLLISION) * np.eye(seq_len))
 
 
-def end(norm: Norm | None = LAYER_NORM, width: int = D_MODEL) -> End:
+def end(norm: NormTheory | None = LAYER_NORM, width: int = D_MODEL) -> End:
     return End(norm, 1 / width, COLLISION, BATCH * SEQ_LEN)
 
 
@@ -101,7 +101,7 @@ def alibi() -> Pattern:
     return Pattern(np.where(distance >= 0, -(0.25 ** np.arange(1, 3))[:, None, None] * distance, -np.inf))
 
 
-RMS = Norm()
+RMS = NormTheory()
 SWIGLU = feedforward(SILU, fc2=2.8, ratio=3.0, gated=True)
 STACKS = {
     "pre": stack(12, *xavier(), norm_in=LAYER_NORM),
@@ -112,7 +112,7 @@ STACKS = {
     "deepnorm": deepnorm(12),
     "magneto": magneto(12),
     "swiglu": stack(8, attention(pattern=alibi()), SWIGLU, norm_in=RMS, write=0.5),
-    "dyt": stack(8, attention(value=2.0), feedforward(GELU, fc1=2.0), norm_in=Norm(alpha=0.8)),
+    "dyt": stack(8, attention(value=2.0), feedforward(GELU, fc1=2.0), norm_in=NormTheory(alpha=0.8)),
     "value_mix": stack(12, *xavier(value_mix=0.5), norm_in=LAYER_NORM),
     "no_norm": stack(8, attention(), feedforward(LeakyRelu(0.2), output_scale=0.9), write=0.25),
     "catformer": catformer(8),

@@ -33,7 +33,7 @@ S3_HEADERS = {
 T = TypeVar("T")
 
 
-class Refusal(OSError):
+class HttpRefusal(OSError):
     """An answer with an error status; its message lacks the address, which may be a signed one."""
 
     def __init__(self, answer: aiohttp.ClientResponse):
@@ -115,11 +115,11 @@ class HttpFile(RangedFile):
                 return self._described(int(length), headers)
             # Addresses that are signed for GET, and servers that do not know HEAD.
             if answer.status in (404, 408, 410, 425, 429) or (answer.status >= 500 and answer.status != 501):
-                raise Refusal(answer)
+                raise HttpRefusal(answer)
         async with await self._ask("GET", Range="bytes=0-0") as answer:
             total = re.fullmatch(r"bytes (?:0-0|\*)/(\d+)", answer.headers.get("Content-Range", "").strip())
             if answer.status >= 400 and answer.status != 416:
-                raise Refusal(answer)
+                raise HttpRefusal(answer)
             if total is None:
                 raise io.UnsupportedOperation("the server neither reports the size of the file nor serves parts of it")
             return self._described(int(total[1]), answer.headers)
@@ -136,12 +136,12 @@ class HttpFile(RangedFile):
 async def checked(answer: aiohttp.ClientResponse, wanted: ByteRange, tag: str | None) -> bytes:
     """The body of an answer to a request for this range, `tag` its ETag or date where that must be the stamp's.
 
-    Raises Refusal, ConnectionError where another request may help, DataError where the answer is not to be trusted.
+    Raises HttpRefusal, ConnectionError where another request may help, DataError where the answer is not to be trusted.
     """
     if answer.status == 416 and (total := answer.headers.get("Content-Range", "").rpartition("/")[2]).isdigit():
         raise changed(wanted.url, wanted.stamp, Stamp(int(total), wanted.stamp.tag))
     if answer.status >= 400:
-        raise Refusal(answer)
+        raise HttpRefusal(answer)
     wanted.check(answer.status, answer.headers)
     if tag is not None:
         wanted.check_tag(tag)

@@ -20,7 +20,7 @@ from huggingface_hub import constants, get_token
 from yarl import URL
 
 from stablelm.data.storage import options, stores
-from stablelm.data.storage.http_file import ANYWHERE, PLAIN, RangedFile, Refusal, checked, keep_only
+from stablelm.data.storage.http_file import ANYWHERE, PLAIN, HttpRefusal, RangedFile, checked, keep_only
 from stablelm.data.storage.options import HUB, PINNED_FILE, ReadOptions, Stamp, changed
 from stablelm.data.storage.retry import persist, words
 from stablelm.data.storage.stores import ByteRange
@@ -159,7 +159,7 @@ class HubFile(RangedFile):
         if self._signed is not None:
             try:
                 return await self._fetch_from(self._signed, wanted)
-            except Refusal as refusal:
+            except HttpRefusal as refusal:
                 if refusal.status not in RUN_OUT:
                     raise
                 self._signed = None
@@ -195,14 +195,14 @@ class HubFile(RangedFile):
         return await handler(request)
 
     def _check(self, answer: aiohttp.ClientResponse) -> None:
-        """Raises Refusal, or DataError where a token is wanted."""
+        """Raises HttpRefusal, or DataError where a token is wanted."""
         if answer.status in (401, 403) and answer.url.origin() == self._address.origin():
             fix = "accept the data set's licence there and set HF_TOKEN"
             if answer.url.origin() != URL(constants.ENDPOINT).origin():
                 fix = f"a token is sent to HF_ENDPOINT alone, which is {constants.ENDPOINT}; set that to this address"
             raise DataError(f"{self._url}: the hub answers {answer.status}; {fix}")
         if answer.status >= 400:
-            raise Refusal(answer)
+            raise HttpRefusal(answer)
 
 
 def _plain_tag(tag: str) -> str:

@@ -228,9 +228,9 @@ def test_more_lanes_than_rows(forms, form, tmp_path):
 
 def test_functions_that_are_wrong(functions):
     for path, says in {
-        "no path": "is no import path; write package.module:function",
+        "no path": "not an import path; write package.module:name",
         "none_such.module:function": "cannot be imported (ModuleNotFoundError",
-        f"{functions}:missing": "has no missing",
+        f"{functions}:missing": "does not define missing",
         f"{functions}:number": "is a int, not a function",
     }.items():
         [(sentence, key)] = problems(DataConfig(filter=path))
