@@ -95,7 +95,7 @@ def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
 
     The rank-one gradient of sigma is added to a gradient that is there, as the step's own is.
     """
-    maps = [part for part in _parts(engine, Linear) if part.gamma is not None]
+    maps = [part for part in _parts(engine, Linear) if part.reparam is not None]
     products = {len(part.weight): _features(engine, shape, len(part.weight), part.compute_dtype) for part in maps}
     gradients = {width: torch.randn_like(product) for width, product in products.items()}
     held = [torch.zeros_like(part.weight) for part in maps]
