@@ -9,8 +9,7 @@ import torch
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-
-IGNORED = -100
+from stablelm.model.loss import IGNORED
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
+IGNORED = -100  # a target that does not count
 CHUNK_BYTES = 32 * 2**20
 
 
