@@ -168,7 +168,7 @@ def end(run_dir: Path, rc: int, reason: str, launcher: str) -> None:
     before = begun[-1] if begun else started
     code, why = true_code(rc, summary, before=before, started=started, launcher=launcher)
     if summary.get("attempts", 0) <= before and (other := follower(run_dir, before, history.job)):
-        code, reason, why = 78, "", f"{other}: let that one go on, or give this one another run.dir"
+        code, reason, why = 78, "", f"{other}: let that one continue, or give this one another run.dir"
     step = committed_step(run_dir)
     history.add(code=code, step=step)
     found = decide(

@@ -1,4 +1,4 @@
-"""Files and folders of a run directory, where anybody may have put links: created anew, and no link is followed.
+"""Files and folders of a run directory, where anybody may have put links: always created, and no link is followed.
 
 The run directory itself and its parents may be links, as on cluster file systems; what lies below is the run's own.
 """

@@ -1,4 +1,4 @@
-"""Saves of one attempt: copied to host memory while the loop waits, written and committed while it goes on.
+"""Saves of one attempt: copied to host memory while the loop waits, written and committed while it continues.
 
 One save is in flight at most; the next one, a stop and the end of the run wait for it. The thread that writes talks to
 the other ranks through a group of its own, so that its collectives never meet those of the loop. All its phases fail on

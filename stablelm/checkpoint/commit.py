@@ -135,7 +135,7 @@ def _find_earlier(fence: Fence, step: int, shapes: Mapping[str, torch.Size]) -> 
         problems = verify(path) or _lacks(path, shapes)
         if not problems:
             return _Earlier(path, _total(read_manifest(path, read_commit(path))))
-        logger.warning("%s", printable(f"{path} is damaged ({problems[0]}): the step will be saved anew"))
+        logger.warning("%s", printable(f"{path} is damaged ({problems[0]}): the step will be saved again"))
         if inode is not None:
             return _Earlier(damaged=inode)
     return _Earlier()
@@ -274,7 +274,7 @@ def _set_aside(target: Path, inode: int) -> None:
     target.rename(aside)
     if aside.stat().st_ino != inode:
         rename_to_new(aside, target)
-        raise FileExistsError(f"{target} was saved anew")
+        raise FileExistsError(f"{target} was saved again")
 
 
 def _discard(staging: CheckpointPath) -> None:

@@ -4,7 +4,7 @@ An attempt that starts does, in this order,
     n1  create `fence/<token>`, one more than any before, on the condition that it does not exist;
     n2  disarm what attempts with smaller tokens have staged: in a folder, rename each staging directory away; in an
         object store, create an empty COMMITTED in each prefix that has none, on the condition that it does not exist;
-    n3  look for the newest checkpoint, and go on from there.
+    n3  look for the newest checkpoint and resume from it.
 and to commit a step it does
     c1  make the staging directory (or the first object under a prefix), which carries its token;
     c2  after everything is written, end with an error if a greater token exists;

@@ -87,7 +87,8 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
     if None in (saved["train.cooldown_steps"], current["train.cooldown_steps"]):
         return False
     starts = [
-        max(told["train.warmup_steps"], told["train.steps"] - told["train.cooldown_steps"]) for told in (saved, current)
+        max(length["train.warmup_steps"], length["train.steps"] - length["train.cooldown_steps"])
+        for length in (saved, current)
     ]
     return saved["train.schedule"] == "wsd" and step <= min(starts)
 
@@ -95,8 +96,8 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
 def _sentence(name: str, saved: Any, current: Any) -> str:
     if name == ORDER_KEY:
         return (
-            f"{name}: saved by a program that reads the rows of files in order {saved}, now {current}; go on with that "
-            "program, or start a new run from the weights by run.init_from"
+            f"{name}: saved by a program that reads the rows of files in order {saved}, now {current}; continue with "
+            "that program, or start a new run from the weights by run.init_from"
         )
     if isinstance(saved, list) and isinstance(current, list):
         saved, current = _what_only_one_has(saved, current)

@@ -116,7 +116,7 @@ def _up(value: int, multiple: int) -> int:
 class _Rules:
     """Collects a sentence for each broken rule.
 
-    A key that is wrong by itself is told once: the rules between keys go on with its default, and what they say of it
+    A key that is wrong by itself is reported once: the rules between keys use its default, and what they report of it
     is left out.
     """
 
@@ -129,8 +129,8 @@ class _Rules:
         """`names` are the keys to blame; their origins end the sentence."""
         if any(_same_or_inside(name, wrong) for name in names if name for wrong in self.unread):
             return
-        told = list(dict.fromkeys(self.origins[name] for name in names if name in self.origins))
-        self.problems.append(problem + (f" ({', '.join(told)})" if told else ""))
+        given = list(dict.fromkeys(self.origins[name] for name in names if name in self.origins))
+        self.problems.append(problem + (f" ({', '.join(given)})" if given else ""))
 
     def report(self) -> None:
         if self.problems:

@@ -19,7 +19,7 @@ from stablelm.model.positions import Positions, bias_of
 class Attention(nn.Module):
     """The body of an attention sub-layer; query head i reads key/value head i // (n_heads / kv_heads).
 
-    `first_maps` project what the sub-layer reads; `forward` goes on from their products.
+    `first_maps` project what the sub-layer reads; `forward` continues from their products.
     """
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, layer: int):

@@ -12,7 +12,7 @@ from stablelm.model.positions import Positions
 class FeedForward(nn.Module):
     """fc2(act(fc1 x)), or with a gated activation fc2(act(gate x) * fc1 x).
 
-    `first_maps` project what the sub-layer reads; `forward` goes on from their products.
+    `first_maps` project what the sub-layer reads; `forward` continues from their products.
     """
 
     def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, index: int):

@@ -31,7 +31,7 @@ class Profiler:
         self._start_if_due(finished)
 
     def step(self, finished: int) -> None:
-        """Starts, goes on with or ends the trace once step `finished` is done."""
+        """Starts, continues or ends the trace once step `finished` is done."""
         if self._running is not None and self._window is not None and self._traced is not None:
             assert finished == self._traced[1] + 1, "step() is called after every step"
             self._traced = (self._traced[0], finished)

@@ -53,7 +53,7 @@ def measure(
 
     `precision` is fp32 or fp64; `seed`: as `run.seed`; the first `pieces` rows of the embedding are tokens; `folder`
     holds the temporary files; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator is
-    seeded anew at each boundary with `boundary_seed`. In memory at once: a layer with its gradients, embedding and
+    reseeded at each boundary with `boundary_seed`. In memory at once: a layer with its gradients, embedding and
     head, and the gradient of the whole stream. Raises StorageError if the folder is full.
     """
     with torch.random.fork_rng([]):

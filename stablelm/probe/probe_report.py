@@ -45,7 +45,7 @@ PANELS: tuple[tuple[str, Sequence[str]], ...] = (
     ("gradient to a layer's matrices, norm", ("weight_gradient_norm",)),
 )
 NAMES = {"attention_branch_variance": "attention", "feedforward_branch_variance": "feed-forward"}
-# Okabe and Ito's colours, told apart with any colour vision; the markers differ as well.
+# Okabe and Ito's colours, distinguishable with any colour vision; the markers differ as well.
 STYLES = (("#0072B2", "o"), ("#D55E00", "^"))
 
 

@@ -130,7 +130,7 @@ class FallbackStore:
                 return self._store.answer(act, late)
             except TimeoutError:
                 return _NO_ANSWER
-            except Exception:  # whatever the network does, a watchdog goes on
+            except Exception:  # a watchdog survives any failure of the network
                 time.sleep(0.1)
         self.lost = True
         return _NO_ANSWER

@@ -1,4 +1,4 @@
-"""What an attempt's end means: whether a job that starts a run again and again goes on, waits or gives up."""
+"""What an attempt's end means: whether a job that restarts a run continues, waits or gives up."""
 
 from dataclasses import dataclass
 from typing import Any

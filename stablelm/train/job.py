@@ -59,7 +59,7 @@ class Job:
     records: Records
     saver: Saver
     save: Callable[[bool], None]
-    """Saves the current state; with True it returns once that is committed, else as soon as training can go on."""
+    """Saves the current state; with True it returns once that is committed, else as soon as training can continue."""
     rewind: Callable[[Outcome], bool]
     """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
 

@@ -90,7 +90,7 @@ def next_attempt(run_dir: Path) -> int:
 
 
 def _asked(config: Config, flags: AccelerateFlags) -> Config:
-    """What makes the same run anew under any launcher: the keys, and the flag that is part of a run's identity."""
+    """What starts the same run again under any launcher: the keys, and the flag that is part of a run's identity."""
     precision: Any = config.train.precision or flags.precision
     return replace(config, train=replace(config.train, precision=precision))
 

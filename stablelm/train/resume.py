@@ -33,7 +33,7 @@ def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
 def find(
     config: Config, identity: dict[str, Any], resume: str, ranks: Ranks, message: Callable[[str], None]
 ) -> CheckpointPath | None:
-    """The checkpoint to go on from, verified file by file by all ranks, or None for a new run. Collective.
+    """The checkpoint to resume from, verified file by file by all ranks, or None for a new run. Collective.
 
     Raises CheckpointError if the one asked for is damaged, ConfigError if it is another run's.
     """

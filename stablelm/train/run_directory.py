@@ -35,7 +35,9 @@ FOLDERS = (
     "data_seen",
 )
 APPENDED = "metrics.jsonl"
-RESOLVED = "# What the keys of config.yaml became in the last attempt. To start a run anew, feed config.yaml.\n"
+RESOLVED = (
+    "# What the keys of config.yaml became in the last attempt. To start the run again, pass config.yaml to --config.\n"
+)
 
 
 def check(config: Config) -> None:

@@ -104,7 +104,7 @@ class SeekIndex:
             temporary.write_bytes(MAGIC + b"".join(map(_packed, places)))
             temporary.replace(self._path)
         except OSError:
-            # A folder that cannot be written to: training goes on without.
+            # A folder that cannot be written to: training continues without.
             self._path = None
 
     def drop(self) -> None:

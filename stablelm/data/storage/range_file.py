@@ -205,7 +205,7 @@ class RangeFile(io.RawIOBase):
             self._file.seek(offset)
 
     def _failed(self, retries: Retries, error: Exception) -> None:
-        """Waits before the file is opened anew. Raises DataError where that cannot help, or not any more."""
+        """Waits before the file is opened again. Raises DataError where that cannot help, or not any more."""
         if not isinstance(error, DataError):
             self.retries += 1
             self._drop()
@@ -274,7 +274,7 @@ def cached(url: str, stamp: Stamp, options: ReadOptions, fetch: Callable[[], Any
                 _download(path, stamp.size, options.cache_bytes, fetch)
             return str(path)
     except OSError:
-        # A disk that is full or takes no locks: training goes on from the store.
+        # A disk that is full or takes no locks: training continues from the store.
         return None
 
 
