@@ -10,9 +10,10 @@ from stablelm.config.schema import Config
 def in_effect(config_yaml: str, identity: dict[str, Any], name: str) -> Config:
     """What a saved `config.yaml` asked for, with what its derived keys became for the run with this identity.
 
-    Nothing is derived again, because another release or launcher may derive it differently. Keys that are not part of an identity,
-    such as `train.micro_batch_size` and `checkpoint.dir`, stay None, and paths are as they were asked. `name` stands
-    for the file in messages. Raises ConfigError if the text is no configuration, or the identity does not fit its keys.
+    Nothing is derived again, because another release or launcher may derive it differently. Keys that are not part of
+    an identity, such as `train.micro_batch_size` and `checkpoint.dir`, stay None, and paths are as they were asked.
+    `name` stands for the file in messages. Raises ConfigError if the text is no configuration, or the identity does not
+    fit its keys.
     """
     asked = values(loads(config_yaml, name))
     became = {
