@@ -3,6 +3,7 @@
 A checkpoint may come from anybody. What is taken of its configuration without the user's consent: `config.trust`.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field
@@ -88,6 +89,10 @@ def read_configuration(path: CheckpointPath, *, own: Loaded | None = None, trust
     if own is not None:
         found = found.with_own(own)
     rules.check_saved(found.config)
+    if found.config.train.precision is None:  # every complete identity has it
+        raise CheckpointError(f"{path / STATE} does not give train.precision: load another checkpoint")
+    # An identity gives the axes; where it lacks one the method's own is meant.
+    found = replace(found, config=replace(found.config, model=catalogue.apply_method(found.config.model)))
     if not trusted and (beyond := excesses(found.config, own.origins if own is not None else ())):
         raise ConfigError(
             f"{path / CONFIG}: {'; '.join(beyond)}; give your own configuration by --config, or --trust-checkpoint"

@@ -20,7 +20,7 @@ from stablelm.data.embedded import embedded
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
-from stablelm.errors import ConfigError, Problems, UserError
+from stablelm.errors import CheckpointError, ConfigError, Problems, UserError
 from stablelm.evaluate import consent
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
@@ -112,7 +112,7 @@ def _prepare(
     kind = engine_kind("auto", accelerate_flags(), launch.world_size)
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
-    loaded = _tokenizer(tokenizer, found, config, state["identity"]["data.tokenizer"])
+    loaded = _tokenizer(tokenizer, found, config, state["identity"].get("data.tokenizer"))
     return EvaluationRequest(
         checkpoint=found,
         step=state["step"],
@@ -124,8 +124,10 @@ def _prepare(
     )
 
 
-def _tokenizer(asked: str | None, checkpoint: CheckpointPath, config: Config, sha256: str) -> Tokenizer:
+def _tokenizer(asked: str | None, checkpoint: CheckpointPath, config: Config, sha256: str | None) -> Tokenizer:
     """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
+    if sha256 is None:  # every complete identity has it
+        raise CheckpointError(f"{checkpoint} does not give the hash of its tokenizer: load another checkpoint")
     kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
     path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
     if not path:

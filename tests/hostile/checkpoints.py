@@ -239,6 +239,19 @@ PLANTED += [
 ]  # fmt: skip
 
 
+def identity_without(key: str) -> Harm:
+    """A key is missing from the identity in every step's state."""
+
+    def do(run: Path, outside: Path, draw: random.Random) -> None:
+        for step in steps(run):
+            state = json.loads((step / "state.json").read_text())
+            del state["identity"][key]
+            (step / "state.json").write_text(json.dumps(state))
+            reseal(step)
+
+    return Harm(f"identity-without-{key}", do)
+
+
 def _step_is_a_link(run: Path, outside: Path, draw: random.Random) -> None:
     step = steps(run)[0]
     shutil.rmtree(step)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from hostile.checker import attempt
-from hostile.checkpoints import FOREIGN, HARMS, Harm, make_run, random_damage, set_keys
+from hostile.checkpoints import FOREIGN, HARMS, Harm, identity_without, make_run, random_damage, set_keys
 from support.tiny import TinyCorpus
+
+from stablelm.config.keys import keys
 
 READERS = (["eval", "--checkpoint"], ["checkpoints", "list"], ["checkpoints", "verify"])
 QUICK = 36
@@ -60,6 +62,26 @@ def test_a_foreign_run_is_only_read(harm: Harm, place: Path):
         assert outcome.faults({0, 77, 78}) == [], (line, outcome.code)
         if line[0] == "eval" and harm.refused:
             assert outcome.code == 78, outcome.out
+
+
+LACKING = ["train.precision", "model.vocab_size", "data.tokenizer", "data.order", "model.attention.document_end"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *LACKING,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name, key in keys().items()
+            if key.identity and name not in LACKING
+        ),
+    ],
+)
+def test_an_identity_without_a_key_is_refused_or_does_without(key: str, place: Path):
+    identity_without(key).do(place / "run", place / "outside", random.Random(0))
+    for line in READERS:
+        assert tried(place, *line, str(place / "run")).faults({0, 77, 78}) == [], line
 
 
 @pytest.mark.parametrize("harm", [harm for harm in FOREIGN if harm.name.startswith(("filter", "web", "cache"))][:4])
