@@ -108,7 +108,7 @@ def test_a_file_that_is_bad_before_the_start(store, content, says):
 
 def test_a_file_that_is_not_there(store):
     absent = store.url.replace("00000-of", "00007-of")
-    with pytest.raises(ConfigError, match=f"data.path: {absent}: .*(not there|404)"):
+    with pytest.raises(ConfigError, match=f"data.path: {absent}: .*(no longer exists|404)"):
         inspection.check_remote([store.url, absent], key="data.path", options=store.options(budget=1.0))
 
 
