@@ -21,7 +21,7 @@ DATA = ROOT / "docs" / "figures" / "depth.json"
 PICTURE = DATA.with_suffix(".png")
 LAYERS, WIDTH, STEPS = 96, 64, 160
 BIN = 8  # steps to a point of the curve
-# Of Okabe and Ito's palette, told apart by the colour-blind; the line style says the same again.
+# Of Okabe and Ito's palette, distinguishable for the colour-blind; the line style repeats the distinction.
 STYLES = {
     "deepscalelm_pre": ("DeepScaleLM", "#0072B2", "-"),
     "pre_ln": ("Pre-LN", "#D55E00", "--"),

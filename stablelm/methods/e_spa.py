@@ -163,7 +163,7 @@ class Espa(Shaping):
         if axes.value_mixing.share is not None:
             yield Refusal(
                 ("model.attention.value_residual", "model.attention.shaping"),
-                "mixing in the first layer's values is a skip, which espa's decay does not reckon with; "
+                "mixing in the first layer's values is a skip, which espa's decay does not account for; "
                 "use model.attention.value_residual=false",
             )
 

@@ -68,6 +68,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """The files and single keys of a run's configuration, as `config` and `overrides`."""
+    parser.add_argument(
+        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
+
+
 class Parser(argparse.ArgumentParser):
     """Ends with the exit code of a bad configuration, and names the nearest option or command."""
 

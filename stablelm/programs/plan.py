@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.programs.arguments import Parser, add_configuration, path_or_url
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -13,10 +13,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog="All keys: docs/configuration.md; how to read a plan: docs/planning.md. Exit codes: 0 done, 74 the file "
         "cannot be written, 78 bad input.",
     )
-    parser.add_argument(
-        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
+    add_configuration(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="W", help="ranks, one an accelerator")
     parser.add_argument(
         "--gpu", default="h100-80", metavar="NAME", help="a100-80, h100-80 (default), h200, b200 or mi300x"

@@ -10,7 +10,7 @@ import time
 
 from stablelm.errors import ConfigError, UserError
 from stablelm.process_exit import report, report_failed_thread
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.programs.arguments import Parser, add_configuration, path_or_url
 
 STARTED = time.time()
 
@@ -21,10 +21,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "checkpoint.",
         epilog="All keys: docs/configuration.md. Exit codes: 0 finished, 75 stopped early (run again), 78 bad input.",
     )
-    parser.add_argument(
-        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
+    add_configuration(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument(
         "--resume",

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.programs.arguments import Parser, add_configuration, path_or_url
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -12,10 +12,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "a few layers, and puts the theory's prediction beside it: a table, probe.json, probe.png.",
         epilog="All keys: docs/configuration.md. Exit codes: 0 done, 77 text became unreadable, 78 bad input.",
     )
-    parser.add_argument(
-        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="single keys; these win over files")
+    add_configuration(parser)
     parser.add_argument(
         "--out", type=path_or_url, metavar="DIR", help="where probe.json and probe.png go; default: <run.dir>/probe"
     )

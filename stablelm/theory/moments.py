@@ -174,16 +174,6 @@ RELU, GELU = LeakyRelu(), Gelu()
 SILU, TANH = Expanded("silu", _silu, _silu_slope), Expanded("tanh", np.tanh, _tanh_slope)
 
 
-def swiglu_dual(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[silu(u) v silu(u') v'], gate u and up-projection v independent with the same kernel (derived here)."""
-    return SILU.dual(k11, k12, k22) * _float(k12)
-
-
-def swiglu_dual_slope(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array]:
-    """Slope kernels of silu(u) v with respect to u and to v: (E[silu' silu'] k12, E[silu silu]) (derived here)."""
-    return SILU.dual_slope(k11, k12, k22) * _float(k12), SILU.dual(k11, k12, k22)
-
-
 # Linear maps, dropout, normalisation, softmax ---------------------------------------------------------------
 
 

@@ -197,3 +197,35 @@ def test_it_is_probed_without_predictions_and_planned(tiny_corpus: TinyCorpus, t
     planned = run("plan", "--config", str(config), "--world-size", "2", **FOUND)
     assert planned.returncode == 0, planned.stderr
     assert "parameters" in planned.stdout
+
+
+@dataclass(frozen=True)
+class Remembered(Reparam):
+    """A buffer alone beside every matrix: its Frobenius norm at the start."""
+
+    name: ClassVar[str] = "remembered"
+
+    def applies(self, model: Model, sublayer: int) -> bool:
+        return sublayer % 2 == 1
+
+    def buffers(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
+        return {"size": (1,)}
+
+    def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
+        return {"size": weight.double().norm().reshape(1)}
+
+
+REMEMBERED = Method("remembered", "none", {"reparam": "remembered"}, (Remembered(),))
+
+
+def test_a_buffer_beside_a_matrix_has_its_start():
+    from stablelm.model.decoder import Decoder
+    from stablelm.model.initialise import initialise
+
+    model = resolved("model.method=test_own_method:REMEMBERED", "model.method_options={}")
+    decoder = Decoder(model, "fp32")
+    initialise(decoder, model, 0)
+    sizes = {name: buffer.item() for name, buffer in decoder.named_buffers()}
+    assert len(sizes) == 3 * 2  # of the feed-forwards' matrices alone
+    for name, size in sizes.items():
+        assert size == pytest.approx(decoder.get_parameter(name.replace(".size", ".weight")).norm().item(), rel=1e-6)
