@@ -7,21 +7,18 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import saved_run, selection
-from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
-from stablelm.data.embedded import embedded
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
-from stablelm.errors import CheckpointError, ConfigError, Problems, UserError
+from stablelm.errors import ConfigError, Problems, UserError
 from stablelm.evaluate import consent
+from stablelm.evaluate.trained_run import TrainedRun, open_run
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
 
@@ -40,11 +37,8 @@ class Texts:
 class EvaluationRequest:
     """What to evaluate, all of it checked."""
 
-    checkpoint: CheckpointPath
-    step: int
-    config: Config
+    run: TrainedRun
     kind: str
-    tokenizer: Tokenizer
     sets: dict[str, Texts]
     sequences: int
 
@@ -99,45 +93,18 @@ def _prepare(
     own: Loaded | None,
     trusted: bool,
 ) -> EvaluationRequest:
-    from stablelm.checkpoint import contents
-
-    found = selection.resolve_checkpoint(
-        checkpoint,
-        lacks=partial(contents.problems, optimizer=False, trusted=trusted),
-        elsewhere=consent.elsewhere(checkpoint, own, trusted),
+    run = open_run(
+        checkpoint, tokenizer=tokenizer, has_data=bool(data), own=own, trusted=trusted, first_rank=launch.rank == 0
     )
-    state = saved_run.read_state(found)
-    first = launch.rank == 0
-    config = consent.configuration_for(found, has_data=bool(data), own=own, trusted=trusted, first_rank=first)
-    kind = engine_kind("auto", accelerate_flags(), launch.world_size)
+    config = run.config
     if sequences is None:
         sequences = config.evaluate.batches * config.train.global_batch_size
-    loaded = _tokenizer(tokenizer, found, config, state["identity"].get("data.tokenizer"))
     return EvaluationRequest(
-        checkpoint=found,
-        step=state["step"],
-        config=config,
-        kind=kind,
-        tokenizer=loaded,
-        sets=_sets(data, config, reading, loaded, (sequences or WHOLE) * config.data.seq_len + 1),
+        run=run,
+        kind=engine_kind("auto", accelerate_flags(), launch.world_size),
+        sets=_sets(data, config, reading, run.tokenizer, (sequences or WHOLE) * config.data.seq_len + 1),
         sequences=sequences or WHOLE,
     )
-
-
-def _tokenizer(asked: str | None, checkpoint: CheckpointPath, config: Config, sha256: str | None) -> Tokenizer:
-    """The one that the run was trained with, by hash: as asked, as kept in the run directory, or as configured."""
-    if sha256 is None:  # every complete identity has it
-        raise CheckpointError(f"{checkpoint} does not give the hash of its tokenizer: load another checkpoint")
-    kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
-    path = asked or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
-    if not path:
-        raise ConfigError(f"{checkpoint} comes without its tokenizer; name the one it was trained with by --tokenizer")
-    found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
-    if found.sha256 != sha256:
-        raise ConfigError(
-            f"tokenizer {path} is not the one that {checkpoint} was trained with; name that one by --tokenizer"
-        )
-    return found
 
 
 def _sets(
@@ -174,17 +141,17 @@ def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
     from stablelm.engine.ranks import check_precision, connect, disconnect
     from stablelm.evaluate.perplexity import evaluate, in_words
 
-    config = request.config
+    run, config = request.run, request.run.config
     ranks = connect(launch, request.kind)
     check_precision(str(config.train.precision), ranks.device)
     engine = build_engine(config, request.kind, ranks, train=False)
-    load_tensors(request.checkpoint / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
+    load_tensors(run.checkpoint / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     engine.loaded()
     figures = {}
     for name, texts in request.sets.items():
         windows = validation.read(
             texts.files,
-            request.tokenizer,
+            run.tokenizer,
             seq_len=config.data.seq_len,
             sequences=request.sequences,
             options=texts.options,
@@ -198,7 +165,7 @@ def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
                 flush=True,
             )
     if ranks.is_first and out is not None:
-        figures_of = {"checkpoint": str(request.checkpoint), "step": request.step, "sets": figures, "tasks": {}}
+        figures_of = {"checkpoint": str(run.checkpoint), "step": run.step, "sets": figures, "tasks": {}}
         Path(out).write_text(json.dumps(figures_of, indent=2) + "\n")
     disconnect(ranks)
     return 0

@@ -1,0 +1,87 @@
+"""A checkpoint opened for use: which one, its configuration and tokenizer, and its model as a plain module."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from stablelm.checkpoint import saved_run, selection
+from stablelm.checkpoint.remote_path import CheckpointPath
+from stablelm.config.load import Loaded
+from stablelm.config.schema import Config
+from stablelm.data.embedded import embedded
+from stablelm.data.tokenizer import Tokenizer
+from stablelm.errors import CheckpointError, ConfigError
+from stablelm.evaluate import consent
+from stablelm.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """`config` is resolved; `tokenizer` is the one that the run was trained with, by hash."""
+
+    checkpoint: CheckpointPath
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+
+
+def open_run(
+    checkpoint: str,
+    *,
+    tokenizer: str | None = None,
+    has_data: bool = True,
+    own: Loaded | None = None,
+    trusted: bool = False,
+    first_rank: bool = True,
+) -> TrainedRun:
+    """The run at a run directory (its newest valid checkpoint) or a step directory, local or by URL.
+
+    `tokenizer`: its path, None for the one that the run keeps. `has_data`: the caller names the text, so that the
+    run's own validation text is not opened. `own`: the user's configuration, `trusted`: the checkpoint's is used like
+    it; of a checkpoint alone nothing is imported or opened beyond plain files. Raises CheckpointError and ConfigError.
+    """
+    from stablelm.checkpoint import contents
+
+    found = selection.resolve_checkpoint(
+        checkpoint,
+        lacks=partial(contents.problems, optimizer=False, trusted=trusted),
+        elsewhere=consent.elsewhere(checkpoint, own, trusted),
+    )
+    state = saved_run.read_state(found)
+    config = consent.configuration_for(found, has_data=has_data, own=own, trusted=trusted, first_rank=first_rank)
+    loaded = _tokenizer(tokenizer, found, config, state["identity"].get("data.tokenizer"))
+    return TrainedRun(found, state["step"], config, loaded)
+
+
+def load_module(run: TrainedRun, device: torch.device | str = "cpu") -> Decoder:
+    """The whole model with the checkpoint's weights on one device, in evaluation mode.
+
+    Parameters have the dtype in which they were trained: fp32, or fp64 under fp64.
+    """
+    from stablelm.checkpoint.format import load_tensors
+
+    with torch.device("meta"):
+        module = Decoder(run.config.model, str(run.config.train.precision))
+    module.to_empty(device=device)
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
+    load_tensors(run.checkpoint / "tensors", tensors, None, partial=True)
+    return module.eval()
+
+
+def _tokenizer(requested: str | None, checkpoint: CheckpointPath, config: Config, sha256: str | None) -> Tokenizer:
+    """The one that the run was trained with, by hash: as requested, as kept in the run directory, or as configured."""
+    if sha256 is None:  # every complete identity has it
+        raise CheckpointError(f"{checkpoint} does not give the hash of its tokenizer: load another checkpoint")
+    kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
+    path = requested or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
+    if not path:
+        raise ConfigError(f"{checkpoint} comes without its tokenizer; name the one it was trained with by --tokenizer")
+    found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
+    if found.sha256 != sha256:
+        raise ConfigError(
+            f"tokenizer {path} is not the one that {checkpoint} was trained with; name that one by --tokenizer"
+        )
+    return found
