@@ -154,26 +154,37 @@ def options(folder: Path, *more: str) -> argparse.Namespace:
     return trainability.parse_arguments([f"--runs={folder}/runs", f"--out={folder}/out", *more])
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, codes: dict[str, int] | None = None) -> tuple[list[str], list[int]]:
-    """Runs end at once, better the nearer their rate is to 1e-2; returns names as they start and sizes of reports."""
-    started: list[str] = []
-    reports: list[int] = []
+PRETENDED = """
+import json, sys
+from pathlib import Path
 
-    def start(self, run_dir: Path, method: str, lr: float, seed: int) -> int:
-        started.append(run_dir.name)
-        code = (codes or {}).get(run_dir.name, 0)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config = {"model": {"method": method}, "train": {"lr": lr, "warmup_steps": 0}, "run": {"seed": seed}}
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
-        records = [json.dumps({"step": step, "loss": 8.0 - step, "grad_norm": 1.0}) for step in range(3)]
-        (run_dir / "metrics.jsonl").write_text("\n".join(records) + "\n")
-        summary = {"exit_code": code, "val_loss": {"default": abs(lr - 1e-2)}, "unigram_loss": {"default": 6.0}}
-        (run_dir / "summary.json").write_text(json.dumps(summary))
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        return code
+keys = dict(argument.split("=", 1) for argument in sys.argv[1:])
+run, lr, own = Path(keys["run.dir"]), float(keys["train.lr"]), Path(__file__)
+with own.with_suffix(".started").open("a") as started:
+    print(run.name, file=started)
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+model, train = {"method": keys["model.method"]}, {"lr": lr, "warmup_steps": 0}
+(run / "config.yaml").write_text(json.dumps({"model": model, "train": train, "run": {"seed": int(keys["run.seed"])}}))
+records = [json.dumps({"step": step, "loss": 8.0 - step, "grad_norm": 1.0}) for step in range(3)]
+(run / "metrics.jsonl").write_text("\\n".join(records) + "\\n")
+code = json.loads(own.with_suffix(".json").read_text()).get(run.name, 0)
+summary = {"exit_code": code, "val_loss": {"default": abs(lr - 1e-2)}, "unigram_loss": {"default": 6.0}}
+(run / "summary.json").write_text(json.dumps(summary))
+sys.exit(code)
+"""
 
-    monkeypatch.setattr(trainability.Driver, "_start", start)
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, codes: dict[str, int] | None = None
+) -> tuple[Path, list[int]]:
+    """Runs end at once, better the nearer their rate is to 1e-2; the file of names as they start, sizes of reports."""
+    program, reports = folder / "pretend.py", []
+    program.write_text(PRETENDED)
+    program.with_suffix(".json").write_text(json.dumps(codes or {}))
+    monkeypatch.setattr(trainability, "PRETRAIN", program)
     monkeypatch.setattr(trainability, "write_report", lambda runs, settings, out: reports.append(len(runs)))
+    started = program.with_suffix(".started")
+    started.write_text("")
     return started, reports
 
 
@@ -183,25 +194,27 @@ def work(folder: Path) -> int:
 
 
 def test_order_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    started, reports = pretend(monkeypatch)
+    started, reports = pretend(monkeypatch, tmp_path)
     assert work(tmp_path) == 0
     assert reports == [2, 4, 6, 8, 10]
     first = [name_of(method, lr, 0) for lr in (3e-3, 1e-3, 1e-2) for method in ("pre_ln", "magneto")]
-    assert started == first + [name_of(method, 1e-2, seed) for seed in (1, 2) for method in ("pre_ln", "magneto")]
+    assert started.read_text().split() == first + [
+        name_of(method, 1e-2, seed) for seed in (1, 2) for method in ("pre_ln", "magneto")
+    ]
     assert not list((tmp_path / "runs").glob("*/checkpoints"))
-    started.clear()
+    started.write_text("")
     assert work(tmp_path) == 0
-    assert started == []
+    assert started.read_text().split() == []
 
 
 def test_a_failed_run_is_named_and_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     name = name_of("pre_ln", 1e-3, 0)
-    pretend(monkeypatch, {name: 1, name_of("magneto", 1e-3, 0): 76})
+    pretend(monkeypatch, tmp_path, {name: 1, name_of("magneto", 1e-3, 0): 76})
     assert work(tmp_path) == 1
     assert f"failed: {name}\n" in capsys.readouterr().err
-    started, _ = pretend(monkeypatch)
+    started, _ = pretend(monkeypatch, tmp_path)
     assert work(tmp_path) == 0
-    assert started == [name, name_of("pre_ln", 1e-2, 1), name_of("pre_ln", 1e-2, 2)]
+    assert started.read_text().split() == [name, name_of("pre_ln", 1e-2, 1), name_of("pre_ln", 1e-2, 2)]
 
 
 def test_a_folder_of_other_runs_is_refused(tmp_path: Path):

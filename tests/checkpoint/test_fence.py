@@ -5,21 +5,13 @@ import random
 import threading
 
 import pytest
-from support.saved import STATE, assert_equal, blanks, left_over, save_toy, toy_tensors
+from support.saved import assert_equal, blanks, left_over, save_toy, toy_tensors
 
 from stablelm.checkpoint import commit, fence, manifest, selection
 from stablelm.checkpoint.format import load_tensors
-from stablelm.engine.consensus import Consensus
 from stablelm.errors import CheckpointError, StorageError
 
 TAKEN = r"attempt new on .* has taken over .* since 20.*\(fencing token 2; this attempt holds 1\).*commits nothing more"
-
-
-def stage(mine, step):
-    """All of a save but its commit."""
-    tensors, state = toy_tensors(step), {**STATE, "step": step}
-    staged = commit._stage(mine, step, tensors, state, "", Consensus(None, 0), whole=tensors)
-    return lambda: commit._publish(mine, staged[0], step, staged[1], commit._Earlier())
 
 
 def steps(root):
@@ -53,7 +45,6 @@ def test_the_token_is_in_the_commit(tmp_path):
 def test_an_older_attempt_that_stalled_after_its_check_commits_nothing(tmp_path, monkeypatch, meanwhile):
     older = fence.take(tmp_path, "old")
     kept = save_toy(tmp_path, 1, fence=older).path
-    publish = stage(older, 2)
     rename, made = commit.rename_to_new, []
 
     def stalled(source, target):
@@ -66,7 +57,7 @@ def test_an_older_attempt_that_stalled_after_its_check_commits_nothing(tmp_path,
 
     monkeypatch.setattr(commit, "rename_to_new", stalled)
     with pytest.raises(CheckpointError, match=TAKEN):
-        publish()
+        save_toy(tmp_path, 2, fence=older)
     assert made[0] == kept
     assert steps(tmp_path) == [manifest.step_of(path) for path in reversed(made[1:])] + [1]
     assert all(manifest.read_commit(path).attempt == "new" for path in made[1:])
@@ -75,11 +66,24 @@ def test_an_older_attempt_that_stalled_after_its_check_commits_nothing(tmp_path,
 
 def test_a_commit_that_wins_the_race_is_found_by_the_newer_attempt(tmp_path, monkeypatch):
     older = fence.take(tmp_path, "old")
-    publish = stage(older, 5)
-    sweep = fence.sweep
+    checked, swept, sweep, rename = threading.Event(), threading.Event(), fence.sweep, commit.rename_to_new
+    saving = threading.Thread(target=save_toy, args=(tmp_path, 5), kwargs={"fence": older})
+
+    def stalled(*arguments):
+        checked.set()
+        swept.wait(60)
+        return rename(*arguments)
+
+    def last_moment(*arguments):
+        swept.set()
+        saving.join()
+        return sweep(*arguments)
+
     # The older attempt checked before the newer one took its token, and renames between that and the sweep.
-    monkeypatch.setattr(fence.Fence, "check", lambda self: None)
-    monkeypatch.setattr(fence, "sweep", lambda *arguments: (publish(), sweep(*arguments)))
+    monkeypatch.setattr(commit, "rename_to_new", stalled)
+    monkeypatch.setattr(fence, "sweep", last_moment)
+    saving.start()
+    assert checked.wait(60)
     fence.take(tmp_path, "new")
     assert steps(tmp_path) == [5]
     assert left_over(tmp_path) == []
@@ -106,16 +110,19 @@ def test_an_older_attempt_ends_at_its_next_save_and_in_the_middle_of_one(tmp_pat
 def test_a_damaged_step_that_was_saved_anew_meanwhile_is_not_set_aside(tmp_path, monkeypatch):
     older = fence.take(tmp_path, "old")
     (save_toy(tmp_path, 2, fence=older).path / "state.json").write_text("{}")
-    set_aside = commit._set_aside
+    check = fence.Fence.check
 
-    def late(*arguments):
+    def checked_in_time(self):
         monkeypatch.undo()
+        check(self)
         save_toy(tmp_path, 2, fence=fence.take(tmp_path, "new"))
-        set_aside(*arguments)
 
-    monkeypatch.setattr(commit, "_set_aside", late)
+    def before_the_commit(part):
+        if part == "check of its tensors":
+            monkeypatch.setattr(fence.Fence, "check", checked_in_time)
+
     with pytest.raises(CheckpointError, match=TAKEN):
-        save_toy(tmp_path, 2, fence=older)
+        save_toy(tmp_path, 2, fence=older, reached=before_the_commit)
     path = tmp_path / "step-00000002"
     assert (manifest.verify(path), manifest.read_commit(path).attempt) == ([], "new")
 

@@ -92,26 +92,26 @@ def test_what_must_be_new_is_never_overwritten(root):
     assert path.read_bytes() == b"first"
 
 
-def test_a_stalled_older_attempt_cannot_commit(root: Any):
+def test_a_stalled_older_attempt_cannot_commit(root: Any, monkeypatch):
     """It has passed its check and sleeps; the newer one starts, and whatever it does then, the older one's is void."""
     older = fence.take(root, "old")
     kept = save_toy(root, 1, fence=older).path
-    staging: Any
-    staging, records, _ = commit._stage(
-        older, 2, toy_tensors(2), {**STATE, "step": 2}, "", commit.Consensus(None, 0), whole={}
-    )
-    older.check()
-    newer = fence.take(root, "new")
-    assert newer.token == older.token + 1
-    content = manifest.commit_content(manifest.Commit(2, "old", older.token, "", "0"))
-    with pytest.raises(FileExistsError):
-        (staging / "COMMITTED").create(content)
+    create, newer = RemotePath.create, []
+
+    def stalled(path, content):
+        if path.name == "COMMITTED" and not newer:
+            newer.append(None)  # the sweep creates objects of that name
+            newer[0] = fence.take(root, "new")
+            assert newest(root) == (kept, [])
+        create(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RemotePath, "create", stalled)
+        for step in (2, 3):
+            with pytest.raises(CheckpointError, match=r"attempt new .* has taken over .*fencing token 2.* holds 1"):
+                save_toy(root, step, fence=older)
     assert newest(root) == (kept, [])
-    publish = (older, staging, 2, records, commit._Earlier())
-    for late in (lambda: save_toy(root, 3, fence=older), lambda: commit._publish(*publish)):
-        with pytest.raises(CheckpointError, match=r"attempt new .* has taken over .*fencing token 2.* holds 1"):
-            late()
-    path = save_toy(root, 2, fence=newer).path
+    path = save_toy(root, 2, fence=newer[0]).path
     assert newest(root) == (path, [])
     assert_equal(load(path), toy_tensors(2))
 
@@ -134,16 +134,18 @@ def test_a_commit_before_the_sweep_is_seen_by_the_newer_attempt(root, monkeypatc
 
 
 def test_two_attempts_that_start_at_once_get_different_tokens(root, monkeypatch):
-    tokens, first = fence._tokens, []
+    create, first = RemotePath.create, []
 
-    def slow_look(root):
-        seen = tokens(root)
-        monkeypatch.setattr(fence, "_tokens", tokens)
-        first.append(fence.take(root, "faster"))
-        return seen
+    def slow(path, content):
+        if not first:
+            first.append(None)
+            first[0] = fence.take(root, "faster")
+        create(path, content)
 
-    monkeypatch.setattr(fence, "_tokens", slow_look)
-    assert [fence.take(root, "slower").token, first[0].token] == [2, 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(RemotePath, "create", slow)
+        slower = fence.take(root, "slower")
+    assert [slower.token, first[0].token] == [2, 1]
 
 
 def break_store(monkeypatch, when):

@@ -132,21 +132,21 @@ def test_a_finished_corpus_in_a_read_only_cache(small: Path, tmp_path: Path, mon
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(embedded, "_locked", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr(Path, "mkdir", refuse)
     assert embedded.embedded(str(tmp_path / "cache")) == first
 
 
 def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    written = []
+    synced, fsync = [], os.fsync
 
-    def full(path: Path, content: bytes) -> None:
-        written.append(path)
-        if len(written) == 3:
+    def full(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
-        path.write_bytes(content)
+        fsync(descriptor)
 
-    monkeypatch.setattr(embedded, "_write_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match=r"^data\.cache: .*No space left on device"):
         embedded.embedded(str(tmp_path / "cache"))
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []

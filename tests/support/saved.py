@@ -36,12 +36,12 @@ def blanks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.full_like(tensor, -1) for name, tensor in tensors.items()}
 
 
-def save_toy(root: CheckpointPath, step: int, *, group: Any = None, fence: Fence | None = None) -> Any:
+def save_toy(root: CheckpointPath, step: int, *, group: Any = None, fence: Fence | None = None, **options: Any) -> Any:
     """The SaveResult of committing toy_tensors(step) as `step`, with token 1 where no fence is given."""
     fence = fence or Fence(root, 1, "a1")
     tensors = toy_tensors(step)
     return commit.save(
-        fence, step, tensors, {**STATE, "step": step}, CONFIG, shapes=shapes_of(tensors), group=group
+        fence, step, tensors, {**STATE, "step": step}, CONFIG, shapes=shapes_of(tensors), group=group, **options
     )  # fmt: skip
 
 

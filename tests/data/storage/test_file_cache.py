@@ -8,7 +8,6 @@ import threading
 import pytest
 from support.httpserver import serve
 
-from stablelm.data.storage import range_file
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
@@ -106,15 +105,22 @@ def test_a_cut_download_leaves_nothing_and_a_dead_ones_part_is_cleared(tmp_path,
 
 def test_what_is_being_fetched_is_neither_deleted_nor_read(tmp_path, store):
     given = options(tmp_path, 1.5)
-    folder = tmp_path / "cache" / "files"
-    folder.mkdir(parents=True)
-    path = folder / "0123-9.json"
-    part = range_file._part(path)
-    part.write_bytes(bytes(SIZE))
-    with range_file._lock(path):
-        assert read(f"{store.url}/0.json", given) == CONTENT["0.json"], "no room: read from the store"
-    assert part.stat().st_size == SIZE
+    asked, go = threading.Event(), threading.Event()
+
+    def waits(request: str) -> None:
+        if request.startswith("GET /1.json"):
+            asked.set()
+            go.wait(60)
+
+    store.before = waits
+    fetching = threading.Thread(target=read, args=(f"{store.url}/1.json", given))
+    fetching.start()
+    assert asked.wait(60)
+    assert read(f"{store.url}/0.json", given) == CONTENT["0.json"], "no room: read from the store"
     assert names(tmp_path) == set()
+    go.set()
+    fetching.join()
+    assert names(tmp_path) == {"1.json"}
 
 
 def _read_all(url: str, cache: str, seed: int, results) -> None:
