@@ -42,7 +42,7 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
             prepared.asked,
             prepared.corpora.identity,
             files_to_keep(config, prepared.corpora),
-            prepared.tokenizer.path,
+            prepared.tokenizer.files(),
             ranks,
             argv,
             prepared.attempt,
