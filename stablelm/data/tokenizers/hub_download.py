@@ -14,24 +14,28 @@ _ADDRESS = re.compile(r"(?:hf://)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/\
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model at one commit: `files` are the names in its top folder, `file` the one that the user names.
+    """A model: `files` are the names in its top folder at `commit`, `file` the one that the user names.
 
     `asked` is what the user wrote, `key` its key or argument.
     """
 
     name: str
+    revision: str
     commit: str
     files: list[str]
     file: str | None
     asked: str
     key: str
 
-    def fetch(self, file: str) -> Path:
-        """The file in the hub's cache, downloaded unless it is there. Raises ConfigError."""
+    def fetch(self, file: str, commit: str | None = None) -> Path:
+        """The file in the hub's cache, `snapshots/<commit>/<file>`, downloaded unless it is there.
+
+        Without a commit it is that of the revision, which the cache remembers. Raises ConfigError.
+        """
         import huggingface_hub
 
         try:
-            return Path(huggingface_hub.hf_hub_download(self.name, file, revision=self.commit))
+            return Path(huggingface_hub.hf_hub_download(self.name, file, revision=commit or self.revision))
         # The hub's client has no common error class: any failure here means that the file cannot be had.
         except Exception as error:
             raise ConfigError(_sentence(error, self.asked, self.key)) from None
@@ -54,10 +58,10 @@ def find(asked: str, *, key: str) -> HubModel:
     try:
         found = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=SECONDS)
         files = [each.rfilename for each in found.siblings or () if "/" not in each.rfilename]
-        return HubModel(name, found.sha or revision, files, file, asked, key)
+        return HubModel(name, revision, found.sha or revision, files, file, asked, key)
     except Exception as error:
         if _cause(error) is None and (cached := _cached(name, revision)) is not None:
-            return HubModel(name, cached.name, sorted(os.listdir(cached)), file, asked, key)
+            return HubModel(name, revision, cached.name, sorted(os.listdir(cached)), file, asked, key)
         raise ConfigError(_sentence(error, asked, key)) from None
 
 

@@ -49,9 +49,10 @@ def _from_hub(name: str, special: SpecialTokens) -> Tokenizer:
     address = f"{HUB}{model.name}@{model.commit}"
     file = model.file or _only(model.files, name, special.key, lambda file: f"{address}/{file}")
     file = file.removeprefix(f"{address}/")
-    content = _read(model.fetch(file), name, special.key)
+    path = model.fetch(file)
+    content = _read(path, name, special.key)
     beside = [other for other in SETTINGS if file == HUGGING_FACE and other in model.files]
-    return _made(content, name, special, {other: model.fetch(other) for other in beside})
+    return _made(content, name, special, {other: model.fetch(other, path.parent.name) for other in beside})
 
 
 def _only(files: Sequence[str], folder: str, key: str, place: Callable[[str], str]) -> str:
