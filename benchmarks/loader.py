@@ -31,7 +31,7 @@ from loader_prepared import measure_prepared, measure_resume, write_shards
 from loader_streaming import in_passes, in_slices, pin, record, records
 
 from stablelm.data.shards import shard_format
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import Tokenizer, load_tokenizer
 
 
 def tile(sources: list[Path], folder: Path, *, files: int, megabytes: float) -> list[str]:
@@ -72,7 +72,7 @@ def prepared(files: list[str], tokenizer: Tokenizer, folder: Path, rounds: int) 
 
 def resume_text_records(sources: list[Path], folder: Path, options: argparse.Namespace) -> list[dict]:
     rows = [json.loads(line) for file in sources for line in gzip.decompress(file.read_bytes()).splitlines()]
-    tokenizer = Tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     times = resume_text.measure(rows, tokenizer, folder, megabytes=options.resume_text, rounds=options.rounds)
     shape = f"one json.gz of {options.resume_text:g} MB, one core"
     return [record(f"{who} at document {at}", shape, "resume", ms, "ms") for (who, at), ms in times.items()]
@@ -102,7 +102,7 @@ def main() -> None:
     pin(2 if options.two_cores else 1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder, tokenizer = Path(name), Tokenizer(options.tokenizer)
+        folder, tokenizer = Path(name), load_tokenizer(options.tokenizer)
         sources = sorted(options.data.glob("*train*.json.gz")) or sorted(options.data.glob("*.json.gz"))
         if options.resume_text:
             return show(resume_text_records(sources, folder, options), options.out)

@@ -13,7 +13,7 @@ import orjson
 
 from stablelm.config.schema import DataConfig
 from stablelm.data.loader import Loader
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import Tokenizer
 
 SEQ_LEN, BATCH = 2048, 8
 ROW = SEQ_LEN + 1

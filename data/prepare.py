@@ -22,8 +22,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument(
-        "--tokenizer", required=True, type=path_or_url, help="a SentencePiece .model file, or 'embedded'"
+        "--tokenizer",
+        required=True,
+        type=path_or_url,
+        help="a SentencePiece .model file, a tokenizer.json, a folder with one, a model on the hub, or 'embedded'",
     )
+    parser.add_argument("--add-bos", action="store_true", help="begin each document with the tokenizer's bos token")
+    parser.add_argument("--eos-token", metavar="TOKEN", help="the token that ends documents; default: the tokenizer's")
     parser.add_argument(
         "--out", required=True, type=path_or_url, help="folder or URL (s3://, gs://, az://) for the shards"
     )
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     from stablelm.data.shards import row_filters
     from stablelm.data.shards.shard_format import OutputFolder
     from stablelm.data.storage.options import ReadOptions
-    from stablelm.data.tokenizer import Tokenizer
+    from stablelm.data.tokenizers import load_tokenizer
 
     workers = options.workers if options.workers is not None else _cores()
     if workers < 1:
@@ -63,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     filters = row_filters.RowFilters(options.min_chars, options.max_chars, options.dedup, options.similarity)
     row_filters.check(filters)
     part = _part(options.part)
-    tokenizer = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
-    Tokenizer(tokenizer, key="--tokenizer")
+    path = embedded(options.cache).tokenizer if options.tokenizer == "embedded" else options.tokenizer
+    tokenizer = load_tokenizer(path, key="--tokenizer", add_bos=options.add_bos, eos_token=options.eos_token)
     reading = ReadOptions(
         retry_budget=options.retry_budget,
         text_column=options.text_column,

@@ -1,7 +1,8 @@
-"""Train a SentencePiece model on any text that stablelm reads.
+"""Train a tokenizer on any text that stablelm reads: a SentencePiece model or byte-level BPE.
 
     python data/train_tokenizer.py --source embedded --vocab-size 4096 --out tokenizer.model
     python data/train_tokenizer.py --source 'c4/en/c4-train.0000*.json.gz' --vocab-size 32000 --out c4-32k.model
+    python data/train_tokenizer.py --kind bpe-bytes --source embedded --vocab-size 4096 --out tokenizer.json
 
 The same text and options give the same file. decode(encode(text)) reproduces every text.
 """
@@ -26,9 +27,15 @@ HELD_OUT = 1000  # documents held out at most
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
-    parser.add_argument("--out", required=True, type=path_or_url, help="the .model file to write")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, 256 bytes, unknown and eos included")
-    parser.add_argument("--model-type", choices=["unigram", "bpe"], default="unigram", help="default: unigram")
+    parser.add_argument(
+        "--kind",
+        choices=["sentencepiece", "bpe-bytes"],
+        default="sentencepiece",
+        help="a .model file, or byte-level BPE as GPT-2 has it, a tokenizer.json; default: sentencepiece",
+    )
+    parser.add_argument("--out", required=True, type=path_or_url, help="the .model or .json file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces; 256 bytes, unknown and eos are included")
+    parser.add_argument("--model-type", choices=["unigram", "bpe"], help="of sentencepiece; default: unigram")
     parser.add_argument(
         "--sentences", type=int, default=500_000, help="lines to train on, drawn from all the text; default: 500000"
     )
@@ -42,10 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     from stablelm.data import inspection
     from stablelm.data.formats.file_rows import documents
     from stablelm.data.storage.options import ReadOptions
-    from stablelm.data.tokenizer import Tokenizer, sample_lines, train
+    from stablelm.data.tokenizers import load_tokenizer
+    from stablelm.data.tokenizers.training import sample_lines, train, train_byte_level
 
     if options.sentences < 1:
         raise ConfigError(f"--sentences: must be at least 1, not {options.sentences}")
+    in_bytes = options.kind == "bpe-bytes"
+    if in_bytes and options.model_type:
+        raise ConfigError(f"--model-type: {options.model_type} is a kind of SentencePiece model; leave it out")
+    if options.out.endswith(".json") != in_bytes:
+        name = "a name that ends in .json" if in_bytes else "another name, such as tokenizer.model"
+        raise ConfigError(f"--out: {options.out!r} is not how a {options.kind} file is named; give {name}")
     reading = ReadOptions(text_column=options.text_column, bad_rows=options.bad_rows, text_unit=options.text_unit)
     files = inspection.text_files(options.source, key="--source", cache=options.cache, options=reading)
     held_out: list[str] = []
@@ -57,10 +71,14 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 yield text
 
-    lines = sample_lines(training_texts(), options.sentences, options.seed)
-    model = train(lines, vocab_size=options.vocab_size, model_type=options.model_type, key="--vocab-size")
-    write(Path(options.out), model)
-    tokenizer = Tokenizer(options.out, key="--out")
+    lines = sample_lines(training_texts(), options.sentences, options.seed, ends=in_bytes)
+    size, key = options.vocab_size, "--vocab-size"
+    if in_bytes:
+        content = train_byte_level(lines, vocab_size=size, key=key)
+    else:
+        content = train(lines, vocab_size=size, model_type=options.model_type or "unigram", key=key)
+    write(Path(options.out), content)
+    tokenizer = load_tokenizer(options.out, key="--out")
     print(f"{options.out}: {tokenizer.pieces} pieces, trained on {len(lines)} lines, sha256 {tokenizer.sha256}")
     if held_out:
         tokens = sum(len(tokenizer.encode(text)) for text in held_out)

@@ -1,4 +1,7 @@
-"""Paths as a user writes them, in a key or an option: `~` is the home directory, variables are the shell's business."""
+"""Paths as a user writes them, in a key or an option: `~` is the home directory, variables are the shell's business.
+
+A model on the Hugging Face hub may stand where a path may, by its bare name.
+"""
 
 import os
 import re
@@ -6,6 +9,9 @@ import re
 from stablelm.errors import ConfigError
 
 FILE = "file://"
+HUB = "hf://"
+_LOCAL_NAME = re.compile(r"[/.~].*|.*\.(model|json)", re.DOTALL)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[^\s@]+)?", re.ASCII)
 
 
 def expand(path: str, label: str) -> str:
@@ -28,3 +34,15 @@ def expand(path: str, label: str) -> str:
         fix = f"write ./{path} for a name that begins so"
         raise ConfigError(f"{label}{path}: the home directory of {user} is not known; {fix}")
     return found
+
+
+def is_hub_model(name: str) -> bool:
+    """Whether a name is that of a model on the hub: `hf://...`, or `org/name[@revision]` where there is no such path.
+
+    What is named like a file of this machine is one, whether it exists or not.
+    """
+    if name.startswith(HUB):
+        return True
+    if _LOCAL_NAME.fullmatch(name) or not _HUB_NAME.fullmatch(name):
+        return False
+    return not os.path.lexists(name)

@@ -16,7 +16,8 @@ HELD = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^\s/~.]\S{11,}")
 HARMLESS_HEADERS = {"accept", "accept-encoding", "accept-language", "cache-control", "range", "user-agent"}
 
 _WORDS = (
-    r"secret|token|password|passwd|passphrase|pwd|credentials?|authorization|auth|cookie|signature|sig|sas|"
+    # eos_token and bos_token are of a tokenizer.
+    r"secret|(?<!eos_)(?<!bos_)token|password|passwd|passphrase|pwd|credentials?|authorization|auth|cookie|signature|sig|sas|"
     r"api[-_]?key|(?:secret|access|account|private|shared|session)[-_]?key(?:[-_]?id)?|key[-_]?pair[-_]?id|"
     r"awsaccesskeyid|accountkey|sharedaccesssignature|connection[-_]?string|x[-_](?:api|amz|goog|auth)[-_][-\w]+"
 )

@@ -180,7 +180,15 @@ class DataConfig:
     )
     validation_path: str | list[str] | None = key(None, "short form for the validation set 'default'", path=True)
     tokenizer: str = key(
-        "embedded", "a SentencePiece .model file; 'embedded': trained on the embedded corpus", identity=True, path=True
+        "embedded",
+        "a SentencePiece .model file, a tokenizer.json, a folder that holds one of them, or a model on the Hugging "
+        "Face hub (org/name[@revision] or hf://org/name); 'embedded': trained on the embedded corpus",
+        identity=True,
+        path=True,
+    )
+    add_bos: bool = key(False, "each document begins with the tokenizer's bos token", identity=True)
+    eos_token: str | None = key(
+        None, "the token that ends each document, by its content; None: the tokenizer's own", identity=True, path=False
     )
     seq_len: int = key(512, "targets a sequence", unit="tokens", identity=True)
     document_mask: bool = key(False, "attention stays within a document, whose positions start at 0", identity=True)

@@ -17,6 +17,7 @@ from stablelm.config.keys import assemble, find, is_mapping, keys, values
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.methods import catalogue
+from stablelm.paths import is_hub_model
 
 _VALUES = (
     "model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len model.vocab_size "
@@ -24,7 +25,8 @@ _VALUES = (
     "model.norm_alpha model.embedding_norm model.init model.reparam model.activation model.bias "
     "model.attention.position model.attention.rope_base model.attention.qk_norm model.attention.logit_cap "
     "model.attention.value_residual model.attention.low_rank model.attention.document_end model.attention.shaping "
-    "data.seq_len data.document_mask data.text_column data.text_unit data.bad_rows data.max_document_bytes "
+    "data.add_bos data.eos_token data.seq_len data.document_mask data.text_column data.text_unit data.bad_rows "
+    "data.max_document_bytes "
     "train.precision train.compile train.global_batch_size "
     "evaluate.batches evaluate.micro_batch_size"
 )
@@ -32,7 +34,8 @@ VALUES = frozenset(_VALUES.split())
 """Numbers, choices, and strings that are only compared; so are all options of our own methods."""
 METHOD = "model.method"
 METHOD_OPTIONS = "model.method_options"
-LOCAL = frozenset({"data.tokenizer", "data.validation", "data.validation_path"})
+TOKENIZER = "data.tokenizer"
+LOCAL = frozenset({TOKENIZER, "data.validation", "data.validation_path"})
 """Paths: 'embedded' or plain local ones (see `is_plain`)."""
 MOST = {
     "model.max_seq_len": 1 << 20,
@@ -125,7 +128,7 @@ def _is_believed(name: str, entry: str, value: Any) -> bool:
         return True
     if name == METHOD:
         return isinstance(value, str) and (_NAME.fullmatch(value) is not None or catalogue.is_loaded(value))
-    if name not in LOCAL:
+    if name not in LOCAL or (name == TOKENIZER and is_hub_model(value)):
         return False
     if not keys()[name].holds_path(entry):
         return entry.partition(".")[2] == "text_column"  # of a validation set

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from stablelm.data.tokenizer import sample_lines, train
+from stablelm.config.schema import DataConfig
+from stablelm.data.tokenizers import Tokenizer, load_tokenizer
+from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
@@ -172,6 +174,12 @@ def embedded(cache: str) -> EmbeddedCorpus:
                 "give a folder that can be written, with 10 MB free"
             ) from None
     return _found(final)
+
+
+def configured_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of a configuration, which may be that of this corpus. Raises ConfigError."""
+    path = embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer
+    return load_tokenizer(path, add_bos=data.add_bos, eos_token=data.eos_token)
 
 
 def _found(final: Path) -> EmbeddedCorpus:

@@ -17,7 +17,8 @@ from stablelm.data.formats.text_lines import BadRow
 from stablelm.data.shards import shard_files
 from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import LookEnded, RangeFile
-from stablelm.data.tokenizer import Tokenizer, document_tokens
+from stablelm.data.tokenizers import Encoder
+from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import ConfigError, DataError, Problems
 from stablelm.small_files import open_regular
 
@@ -71,7 +72,7 @@ def check_remote(files: list[str], *, key: str, options: ReadOptions) -> None:
 
 
 def check_enough(
-    files: list[str], tokenizer: Tokenizer, tokens_needed: int, *, key: str, options: ReadOptions | None = None
+    files: list[str], tokenizer: Encoder, tokens_needed: int, *, key: str, options: ReadOptions | None = None
 ) -> None:
     """A local corpus holds at least `tokens_needed` tokens, eos after each document included.
 
@@ -227,7 +228,7 @@ def asked(data: DataConfig, path: str | list[str], *, split: str) -> str | list[
 
 
 def find(
-    data: DataConfig, tokenizer: Tokenizer, *, tokens: int, lanes: int | None = None, known: Lists | None = None
+    data: DataConfig, tokenizer: Encoder, *, tokens: int, lanes: int | None = None, known: Lists | None = None
 ) -> Sources:
     """The training files, of each source checked to hold so many tokens and to serve so many lanes.
 
@@ -245,7 +246,7 @@ def find(
 def _find(
     data: DataConfig,
     path: str | list[str],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     *,
     key: str,
     tokens: int,

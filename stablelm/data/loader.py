@@ -10,7 +10,7 @@ With several sources `mixture.MixedWindows` chooses one before `Packer`; `mixtur
     train/loop.py               train                  asks for a batch
     data/loader.py              Loader.next            joins the rows of a rank
     data/packing.py             LaneRows.take          gives each row a window, which Packer.next_window cuts
-    data/tokenizer.py           LaneTokens.next_chunk  tokenizes documents of several lanes in one call
+    data/tokenizers/batched.py  LaneTokens.next_chunk  tokenizes documents of several lanes in one call
     data/order.py               TextLane.next_group    decides which document comes next
     data/formats/file_rows.py   SharedFiles.take       keeps the rows of a file, which FileRows reads
     data/formats/text_lines.py  lines_from             splits text into lines
@@ -33,7 +33,7 @@ from stablelm.data.mixture import RunText, of_source
 from stablelm.data.order import Cursor, TokenPosition
 from stablelm.data.packing import BatchRow, LaneRows, SourceCursors, SourcePositions
 from stablelm.data.storage.options import SeenFiles
-from stablelm.data.tokenizer import IGNORED, Encoder
+from stablelm.data.tokenizers.interface import IGNORED, Encoder, count_unknown
 from stablelm.data.workers import RowProducer, WorkerProcess, WorkerTask, allow_open_files
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Loader:
 
     def _count(self, rows: list[BatchRow], tokens: np.ndarray) -> None:
         self._counts["skipped_rows"] += sum(row.skipped for row in rows)
-        self._counts["unknown_tokens"] += int(np.count_nonzero(tokens == self._text.tokenizer.unknown))
+        self._counts["unknown_tokens"] += count_unknown(self._text.tokenizer, tokens)
         self._counts["input_tokens"] += tokens.size
 
     def counts(self) -> dict[str, int]:

@@ -23,7 +23,8 @@ from stablelm.data.packing import BestFitPacker, LaneWindows, Packer, SourceCurs
 from stablelm.data.shards.shard_format import is_shard
 from stablelm.data.shards.shard_reader import SharedShards
 from stablelm.data.storage.options import ReadOptions, SeenFiles
-from stablelm.data.tokenizer import BatchedTokenization, BlockTokens, Encoder
+from stablelm.data.tokenizers import Encoder
+from stablelm.data.tokenizers.batched import BatchedTokenization, BlockTokens
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 

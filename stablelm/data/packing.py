@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stablelm.data.order import Cursor, ShardLane, TokenChunk, TokenPosition
-from stablelm.data.tokenizer import BlockTokens, LaneTokens
+from stablelm.data.tokenizers.batched import BlockTokens, LaneTokens
 from stablelm.errors import DataError
 
 NO_TOKENS = NO_BORDERS = np.zeros(0, np.int64)

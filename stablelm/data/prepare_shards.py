@@ -4,7 +4,6 @@ What is written depends on the text, the tokenizer and the filters alone. A shar
 all, masks come when all shards are there, and the manifest comes last: it marks the folder as complete.
 """
 
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -30,16 +29,17 @@ from stablelm.data.shards.shard_format import MASK, SUFFIX, OutputFolder, ShardF
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import RangeFile
-from stablelm.data.tokenizer import Tokenizer, document_tokens
+from stablelm.data.tokenizers import Tokenizer
+from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import DataError, ProcessLostError
 
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """`files`: sources by base name; `tokenizer`: path of a .model file; `part`: (k, n), share k of n."""
+    """`files`: sources by base name; `part`: (k, n), share k of n."""
 
     files: list[str]
-    tokenizer: str
+    tokenizer: Tokenizer
     out: OutputFolder
     filters: RowFilters
     workers: int
@@ -114,7 +114,7 @@ def _shards(request: PrepareRequest, files: list[str], message: Callable[[str], 
 
 def _make(task: PrepareTask) -> MadeShard:
     request, name = task.request, base_name(task.url)
-    tokenizer = _tokenizer(request.tokenizer)
+    tokenizer = request.tokenizer
     size = _size(task.url, request.options)
     found = _kept(request, name, size, tokenizer.sha256)
     if found is not None:
@@ -192,11 +192,6 @@ def _features(task: PrepareTask) -> RowFeatures:
 def _texts(task: PrepareTask, skipped: Callable[[BadRow], None] = lambda row: None) -> Iterator[str]:
     """Of every row, so that rows keep their numbers: '' of one without a document."""
     return (text or "" for text in texts(task.url, task.request.options, skipped))
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path, key="--tokenizer")
 
 
 def _size(url: str, options: ReadOptions) -> int:

@@ -13,14 +13,15 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config, DataConfig
 from stablelm.data import inspection
-from stablelm.data.embedded import embedded
+from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Batch, Loader
 from stablelm.data.order import Order, ShardLane, TextLane
 from stablelm.data.shards.shard_format import is_shard
 from stablelm.data.shards.shard_reader import SharedShards
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import Tokenizer, document_tokens
+from stablelm.data.tokenizers import Tokenizer
+from stablelm.data.tokenizers.interface import count_unknown, document_tokens
 from stablelm.errors import ConfigError
 from stablelm.printable import printable
 
@@ -51,7 +52,7 @@ def prepare(loaded: Loaded) -> tuple[Config, Tokenizer, inspection.Sources]:
         config = replace(config, train=replace(config.train, steps=1))
     rules.check(config, 1, None, loaded.origins)
     data = config.data
-    tokenizer = Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer)
+    tokenizer = configured_tokenizer(data)
     return config, tokenizer, inspection.find(data, tokenizer, tokens=data.seq_len + 1, lanes=data.lanes)
 
 
@@ -106,7 +107,7 @@ def statistics(documents: list[tuple[np.ndarray, str]], tokenizer: Tokenizer) ->
     """Of documents given as (tokens with eos, text)."""
     lengths = np.array([len(tokens) for tokens, _ in documents])
     size = sum(len(text.encode()) for _, text in documents)
-    unknown = sum(int((tokens == tokenizer.unknown).sum()) for tokens, _ in documents)
+    unknown = sum(count_unknown(tokenizer, tokens) for tokens, _ in documents)
     total = int(lengths.sum())
     return DocumentStatistics(
         len(lengths),

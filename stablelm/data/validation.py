@@ -9,7 +9,7 @@ import numpy as np
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.shards import shard_format, shard_reader
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import IGNORED, Encoder, document_tokens
+from stablelm.data.tokenizers.interface import IGNORED, Encoder, document_tokens, restores
 from stablelm.errors import DataError, listed
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ class ValidationSet:
     """Windows of a corpus: int64 (n, seq_len); a target of -100 is no target.
 
     `bytes_per_token`: UTF-8 bytes a token (eos counted) of the documents that were touched, which turns
-    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where a token is unknown, since the
-    text of it is not predicted. `documents`: how many were touched.
+    nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where the tokens do not give a text back (an
+    unknown token, or spaces that were normalised), since not all of it is predicted then. `documents`: how many were
+    touched.
     """
 
     tokens: "torch.Tensor"
@@ -33,8 +34,8 @@ class ValidationSet:
 
 def touched(
     files: list[str], tokenizer: Encoder, *, tokens: int, options: ReadOptions
-) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens with eos, bytes of UTF-8) of the documents that hold the first so many tokens.
+) -> Iterator[tuple[np.ndarray, str]]:
+    """(tokens with eos, text) of the documents that hold the first so many tokens.
 
     Raises DataError when a file cannot be read or there is not one document.
     """
@@ -45,7 +46,7 @@ def touched(
         found = document_tokens(tokenizer, text)
         if len(found):
             length += len(found)
-            yield found, len(text.encode())
+            yield found, text
     if not length:
         raise DataError(f"{listed(files)}: no text to predict; give files with documents")
 
@@ -61,10 +62,10 @@ def read(files: list[str], tokenizer: Encoder, *, seq_len: int, sequences: int, 
     needed = sequences * seq_len + 1
     parts: list[np.ndarray] = []
     text_bytes, restored = 0, True
-    for tokens_of_one, size in touched(files, tokenizer, tokens=needed, options=options):
+    for tokens_of_one, text in touched(files, tokenizer, tokens=needed, options=options):
         parts.append(tokens_of_one)
-        text_bytes += size
-        restored = restored and not (tokens_of_one == tokenizer.unknown).any()
+        text_bytes += len(text.encode())
+        restored = restored and restores(tokenizer, tokens_of_one, text)
     stream = np.concatenate(parts).astype(np.int64)[:needed]
     count = -(-(len(stream) - 1) // seq_len)
     tokens = np.full(count * seq_len, tokenizer.eos, np.int64)

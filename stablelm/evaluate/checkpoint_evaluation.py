@@ -14,7 +14,7 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
 from stablelm.errors import ConfigError, Problems, UserError
 from stablelm.evaluate import consent

@@ -77,7 +77,7 @@ def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
 
 def in_words(bits: float | None) -> str:
     """Bits per byte for a reader."""
-    return "no bits per byte (the text has unknown tokens)" if bits is None else f"bits per byte {bits:.4f}"
+    return "no bits per byte (the tokens do not give the text back)" if bits is None else f"bits per byte {bits:.4f}"
 
 
 def _micro_batches(tokens: torch.Tensor, targets: torch.Tensor, rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,6 +1,6 @@
 """A checkpoint opened for use: which one, its configuration and tokenizer, and its model as a plain module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +10,13 @@ from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data.embedded import embedded
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.tokenizers import Tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder
+
+KEPT_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,20 @@ def _tokenizer(requested: str | None, checkpoint: CheckpointPath, config: Config
     """The one that the run was trained with, by hash: as requested, as kept in the run directory, or as configured."""
     if sha256 is None:  # every complete identity has it
         raise CheckpointError(f"{checkpoint} does not give the hash of its tokenizer: load another checkpoint")
-    kept = checkpoint.parent.parent / "tokenizer.model" if isinstance(checkpoint, Path) else None
-    path = requested or (str(kept) if kept is not None and kept.exists() else config.data.tokenizer)
+    path = requested or _kept(checkpoint) or config.data.tokenizer
     if not path:
         raise ConfigError(f"{checkpoint} comes without its tokenizer; name the one it was trained with by --tokenizer")
-    found = Tokenizer(embedded(config.data.cache).tokenizer if path == "embedded" else path)
+    found = configured_tokenizer(replace(config.data, tokenizer=path))
     if found.sha256 != sha256:
         raise ConfigError(
             f"tokenizer {path} is not the one that {checkpoint} was trained with; name that one by --tokenizer"
         )
     return found
+
+
+def _kept(checkpoint: CheckpointPath) -> str | None:
+    """The copy that the run keeps: one file, or the one of which those beside it say what its special tokens are."""
+    if not isinstance(checkpoint, Path):
+        return None
+    kept = (checkpoint.parent.parent / name for name in KEPT_TOKENIZERS)
+    return next((str(path) for path in kept if path.exists()), None)

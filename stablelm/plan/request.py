@@ -52,8 +52,7 @@ def prepare(loaded: Loaded, world_size: int, gpu: str, gpus_per_node: int, *, si
 def _pieces(config: Config) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    from stablelm.data.embedded import embedded
-    from stablelm.data.tokenizer import Tokenizer
+    from stablelm.data.embedded import configured_tokenizer
 
     data = config.data
-    return Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer).pieces
+    return configured_tokenizer(data).pieces

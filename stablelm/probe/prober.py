@@ -14,8 +14,7 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.data import inspection
-from stablelm.data.embedded import embedded
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.embedded import configured_tokenizer
 from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 from stablelm.new_files import clear, replace_file
@@ -58,7 +57,7 @@ def prepare(loaded: Loaded, out: str | None, sequences: int, seq_len: int | None
     config = loaded.config
     rules.check(config, 1, None, loaded.origins)
     data = config.data
-    tokenizer = Tokenizer(embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer)
+    tokenizer = configured_tokenizer(data)
     config = rules.resolve(
         config,
         pieces=tokenizer.pieces,

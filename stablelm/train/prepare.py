@@ -16,9 +16,9 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
-from stablelm.data.embedded import embedded
+from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError, Problems
 from stablelm.evaluate.validation_text import validation_options, validation_paths
@@ -65,9 +65,7 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     rules.check(concrete, launch.world_size, flags.precision, loaded.origins)
     # The kind stays as it was written: what is resolved fits other launchers and world sizes too.
     config = replace(config, engine=replace(concrete.engine, kind=config.engine.kind))
-    tokenizer = Tokenizer(
-        embedded(config.data.cache).tokenizer if config.data.tokenizer == "embedded" else config.data.tokenizer
-    )
+    tokenizer = configured_tokenizer(config.data)
     config = rules.resolve(
         config,
         pieces=tokenizer.pieces,

@@ -10,7 +10,7 @@ from stablelm.checkpoint.selection import CHECKPOINTS
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
-from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY
+from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.observe.progress import Progress
 from stablelm.supervise.attempts import read_summary
@@ -42,7 +42,7 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
             prepared.asked,
             prepared.corpora.identity,
             files_to_keep(config, prepared.corpora),
-            prepared.tokenizer.path,
+            prepared.tokenizer.files(),
             ranks,
             argv,
             prepared.attempt,
@@ -63,9 +63,20 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
 
 
 def share_corpora(prepared: Prepared, ranks: Ranks) -> Prepared:
-    """Gives every rank rank 0's file lists, which were read once."""
+    """Gives every rank rank 0's file lists, which were read once. ConfigError where ranks have other tokenizers."""
     found = ranks.consensus().first(lambda: prepared.corpora)
+    assert found is not None
+    ranks.consensus().run(lambda: _check_tokenizer(prepared, found.identity["data.tokenizer"]))
     return dataclasses.replace(prepared, corpora=found)
+
+
+def _check_tokenizer(prepared: Prepared, sha256: str) -> None:
+    """ConfigError if this rank found another tokenizer than rank 0, as on hosts with files of their own."""
+    if prepared.tokenizer.sha256 != sha256:
+        raise ConfigError(
+            f"data.tokenizer: {prepared.tokenizer.path!r} is another file on {gethostname()} than on the first host; "
+            "copy the same one to every host"
+        )
 
 
 def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, source: str, started: float) -> str:

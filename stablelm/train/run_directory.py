@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def create(
     asked: Config,
     identity: dict[str, Any],
     files: dict[str, list[str]],
-    tokenizer: str,
+    tokenizer: Mapping[str, bytes],
     ranks: "Ranks",
     argv: list[str],
     attempt: int,
@@ -95,7 +96,8 @@ def create(
 
     `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
     number that was free when this one began (see `attempts.take`).
-    `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt.
+    `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt;
+    `tokenizer`: content of its files by name.
     Raises StorageError on every rank if rank 0 cannot write, ConfigError if another start holds the run.
     """
     run_dir = Path(config.run.dir)
@@ -109,7 +111,8 @@ def create(
             replace_file(run_dir / "config.yaml", dump(asked))
             replace_file(run_dir / "resolved.yaml", RESOLVED + dump(config))
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
-            replace_file(run_dir / "tokenizer.model", Path(tokenizer).read_bytes())
+            for name, content in tokenizer.items():
+                replace_file(run_dir / name, content)
             replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             gather_seen(run_dir)

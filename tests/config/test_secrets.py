@@ -94,6 +94,9 @@ def test_what_is_taken_out(monkeypatch, text, kept):
     [
         "made with another tokenizer (sha256 0123456789ab...); set data.tokenizer=a.model",
         "data.seq_len=32 train.tokens=1000 model.sigma.gamma=one",
+        "data.eos_token='<|end-of-text-1|>', bos_token: <s>",
+        "data:\n  eos_token: <|end-of-text-1|>\n",
+        '{"data.eos_token": "<|end-of-text-1|>"}',
         "hf://datasets/allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/a.json.gz",
         "datasets://allenai/c4?revision=1588ec454efa1a09f29cd18ddd04fe05fc8653a2&split=train",
         "https://host/a.json.gz?download=true&versionId=3sL4kqtJlcpXroDTDmJ9rmSpXd3dIbrHY",

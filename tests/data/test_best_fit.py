@@ -15,7 +15,7 @@ from stablelm.config.schema import DataConfig
 from stablelm.data.loader import Loader
 from stablelm.data.order import Cursor, TokenChunk
 from stablelm.data.packing import BestFitPacker, fit
-from stablelm.data.tokenizer import IGNORED
+from stablelm.data.tokenizers.interface import IGNORED
 from stablelm.errors import DataError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4)

@@ -14,7 +14,7 @@ import pytest
 from stablelm.data import embedded, inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 from stablelm.errors import ConfigError
 
 # A build of a hundredth of the size: what is under test here is how files come to be.
@@ -70,7 +70,7 @@ def test_files_are_in_the_form_of_c4(small: Path, tmp_path: Path):
     line = gzip.decompress(Path(made.train[0]).read_bytes()).splitlines()[0]
     assert list(json.loads(line)) == ["text", "timestamp", "url"]
     assert b'": "' not in line
-    assert Tokenizer(made.tokenizer).pieces == 290
+    assert load_tokenizer(made.tokenizer).pieces == 290
     # Every document is in one split, about one in twenty in validation, and the files are alike in length.
     assert 5 <= len(list(documents(made.validation, ReadOptions(retry_budget=0)))) <= 40
     lengths = [len(list(documents([path], ReadOptions(retry_budget=0)))) for path in made.train]
@@ -193,7 +193,7 @@ def test_the_real_corpus(real: embedded.EmbeddedCorpus):
 
 
 def test_the_real_tokenizer(real: embedded.EmbeddedCorpus):
-    tokenizer = Tokenizer(real.tokenizer)
+    tokenizer = load_tokenizer(real.tokenizer)
     assert tokenizer.pieces == 4096
     texts = list(documents(real.validation, ReadOptions(retry_budget=0)))
     tokens = [tokenizer.encode(text) for text in texts]

@@ -7,7 +7,8 @@ import zstandard
 
 from stablelm.data import inspection
 from stablelm.data.inspection import check, check_enough, check_lanes
-from stablelm.data.tokenizer import Tokenizer, train
+from stablelm.data.tokenizers import Tokenizer, load_tokenizer
+from stablelm.data.tokenizers.training import train
 from stablelm.errors import ConfigError
 
 GOOD = b'{"text":"one"}\n{"text":"two"}\n'
@@ -118,7 +119,7 @@ def test_remote_files_are_not_opened():
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("inspection") / "bytes.model"
     path.write_bytes(train(["one two three four"] * 50, vocab_size=270))
-    return Tokenizer(path)
+    return load_tokenizer(path)
 
 
 def test_enough_tokens_counts_eos_and_stops_when_it_has_seen_enough(tokenizer: Tokenizer, tmp_path: Path):

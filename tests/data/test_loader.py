@@ -267,10 +267,10 @@ def test_wait_seconds_counts_the_last_next(files):
 
 
 def test_real_documents_of_every_world_size():
-    from stablelm.data.tokenizer import Tokenizer
+    from stablelm.data.tokenizers import load_tokenizer
 
     folder = shared_data("c4/en")
-    tokenizer = Tokenizer(shared_data("tokenizers/t5-32k-unigram.model"))
+    tokenizer = load_tokenizer(shared_data("tokenizers/t5-32k-unigram.model"))
     files = [str(file) for file in folder.glob("c4-train*.json.gz")]
     config = DataConfig(seq_len=64, lanes=12, workers=1)
 

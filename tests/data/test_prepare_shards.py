@@ -21,14 +21,13 @@ from support.samples import REPOSITORY
 from support.stores import s3_server
 
 from stablelm.config.schema import DataConfig
-from stablelm.data import tokenizer
 from stablelm.data.formats.file_rows import documents, texts
 from stablelm.data.loader import Loader
 from stablelm.data.shards import row_filters, shard_files
 from stablelm.data.shards.row_filters import RowFilters
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer, training
 from stablelm.errors import ConfigError, UserError
 
 PROGRAM = REPOSITORY / "data" / "prepare.py"
@@ -62,7 +61,7 @@ def texts_of(seed: int, count: int) -> list[str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    path.write_bytes(tokenizer.train(texts_of(0, 300), vocab_size=300))
+    path.write_bytes(training.train(texts_of(0, 300), vocab_size=300))
     return str(path)
 
 
@@ -102,7 +101,7 @@ def test_shards_are_the_text_whatever_the_number_of_workers(files, model, tmp_pa
     done = prepare(files, model, tmp_path / "parts", "--verify")
     assert done.stdout.count(", kept") == 4
     assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "parts")
-    encoder = Tokenizer(model)
+    encoder = load_tokenizer(model)
     found = shard_files.resolve(str(tmp_path / "one"), key="data.path", options=ReadOptions(retry_budget=0))
     assert [Path(path).name for path in found] == [Path(path).name + ".tokens" for path in files]
     for file, path in zip(files, found, strict=True):
@@ -259,7 +258,7 @@ def test_from_a_web_server_to_an_object_store_and_into_a_run(files, model, tmp_p
         done = prepare(urls, model, "s3://bucket/shards", "--dedup", "exact")
         assert done.stdout.count(", kept") == 4
         prepare(files, model, tmp_path / "local", "--dedup", "exact")
-        encoder = Tokenizer(model)
+        encoder = load_tokenizer(model)
 
         def batches(path: str) -> list:
             found = shard_files.resolve(path, key="data.path", options=ReadOptions(retry_budget=1))

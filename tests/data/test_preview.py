@@ -15,11 +15,11 @@ from support.letters import write_rows
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
-from stablelm.data import tokenizer
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
 from stablelm.data.shards import shard_format
-from stablelm.data.tokenizer import Tokenizer, document_tokens
+from stablelm.data.tokenizers import load_tokenizer, training
+from stablelm.data.tokenizers.interface import document_tokens
 
 PROGRAM = REPOSITORY / "data" / "preview.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch"]
@@ -41,12 +41,12 @@ def show(*words: str) -> str:
 def model(tmp_path_factory) -> str:
     lines = [" ".join(WORDS[(n * k) % 10] for k in range(20)) for n in range(400)]
     path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
-    path.write_bytes(tokenizer.train(lines, vocab_size=285))
+    path.write_bytes(training.train(lines, vocab_size=285))
     return str(path)
 
 
 def test_statistics_of_known_documents(model):
-    encoder = Tokenizer(model)
+    encoder = load_tokenizer(model)
     texts = ["lane", "lane token", "", "ü" * 9]
     documents = [(document_tokens(encoder, text), text) for text in texts]
     lengths = [len(tokens) for tokens, _ in documents]
@@ -59,7 +59,7 @@ def test_statistics_of_known_documents(model):
 
 
 def test_a_page_marks_where_documents_begin_and_end(model):
-    encoder = Tokenizer(model)
+    encoder = load_tokenizer(model)
     parts = [encoder.encode("lane"), encoder.encode("token")]
     tokens = torch.tensor([[*parts[0], encoder.eos, *parts[1], encoder.eos, encoder.eos, encoder.eos]])
     numbers = torch.tensor([[0] * (len(parts[0]) + 1) + [1] * (len(parts[1]) + 1) + [2, 2]])
@@ -70,7 +70,7 @@ def test_a_page_marks_where_documents_begin_and_end(model):
 def test_text_and_shards_show_the_same(model, tmp_path, packing):
     texts = [" ".join(WORDS[(n * k) % 10] for k in range(3 + n % 9)) for n in range(60)]
     source = Path(write_rows(tmp_path / "a.jsonl", texts))
-    encoder = Tokenizer(model)
+    encoder = load_tokenizer(model)
     (tmp_path / "shards").mkdir()
     with (tmp_path / "shards" / "a.jsonl.tokens").open("wb") as file:
         rows = ((document_tokens(encoder, text), len(text)) for text in texts)

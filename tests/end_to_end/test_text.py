@@ -50,7 +50,7 @@ def test_text_that_the_tokenizer_cannot_restore_has_no_bits_per_byte(tiny_corpus
     done = run("pretrain", *SHORT, *keys, f"run.dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of the tokens are unknown") == 1
-    assert "no bits per byte (the text has unknown tokens)" in done.stdout
+    assert "no bits per byte (the tokens do not give the text back)" in done.stdout
     assert summary(tmp_path / "run")["val_bits_per_byte"] == {"default": None}
     written = records(tmp_path / "run")
     assert any("val_loss/default" in record for record in written)

@@ -25,7 +25,7 @@ from stablelm.checkpoint.manifest import record_of_file
 from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.load import dump, load
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 
 SMALL = (
     "model.n_layers=1", "model.d_model=16", "model.n_heads=2", "data.seq_len=16", "data.lanes=4",
@@ -38,7 +38,7 @@ def make_run(folder: Path, corpus: TinyCorpus, *overrides: str) -> Path:
     """A run of a tiny untrained model with two checkpoints, as training leaves it; `overrides` change its keys."""
     run = folder / "run"
     loaded = load([], [*SMALL, *corpus.overrides(), f"run.dir={run}", *overrides])
-    tokenizer = Tokenizer(corpus.tokenizer)
+    tokenizer = load_tokenizer(corpus.tokenizer)
     config = rules.resolve(
         loaded.config, pieces=tokenizer.pieces, eos=tokenizer.eos, world_size=1, accelerate_precision=None
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A stand-in for the file API of the Hugging Face hub, on loopback: one data set, held in memory."""
+"""A stand-in for the file API of the Hugging Face hub, on loopback: one data set or model, held in memory."""
 
 import hashlib
 import json
@@ -18,6 +18,8 @@ SIGNATURE = "response-content-disposition=inline%3B+filename*%3DUTF-8%27%27a&Sig
 class FakeHub:
     """Serves `files` (path in the data set -> content) as the data set `name` at `url` inside a with block.
 
+    With `kind` models it is a model instead.
+
     `requests` are the (method, path) seen. `failures` holds HTTP statuses that the next reads of .gz
     files answer before the server gets well. `token` is asked for where it is not empty. With `elsewhere`
     contents are redirected to signed addresses of a second server, which answers to GET alone; `credentials` are
@@ -25,8 +27,10 @@ class FakeHub:
     """
 
     def __init__(
-        self, files: dict[str, bytes], *, name: str = "allenai/c4", commit: str = COMMIT, elsewhere: bool = False
-    ):
+        self, files: dict[str, bytes], *, name: str = "allenai/c4", commit: str = COMMIT, elsewhere: bool = False,
+        kind: str = "datasets",
+    ):  # fmt: skip
+        self.kind = kind
         self.files, self.name, self.commit = files, name, commit
         self.requests: list[tuple[str, str]] = []
         self.failures: list[int] = []
@@ -100,7 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append((self.command, self.path))
         hub.credentials["hub"].add(self.headers.get("Authorization"))
-        api, content = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
+        api = f"/api/{hub.kind}/{hub.name}"
+        content = f"/{hub.name}/resolve/" if hub.kind == "models" else f"/{hub.kind}/{hub.name}/resolve/"
         if path == api or re.fullmatch(re.escape(api) + "/revision/[^/]+", path):
             if path.rsplit("/revision/", 1)[-1] not in (path, "main", hub.commit):
                 return self._missing("RevisionNotFound")

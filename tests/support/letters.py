@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class LetterTokenizer:
     def encode_arrays(self, texts: list[str], *, threads: int = 1) -> list[np.ndarray]:
         return [np.array([*self.encode(text), self.eos], np.int32) for text in texts]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         return "".join(map(chr, ids))
 
 

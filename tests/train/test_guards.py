@@ -13,7 +13,7 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.schema import Config, DataConfig, GuardsConfig, TrainConfig
 from stablelm.data.loader import Loader
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
@@ -128,7 +128,7 @@ def fed(guard: Guard, corpus: TinyCorpus, count: int) -> list[int]:
     """The data steps of a loader that skips what the guard says."""
     data = DataConfig(seq_len=8, lanes=2, workers=0)
     files = sorted(map(str, (corpus.folder / "train").iterdir()))
-    loader = Loader(files, Tokenizer(corpus.tokenizer), data, seed=1, global_batch_size=2)
+    loader = Loader(files, load_tokenizer(corpus.tokenizer), data, seed=1, global_batch_size=2)
     loader.skip(guard.jumps)
     return [loader.next().data_step for _ in range(count)]
 

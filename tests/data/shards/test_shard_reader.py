@@ -20,7 +20,7 @@ from stablelm.data.shards import shard_files, shard_format, shard_reader
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage import retry
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizer import document_tokens
+from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import ConfigError, DataError
 
 
