@@ -240,6 +240,11 @@ class _Context:
                 row[torch.tensor(tokens, device=row.device)] = True
         if self._cache is None:
             self._tokens = new = [[*old, *tokens] for old, tokens in zip(self._tokens, new, strict=True)]
+            if len(set(map(len, new))) > 1:  # the length of a text may count, so none is filled up
+                return torch.cat([self._logits([tokens]) for tokens in new])
+        return self._logits(new)
+
+    def _logits(self, new: list[list[int]]) -> Tensor:
         device, lengths = self._language.device, [len(tokens) for tokens in new]
         filled = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in new]
         before = self._cache.lengths if self._cache is not None else []

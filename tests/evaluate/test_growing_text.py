@@ -20,7 +20,7 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def pieces() -> sentencepiece.SentencePieceProcessor:
-    words = "the cat sat on the mat and the hat of the rat was flat".split()
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "hat", "of", "the", "rat", "was", "flat"]
     lines = [" ".join([*words[i % 7 :], *words[: i % 5]]) for i in range(60)]
     return sentencepiece.SentencePieceProcessor(model_proto=train(lines, vocab_size=280))
 
