@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
-from stablelm.evaluate.generate import Language, Prompt, continue_prompts
+from stablelm.evaluate.generate import Language, continue_prompts
 from stablelm.evaluate.loaded_model import fixed
+from stablelm.evaluate.prompts import Prompt
 from stablelm.evaluate.sampling import Sampling
 from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder

@@ -1,7 +1,11 @@
 """stablelm: distributed pretraining of very deep language models."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stablelm.evaluate.loaded_model import generate as generate
+    from stablelm.evaluate.loaded_model import load_model as load_model
 
 __version__ = "0.2.0"
 

@@ -1,9 +1,7 @@
 """Texts that a model writes after prompts, several rows at a time, each as if it were alone."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,33 +9,14 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.growing_text import Decoding, GrowingText
+from stablelm.evaluate.growing_text import GrowingText
+from stablelm.evaluate.prompts import Prompt, Vocabulary
 from stablelm.evaluate.sampling import Sampling, choose, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
 
 Forward = Callable[[Tensor, Tensor, KeyValueCache | None], Tensor]
 """(tokens (rows, new), a column of each row, cache) -> the logits there, (rows, vocab)."""
-
-
-class Vocabulary(Decoding, Protocol):
-    """What generation needs of a tokenizer. One with `bos` (None: no such token) begins every document with it."""
-
-    @property
-    def pieces(self) -> int: ...
-
-    @property
-    def eos(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The tokens that are continued; `number` tells several samples of equal prompts apart."""
-
-    tokens: list[int]
-    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,55 +51,6 @@ class Watcher:
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens
     reached: Callable[[str], None] = lambda place: None
     grown: Callable[[int, str], None] = lambda index, text: None
-
-
-def encode_prompts(
-    texts: Sequence[str], language: Language, sampling: Sampling, *, samples: int = 1, label: str = "prompt"
-) -> list[Prompt]:
-    """`samples` prompts for each text, one after the other.
-
-    Raises ConfigError, for all of them at once, where a text has no tokens or leads beyond a table of positions;
-    `label` names a text in it. Warns where positions go beyond those of training.
-    """
-    tokenizer, found, wrong = language.tokenizer, [], []
-    bos = getattr(tokenizer, "bos", None)
-    seen: dict[str, int] = {}
-    for number, text in enumerate(texts, 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # bytes of an argument, or half of a pair in JSON
-            wrong.append(f"{label} {number} is not Unicode text; write it in UTF-8")
-            continue
-        tokens = tokenizer.encode(text)
-        if not tokens:
-            wrong.append(f"{label} {number} is empty; give it at least a word")
-        tokens = [*([] if bos is None else [bos]), *tokens]
-        wrong += _too_long(len(tokens), language.config, sampling, f"{label} {number}")
-        first = seen.get(text, 0)
-        seen[text] = first + samples
-        found += [Prompt(tokens, first + sample) for sample in range(samples)]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    longest, trained = max((len(p.tokens) for p in found), default=0), language.config.max_seq_len
-    if trained is not None and longest + sampling.max_new_tokens > trained:
-        warnings.warn(
-            f"{longest} tokens of a prompt and {sampling.max_new_tokens} new ones go beyond the {trained} tokens "
-            "(model.max_seq_len) that the model was trained on",
-            stacklevel=2,
-        )
-    return found
-
-
-def _too_long(tokens: int, config: ModelConfig, sampling: Sampling, name: str) -> list[str]:
-    """The sentence for a prompt that a learned table of positions cannot hold with its continuation, if it cannot."""
-    most, new = config.max_seq_len, sampling.max_new_tokens
-    if not config.axes.position.adds_table or most is None or tokens + new <= most:
-        return []
-    fix = f"ask for at most {most - tokens} new tokens, or shorten it" if tokens < most else "shorten it"
-    return [
-        f"{name} has {tokens} tokens, with max_new_tokens={new} more than the {most} positions of the model's table "
-        f"(model.max_seq_len); {fix}"
-    ]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A trained model in one process, ready to write: the functions `stablelm.load_model` and `stablelm.generate`."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,8 @@ from torch import nn
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import check_precision
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generate import Continuation, Language, Watcher, continue_prompts, encode_prompts
+from stablelm.evaluate.generate import Continuation, Language, Watcher, continue_prompts
+from stablelm.evaluate.prompts import beyond_training, encode_prompts
 from stablelm.evaluate.sampling import Sampling
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.model.decoder import Decoder
@@ -123,11 +125,13 @@ def write(
     batch_size: int = 8,
     watcher: Watcher | None = None,
 ) -> list[Continuation]:
-    """`samples` continuations of each text. Raises ConfigError."""
+    """`samples` continuations of each text. Warns where positions go beyond those of training. Raises ConfigError."""
     if samples < 1:
         raise ConfigError(f"samples={samples} must be at least 1")
-    language = model.language
-    prompts = encode_prompts(texts, language, sampling, samples=samples)
+    language, new = model.language, sampling.max_new_tokens
+    prompts = encode_prompts(texts, language.tokenizer, language.config, new_tokens=new, samples=samples)
+    if notice := beyond_training(prompts, language.config, new):
+        warnings.warn(notice, stacklevel=3)
     return continue_prompts(language, prompts, sampling, batch_size=batch_size, watcher=watcher)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from benchmarks.generate import language_of, llama_config, llama_of, ours, theirs
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generate import Language, Prompt, Watcher, continue_prompts, encode_prompts
+from stablelm.evaluate.generate import Language, Watcher, continue_prompts
+from stablelm.evaluate.prompts import Prompt, beyond_training, encode_prompts
 from stablelm.evaluate.sampling import Sampling
 from stablelm.methods.axes import Method, Model, Position
 from stablelm.methods.catalogue import METHODS, apply_method
@@ -201,7 +202,7 @@ def test_prompts_are_checked_together():
     decoder = decoder_of("gpt2", positions=16)
     asked = language(decoder)
     with pytest.raises(ConfigError) as error:
-        encode_prompts(["", "abcd", "a" * 16, "\udc80"], asked, Sampling(13))
+        encode_prompts(["", "abcd", "a" * 16, "\udc80"], asked.tokenizer, asked.config, new_tokens=13)
     assert str(error.value).split("\n") == [
         "prompt 1 is empty; give it at least a word",
         "prompt 2 has 4 tokens, with max_new_tokens=13 more than the 16 positions of the model's table "
@@ -210,30 +211,24 @@ def test_prompts_are_checked_together():
         "(model.max_seq_len); shorten it",
         "prompt 4 is not Unicode text; write it in UTF-8",
     ]
-    found = encode_prompts(["abcd"], asked, Sampling(12))
+    found = encode_prompts(["abcd"], asked.tokenizer, asked.config, new_tokens=12)
     assert len(continue_prompts(asked, found, Sampling(12))[0].tokens) <= 12
 
 
-def test_positions_beyond_those_of_training_are_used_with_a_warning():
+def test_positions_beyond_those_of_training_are_used_and_said():
     asked = language(decoder_of(positions=16))
-    with pytest.warns(UserWarning, match="beyond the 16 tokens"):
-        prompts = encode_prompts(["abcd"], asked, Sampling(30))
+    prompts = encode_prompts(["abcd"], asked.tokenizer, asked.config, new_tokens=30)
+    assert beyond_training(prompts, asked.config, 12) == ""
+    assert "beyond the 16 tokens" in beyond_training(prompts, asked.config, 13)
     assert continue_prompts(asked, prompts, Sampling(30))
 
 
 def test_a_beginning_of_documents_comes_before_each_prompt():
-    words = Words()
+    words, model = Words(), decoder_of().config
     words.bos = 42  # type: ignore[attr-defined]
-    asked = replace(language(decoder_of()), tokenizer=words)
-    assert [each.tokens[:2] for each in encode_prompts(["ab"], asked, Sampling(8))] == [[42, ord("a") - 32]]
-    assert [each.number for each in encode_prompts(["a", "b", "a"], asked, Sampling(8), samples=2)] == [
-        0,
-        1,
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert encode_prompts(["ab"], words, model, new_tokens=8)[0].tokens[:2] == [42, ord("a") - 32]
+    found = encode_prompts(["a", "b", "a"], words, model, new_tokens=8, samples=2)
+    assert [each.number for each in found] == [0, 1, 0, 1, 2, 3]
 
 
 @torch.no_grad()
