@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.errors import ConfigError
 from stablelm.evaluate.growing_text import GrowingText
+from stablelm.evaluate.next_token import choose
 from stablelm.evaluate.prompts import Prompt, Vocabulary
-from stablelm.evaluate.sampling import Sampling, choose, uniforms
+from stablelm.evaluate.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
 
@@ -66,8 +66,7 @@ def continue_prompts(
 
     What a row gets depends on its prompt, its number and the seed alone, up to the rounding of the products.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    check_counts(batch_size=batch_size)
     watcher = watcher or Watcher()
     # Rows of a batch of about the same length, and samples of one prompt together.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].tokens), prompts[index].tokens, index))

@@ -12,7 +12,7 @@ from stablelm.engine.ranks import check_precision
 from stablelm.errors import ConfigError
 from stablelm.evaluate.generate import Continuation, Language, Watcher, continue_prompts
 from stablelm.evaluate.prompts import beyond_training, encode_prompts
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.sampling import Sampling, check_counts
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Linear
@@ -126,8 +126,7 @@ def write(
     watcher: Watcher | None = None,
 ) -> list[Continuation]:
     """`samples` continuations of each text. Warns where positions go beyond those of training. Raises ConfigError."""
-    if samples < 1:
-        raise ConfigError(f"samples={samples} must be at least 1")
+    check_counts(samples=samples, batch_size=batch_size)
     language, new = model.language, sampling.max_new_tokens
     prompts = encode_prompts(texts, language.tokenizer, language.config, new_tokens=new, samples=samples)
     if notice := beyond_training(prompts, language.config, new):

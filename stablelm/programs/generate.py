@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
-from stablelm.errors import ConfigError
+from stablelm.errors import ConfigError, StorageError
 from stablelm.json_text import parse
 from stablelm.printable import printable
 from stablelm.programs.arguments import Parser, local_path, path_or_url
@@ -100,11 +100,23 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     from stablelm.process_exit import exit_code_of
 
-    return exit_code_of(lambda: _checked(arguments), lambda prompts: _generate(arguments, prompts))
+    return exit_code_of(lambda: _checked(arguments), lambda checked: _generate(arguments, *checked))
 
 
-def _checked(arguments: argparse.Namespace) -> list[str]:
-    """The prompts; all that can be checked without torch is right."""
+def _checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
+    """The prompts and the `Sampling`; all that can be checked without torch is right."""
+    from stablelm.evaluate.sampling import Sampling, check_counts
+
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        repetition_penalty=arguments.repetition_penalty,
+        stop=tuple(arguments.stop),
+        seed=arguments.seed,
+    )
+    check_counts(samples=arguments.samples, batch_size=arguments.batch_size)
     out: Path | None = arguments.out
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist; create it first")
@@ -114,7 +126,7 @@ def _checked(arguments: argparse.Namespace) -> list[str]:
     empty = [str(number) for number, prompt in enumerate(prompts, 1) if not prompt]
     if empty:
         raise ConfigError(f"prompt {', '.join(empty)} is empty; give it at least a word")
-    return prompts
+    return prompts, sampling
 
 
 class _Shown:
@@ -138,20 +150,10 @@ def show(text: str, end: str = "\n") -> None:
     print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def _generate(arguments: argparse.Namespace, prompts: list[str]) -> None:
+def _generate(arguments: argparse.Namespace, prompts: list[str], sampling: Any) -> None:
     from stablelm.evaluate.generate import Watcher
     from stablelm.evaluate.loaded_model import load_model, write
-    from stablelm.evaluate.sampling import Sampling
 
-    sampling = Sampling(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
-        stop=tuple(arguments.stop),
-        seed=arguments.seed,
-    )
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     model = load_model(
         arguments.checkpoint,
@@ -170,6 +172,8 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> None:
         batch_size=arguments.batch_size,
         watcher=Watcher(grown=shown.grown) if shown is not None else None,
     )
+    if shown is not None:
+        shown.end()
     records = [
         {
             "prompt": prompts[index // arguments.samples],
@@ -180,10 +184,14 @@ def _generate(arguments: argparse.Namespace, prompts: list[str]) -> None:
         }
         for index, each in enumerate(found)
     ]
-    if shown is not None:
-        shown.end()
-    else:
-        for record in records:
-            show(f"--- {record['prompt']!r}, sample {record['sample'] + 1}\n{record['prompt']}{record['text']}\n")
+    for record in records if shown is None else ():
+        show(f"--- {record['prompt']!r}, sample {record['sample'] + 1}\n{record['prompt']}{record['text']}\n")
     if arguments.out is not None:
-        arguments.out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        _save(records, arguments.out)
+
+
+def _save(records: list[dict[str, Any]], out: Path) -> None:
+    try:
+        out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"--out {out} cannot be written ({error.strerror}); name a file that can") from None

@@ -1,9 +1,12 @@
 """Samples at each evaluation: written on every engine, equal on all, and training does not notice them."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
+from end_to_end.test_stops import ENDLESS, start, wait_for_steps
 from support.programs import TINY, run, summary
 from support.tiny import TinyCorpus
 
@@ -87,10 +90,10 @@ def test_tensorboard_has_the_texts(tiny_corpus: TinyCorpus, tmp_path: Path):
 
 def test_prompts_are_checked_before_anything_is_created(tiny_corpus: TinyCorpus, tmp_path: Path):
     line = (*TINY, *tiny_corpus.overrides(), f"run.dir={tmp_path / 'run'}", "model.attention.position=learned")
-    done = run("pretrain", *line, 'evaluate.samples=["bato", ""]', "evaluate.sample_tokens=31")
+    done = run("pretrain", *line, 'evaluate.samples=["bato", ""]', "evaluate.sample_tokens=32")
     assert done.returncode == 78
     assert "evaluate.samples: prompt 2 is empty; give it at least a word" in done.stderr
-    assert "with evaluate.sample_tokens=31 more than the 32 positions" in done.stderr
+    assert "with evaluate.sample_tokens=32 more than the 32 positions" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -98,3 +101,22 @@ def test_a_price_is_no_variable(tiny_corpus: TinyCorpus, tmp_path: Path):
     records = trained(tmp_path, tiny_corpus, 'evaluate.samples=["it costs $HOME"]', "evaluate.sample_tokens=2")
     assert records[4][SAMPLES][0]["prompt"] == "it costs $HOME"
     assert summary(tmp_path)["exit_code"] == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_between_two_tokens_stops_the_run_which_writes_them_later(
+    processes: int, tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    long = (*SAMPLED[:1], "evaluate.sample_tokens=100000", "evaluate.every=2", "evaluate.batches=1")
+    process = start(tiny_corpus, tmp_path, *long, processes=processes)
+    wait_for_steps(tmp_path, 2, process)
+    time.sleep(1)  # the validation set takes less
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    told = summary(tmp_path)
+    assert (told["exit_code"], told["reason"], told["step"]) == (75, "signal", 2)
+    assert not {SAMPLES, "val_loss/default"} & set(last_records(tmp_path / "metrics.jsonl")[2])
+    line = (*TINY, *tiny_corpus.overrides(), *ENDLESS, *long, f"run.dir={tmp_path}")
+    again = run("pretrain", *line, "evaluate.sample_tokens=3", "run.stop_after=3", processes=processes)
+    assert summary(tmp_path)["exit_code"] == 75, again.stderr
+    assert {SAMPLES, "val_loss/default"} <= set(last_records(tmp_path / "metrics.jsonl")[2])
