@@ -323,6 +323,12 @@ class EvaluateConfig:
         "sequences that a rank processes at once; the same in any world size, so that the figures are",
         unit="sequences",
     )
+    samples: list[str] = key(
+        list,
+        "prompts that are continued at each evaluation, by the likeliest tokens; texts go to the records",
+        path=False,
+    )
+    sample_tokens: int = key(64, "new tokens of each sample", unit="tokens")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from stablelm.engine.optimizers import adamw, refused, set_learning_rate
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.tensor_parts import clean_name
-from stablelm.engine.torch_engine import compile_layers
+from stablelm.engine.torch_engine import compile_layers, uncompiled
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
+from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
@@ -38,7 +39,7 @@ class DeepSpeedEngine:
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
         self.kind, self.device = kind, ranks.device
         self._stage, self._world_size = int(kind.removeprefix("zero")), ranks.world_size
-        self._z_loss = config.train.z_loss
+        self._z_loss, self._compiled = config.train.z_loss, config.train.compile
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self.optimizer = _optimizer(self.module, config) if train else None
@@ -122,6 +123,11 @@ class DeepSpeedEngine:
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
         call = self.module if self._engine is None else self._engine
         return call(tokens, targets, z_loss=self._z_loss)
+
+    def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        call = self.module if self._engine is None else self._engine
+        with uncompiled(self._compiled):
+            return call(tokens, cache=cache, logits_at=columns)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Stage 1 adds gradients up on each rank until the last micro-batch; stages 2 and 3 keep only their part."""

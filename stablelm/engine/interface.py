@@ -11,6 +11,7 @@ from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
+from stablelm.model.cache import KeyValueCache
 from stablelm.model.loss import LossSums
 
 
@@ -48,6 +49,13 @@ class Engine(Protocol):
         """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
 
         `last` as its `backward` will say.
+        """
+        ...
+
+    def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (batch, vocab_size) of one column of each row of tokens (batch, seq), on every rank alike.
+
+        Collective where weights are sharded; never compiled, since the shapes change. `cache`: as of `Decoder`.
         """
         ...
 

@@ -1,7 +1,7 @@
 """The engine on torch alone: one process, DDP, FSDP2 or HSDP, chosen by `kind`."""
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
+from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
 from stablelm.model.loss import LossSums
@@ -30,6 +31,7 @@ class TorchEngine:
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
         self.kind, self.device = kind, ranks.device
         self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
+        self._compiled = config.train.compile
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self._roles = roles(self.module)
@@ -80,6 +82,10 @@ class TorchEngine:
         # DDP arranges the reduction of gradients in the forward pass.
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
             return self._call(tokens, targets, z_loss=self._z_loss)
+
+    def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        with uncompiled(self._compiled):
+            return self.module(tokens, cache=cache, logits_at=columns)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
@@ -176,3 +182,8 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
             layer.compile()
         elif isinstance(layer, Sublayer) and axes.stream.grows:
             layer.body.compile()
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[object]:
+    """Runs compiled layers as they were written, where there are any: shapes that change would compile again."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

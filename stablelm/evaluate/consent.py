@@ -16,7 +16,18 @@ from stablelm.config.trust import Believed
 from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 
-UNUSED = ("run.", "train.", "engine.", "observe.", "checkpoint.", "guards.", "faults.", "data.path", "data.mixture")
+UNUSED = (
+    "run.",
+    "train.",
+    "engine.",
+    "observe.",
+    "checkpoint.",
+    "guards.",
+    "faults.",
+    "evaluate.samples",
+    "data.path",
+    "data.mixture",
+)
 """What an evaluation does nothing with."""
 NOTHING_ALONE = ("data.cache", "data.storage.", "data.dataset.", "data.tokenizer")
 """What does nothing where all text is local and no data set, and the tokenizer, which a run keeps beside itself."""

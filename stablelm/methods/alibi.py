@@ -30,9 +30,15 @@ def alibi_bias(seq_len: int, n_heads: int, *, dtype: "torch.dtype", device: "tor
     """(n_heads, seq_len, seq_len): -slope (i - j) for keys j up to query i, -inf after it."""
     import torch
 
-    slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float64, device=device)
-    place = torch.arange(seq_len, dtype=torch.float64, device=device)
-    distance = place[:, None] - place
+    return _bias(torch.arange(seq_len, device=device), seq_len, n_heads, dtype)
+
+
+def _bias(places: "Tensor", length: int, n_heads: int, dtype: "torch.dtype") -> "Tensor":
+    """(..., n_heads, queries, length) for queries at `places`, (..., queries)."""
+    import torch
+
+    slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float64, device=places.device)
+    distance = places.double()[..., None, :, None] - torch.arange(length, dtype=torch.float64, device=places.device)
     bias = -slopes[:, None, None] * distance
     return bias.masked_fill(distance < 0, -torch.inf).to(dtype)
 
@@ -64,6 +70,9 @@ class Alibi(Position):
 
     def bias(self, model: Model, seq_len: int, **where: Any) -> "Tensor":
         return alibi_bias(seq_len, model.n_heads, **where)
+
+    def bias_at(self, model: Model, places: "Tensor", length: int, **where: Any) -> "Tensor":
+        return _bias(places, length, model.n_heads, where["dtype"])
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
         return _pattern(model.n_heads, seq_len)

@@ -154,6 +154,13 @@ class Value:
         """Why no standard architecture computes the same function, or None if one does."""
         return None
 
+    def cache_obstacle(self, model: Model) -> str | None:
+        """Why the keys and values of earlier tokens cannot be kept while text is generated, or None if they can.
+
+        They can where nothing that was computed for a token changes with later tokens or with the length of the text.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Stream(Value):
@@ -440,7 +447,11 @@ class Position(Value):
     """Whether `bias` returns a bias."""
 
     def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":
-        """What `turn` needs, made once for all layers; `where`: dtype and device."""
+        """What `turn` needs, made once for all layers: a row of each for a position; `where`: dtype and device.
+
+        A row does not depend on `seq_len`, unless `cache_obstacle` says so; with a cache, `turn` gets the rows of the
+        new tokens alone, (seq, ...) or (batch, seq, ...).
+        """
         return ()
 
     def turn(self, x: "Tensor", tables: "Chunks") -> "Tensor":
@@ -450,6 +461,11 @@ class Position(Value):
     def bias(self, model: Model, seq_len: int, **where: Any) -> "Tensor | None":
         """(heads, seq, seq), added to the logits, -inf after the query."""
         return None
+
+    def bias_at(self, model: Model, places: "Tensor", length: int, **where: Any) -> "Tensor | None":
+        """The rows of `bias` for queries at `places`, (batch, new) int64: (batch, heads, new, length)."""
+        bias = self.bias(model, length, **where)
+        return None if bias is None else bias[:, places].transpose(0, 1)
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
         """What positions do to attention at the start, for the theory, whose tables are kept by identity: cache it."""
@@ -477,6 +493,11 @@ class Shaping(Value):
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
+
+    def rows(self, layer: int, n_layers: int, places: NDArray[np.int64], length: int) -> tuple[Array, Array]:
+        """The rows of both for queries at `places`, (n,): the bias (n, length) and the factors (n,)."""
+        bias, factors = self.bias_and_scale(layer, n_layers, length)
+        return bias[places], factors[places]
 
 
 class ValueMixing(Value):

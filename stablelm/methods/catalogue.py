@@ -129,6 +129,11 @@ def export_obstacles(model: Model) -> list[str]:
     return [reason for value in model.axes.each() if (reason := value.export_obstacle(model)) is not None]
 
 
+def cache_obstacles(model: Model) -> list[str]:
+    """Why the keys and values of earlier tokens cannot be kept while text is generated; none if they can."""
+    return [reason for value in model.axes.each() if (reason := value.cache_obstacle(model)) is not None]
+
+
 def _shown(model: Model, keys: tuple[str, ...]) -> str:
     return " with ".join(f"{key}={_value(model, key.split('.')[1:])}" for key in keys)
 

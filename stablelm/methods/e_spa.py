@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablelm.methods.axes import (
     BRANCH_MATRICES,
@@ -46,13 +47,10 @@ def _innovation(layer: int, n_layers: int) -> float:
     return math.sqrt(-math.expm1(-2 * FINAL_DECAY)) ** (layer / n_layers)
 
 
-@lru_cache(maxsize=8)
-def _distances(seq_len: int) -> np.ndarray:
-    return np.subtract.outer(np.arange(seq_len, dtype=np.float64), np.arange(seq_len, dtype=np.float64))
-
-
-def log_attention(layer: int, n_layers: int, seq_len: int) -> np.ndarray:
+def log_attention(layer: int, n_layers: int, seq_len: int, places: np.ndarray | None = None) -> np.ndarray:
     """log A_l of layer `layer` (from 0) in float64, (seq_len, seq_len), -inf above the diagonal.
+
+    `places`: the rows to compute, (n,) integers; None for all. A row does not depend on `seq_len`.
 
     With phi = exp(-gamma), a = sqrt(1 - phi^2) and primes for the layer before: A_11 = 1, A_ii = a / a',
     A_ij = (a / a') (phi - phi') phi^(i-j-1), A_i1 = phi^(i-2) (phi - a phi' / a'). Logs, because entries span
@@ -61,18 +59,24 @@ def log_attention(layer: int, n_layers: int, seq_len: int) -> np.ndarray:
     a, before = _innovation(layer + 1, n_layers), _innovation(layer, n_layers)
     phi, phi_before = math.sqrt(1 - a * a), math.sqrt(max(0.0, 1 - before * before))
     log_phi, log_ratio = math.log(phi), math.log(a / before)
-    distance = _distances(seq_len)
+    queries = np.arange(seq_len) if places is None else places
+    distance = np.subtract.outer(queries.astype(np.float64), np.arange(seq_len, dtype=np.float64))
     logs = log_ratio + math.log(phi - phi_before) + (distance - 1) * log_phi
     logs[:, 0] = distance[:, 0] * log_phi - log_phi + math.log(phi - a / before * phi_before)
-    logs[np.diag_indices(seq_len)] = log_ratio
-    logs[0, 0] = 0.0
+    logs[distance == 0] = log_ratio
+    logs[queries == 0, 0] = 0.0
     logs[distance < 0] = -np.inf
     return logs
 
 
-def bias_and_scale(layer: int, n_layers: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """(B, D): the bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
-    logs = log_attention(layer, n_layers, seq_len)
+def bias_and_scale(
+    layer: int, n_layers: int, seq_len: int, places: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(B, D): the bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,).
+
+    `places`: the rows of both that are wanted; None: all.
+    """
+    logs = log_attention(layer, n_layers, seq_len, places)
     rows = np.exp(logs).sum(axis=1)
     return logs - np.log(rows)[:, None], rows
 
@@ -145,6 +149,9 @@ class Espa(Shaping):
 
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         return bias_and_scale(layer, n_layers, seq_len)
+
+    def rows(self, layer: int, n_layers: int, places: NDArray[np.int64], length: int) -> tuple[Array, Array]:
+        return bias_and_scale(layer, n_layers, length, places)
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         axes = model.axes

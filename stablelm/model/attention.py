@@ -11,6 +11,7 @@ from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
 from stablelm.methods.sizes import d_head, d_key_value
 from stablelm.model import documents
+from stablelm.model.cache import LayerCache
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions, bias_of
@@ -54,11 +55,16 @@ class Attention(nn.Module):
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
         return self.query, self.key, self.value
 
-    def forward(self, products: tuple[Tensor, ...], positions: Positions) -> Tensor:
-        """products: query (batch, seq, d_attention), key and value (batch, seq, d_kv) -> (batch, seq, branch)."""
+    def forward(self, products: tuple[Tensor, ...], positions: Positions, *, cache: LayerCache | None = None) -> Tensor:
+        """products: query (batch, seq, d_attention), key and value (batch, seq, d_kv) -> (batch, seq, branch).
+
+        With a cache, the products are of the new tokens, which see the earlier ones too.
+        """
         query, key = self.queries_and_keys(products, positions)
         value = products[2].unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-        mixed = self._mix(query, key, value, positions).transpose(1, 2).flatten(-2)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        mixed = self._mix(query, key, value, positions, cache).transpose(1, 2).flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed)
         return self.output(mixed)
@@ -72,46 +78,54 @@ class Attention(nn.Module):
         query, key = self.position.turn(query, positions), self.position.turn(key, positions)
         return query.transpose(1, 2), key.transpose(1, 2)
 
-    def logits(self, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
-        """(batch, heads, seq, seq) in at least fp32, capped and biased, -inf for keys after the query."""
+    def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """(batch, heads, queries, keys) in at least fp32, capped and biased, -inf for keys after the query.
+
+        The queries are of the last tokens; without a cache, of all.
+        """
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         dtype = torch.promote_types(query.dtype, torch.float32)
         logits = (query @ key.transpose(-1, -2)).to(dtype) * self.scale
         cap = self.config.attention.logit_cap
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        bias = self._bias(positions, query)
+        bias = self._bias(positions, query, cache)
         if bias is not None:
             return logits + bias.to(dtype)
-        after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        earlier = key.shape[-2] - query.shape[-2]
+        after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1 + earlier)
         return logits.masked_fill(after, -torch.inf)
 
-    def _bias(self, positions: Positions, query: Tensor) -> Tensor | None:
+    def _bias(self, positions: Positions, query: Tensor, cache: LayerCache | None) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
-        return self._shaped(query)[0] if self.shaping.active else bias_of(positions)
+        return self._shaped(query, cache)[0] if self.shaping.active else bias_of(positions)
 
     @torch.compiler.disable()
-    def _shaped(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """The shaping's bias and row scale for these queries' length, kept for the next call."""
+    def _shaped(self, query: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """The shaping's bias and row scale for these queries, without a cache kept for the next call."""
+        if cache is not None:
+            return cache.shaped(self.shaping, self.layer, torch.promote_types(query.dtype, torch.float32))
         key = (query.shape[-2], query.device, torch.promote_types(query.dtype, torch.float32))
         if self._kept is None or self._kept[0] != key:
             both = self.shaping.bias_and_scale(self.layer, self.config.n_layers, key[0])
             bias, rows = (torch.from_numpy(each).to(query.device, key[2]) for each in both)
-            self._kept = key, (bias, rows)
+            self._kept = key, (bias, rows[:, None])
         return self._kept[1]
 
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
         """(batch, heads, seq, d_head): values averaged by softmax attention."""
-        mixed = self._average(query, key, value, positions)
-        return mixed * self._shaped(query)[1].to(mixed.dtype)[:, None] if self.shaping.active else mixed
+        mixed = self._average(query, key, value, positions, cache)
+        return mixed * self._shaped(query, cache)[1].to(mixed.dtype) if self.shaping.active else mixed
 
-    def _average(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
+    def _average(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None
+    ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         if self.config.attention.logit_cap:
             # No fused kernel caps logits.
-            weights = F.dropout(self.logits(query, key, positions).softmax(dim=-1).to(value.dtype), dropout)
+            weights = F.dropout(self.logits(query, key, positions, cache).softmax(dim=-1).to(value.dtype), dropout)
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        bias = self._bias(positions, query)
+        bias = self._bias(positions, query, cache)
         if bias is not None and bias.dtype == torch.int32:
             return documents.average(query, key, value, bias, self.scale)
         return F.scaled_dot_product_attention(
@@ -120,7 +134,7 @@ class Attention(nn.Module):
             value,
             attn_mask=None if bias is None else bias.to(query.dtype),
             dropout_p=dropout,
-            is_causal=bias is None,
+            is_causal=bias is None and query.shape[2] == key.shape[2],
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import d_head, stream_width
 from stablelm.model import documents
+from stablelm.model.cache import KeyValueCache
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, chunked_cross_entropy
 from stablelm.model.norms import Norm
@@ -51,48 +52,69 @@ class Decoder(nn.Module):
         """The output matrix (vocab_size, d_model); the embedding itself when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> "Tensor | LossSums":
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        z_loss: float = 0.0,
+        cache: KeyValueCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> "Tensor | LossSums":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
-        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`.
+        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`. `cache`: of the
+        tokens before these, to which these are added. `logits_at`: (batch,) int64, a column of each row, whose logits
+        (batch, vocab_size) in the parameter dtype are returned in place of hidden states.
         Call the module, not this method: sharding engines hook the call.
         """
-        hidden = self._hidden(tokens)
+        hidden = self._hidden(tokens, cache)
+        if logits_at is not None:
+            return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
         if targets is None:
             return hidden
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss)
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        positions = self.positions(tokens)
-        chunks = self._tapped(0, self.stream.start(self.embed(tokens)))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., d_model) in the compute dtype -> (..., vocab_size) in the parameter dtype."""
+        return F.linear(hidden, self.head_weight().to(hidden.dtype)).to(self.dtypes.parameter)
+
+    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+        positions = self.positions(tokens) if cache is None else cache.enter(tokens, self.dtypes)
+        chunks = self._tapped(0, self.stream.start(self.embed(tokens, cache)))
         values: Chunks = ()
         for index, layer in enumerate(self.layers):
-            new = layer(chunks, positions, values)
+            new = layer(chunks, positions, values, None if cache is None else cache.layers[index])
             if self.config.axes.value_mixing.share is not None and not values:
                 *new, first = new
                 values, new = (first,), tuple(new)
             chunks = self._tapped(index + 1, self.stream.settle(self.stream.join(chunks, new)))
+        if cache is not None:
+            cache.leave(tokens.shape[1])
         return self.finish(chunks)
 
     def _tapped(self, index: int, chunks: Chunks) -> Chunks:
         return chunks if self.tap is None else self.tap(index, chunks)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(batch, seq) -> (batch, seq, d_model) in the stream's dtype."""
+    def embed(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(batch, seq) -> (batch, seq, d_model) in the stream's dtype; `cache`: of a call under way."""
         x = self.embedding(tokens)
         scale = self.config.axes.init.embedding_scale(self.config)
         if scale != 1:
             x = x * scale
         if self.position is not None:
-            assert tokens.shape[1] <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
-            end = self.config.attention.document_end
-            place = (
-                torch.arange(tokens.shape[1], device=tokens.device) if end is None else documents.places(tokens, end)
-            )
-            x = x + self.position(place)
+            length = tokens.shape[1] if cache is None else cache.end
+            assert length <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
+            x = x + self.position(self._places(tokens, cache))
         if self.norm_embedding is not None:
             x = self.norm_embedding(x)
         return F.dropout(x, self.config.dropout, self.training).to(self.dtypes.stream)
+
+    def _places(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+        """The rows of the table of positions for these tokens, (seq,) or (batch, seq)."""
+        end = self.config.attention.document_end
+        if cache is not None:
+            return cache.places if end is None else cache.document_places(end)
+        return torch.arange(tokens.shape[1], device=tokens.device) if end is None else documents.places(tokens, end)
 
     def finish(self, chunks: Chunks) -> Tensor:
         """The stream after all layers -> what the head multiplies, (batch, seq, d_model) in the compute dtype."""

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
+from stablelm.model.cache import LayerCache
 from stablelm.model.linear import Dtypes, Linear, reparam_of
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
@@ -30,8 +31,10 @@ class FeedForward(nn.Module):
     def first_maps(self) -> tuple[Linear, ...]:
         return (self.fc1, self.gate) if self.activation.gated else (self.fc1,)
 
-    def forward(self, products: tuple[Tensor, ...], positions: Positions = ()) -> Tensor:
-        """products: (batch, seq, d_ff) each -> (batch, seq, branch); `positions`: every body is called alike."""
+    def forward(
+        self, products: tuple[Tensor, ...], positions: Positions = (), *, cache: LayerCache | None = None
+    ) -> Tensor:
+        """products: (batch, seq, d_ff) each -> (batch, seq, branch); every body is called with the same arguments."""
         hidden = self.activation.apply(products[0], products[1] if self.activation.gated else None, self.n_layers)
         if self.norm_inner is not None:
             hidden = self.norm_inner(hidden)

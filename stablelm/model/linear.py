@@ -65,6 +65,17 @@ class Linear(nn.Module):
             product = product * factor.to(product.dtype)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
+    @torch.no_grad()
+    def fix(self) -> None:
+        """For a model that is not trained any more: the factor goes into the weight, which takes the compute dtype.
+
+        In memory it is turned round, which CPUs multiply faster with a few rows, as when a text grows token by token.
+        """
+        factor = None if self.reparam is None else self.reparam.factor(self)
+        weight = self.weight if factor is None else self.weight * factor[:, None]
+        turned = weight.to(self.compute_dtype).t().contiguous().t()
+        self.weight, self.reparam = nn.Parameter(turned, requires_grad=False), None
+
 
 def reparam_of(config: ModelConfig, sublayer: int) -> Reparam | None:
     """The reparametrisation of a sub-layer's matrices, None where they are what they are."""

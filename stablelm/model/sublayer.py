@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Added
 from stablelm.model.attention import Attention
+from stablelm.model.cache import LayerCache
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Dtypes
 from stablelm.model.norms import Norm
@@ -42,7 +43,7 @@ class Sublayer(nn.Module):
         placement, width = axes.placement, axes.stream.widths(config, index)
         self.stream = axes.stream.at(config)
         self.compute_dtype = dtypes.compute
-        # A concatenation at every depth would keep memory that grows with the square of the depth.
+        # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
         self.frees_input = self.stream.grows
         scale = placement.input_scale(layer)
         self.norm_in = Norm(config, dtypes, width.read, scale=scale) if placement.before_body else None
@@ -56,7 +57,7 @@ class Sublayer(nn.Module):
     def enter(self, chunks: Chunks) -> Products:
         """chunks: the stream -> products of `body.first_maps`, (batch, seq, d_out) each in the compute dtype."""
         maps = self.body.first_maps
-        if not self.frees_input:
+        if not self.frees_input or not torch.is_grad_enabled():
             x = self._read(*chunks)
             return tuple(linear(x) for linear in maps)
         stacked = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
@@ -77,9 +78,11 @@ class Sublayer(nn.Module):
         x = self._read(*chunks)
         return F.linear(x, torch.cat([linear.weight for linear in self.body.first_maps]).to(self.compute_dtype))
 
-    def leave(self, chunks: Chunks, products: Products, positions: Positions) -> Chunks:
+    def leave(
+        self, chunks: Chunks, products: Products, positions: Positions, cache: LayerCache | None = None
+    ) -> Chunks:
         """The tensors from which `Stream.join` makes the next stream, in the stream's dtype."""
-        branch = self.body(products, positions)
+        branch = self.body(products, positions, cache=cache)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
         new = self.stream.write(chunks, self.dropout(branch), named_parameters_of(self, self.added))
@@ -99,16 +102,19 @@ class Layer(nn.Module):
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
         self.added = _add(self, self.stream.in_layer(config, index), dtypes)
 
-    def forward(self, chunks: Chunks, positions: Positions, values: Chunks = ()) -> Chunks:
+    def forward(
+        self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
+    ) -> Chunks:
         """The tensors from which `Stream.join` makes the next stream; chunks: (batch, seq, width) each.
 
         With value mixing, layer 0 also returns its values as the last tensor; later layers receive them as `values`.
+        With a cache, all of these are of the new tokens alone.
         """
         products = self.attention.enter(chunks)
         own = products[2]
         if values:
             products = (products[0], products[1], self.value_mixing.mix(own, values[0]))
-        attended = self.attention.leave(chunks, products, positions)
+        attended = self.attention.leave(chunks, products, positions, cache)
         between = self.stream.join(chunks, attended)
         fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))

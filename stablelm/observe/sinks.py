@@ -1,6 +1,7 @@
 """Where records go: `metrics.jsonl` (the truth), TensorBoard (derived from it) and the console.
 
-A record is a flat dict: `step`, other counters, and metrics by name.
+A record is a flat dict: `step`, other counters, and metrics by name; or `step`, counters and `samples`, a list of
+`prompt` and `text`.
 """
 
 import errno
@@ -22,6 +23,7 @@ from stablelm.observe.console import Console as Console  # the third sink
 from stablelm.observe.progress import Progress
 
 COUNTERS = ("step", "tokens", "attempt")
+SAMPLES = "samples"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -127,7 +129,7 @@ def last_records(path: str | Path) -> dict[int, dict[str, Any]]:
 
 
 class TensorBoardSink:
-    """One scalar for each metric, under its own name.
+    """One scalar for each metric, under its own name, and a text for each sample.
 
     `purge_step` makes TensorBoard forget that step and later ones of earlier attempts in the same
     directory. Raises StorageError.
@@ -144,6 +146,13 @@ class TensorBoardSink:
         for name, value in record.items():
             if name not in COUNTERS and isinstance(value, int | float):
                 self._guard(lambda name=name, value=value: self._writer.add_scalar(name, value, record["step"]))
+        for number, sample in enumerate(record.get(SAMPLES, ()), 1):
+            # As Markdown takes it: a block of code, whose lines are shown as they are.
+            lines = (sample["prompt"] + sample["text"]).splitlines()
+            block = "\n".join(f"    {line}" for line in lines)
+            self._guard(
+                lambda name=f"{SAMPLES}/{number}", block=block: self._writer.add_text(name, block, record["step"])
+            )
 
     def close(self) -> None:
         self._guard(self._writer.close)

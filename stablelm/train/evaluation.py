@@ -11,6 +11,7 @@ from stablelm.data.mixture import Mixture
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
 from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
+from stablelm.observe.sinks import SAMPLES
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
 from stablelm.train.stop import StepExchange
@@ -23,16 +24,19 @@ class _CutShort(Exception):
 
 
 def validate(job: Job, exchange: StepExchange) -> bool:
-    """Scores every validation set at the current step and records them as `val_loss/<set>`.
+    """Scores every validation set at the current step, recorded as `val_loss/<set>`, and writes `samples`.
 
     False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
     """
     progress, rows, scores = job.progress, job.config.evaluate.micro_batch_size, {}
+    reached = partial(_reached, job, exchange)
     progress.evaluation_due = True
     try:
         for name, data in job.validation.items():
             job.watchdog.marker.at("evaluation", progress.step)
-            scores[name] = evaluate(job.engine, job.ranks, data, rows, partial(_reached, job, exchange))
+            scores[name] = evaluate(job.engine, job.ranks, data, rows, reached)
+        job.watchdog.marker.at("evaluation", progress.step)
+        samples = job.samples.write(job.engine, job.ranks, reached)
     except _CutShort:
         return False
     progress.evaluation_due = False
@@ -42,11 +46,13 @@ def validate(job: Job, exchange: StepExchange) -> bool:
         bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
         values |= {name: value for name, value in bits.items() if value is not None}
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
+    if samples:
+        job.records.write({"step": progress.step, "tokens": progress.tokens, SAMPLES: samples})
     return True
 
 
 def _reached(job: Job, exchange: StepExchange, place: str) -> None:
-    """Before each micro-batch, on all ranks alike."""
+    """Before each micro-batch and each token of a sample, on all ranks alike."""
     marker, stop = job.watchdog.marker, job.stop
     stop.batch_seconds = max(stop.batch_seconds, time.time() - marker.now.since)
     marker.reached(place)

@@ -33,6 +33,7 @@ from stablelm.supervise.shutdown import Ending
 from stablelm.train import resume
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
+from stablelm.train.samples import Samples, build_samples
 from stablelm.train.step import dry_run
 from stablelm.train.stop import Outcome, Stop, deadline
 
@@ -49,6 +50,7 @@ class Job:
     ranks: Ranks
     loader: Loader
     validation: dict[str, ValidationSet]
+    samples: Samples
     progress: Progress
     stop: Stop
     guard: Guard
@@ -110,6 +112,7 @@ def build_job(
         ranks=ranks,
         loader=loader,
         validation=read_validation(prepared),
+        samples=build_samples(prepared, engine),
         progress=progress,
         stop=stop,
         guard=guard,

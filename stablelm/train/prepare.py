@@ -21,6 +21,7 @@ from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError, Problems
+from stablelm.evaluate.prompts import encode_prompts
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
 from stablelm.observe import provenance
@@ -73,6 +74,15 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
         world_size=launch.world_size,
         accelerate_precision=flags.precision,
         origins=loaded.origins,
+    )
+    evaluate = config.evaluate
+    encode_prompts(
+        evaluate.samples,
+        tokenizer,
+        config.model,
+        new_tokens=evaluate.sample_tokens,
+        label="evaluate.samples: ",
+        limit="evaluate.sample_tokens",
     )
     corpora = None
     if launch.rank == 0 or not _remote(config):
