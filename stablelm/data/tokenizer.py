@@ -69,11 +69,13 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, *, key: str = "data.tokenizer"):
         self.path = str(path)
-        content = _read(self.path, key)
+        self._content = content = _read(self.path, key)
         self._processor = _processor(content, self.path, key)
         self.pieces: int = self._processor.get_piece_size()
         self.eos: int = self._processor.eos_id()
         self.unknown: int = self._processor.unk_id()
+        self.bos: int | None = bos if (bos := self._processor.bos_id()) >= 0 else None
+        self.add_bos = False
         self.sha256: str = hashlib.sha256(content).hexdigest()
         if self.eos < 0:
             raise ConfigError(
@@ -94,6 +96,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; control pieces such as eos give nothing."""
         return self._processor.decode(list(ids))
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the files that make this tokenizer again."""
+        return {"tokenizer.model": self._content}
 
 
 def _read(path: str, key: str) -> bytes:
