@@ -3,18 +3,20 @@
 With c_0 to be chosen and c_{s+1} = skip_s c_s over the sub-layers s, the stream x_s of x <- skip x + branch f(x) is
 c_s y_s, where y_{s+1} = y_s + (branch_s / c_{s+1}) f(c_s y_s). A norm in front of f takes c_s out again, but for its
 eps, which it sees as eps / c_s^2. The architectures that are written have one eps for all norms, so where the skips
-differ from 1, c_0 is chosen such that the largest |c_s^2 - 1| is smallest: to first order no norm's output is off by
-more than |c_s^2 - 1| eps / (2 v) of itself, v being the mean square of what it reads. All other folds are exact; they
-are computed in float64 and rounded once.
+differ from 1, c_0 is chosen such that the largest |c_s^2 - 1| is smallest: to first order a norm's output is off by the
+share (c_s^2 - 1) eps / (2 v), v being the mean square of what it reads. The average of that over the tokens of
+`calibrated` is taken back by the norm's gain. All other folds are exact; they are computed in float64 and rounded once.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
+from stablelm.export.calibration import norm_inputs
 from stablelm.export.weights import LazyTensor, Weights, constant
 from stablelm.methods import catalogue
 from stablelm.methods.sizes import d_head
@@ -67,15 +69,32 @@ class Folded:
     `obstacles` is empty is the rest of use.
     """
 
-    def __init__(self, model: ModelConfig, weights: Weights, *, centre: bool = False):
-        self.model, self.weights, self.centre = model, weights, centre
+    def __init__(
+        self, model: ModelConfig, weights: Weights, *, centre: bool = False, norm_inputs: Sequence[float] | None = None
+    ):
+        self.model, self.weights, self.centre, self._norm_inputs = model, weights, centre, norm_inputs
         self.d_head = d_head(model)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the only differences are those of rounding: no norm sees another eps."""
+        return len(set(self.scales)) == 1
+
+    def calibrated(self, tokens: Tensor) -> "Folded":
+        """With norms whose gains make up for their eps as these tokens need it, (batch, seq) int64.
+
+        The model is run, one layer in memory at a time.
+        """
+        if self.is_exact:
+            return self
+        found = norm_inputs(self.model, self.weights, tokens)
+        return Folded(self.model, self.weights, centre=self.centre, norm_inputs=found)
 
     @property
     def with_rms_norms(self) -> "Folded":
         """The same function with root-mean-square norms, for layer norms without biases and none on the branches."""
         centre = self.model.axes.norm.standard == "layer"
-        return Folded(self.model, self.weights, centre=True) if centre else self
+        return Folded(self.model, self.weights, centre=centre, norm_inputs=self._norm_inputs)
 
     @cached_property
     def obstacles(self) -> list[str]:
@@ -131,15 +150,16 @@ class Folded:
         table = self.weights.lazy("embedding.weight")
         if not self.model.embedding_norm:
             return self._centred(table.times(self._embedding_scale), dim=-1)
-        gain, bias = self._norm("norm_embedding")
+        affine = self._norm("norm_embedding")
         alpha = self.weights.optional("norm_embedding.alpha")
         scale = self.model.axes.init.embedding_scale(self.model)
         norm, eps, first = self.model.axes.norm, self.model.norm_eps, self.scales[0]
 
         def normed(table: Tensor) -> Tensor:
-            own = gain.values(), None if bias is None else bias.values(), None if alpha is None else alpha.values()
+            gain = affine.weight.values()
+            bias, slope = (None if each is None else each.values() for each in (affine.bias, alpha))
             for rows in table.split(BLOCK):
-                rows.copy_(norm.apply(rows * scale, *own, eps).div_(first))
+                rows.copy_(norm.apply(rows * scale, gain, bias, slope, eps).div_(first))
             return table
 
         return self._centred(table.map(normed), dim=-1)
@@ -159,7 +179,7 @@ class Folded:
 
     def final_norm(self) -> Affine:
         """The norm in front of the head; of a tied head it takes the multiplier, and undoes that of the table."""
-        found = Affine(*self._norm("norm_final"))
+        found = self._norm("norm_final", 2 * self.model.n_layers)
         if not self.tied:
             return found
         return found.times(self.model.axes.init.head_scale(self.model) / self._embedding_scale)
@@ -197,8 +217,8 @@ class Folded:
 
     def _first(self, sublayer: int, names: tuple[str, ...]) -> tuple[Affine, list[Affine]]:
         """The norm in front of a sub-layer, and the maps that read it."""
-        gain, bias = self._norm(f"{_stem(sublayer)}.norm_in")
-        norm = Affine(gain, bias).times(self.model.axes.placement.input_scale(sublayer // 2))
+        norm = self._norm(f"{_stem(sublayer)}.norm_in", sublayer)
+        norm = norm.times(self.model.axes.placement.input_scale(sublayer // 2))
         return norm, [self._map(sublayer, name) for name in names]
 
     def _last(self, sublayer: int, name: str) -> tuple[Affine, Affine | None]:
@@ -206,7 +226,7 @@ class Folded:
         scale = self.gains[sublayer][1] / self.scales[sublayer + 1]
         found = self._map(sublayer, name)
         if self.model.axes.placement.on_branch:
-            return found, Affine(*self._norm(f"{_stem(sublayer)}.norm_branch")).times(scale)
+            return found, self._norm(f"{_stem(sublayer)}.norm_branch").times(scale)
         found = found.times(scale)
         bias = None if found.bias is None else self._centred(found.bias, dim=0)
         return Affine(self._centred(found.weight, dim=0), bias), None
@@ -216,8 +236,14 @@ class Folded:
         bias = self.weights.optional(f"{stem}.bias") or self.weights.optional(f"{stem}.up.bias")
         return Affine(self.weights.matrix(stem, self.model, sublayer), bias)
 
-    def _norm(self, stem: str) -> tuple[LazyTensor, LazyTensor | None]:
-        return self.weights.lazy(f"{stem}.weight"), self.weights.optional(f"{stem}.bias")
+    def _norm(self, stem: str, reads: int | None = None) -> Affine:
+        """A norm; `reads`: the sub-layer in front of which it reads the stream."""
+        found = Affine(self.weights.lazy(f"{stem}.weight"), self.weights.optional(f"{stem}.bias"))
+        if reads is None or self._norm_inputs is None:
+            return found
+        # The norm divides by sqrt(v + c^2 eps) of what x is, not by sqrt(v + eps).
+        size, eps, scale = self._norm_inputs[reads], self.model.norm_eps, self.scales[reads]
+        return Affine(found.weight.times(math.sqrt((size + scale**2 * eps) / (size + eps))), found.bias)
 
     def _centred(self, tensor: LazyTensor, *, dim: int) -> LazyTensor:
         """Without its mean over d_model, if norms are to be root-mean-square norms."""

@@ -7,7 +7,6 @@ over all positions in every layer, and the logits of the head have no cap.
 import math
 from typing import Any
 
-
 from stablelm.export.folding import Affine, Folded
 from stablelm.export.formats import llama
 from stablelm.export.weights import LazyTensor
