@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,19 @@ from stablelm.export.weights import Weights
 from stablelm.model.decoder import Decoder
 
 
-@torch.no_grad()
-def norm_inputs(model: ModelConfig, weights: Weights, tokens: Tensor) -> list[float]:
-    """The harmonic mean over tokens of the mean square that the norm of each sub-layer reads; last, the final norm's.
+class NormInput(NamedTuple):
+    """The mean square of what a norm reads, of layer norms the variance: its harmonic mean over tokens, and its least.
 
-    tokens: (batch, seq) int64. The harmonic mean, because eps changes a norm's output by eps / (2 mean square) of it;
-    of layer norms the variance in place of the mean square.
+    The harmonic mean, because eps changes a norm's output by the share eps / (2 mean square).
     """
+
+    mean: float
+    least: float
+
+
+@torch.no_grad()
+def norm_inputs(model: ModelConfig, weights: Weights, tokens: Tensor) -> list[NormInput]:
+    """What the norm of each sub-layer reads and, last, the final norm; tokens: (batch, seq) int64."""
     centred = model.axes.norm.standard == "layer"
     with torch.device("meta"):
         decoder = Decoder(model, "fp32").eval()
@@ -27,14 +34,14 @@ def norm_inputs(model: ModelConfig, weights: Weights, tokens: Tensor) -> list[fl
     chunks = decoder.stream.start(decoder.embed(tokens))
     for part in outer:
         part.to_empty(device="meta")
-    positions, found = decoder.positions(tokens), []
+    positions, found = decoder.positions(tokens), list[NormInput]()
     for layer in decoder.layers:
         _load(layer, decoder, weights)
         norms = [layer.attention.norm_in, layer.feedforward.norm_in]  # type: ignore[union-attr]
         with _recorded(norms, found, centred):  # type: ignore[arg-type]
             chunks = decoder.stream.join(chunks, layer(chunks, positions))
         layer.to_empty(device="meta")
-    found.append(_harmonic(decoder.stream.finish(chunks), centred))
+    found.append(_of(decoder.stream.finish(chunks), centred))
     return found
 
 
@@ -46,10 +53,10 @@ def _load(part: nn.Module, decoder: Decoder, weights: Weights) -> None:
 
 
 @contextmanager
-def _recorded(norms: list[nn.Module], found: list[float], centred: bool) -> Iterator[None]:
+def _recorded(norms: list[nn.Module], found: list[NormInput], centred: bool) -> Iterator[None]:
     """Adds what each norm reads inside the with block."""
     handles = [
-        norm.register_forward_pre_hook(lambda _, inputs: found.append(_harmonic(inputs[0], centred))) for norm in norms
+        norm.register_forward_pre_hook(lambda _, inputs: found.append(_of(inputs[0], centred))) for norm in norms
     ]
     try:
         yield
@@ -58,7 +65,7 @@ def _recorded(norms: list[nn.Module], found: list[float], centred: bool) -> Iter
             handle.remove()
 
 
-def _harmonic(x: Tensor, centred: bool) -> float:
+def _of(x: Tensor, centred: bool) -> NormInput:
     x = x.double()
-    x = x - x.mean(dim=-1, keepdim=True) if centred else x
-    return 1 / x.pow(2).mean(dim=-1).reciprocal().mean().item()
+    squares = (x - x.mean(dim=-1, keepdim=True) if centred else x).pow(2).mean(dim=-1)
+    return NormInput(1 / squares.reciprocal().mean().item(), squares.min().item())

@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.export.calibration import norm_inputs
+from stablelm.export.calibration import NormInput, norm_inputs
 from stablelm.export.weights import LazyTensor, Weights, constant
 from stablelm.methods import catalogue
 from stablelm.methods.sizes import d_head
@@ -70,15 +70,27 @@ class Folded:
     """
 
     def __init__(
-        self, model: ModelConfig, weights: Weights, *, centre: bool = False, norm_inputs: Sequence[float] | None = None
+        self,
+        model: ModelConfig,
+        weights: Weights,
+        *,
+        centre: bool = False,
+        norm_inputs: Sequence[NormInput] = (),
     ):
         self.model, self.weights, self.centre, self._norm_inputs = model, weights, centre, norm_inputs
         self.d_head = d_head(model)
 
     @property
     def is_exact(self) -> bool:
-        """Whether the only differences are those of rounding: no norm sees another eps."""
+        """Whether only rounding makes a difference: no norm sees another eps."""
         return len(set(self.scales)) == 1
+
+    @property
+    def largest_error(self) -> float:
+        """The largest share by which the output of a norm is off for a token of `calibrated`, to first order."""
+        inputs, eps = self._norm_inputs, self.model.norm_eps
+        pairs = zip(self.scales, inputs, strict=bool(inputs))
+        return max((abs(c**2 - 1) * eps / 2 * (1 / each.least - 1 / each.mean) for c, each in pairs), default=0.0)
 
     def calibrated(self, tokens: Tensor) -> "Folded":
         """With norms whose gains make up for their eps as these tokens need it, (batch, seq) int64.
@@ -239,10 +251,10 @@ class Folded:
     def _norm(self, stem: str, reads: int | None = None) -> Affine:
         """A norm; `reads`: the sub-layer in front of which it reads the stream."""
         found = Affine(self.weights.lazy(f"{stem}.weight"), self.weights.optional(f"{stem}.bias"))
-        if reads is None or self._norm_inputs is None:
+        if reads is None or not self._norm_inputs:
             return found
         # The norm divides by sqrt(v + c^2 eps) of what x is, not by sqrt(v + eps).
-        size, eps, scale = self._norm_inputs[reads], self.model.norm_eps, self.scales[reads]
+        size, eps, scale = self._norm_inputs[reads].mean, self.model.norm_eps, self.scales[reads]
         return Affine(found.weight.times(math.sqrt((size + scale**2 * eps) / (size + eps))), found.bias)
 
     def _centred(self, tensor: LazyTensor, *, dim: int) -> LazyTensor:

@@ -12,6 +12,7 @@ from stablelm.errors import ConfigError, DataError
 from stablelm.evaluate.trained_run import TrainedRun
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 
+EMBEDDED = "embedded"
 CHECKED_DOCUMENTS, CHECKED_CHARACTERS = 2000, 1 << 24
 CALIBRATED_ROWS, CALIBRATED_LENGTH = 4, 128
 
@@ -26,6 +27,8 @@ def sample_documents(run: TrainedRun, given: str | None) -> list[str]:
         files = inspection.text_files(given, key="--check-tokenizer", cache=run.config.data.cache, options=options)
         return _some(files, options)
     for name, path in validation_paths(run.config).items():
+        if path == EMBEDDED and run.config.data.tokenizer != EMBEDDED:
+            continue  # what is meant where the run's own text is not believed, and takes long to build
         options = validation_options(run.config, name)
         try:
             files = corpus.resolve(path, key=name, cache=run.config.data.cache, options=options)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from stablelm.data.tokenizer import Tokenizer
@@ -35,11 +34,11 @@ def token_ids(tokenizer: Tokenizer) -> TokenIds:
     return TokenIds(tokenizer.bos, tokenizer.eos, own if own >= 0 else tokenizer.eos)
 
 
-def write(folder: Path, tokenizer: Tokenizer, *, longest: int) -> None:
-    """Writes the tokenizer's own files byte for byte, and what transformers lacks beside them.
+def contents(tokenizer: Tokenizer, *, longest: int) -> dict[str, bytes]:
+    """The tokenizer's own files byte for byte, by name, and what transformers lacks beside them.
 
     `longest`: tokens that the model takes. Of a SentencePiece model that is a tokenizer.json. Raises ConfigError for
-    one that cannot be converted, and OSError.
+    one that cannot be converted.
     """
     from tokenizers import Tokenizer as Library
 
@@ -60,15 +59,14 @@ def write(folder: Path, tokenizer: Tokenizer, *, longest: int) -> None:
             "split_special_tokens": True,
         }
         files[SETTINGS] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    return files
 
 
-def difference(folder: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> Difference:
+def difference(files: dict[str, bytes], tokenizer: Tokenizer, texts: Iterable[str]) -> Difference:
     """Compares the ids of the exported tokenizer.json with the run's, document by document."""
     from tokenizers import Tokenizer as Library
 
-    library = Library.from_file(str(folder / JSON))
+    library = Library.from_str(files[JSON].decode())
     library.encode_special_tokens = True
     differing = documents = 0
     for text in texts:

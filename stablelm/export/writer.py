@@ -64,13 +64,15 @@ def export(request: ExportRequest) -> Exported:
     folded = Folded(run.config.model, Weights(run.checkpoint))
     name = choose(request.format, folded)
     texts = sample_documents(run, request.checked)
+    files = tokenizer_files.contents(run.tokenizer, longest=run.config.model.max_seq_len or 0)
     if request.push is not None:
         hub.prepare(request.push)
     with _complete_at_end(request.out) as folder:
-        folded, notes = _calibrated(folded, run, texts, name)
+        folded = folded if name == OWN else folded.calibrated(sample_tokens(run, texts))
+        notes = [*_differences(folded, run, name), _tokenizer_difference(files, run, texts)]
         parameters = _write_model(request, name, folded, run, folder)
-        if name != GGUF:
-            notes.append(_write_tokenizer(run, texts, folder))
+        for file, content in files.items() if name != GGUF else ():
+            (folder / file).write_bytes(content)
         written = model_card.Written(name, request.dtype, parameters, tuple(notes))
         (folder / "README.md").write_text(model_card.card(run, written), encoding="utf-8")
     if request.push is not None:
@@ -111,14 +113,24 @@ def _complete_at_end(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _calibrated(folded: Folded, run: TrainedRun, texts: list[str], name: str) -> tuple[Folded, list[str]]:
-    """For the architectures of one eps, see `folding`."""
-    if folded.is_exact or name == OWN:
-        return folded, []
-    return folded.calibrated(sample_tokens(run, texts)), [
-        f"The stream's scales are in the weights, but norms of {name} have one eps for all depths: their gains make up "
-        "for it on average, and single logits may differ by some 1e-5."
-    ]
+def _differences(folded: Folded, run: TrainedRun, name: str) -> list[str]:
+    """Sentences on what a standard architecture computes in another way."""
+    found = []
+    if name != OWN and not folded.is_exact:
+        found.append(
+            f"The stream's scales are in the weights, but norms of {name} have one eps for all depths: their gains "
+            f"make up for it on average, and a norm's output is off by a share of {folded.largest_error:.0e} at most."
+        )
+    if name != OWN and run.config.model.attention.document_end is not None:
+        found.append("In training attention did not reach beyond a document; here it does: give one document a row.")
+    return found
+
+
+def _tokenizer_difference(files: dict[str, bytes], run: TrainedRun, texts: list[str]) -> str:
+    found = tokenizer_files.difference(files, run.tokenizer, texts)
+    if not found.documents:
+        return "The tokenizer was compared on no text: the run's validation text is not here; use --check-tokenizer."
+    return f"The tokenizer gives other ids than the run's in {found.differing} of {found.documents} documents."
 
 
 def _write_model(request: ExportRequest, name: str, folded: Folded, run: TrainedRun, folder: Path) -> int:
@@ -136,15 +148,6 @@ def _write_model(request: ExportRequest, name: str, folded: Folded, run: Trained
     if (modelling := getattr(architecture, "MODELLING_FILE", None)) is not None:
         shutil.copyfile(modelling, folder / Path(modelling).name)
     return write_shards(folder, architecture.tensors(folded), dtype, shard_bytes=request.shard_bytes)
-
-
-def _write_tokenizer(run: TrainedRun, texts: list[str], folder: Path) -> str:
-    """The tokenizer's files; returns a sentence on how their ids compare with the run's."""
-    tokenizer_files.write(folder, run.tokenizer, longest=run.config.model.max_seq_len or 0)
-    found = tokenizer_files.difference(folder, run.tokenizer, texts)
-    if not found.documents:
-        return "The tokenizer was compared on no text: the run's validation text is not here; use --check-tokenizer."
-    return f"The tokenizer gives other ids than the run's in {found.differing} of {found.documents} documents."
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

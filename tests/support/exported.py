@@ -18,8 +18,7 @@ from stablelm.model.initialise import initialise
 
 
 def perturbed(config: Config, *, seed: int = 0, precision: str = "fp32") -> Decoder:
-    """A model at its initial values, each then moved: gains about 1 by 0.2, gains that start at zero to 0.2, the rest by
-    a tenth of its size. Buffers stay."""
+    """A model at its initial values, each then moved: vectors by 0.2, matrices by a tenth of their size."""
     decoder = Decoder(config.model, precision)
     initialise(decoder, config.model, seed)
     draw = torch.Generator().manual_seed(seed + 1)
