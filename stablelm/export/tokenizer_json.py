@@ -42,7 +42,7 @@ def from_sentencepiece(content: bytes, *, begin: str | None = None) -> str:
     )
     special = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    own = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    own = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and trainer.model_type == BPE]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in own])
     if begin is not None:
         template, pair = f"{begin} $A", f"{begin} $A {begin} $B"
@@ -54,11 +54,16 @@ def from_sentencepiece(content: bytes, *, begin: str | None = None) -> str:
 def _unigram(proto: Any) -> Any:
     from tokenizers import models
 
+    scores = [piece.score for piece in proto.pieces if piece.type == NORMAL] or [0.0]
     # A piece that text never gives scores less than any way to write its characters, if there is one (see `_cuts`).
-    lowest = min((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0)
-    never = (lowest - 10) * (1 + max(len(piece.piece) for piece in proto.pieces))
-    found = (NORMAL, USER_DEFINED)
-    vocabulary = [(piece.piece, piece.score if piece.type in found else never) for piece in proto.pieces]
+    never = (min(scores) - 10) * (1 + max(len(piece.piece) for piece in proto.pieces))
+
+    def score(piece: Any) -> float:
+        if piece.type == USER_DEFINED:
+            return len(piece.piece.encode()) * max(scores) - 0.1  # as SentencePiece has it, so that it is taken whole
+        return piece.score if piece.type == NORMAL else never
+
+    vocabulary = [(piece.piece, score(piece)) for piece in proto.pieces]
     return models.Unigram(vocabulary, unk_id=_unknown(proto)[0], byte_fallback=proto.trainer_spec.byte_fallback)
 
 
@@ -69,16 +74,15 @@ def _cuts(proto: Any) -> str:
     piece is cut, since none has that character.
     """
     known = {character for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED) for character in piece.piece}
-    cuts: dict[str, set[str]] = {}
-    for piece in proto.pieces:
-        name = "<0x" if piece.type == BYTE else piece.piece
-        if piece.type not in (CONTROL, UNKNOWN, BYTE):
-            continue
-        places = [at for at in range(1, len(name)) if (name[at - 1] in known) != (name[at] in known)]
-        if places:
-            rest = re.escape(name[places[0] :]) + ("[0-9A-F]{2}>" if piece.type == BYTE else "")
-            cuts.setdefault(re.escape(name[: places[0]]), set()).add(rest)
-    return "|".join(f"{begin}(?={'|'.join(sorted(rests))})" for begin, rests in sorted(cuts.items()))
+    cuts: dict[str, list[str]] = {}
+    for name in (piece.piece for piece in proto.pieces if piece.type in (CONTROL, UNKNOWN, BYTE)):
+        unknown = [character not in known for character in name]
+        # Bytes are written one by one, but several unknown characters in a row are one unknown piece.
+        apart = any if proto.trainer_spec.byte_fallback else (lambda sides: len(set(sides)) == 2)
+        place = next((at for at in range(1, len(name)) if apart(unknown[at - 1 : at + 1])), None)
+        if place is not None:
+            cuts.setdefault(re.escape(name[:place]), []).append(re.escape(name[place:]))
+    return "|".join(f"{begin}(?={'|'.join(rests)})" for begin, rests in cuts.items())
 
 
 def _bpe(proto: Any) -> Any:
