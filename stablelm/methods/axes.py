@@ -247,6 +247,21 @@ class Stream(Value):
         """What the final norm and the head see."""
         return chunks[0]
 
+    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+        """(skip, branch) of a trained sub-layer, for export: x <- skip x + branch f(x).
+
+        `added`: its own parameters by name. A value that overrides `write` overrides this, or cannot be exported.
+        """
+        return self.gains(model)
+
+    def export_obstacle(self, model: Model) -> str | None:
+        kind = type(self)
+        kept = all(getattr(kind, name) is getattr(Stream, name) for name in ("start", "read", "join", "end_layer"))
+        kept = kept and all(getattr(kind, name) is getattr(Stream, name) for name in ("settle", "finish"))
+        if kept and (kind.write is Stream.write or kind.trained_gains is not Stream.trained_gains):
+            return None
+        return f"model.stream={self.name} is not a sum of a skip and a branch, as every standard architecture's is"
+
 
 @dataclass(frozen=True)
 class Placement(Value):
@@ -277,6 +292,10 @@ class NormKind(Value):
     """Whether it has a bias where the model has biases."""
     has_slope: ClassVar[bool] = False
     """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+    standard: ClassVar[str | None] = None
+    """What standard architectures know it as, for export: `layer`, mean and variance divided out, or `rms`, the root
+    mean square alone; None: they have none that computes the same. A subclass that computes something else sets its
+    own."""
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
         """x: (..., width) in the parameters' dtype -> the same shape; `alpha`: (1,) if `has_slope`."""
@@ -407,6 +426,9 @@ class Activation(Value):
     """Whether its output has the variance of its input."""
     scales_evenly: ClassVar[bool] = False
     """Whether the std of fc1 and fc2 may be shared, see `methods.solve`."""
+    standard: ClassVar[str | None] = None
+    """The name of the pointwise function, of the gate if `gated`, in `hidden_act` of transformers' configurations, for
+    export; None: there is none. A subclass that computes something else sets its own."""
 
     def d_ff(self, d_model: int) -> int:
         """Feed-forward width unless it is given: 4 d_model."""
@@ -445,6 +467,10 @@ class Position(Value):
     """Whether it turns pairs of a head's features, so that their number must be even."""
     biases_logits: ClassVar[bool] = False
     """Whether `bias` returns a bias."""
+    standard: ClassVar[str | None] = None
+    """What standard architectures know it as, for export: `rotary`, the halves of queries and keys turned by angles of
+    base `rope_base`; `table`, a learned one; `causal`, the mask alone; None: they have none that computes the same. A
+    subclass that computes something else sets its own."""
 
     def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":
         """What `turn` needs, made once for all layers: a row of each for a position; `where`: dtype and device.
@@ -499,6 +525,9 @@ class Shaping(Value):
         bias, factors = self.bias_and_scale(layer, n_layers, length)
         return bias[places], factors[places]
 
+    def export_obstacle(self, model: Model) -> str | None:
+        return "its attention has a fixed bias, which no standard architecture has" if self.active else None
+
 
 class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
@@ -513,6 +542,11 @@ class ValueMixing(Value):
     def moments(self, kept: float, common: float) -> tuple[float, float]:
         """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
         return kept, common
+
+    def export_obstacle(self, model: Model) -> str | None:
+        if self.share is None:
+            return None
+        return "the values of its layers are mixed with the first layer's, which no standard architecture does"
 
 
 class Maps(Value):

@@ -29,6 +29,9 @@ class ReZeroStream(Stream):
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         return super().write(chunks, branch * added["gain"].to(branch.dtype), added)
 
+    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+        return 1.0, added["gain"].item()
+
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if model.axes.placement.on_branch:
             yield Refusal(

@@ -21,9 +21,6 @@ class ValueResidual(ValueMixing):
         # Half the first layer's values, half the own: of independent weights, so the variances add.
         return 0.5 * kept, 0.5 * common
 
-    def export_obstacle(self, model: object) -> str:
-        return "the values of its layers are mixed with the first layer's, which no standard architecture does"
-
 
 VALUE_RESIDUAL = Method(
     "value_residual", "Zhou et al., Value Residual Learning, ACL 2025", {"attention.value_residual": True}
