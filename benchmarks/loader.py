@@ -2,7 +2,8 @@
 
 Streamed text, on one core: the bare loop reads each file with gzip, parses each line with json and encodes it, with no
 order, no packing and no state; datasets gives documents by the thousand, which are encoded and packed into the same
-batches. All take turns in slices of a fraction of a second. Ratios are of wall time and of CPU time: the second
+batches. Of a tokenizer.json the base is a loop that calls the library's encode_batch, in the shape of the first.
+All take turns in slices of a fraction of a second. Ratios are of wall time and of CPU time: the second
 does not move when others use the core.
 
 --two-cores: the loader and datasets with threads or processes on two cores, in passes in turns.
@@ -14,7 +15,7 @@ anywhere, stacks and widens them and hands them to torch: no documents, no epoch
 --resume-text: how long does it take from a state anywhere in one large json.gz to the first batch, and datasets
 from its state to its first document?
 
-    python benchmarks/loader.py --data DIR_OF_JSON_GZ --tokenizer FILE.model [--two-cores] [--out FILE.json]
+    python benchmarks/loader.py --data DIR_OF_JSON_GZ --tokenizer FILE [--two-cores] [--out FILE.json]
 """
 
 import argparse
@@ -51,7 +52,9 @@ def tile(sources: list[Path], folder: Path, *, files: int, megabytes: float) -> 
 
 
 def one_core(files: list[str], tokenizer: Tokenizer, cache: str, options: argparse.Namespace) -> list[dict]:
-    wall, cpu = in_slices(on_one_core(files, tokenizer, cache), options.rounds)
+    contestants = on_one_core(files, tokenizer, cache)
+    chosen = {name: each for name, each in contestants.items() if not options.only or name in options.only.split(",")}
+    wall, cpu = in_slices(chosen, options.rounds)
     shape = f"{len(files)} files, {options.megabytes:g} MB, {SEQ_LEN}x{BATCH}, one core"
     base = next(iter(wall))
     return records(wall, shape, "wall", base=base) + records(cpu, shape, "cpu", base=base)
@@ -89,10 +92,11 @@ def show(records: list[dict], out: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with .json.gz files of documents")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece .model file")
+    parser.add_argument("--tokenizer", required=True, help="SentencePiece .model file or tokenizer.json")
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=50.0, help="text after tiling")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", metavar="NAME,NAME", help="of the loops on one core; the first is the base")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--two-cores", action="store_true", help="with threads and processes on two cores")
     kinds.add_argument("--prepared", action="store_true", help="measure prepared shards instead of text")

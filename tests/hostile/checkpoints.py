@@ -139,6 +139,8 @@ FOREIGN = [
     _keys("cache-elsewhere", refused=False, data__cache="{outside}/made"),
     _keys("cache-in-a-file", refused=False, data__cache="{outside}/kept.txt"),
     _keys("tokenizer-elsewhere", refused=False, data__tokenizer="{outside}/fifo"),
+    _keys("tokenizer-on-the-hub", refused=False, data__tokenizer="somebody/model"),
+    _keys("tokenizer-at-a-hub-address", refused=False, data__tokenizer="hf://somebody/model"),
     _keys("tokenizer-on-the-web", refused=False, data__tokenizer="http://127.0.0.1:9/a.model"),
     _keys("checkpoints-elsewhere", refused=False, checkpoint__dir="{outside}/other/checkpoints", checkpoint__keep=1),
     _keys("checkpoints-in-a-store", refused=False, checkpoint__dir="s3://bucket/run"),

@@ -159,7 +159,7 @@ def test_the_hash_is_of_the_file_and_of_the_tokens_around_a_document(tmp_path: P
         load(tmp_path / "b", content).sha256,
         load(tmp_path / "c", content, {"tokenizer_config": {"bos_token": "<|eot_id|>"}}).sha256,
         load(tmp_path / "d", content, {"tokenizer_config": other_end}).sha256,
-        load(tmp_path / "a", content, **other_end).sha256,
+        load(tmp_path / "a", content, None, **other_end).sha256,
         load(tmp_path / "e", content + b"\n").sha256,
     ]
     assert hashes[0] == hashes[1] == hashes[2]

@@ -66,7 +66,8 @@ def test_a_link_that_leads_nowhere_and_a_file_that_is_too_large(tmp_path: Path):
 
 def test_sentencepiece_with_bos_and_another_end():
     path = shared_data("tokenizers/mistral-v1-32k-bpe.model")
-    plain, begun, other = (load_tokenizer(path, **options) for options in ({}, {"add_bos": True}, {"eos_token": "<s>"}))
+    plain, begun = load_tokenizer(path), load_tokenizer(path, add_bos=True)
+    other = load_tokenizer(path, eos_token="<s>")
     [ids], [with_bos], [ended] = (each.encode_arrays([AWKWARD]) for each in (plain, begun, other))
     assert with_bos.tolist() == [1, *ids.tolist()]
     assert ended.tolist() == [*ids.tolist()[:-1], 1] and other.eos == 1

@@ -143,6 +143,10 @@ def test_the_draw_of_lines_is_uniform_and_repeatable():
     assert sample_lines(texts, 5000, seed=3) == [str(n) for n in range(1000)]
 
 
+def test_lines_may_keep_their_ends():
+    assert sample_lines(["\n\na\n\n\tb\n", " \nc"], 9, seed=0, ends=True) == ["a\n\n", "\tb\n", "c"]
+
+
 def test_t5_and_mistral():
     t5 = load_tokenizer(shared_data("tokenizers/t5-32k-unigram.model"))
     mistral = load_tokenizer(shared_data("tokenizers/mistral-v1-32k-bpe.model"))

@@ -39,6 +39,22 @@ def test_trains_the_same_model_twice_and_reports(source: Path, tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["two.model"]
 
 
+def test_byte_level_bpe_is_the_same_twice_and_gives_every_text_back(source: Path, tmp_path: Path):
+    common = ["--kind", "bpe-bytes", "--source", str(source), "--vocab-size", "290"]
+    for name in ("one.json", "two.json"):
+        result = call(tmp_path, *common, "--out", name)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{name}: 290 pieces, trained on ")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "one.json")
+    assert (tokenizer.pieces, tokenizer.eos, tokenizer.unknown) == (290, 0, None)
+    text = " lane token\n\n\tnaïve ☃\x00"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    for size, says in (("100", "it needs at least 257"), ("9000", "it gives at most ")):
+        result = call(tmp_path, *common[:-1], size, "--out", "three.json")
+        assert result.returncode == 78 and says in result.stderr and not (tmp_path / "three.json").exists()
+
+
 def test_the_draw_depends_on_the_seed_and_kind_on_the_model_type(source: Path, tmp_path: Path):
     common = ["--source", str(source), "--vocab-size", "295", "--sentences", "100"]
     for name, more in {"a": [], "b": ["--seed", "1"], "c": ["--model-type", "bpe"]}.items():
@@ -63,6 +79,14 @@ def test_the_draw_depends_on_the_seed_and_kind_on_the_model_type(source: Path, t
         (["--source", "{source}", "--vocab-size", "290", "--sentences", "0"], "--sentences: must be at least 1, not 0"),
         (["--source", "{source}", "--vocab-size", "many"], "invalid int value: 'many'"),
         (["--vocab-size", "290"], "the following arguments are required: --source"),
+        (
+            ["--source", "{source}", "--vocab-size", "290", "--kind", "bpe-bytes"],
+            "--out: 'out.model' is not how a bpe-bytes file is named; give a name that ends in .json",
+        ),
+        (
+            ["--source", "{source}", "--vocab-size", "290", "--kind", "bpe-bytes", "--model-type", "bpe"],
+            "--model-type: bpe is a kind of SentencePiece model; leave it out",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], says: str, source: Path, tmp_path: Path):
