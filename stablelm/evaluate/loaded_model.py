@@ -15,7 +15,7 @@ from stablelm.evaluate.prompts import beyond_training, encode_prompts
 from stablelm.evaluate.sampling import Sampling, check_counts
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.model.decoder import Decoder
-from stablelm.model.linear import Linear
+from stablelm.model.sublayer import Sublayer
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -137,8 +137,11 @@ def write(
 def fixed(module: Decoder) -> Decoder:
     """The module, its maps as they act."""
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, Sublayer):
             part.fix()
+    for rest in (module.projection, module.head):
+        if rest is not None:
+            rest.fix()
     return module.requires_grad_(False)
 
 

@@ -1,5 +1,7 @@
 """The only block code: read, norm by placement, body, dropout, write onto the stream."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from stablelm.methods.axes import Added
 from stablelm.model.attention import Attention
 from stablelm.model.cache import LayerCache
 from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Dtypes
+from stablelm.model.linear import Dtypes, Linear, LowRankLinear
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 
@@ -51,18 +53,41 @@ class Sublayer(nn.Module):
         self.body = FeedForward(config, dtypes, width, index) if index % 2 else Attention(config, dtypes, width, layer)
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("stacked", None, persistent=False)
         self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
+
+    if TYPE_CHECKING:
+        stacked: Tensor | None
 
     def enter(self, chunks: Chunks) -> Products:
         """chunks: the stream -> products of `body.first_maps`, (batch, seq, d_out) each in the compute dtype."""
         maps = self.body.first_maps
+        if self.stacked is not None:
+            return self._completed(F.linear(self._read(*chunks), self.stacked))
         if not self.frees_input or not torch.is_grad_enabled():
             x = self._read(*chunks)
             return tuple(linear(x) for linear in maps)
         stacked = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
+        return self._completed(stacked)
+
+    def _completed(self, stacked: Tensor) -> Products:
+        maps = self.body.first_maps
         parts = stacked.split([linear.weight.shape[0] for linear in maps], dim=-1)
         return tuple(linear.complete(part) for linear, part in zip(maps, parts, strict=True))
+
+    @torch.no_grad()
+    def fix(self) -> None:
+        """For a model that is not trained any more: fixes its maps; the first ones become parts of one matrix."""
+        for part in self.body.modules():
+            if isinstance(part, Linear):
+                part.fix()
+        maps = self.body.first_maps
+        columns = torch.cat([linear.weight.t() for linear in maps], dim=1)
+        for linear, part in zip(maps, columns.split([linear.weight.shape[0] for linear in maps], dim=1), strict=True):
+            first = linear.down if isinstance(linear, LowRankLinear) else linear
+            first.weight = nn.Parameter(part.t(), requires_grad=False)
+        self.stacked = columns.t()
 
     def _read(self, *chunks: Tensor) -> Tensor:
         x = self.stream.read(chunks, named_parameters_of(self, self.added))

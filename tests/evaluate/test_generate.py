@@ -12,6 +12,7 @@ from benchmarks.generate import language_of, llama_config, llama_of, ours, their
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.evaluate.generate import Language, Watcher, continue_prompts
+from stablelm.evaluate.loaded_model import fixed
 from stablelm.evaluate.prompts import Prompt, beyond_training, encode_prompts
 from stablelm.evaluate.sampling import Sampling
 from stablelm.methods.axes import Method, Model, Position
@@ -245,3 +246,13 @@ def test_after_an_end_token_nothing_before_it_is_seen():
     assert first.tokens == second.tokens
     with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
         continue_prompts(language(decoder), both, greedy, batch_size=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_a_fixed_model_computes_the_same(method: str):
+    decoder, other = decoder_of(method, scale=1.0), decoder_of(method, scale=1.0)
+    tokens = torch.tensor(PROMPTS[3:])
+    torch.testing.assert_close(fixed(other)(tokens), decoder(tokens), rtol=1e-5, atol=1e-5)
+    names = {name: value.shape for name, value in decoder.state_dict().items()}
+    assert {name: value.shape for name, value in other.state_dict().items()} == names
