@@ -12,7 +12,6 @@ from stablelm.export.weights import LazyTensor
 STANDARD = ("llama", "qwen3", "gemma2", "gpt2")
 """Architectures of transformers, in the order in which `auto` tries them."""
 OWN, GGUF = "hf", "gguf"
-FORMATS = (*STANDARD, OWN, GGUF)
 _MODULES = {OWN: "stablelm.export.hf_model.writer", GGUF: "stablelm.export.gguf"}
 
 
