@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Relu(Activation):
     name: ClassVar[str] = "relu"
+    standard: ClassVar[str | None] = "relu"
     scales_evenly: ClassVar[bool] = True
 
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
@@ -25,6 +26,7 @@ class Relu(Activation):
 @dataclass(frozen=True)
 class GeluErf(Activation):
     name: ClassVar[str] = "gelu"
+    standard: ClassVar[str | None] = "gelu"
     scales_evenly: ClassVar[bool] = True
 
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
@@ -41,6 +43,7 @@ class SwiGlu(Activation):
     """silu(gate x) * fc1 x (Shazeer 2020); its width keeps the parameters of two matrices of 4 d_model."""
 
     name: ClassVar[str] = "swiglu"
+    standard: ClassVar[str | None] = "silu"
     gated: ClassVar[bool] = True
 
     def d_ff(self, d_model: int) -> int:

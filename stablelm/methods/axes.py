@@ -154,6 +154,11 @@ class Value:
         """Why no standard architecture computes the same function, or None if one does."""
         return None
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        """Settings with which our own modelling file for transformers computes the same, beside those that follow from
+        other answers (`export.hf_model`); None: it does not know how."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Stream(Value):
@@ -240,6 +245,25 @@ class Stream(Value):
         """What the final norm and the head see."""
         return chunks[0]
 
+    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+        """(skip, branch) of a trained sub-layer, for export: x <- skip x + branch f(x).
+
+        `added`: its own parameters by name. A value that overrides `write` overrides this, or cannot be exported.
+        """
+        return self.gains(model)
+
+    def export_obstacle(self, model: Model) -> str | None:
+        kind = type(self)
+        kept = all(getattr(kind, name) is getattr(Stream, name) for name in ("start", "read", "join", "end_layer"))
+        kept = kept and all(getattr(kind, name) is getattr(Stream, name) for name in ("settle", "finish"))
+        if kept and (kind.write is Stream.write or kind.trained_gains is not Stream.trained_gains):
+            return None
+        return f"model.stream={self.name} is not a sum of a skip and a branch, as every standard architecture's is"
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        plain = Stream.export_obstacle(self, model) is None and type(self).write is Stream.write
+        return {} if plain else None
+
 
 @dataclass(frozen=True)
 class Placement(Value):
@@ -270,6 +294,10 @@ class NormKind(Value):
     """Whether it has a bias where the model has biases."""
     has_slope: ClassVar[bool] = False
     """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+    standard: ClassVar[str | None] = None
+    """What standard architectures know it as, for export: `layer`, mean and variance divided out, or `rms`, the root
+    mean square alone; None: they have none that computes the same. A subclass that computes something else sets its
+    own."""
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
         """x: (..., width) in the parameters' dtype -> the same shape; `alpha`: (1,) if `has_slope`."""
@@ -282,6 +310,9 @@ class NormKind(Value):
     def variance(self, model: Model, variance: float) -> float:
         """Second moment of its output per feature, from that of its input."""
         return 1.0
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.standard is None else {"norm_centred": self.standard == "layer"}
 
 
 @dataclass(frozen=True)
@@ -400,6 +431,9 @@ class Activation(Value):
     """Whether its output has the variance of its input."""
     scales_evenly: ClassVar[bool] = False
     """Whether the std of fc1 and fc2 may be shared, see `methods.solve`."""
+    standard: ClassVar[str | None] = None
+    """The name of the pointwise function, of the gate if `gated`, in `hidden_act` of transformers' configurations, for
+    export; None: there is none. A subclass that computes something else sets its own."""
 
     def d_ff(self, d_model: int) -> int:
         """Feed-forward width unless it is given: 4 d_model."""
@@ -428,6 +462,9 @@ class Activation(Value):
         after = float(function.dual(1.0, r, 1.0)) / float(function.dual(1.0, 1.0, 1.0))
         return after * r if self.gated else after
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.standard is None else {"hidden_act": self.standard}
+
 
 class Position(Value):
     """How positions enter."""
@@ -438,6 +475,10 @@ class Position(Value):
     """Whether it turns pairs of a head's features, so that their number must be even."""
     biases_logits: ClassVar[bool] = False
     """Whether `bias` returns a bias."""
+    standard: ClassVar[str | None] = None
+    """What standard architectures know it as, for export: `rotary`, the halves of queries and keys turned by angles of
+    base `rope_base`; `table`, a learned one; `causal`, the mask alone; None: they have none that computes the same. A
+    subclass that computes something else sets its own."""
 
     def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":
         """What `turn` needs, made once for all layers; `where`: dtype and device."""
@@ -465,6 +506,11 @@ class Position(Value):
         own, shared = causal_means(model.max_seq_len, q)
         return float(own), float(shared)
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        if self.pairs_features and self.standard is not None:
+            return {"rotary_base": model.attention.rope_base}
+        return None if self.standard is None else {}
+
 
 class Shaping(Value):
     """A fixed bias and row scale that shape attention at initialisation."""
@@ -477,6 +523,12 @@ class Shaping(Value):
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
+
+    def export_obstacle(self, model: Model) -> str | None:
+        return "its attention has a fixed bias, which no standard architecture has" if self.active else None
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.active else {}
 
 
 class ValueMixing(Value):
@@ -492,6 +544,14 @@ class ValueMixing(Value):
     def moments(self, kept: float, common: float) -> tuple[float, float]:
         """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
         return kept, common
+
+    def export_obstacle(self, model: Model) -> str | None:
+        if self.share is None:
+            return None
+        return "the values of its layers are mixed with the first layer's, which no standard architecture does"
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return {} if self.share is None else None
 
 
 class Maps(Value):

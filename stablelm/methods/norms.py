@@ -16,6 +16,7 @@ class LayerNorm(NormKind):
     """Ba et al. 2016."""
 
     name: ClassVar[str] = "layernorm"
+    standard: ClassVar[str | None] = "layer"
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
         import torch.nn.functional as F
@@ -31,6 +32,7 @@ class RmsNorm(NormKind):
     """Zhang & Sennrich 2019."""
 
     name: ClassVar[str] = "rmsnorm"
+    standard: ClassVar[str | None] = "rms"
     has_bias: ClassVar[bool] = False
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
@@ -58,6 +60,9 @@ class DyT(NormKind):
 
     def variance(self, model: Model, variance: float) -> float:
         return float(moments.dyt_second_moment(model.norm_alpha, variance))
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"norm_slope": model.norm_alpha}
 
 
 NORMS = (LayerNorm(), RmsNorm(), DyT())

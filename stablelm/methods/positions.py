@@ -55,6 +55,7 @@ class NoPosition(Position):
     """Order enters by the causal mask alone."""
 
     name: ClassVar[str] = "none"
+    standard: ClassVar[str | None] = "causal"
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
         return _plain_pattern(seq_len)
@@ -65,6 +66,7 @@ class Learned(Position):
     """A table of model.max_seq_len rows, added to the embeddings."""
 
     name: ClassVar[str] = "learned"
+    standard: ClassVar[str | None] = "table"
     adds_table: ClassVar[bool] = True
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
@@ -76,6 +78,7 @@ class Rope(Position):
     """Queries and keys turned by an angle that grows with their position."""
 
     name: ClassVar[str] = "rope"
+    standard: ClassVar[str | None] = "rotary"
     pairs_features: ClassVar[bool] = True
 
     def tables(self, model: Model, seq_len: int, d_head: int, **where: Any) -> "Chunks":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,12 @@ class ReZeroStream(Stream):
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         return super().write(chunks, branch * added["gain"].to(branch.dtype), added)
+
+    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+        return 1.0, added["gain"].item()
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"learned_gain": True}
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if model.axes.placement.on_branch:

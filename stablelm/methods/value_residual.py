@@ -1,9 +1,9 @@
 """Value residuals: later layers also see the first layer's values (Zhou et al., ACL 2025, fixed shares of 1/2)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from stablelm.methods.axes import Method, ValueMixing
+from stablelm.methods.axes import Method, Model, ValueMixing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,8 @@ class ValueResidual(ValueMixing):
         # Half the first layer's values, half the own: of independent weights, so the variances add.
         return 0.5 * kept, 0.5 * common
 
-    def export_obstacle(self, model: object) -> str:
-        return "the values of its layers are mixed with the first layer's, which no standard architecture does"
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"first_value_share": self.share}
 
 
 VALUE_RESIDUAL = Method(
