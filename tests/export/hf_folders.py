@@ -18,9 +18,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 
 
-def write_folder(
-    decoder: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32, **extra: Any
-) -> Path:
+def write_folder(decoder: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32, **extra: Any) -> Path:
     """The decoder as a folder that transformers loads."""
     checkpoint = folder.with_name(f"{folder.name}-checkpoint")
     checkpoint.mkdir(parents=True)

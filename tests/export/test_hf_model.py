@@ -1,7 +1,5 @@
 """Our modelling file for transformers computes what the decoder computes, with and without its cache."""
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -102,8 +102,9 @@ class StablelmDecoderConfig(PreTrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.intermediate_size = intermediate_size or 4 * hidden_size
         self.logit_scale = self.head_dim**-0.5 if logit_scale is None else logit_scale
-        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **others)
+        # The base class sets these anew, some of them by defaults of its own.
+        shared = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+        super().__init__(**{name: own[name] for name in shared}, **others)
 
 
 class Shared(NamedTuple):
@@ -122,6 +123,8 @@ class Shared(NamedTuple):
     """Places of queries and of keys among the tokens of their row that are no padding, (batch or 1, q) and (.., k)."""
     ends: Tensor | None
     """(batch, q) bool: the queries after which a document begins."""
+    rows: dict[str, Tensor]
+    """Where a cache of fixed size puts the keys of the queries, as earlier versions of the library want to be told."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -234,9 +237,9 @@ class Attention(nn.Module):
     def _cached(self, key: Tensor, value: Tensor, shared: Shared, cache: Cache) -> tuple[Tensor, Tensor]:
         """With those of earlier calls. The first layer's keys carry one more feature: whether a document ends."""
         if shared.ends is None or self.layer:
-            return cache.update(key, value, self.layer)
+            return cache.update(key, value, self.layer, shared.rows)
         ends = shared.ends[:, None, :, None].expand(*key.shape[:-1], 1).to(key.dtype)
-        key, value = cache.update(torch.cat((key, ends), dim=-1), value, self.layer)
+        key, value = cache.update(torch.cat((key, ends), dim=-1), value, self.layer, shared.rows)
         return key[..., :-1], value
 
     def _average(
@@ -384,7 +387,7 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-            if module.alpha is not None:
+            if module.alpha is not None and module.slope is not None:
                 init.constant_(module.alpha, module.slope)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
@@ -437,7 +440,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         config, cache = self.config, past_key_values if cache is None else cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             use_cache, cache = False, None
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=config)
@@ -517,6 +520,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             None if config.alibi_slopes is None else _slopes(config.alibi_slopes, places, allowed),
             places if needs_places else None,
             None if ends is None else ends[:, past:],
+            {"cache_position": index[0, past : past + q]},
         )
         return shared, position_ids
 
@@ -529,7 +533,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             ends = ends | ~valid
         if cache is None or not past:
             return ends
-        keys = cache.layers[0].keys
+        keys = getattr(cache.layers[0], "keys", None)
         if keys is None or keys.shape[-2] < past or keys.shape[-1] != self.config.head_dim + 1:
             raise ValueError("attention stays within documents here, which this kind of cache does not keep apart")
         return torch.cat((keys[:, 0, :past, -1].to(ends.device) > 0.5, ends), dim=1)
@@ -543,9 +547,10 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         config = self.config
         if config.rotary_base is None:
             return None
-        where = {"dtype": torch.float32 if position_ids.device.type == "mps" else torch.float64}
-        exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device, **where) / config.head_dim
-        angles = position_ids[:, None, :, None].to(**where) * config.rotary_base**-exponents
+        device, width = position_ids.device, config.head_dim
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        exponents = torch.arange(0, width, 2, dtype=exact, device=device) / width
+        angles = position_ids[:, None, :, None].to(exact) * config.rotary_base**-exponents
         dtype = torch.promote_types(dtype, torch.float32)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -664,5 +669,5 @@ class StablelmDecoderForCausalLM(StablelmDecoderPreTrainedModel, GenerationMixin
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
