@@ -190,6 +190,10 @@ class Stream(Value):
         """(skip, branch) of x <- skip x + branch f(x)."""
         return 1.0, 1.0
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        plain = Stream.export_obstacle(self, model) is None and type(self).write is Stream.write
+        return {} if plain else None
+
     def widths(self, model: Model, sublayer: int) -> Widths:
         """The widths of a sub-layer, counted from 0 over both kinds; 2 n_layers is the end of the stream."""
         return Widths(model.d_model, model.d_model, model.d_model)
@@ -259,10 +263,6 @@ class Stream(Value):
         if kept and (kind.write is Stream.write or kind.trained_gains is not Stream.trained_gains):
             return None
         return f"model.stream={self.name} is not a sum of a skip and a branch, as every standard architecture's is"
-
-    def modelling(self, model: Model) -> dict[str, Any] | None:
-        plain = Stream.export_obstacle(self, model) is None and type(self).write is Stream.write
-        return {} if plain else None
 
 
 @dataclass(frozen=True)
@@ -520,6 +520,9 @@ class Shaping(Value):
     active: ClassVar[bool] = False
     """Whether `bias_and_scale` is used; it differs between layers, and needs whole sequences."""
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.active else {}
+
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
@@ -527,15 +530,15 @@ class Shaping(Value):
     def export_obstacle(self, model: Model) -> str | None:
         return "its attention has a fixed bias, which no standard architecture has" if self.active else None
 
-    def modelling(self, model: Model) -> dict[str, Any] | None:
-        return None if self.active else {}
-
 
 class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
 
     share: ClassVar[float | None] = None
     """The first layer's share in the values of the others; None: none is kept."""
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return {} if self.share is None else None
 
     def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
         """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each."""
@@ -549,9 +552,6 @@ class ValueMixing(Value):
         if self.share is None:
             return None
         return "the values of its layers are mixed with the first layer's, which no standard architecture does"
-
-    def modelling(self, model: Model) -> dict[str, Any] | None:
-        return {} if self.share is None else None
 
 
 class Maps(Value):

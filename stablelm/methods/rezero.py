@@ -23,6 +23,9 @@ class ReZeroStream(Stream):
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         return (Added("gain", np.zeros(1)),)
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"learned_gain": True}
+
     def branch_at_start(self, model: Model) -> float:
         return 0.0
 
@@ -31,9 +34,6 @@ class ReZeroStream(Stream):
 
     def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
         return 1.0, added["gain"].item()
-
-    def modelling(self, model: Model) -> dict[str, Any]:
-        return {"learned_gain": True}
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if model.axes.placement.on_branch:
