@@ -88,11 +88,18 @@ def test_cached_steps_are_the_full_pass(pair: tuple[Decoder, Any]):
 
 @pytest.mark.parametrize("pair", CONFIGS, indirect=True)
 def test_a_padded_batch_generates_as_its_rows_alone(pair: tuple[Decoder, Any]):
+    """The same tokens, from the same logits."""
     _, model = pair
     lengths = (9, 4, 13)
     rows = [some_tokens(1, 13, seed)[:, -length:] for seed, length in enumerate(lengths)]
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    alone = [model.generate(row, **options)[0, row.shape[1] :] for row in rows]
+
+    def generated(tokens: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        common = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        found = model.generate(tokens, **common, **options, return_dict_in_generate=True, output_logits=True)
+        return found.sequences[:, -8:], torch.stack(found.logits, dim=1)
+
+    alone = [generated(row) for row in rows]
     padded = torch.cat([torch.nn.functional.pad(row, (max(lengths) - row.shape[1], 0)) for row in rows])
-    together = model.generate(padded, attention_mask=(padded != 0).long(), **options)[:, max(lengths) :]
-    assert torch.equal(together, torch.stack(alone))
+    together = generated(padded, attention_mask=(padded != 0).long())
+    assert torch.equal(together[0], torch.cat([tokens for tokens, _ in alone]))
+    torch.testing.assert_close(together[1], torch.cat([logits for _, logits in alone]), rtol=0, atol=2e-5)

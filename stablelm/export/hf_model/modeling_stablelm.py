@@ -254,13 +254,15 @@ class Attention(nn.Module):
         """(batch, heads, q, head_dim): values averaged by softmax attention."""
         config = self.config
         dropout = config.dropout if self.training else 0.0
-        cap, causal = config.logit_cap, query.shape[-2] > 1
+        cap, causal, groups = config.logit_cap, query.shape[-2] > 1, query.shape[1] // key.shape[1]
         if not cap and not weights_too and config._attn_implementation != "eager":
             mask = allowed if bias is None else bias.to(query.dtype)
             options = {"dropout_p": dropout, "is_causal": mask is None and causal, "scale": config.logit_scale}
+            if mask is not None and query.is_cuda:
+                # With both a mask and groups no kernel there avoids to hold all logits.
+                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
             grouped = query.shape[1] != key.shape[1]
             return F.scaled_dot_product_attention(query, key, value, mask, **options, enable_gqa=grouped), None
-        groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         logits = at_least_fp32(query @ key.transpose(-1, -2)) * config.logit_scale
         if cap:
