@@ -150,14 +150,14 @@ class Value:
         """The combinations with this value that make no sense."""
         return ()
 
-    def export_obstacle(self, model: Model) -> str | None:
-        """Why no standard architecture computes the same function, or None if one does."""
-        return None
-
     def modelling(self, model: Model) -> dict[str, Any] | None:
         """Settings with which our own modelling file for transformers computes the same, beside those that follow from
         other answers (`export.hf_model`); None: it does not know how."""
         return {}
+
+    def export_obstacle(self, model: Model) -> str | None:
+        """Why no standard architecture computes the same function, or None if one does."""
+        return None
 
 
 @dataclass(frozen=True)

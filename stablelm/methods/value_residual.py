@@ -14,11 +14,11 @@ class ValueResidual(ValueMixing):
     name: ClassVar[str] = "first"
     share: ClassVar[float | None] = 0.5
 
-    def modelling(self, model: Model) -> dict[str, Any]:
-        return {"first_value_share": self.share}
-
     def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
         return 0.5 * (own + first)
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"first_value_share": self.share}
 
     def moments(self, kept: float, common: float) -> tuple[float, float]:
         # Half the first layer's values, half the own: of independent weights, so the variances add.
