@@ -437,7 +437,8 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
 
         attention_mask: (batch, cached + q), 0 = padding, or (batch, 1, q, cached + q), True or 0.0 = seen;
         position_ids: (batch, q), for rotary and learned positions; by default tokens that are no padding are counted.
-        `past_key_values`: the cache under its former name.
+        `past_key_values`: the cache under its former name. Hidden states are the stream, after the embeddings and after
+        each layer, before the final norm.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
