@@ -83,3 +83,6 @@ class Alibi(Position):
         both = [_decaying_weights(slope, length, q) for slope in alibi_slopes(model.n_heads)]
         own, shared = (sum(values) / len(both) for values in zip(*both, strict=True))
         return own, shared
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"alibi_slopes": alibi_slopes(model.n_heads)}

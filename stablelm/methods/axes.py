@@ -150,6 +150,11 @@ class Value:
         """The combinations with this value that make no sense."""
         return ()
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        """Settings with which our own modelling file for transformers computes the same, beside those that follow from
+        other answers (`export.hf_model`); None: it does not know how."""
+        return {}
+
     def export_obstacle(self, model: Model) -> str | None:
         """Why no standard architecture computes the same function, or None if one does."""
         return None
@@ -191,6 +196,10 @@ class Stream(Value):
     def gains(self, model: Model) -> tuple[float, float]:
         """(skip, branch) of x <- skip x + branch f(x)."""
         return 1.0, 1.0
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        plain = Stream.export_obstacle(self, model) is None and type(self).write is Stream.write
+        return {} if plain else None
 
     def widths(self, model: Model, sublayer: int) -> Widths:
         """The widths of a sub-layer, counted from 0 over both kinds; 2 n_layers is the end of the stream."""
@@ -308,6 +317,9 @@ class NormKind(Value):
     def variance(self, model: Model, variance: float) -> float:
         """Second moment of its output per feature, from that of its input."""
         return 1.0
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.standard is None else {"norm_centred": self.standard == "layer"}
 
 
 @dataclass(frozen=True)
@@ -457,6 +469,9 @@ class Activation(Value):
         after = float(function.dual(1.0, r, 1.0)) / float(function.dual(1.0, 1.0, 1.0))
         return after * r if self.gated else after
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.standard is None else {"hidden_act": self.standard}
+
 
 class Position(Value):
     """How positions enter."""
@@ -507,6 +522,11 @@ class Position(Value):
         own, shared = causal_means(model.max_seq_len, q)
         return float(own), float(shared)
 
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        if self.pairs_features and self.standard is not None:
+            return {"rotary_base": model.attention.rope_base}
+        return None if self.standard is None else {}
+
 
 class Shaping(Value):
     """A fixed bias and row scale that shape attention at initialisation."""
@@ -515,6 +535,9 @@ class Shaping(Value):
     """Whether the stream needs no skip."""
     active: ClassVar[bool] = False
     """Whether `bias_and_scale` is used; it differs between layers, and needs whole sequences."""
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.active else {}
 
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
@@ -534,6 +557,9 @@ class ValueMixing(Value):
 
     share: ClassVar[float | None] = None
     """The first layer's share in the values of the others; None: none is kept."""
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return {} if self.share is None else None
 
     def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
         """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each."""

@@ -108,6 +108,9 @@ class Concat(Stream):
     def export_obstacle(self, model: Model) -> str:
         return "its stream is a concatenation of all outputs so far, which no standard architecture has"
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"growth": model.option(CatformerOptions).growth}
+
 
 @dataclass(frozen=True)
 class UnitInit(Init):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Dense(Stream):
 
     def export_obstacle(self, model: Model) -> str:
         return "its layers read weighted sums of all earlier ones, which no standard architecture does"
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"mixes_outputs": True}
 
 
 DENSEFORMER = Method(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,6 +174,10 @@ class Espa(Shaping):
                 "use model.attention.value_residual=false",
             )
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        layers = range(model.n_layers + 1)
+        return {"attention_innovations": [_innovation(layer, model.n_layers) for layer in layers]}
+
 
 @dataclass(frozen=True)
 class Orthogonal(Init):
@@ -241,6 +245,9 @@ class Tailored(Activation):
 
     def correlation(self, r: float, n_layers: int) -> float:
         return r  # a leaky relu of a slope near 1 turns it by less than the recursion resolves
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"negative_slope": tailored_slope(model.n_layers)}
 
 
 E_SPA = Method(

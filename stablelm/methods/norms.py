@@ -61,5 +61,8 @@ class DyT(NormKind):
     def variance(self, model: Model, variance: float) -> float:
         return float(moments.dyt_second_moment(model.norm_alpha, variance))
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"norm_slope": model.norm_alpha}
+
 
 NORMS = (LayerNorm(), RmsNorm(), DyT())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class ReZeroStream(Stream):
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         return (Added("gain", np.zeros(1)),)
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"learned_gain": True}
 
     def branch_at_start(self, model: Model) -> float:
         return 0.0

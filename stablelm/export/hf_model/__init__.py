@@ -1,0 +1,1 @@
+"""Our own modelling file for transformers, and what is written for it."""
