@@ -154,6 +154,10 @@ class Value:
         """Why no standard architecture computes the same function, or None if one does."""
         return None
 
+    def import_obstacle(self, model: Model) -> str | None:
+        """Why no weights make it compute what a plain pre-norm model computes, or None if some do."""
+        return None
+
 
 @dataclass(frozen=True)
 class Stream(Value):
@@ -204,6 +208,26 @@ class Stream(Value):
     def branch_at_start(self, model: Model) -> float:
         """`branch` with every added parameter at its start, for the theory."""
         return self.gains(model)[1]
+
+    def plain_value(self, added: Added) -> Array:
+        """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""
+        return added.start
+
+    def eps_scale(self, model: Model, sublayer: int) -> float:
+        """What multiplies `norm_eps` in the norm before a sub-layer; 2 n_layers is the final norm."""
+        return 1.0
+
+    def for_import(self, model: M) -> M:
+        """The model with the options of the stream under which a plain model's weights fit exactly."""
+        return model
+
+    def import_obstacle(self, model: Model) -> str | None:
+        skip, branch = self.gains(model)
+        if self.grows:
+            return "its sub-layers read a concatenation, which a plain model's matrices do not fit"
+        if skip == 0 or branch == 0:
+            return "it drops the skip or the branch, which no scale of the weights brings back"
+        return None
 
     def start(self, embedded: "Tensor") -> "Chunks":
         """The stream that holds the embeddings alone."""
@@ -261,6 +285,13 @@ class Placement(Value):
     def input_scale(self, layer: int) -> float:
         """What multiplies the norm before the body of a layer, counted from 0."""
         return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
+
+    def import_obstacle(self, model: Model) -> str | None:
+        if self.after_write or self.on_branch or self.before_output:
+            return "it has norms where a plain model has none, and a norm undoes any scale of the weights"
+        if not (self.before_body and self.final):
+            return "it lacks norms that a plain model has before each sub-layer and at the end"
+        return None
 
 
 class NormKind(Value):
@@ -381,6 +412,15 @@ class Reparam(Value):
         """Variance of the entries of a map (d_out, d_in) as it acts at the start, for a matrix of that std."""
         return std**2
 
+    def keeps_start(self, model: Model) -> bool:
+        """Whether a matrix at the start stands for itself, whatever it is."""
+        return True
+
+    def import_obstacle(self, model: Model) -> str | None:
+        if not self.keeps_start(model):
+            return "it changes the size of every matrix at the start; leave the start of its gain as it is"
+        return None
+
     def update(self, matrices: Sequence[Any], reduce: Any) -> "list[Tensor] | None":
         """What is done after the optimizer step, for the parts of all its matrices that a rank holds.
 
@@ -400,6 +440,9 @@ class Activation(Value):
     """Whether its output has the variance of its input."""
     scales_evenly: ClassVar[bool] = False
     """Whether the std of fc1 and fc2 may be shared, see `methods.solve`."""
+    standard: ClassVar[str | None] = None
+    """The name of the pointwise function, of the gate if `gated`, in `hidden_act` of transformers' configurations, for
+    export; None: there is none. A subclass that computes something else sets its own."""
 
     def d_ff(self, d_model: int) -> int:
         """Feed-forward width unless it is given: 4 d_model."""
@@ -478,6 +521,9 @@ class Shaping(Value):
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
 
+    def import_obstacle(self, model: Model) -> str | None:
+        return "it adds a fixed bias to attention, which a plain model does not have" if self.active else None
+
 
 class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
@@ -493,6 +539,9 @@ class ValueMixing(Value):
         """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
         return kept, common
 
+    def import_obstacle(self, model: Model) -> str | None:
+        return "its layers mix their values with the first layer's" if self.share is not None else None
+
 
 class Maps(Value):
     """How the first maps of attention are made."""
@@ -500,6 +549,9 @@ class Maps(Value):
     def rank(self, model: Model) -> int | None:
         """Inner width of factorised query, key and value maps; None: they are whole."""
         return None
+
+    def import_obstacle(self, model: Model) -> str | None:
+        return "its query, key and value maps have a lower rank than whole matrices" if self.rank(model) else None
 
 
 class MethodOptions:
