@@ -60,7 +60,7 @@ def import_model(
     """Writes `out`, which must not exist or be empty, from the folder `source` of a model as transformers saves it.
 
     `method`: what it is trained on as, with the same function; `tokenizer`: None for the one in the folder;
-    `overrides`: `key=value` of what the source leaves open. Raises ConfigError before anything is written, or leaves nothing behind;
+    `overrides`: `key=value` of what the source leaves open. Raises ConfigError, with nothing left behind, and
     StorageError where `out` cannot be written.
     """
     path = Path(out)
@@ -71,8 +71,8 @@ def import_model(
     found = describe(folder, loaded.config.model.max_seq_len)
     tokens, files = _tokenizer(folder, found, tokenizer)
     asked = _asked(loaded, found, method, path.absolute())
+    _refuse_obstacles(found, import_scales.for_import(asked.model))
     config = _resolved(asked, loaded, tokens)
-    _refuse_obstacles(found, config.model)
     _write(path, folder, found, asked, config, tokens, files)
     added = sorted(name for name, origin in found.tensors.items() if origin is None)
     return Imported(path, str(folder.config["model_type"]), config, _parameters(config.model), added)

@@ -25,12 +25,12 @@ def obstacles(model: ModelConfig, *, norms_of_heads: bool) -> list[str]:
         if (reason := value.import_obstacle(model)) is not None
     ]
     if model.embedding_norm:
-        found.append("embedding_norm: it has a norm on the embeddings, which the source has not")
+        found.append("embedding_norm: it has a norm on the embeddings, which the source does not have")
     if bool(model.attention.qk_norm) != norms_of_heads:
-        found.append("qk_norm: it has norms on queries and keys, which the source has not")
+        found.append("qk_norm: it has norms on queries and keys, which the source does not have")
     if model.attention.logit_cap:
         found.append("logit_cap: it bounds the logits, which the source does not")
-    if not found and not _norms_follow(model):
+    if not found and not catalogue.problems(model) and not _norms_follow(model):
         found.append("norms have one eps at every depth, while the stream of the same function shrinks")
     return found
 

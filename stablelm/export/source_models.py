@@ -35,14 +35,15 @@ class SourceModel:
 class Family(NamedTuple):
     """Models of one `model_type`.
 
-    `architectures`: with a head, then without; `prefix`: of names in a model with a head; `layers`: the key of their
-    number; `unused`: endings of tensors that are no parameters; `read` takes the keys and the longest sequence that is
-    wanted, None for all positions.
+    `architectures`: with a head, then without; `prefix`: of names in a model with a head; `table`: the rest of the
+    embedding's name; `layers`: the key of their number; `unused`: endings of tensors that are no parameters; `read`
+    takes the keys and the longest sequence that is wanted, None for all positions.
     """
 
     model_type: str
     architectures: tuple[str, str]
     prefix: str
+    table: str
     layers: str
     unused: tuple[str, ...]
     read: Callable[[SourceKeys, int | None], SourceModel]
@@ -67,7 +68,7 @@ def describe(folder: SourceFolder, max_seq_len: int | None = None) -> SourceMode
     if layers > len(folder.shapes):
         raise keys.wrong(family.layers, f"is more than the {len(folder.shapes)} tensors of the folder")
     found = family.read(keys, max_seq_len)
-    if not any(name.startswith(family.prefix) for name in folder.shapes):
+    if f"{family.prefix}{family.table}" not in folder.shapes and family.table in folder.shapes:
         found = replace(found, tensors={name: _bare(each, family.prefix) for name, each in found.tensors.items()})
     _check(folder, found, family)
     return found
@@ -269,9 +270,15 @@ def _gpt2_tensors(sizes: _Sizes, positions: int, tied: bool) -> Iterator[tuple[s
 
 
 def _named(model_type: str, name: str, relative: _Relative) -> Family:
-    architectures = (f"{name}ForCausalLM", f"{name}Model")
-    read = partial(_llama, relative=relative)
-    return Family(model_type, architectures, "model.", "num_hidden_layers", ("rotary_emb.inv_freq",), read)
+    return Family(
+        model_type,
+        (f"{name}ForCausalLM", f"{name}Model"),
+        prefix="model.",
+        table="embed_tokens.weight",
+        layers="num_hidden_layers",
+        unused=("rotary_emb.inv_freq",),
+        read=partial(_llama, relative=relative),
+    )
 
 
 _FAMILIES = (
@@ -280,7 +287,11 @@ _FAMILIES = (
     _named("qwen2", "Qwen2", _Relative(kv_heads=32, biases=True)),
     _named("qwen3", "Qwen3", _Relative(kv_heads=32, head_dim=128, norms_of_heads=True)),
     Family(
-        *("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", "n_layer"),
+        "gpt2",
+        ("GPT2LMHeadModel", "GPT2Model"),
+        prefix="transformer.",
+        table="wte.weight",
+        layers="n_layer",
         unused=(".attn.bias", ".attn.masked_bias"),
         read=_gpt2,
     ),

@@ -222,12 +222,9 @@ class Stream(Value):
         return model
 
     def import_obstacle(self, model: Model) -> str | None:
-        skip, branch = self.gains(model)
         if self.grows:
             return "its sub-layers read a concatenation, which a plain model's matrices do not fit"
-        if skip == 0 or branch == 0:
-            return "it drops the skip or the branch, which no scale of the weights brings back"
-        return None
+        return None if self.has_skip else "it has no skip, and a plain model has one"
 
     def start(self, embedded: "Tensor") -> "Chunks":
         """The stream that holds the embeddings alone."""

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from stablelm.errors import UserError
+from stablelm.process_exit import report
 from stablelm.programs.arguments import Parser, path_or_url
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             overrides=arguments.overrides,
         )
     except UserError as error:
-        print(error, file=sys.stderr)
+        report(error)
         return error.exit_code
     model = made.config.model
     print(
