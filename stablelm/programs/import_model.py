@@ -11,7 +11,7 @@ from stablelm.programs.arguments import Parser, path_or_url
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         description="Makes a run directory of a model in the format of transformers (llama, mistral, qwen2, qwen3, "
-        "gpt2; config.json and safetensors files): to go on training from it, evaluate, generate and export.",
+        "gpt2; config.json and safetensors files): to train on from its weights, evaluate, generate and export.",
         epilog="Page: docs/importing.md. Exit codes: 0 done, 74 the directory cannot be written, 78 bad input.",
     )
     parser.add_argument("--from", dest="source", required=True, type=path_or_url, metavar="FOLDER", help="the model")

@@ -106,7 +106,7 @@ def test_half_precision_weights_become_fp32_masters_bit_by_bit(dtype, tiny_corpu
     tensors = {
         name: tensor.to(dtype) for name, tensor in public_models.llama_tensors(_pieces(tiny_corpus.tokenizer)).items()
     }
-    folder = public_models.write_llama(tmp_path / "folder", tiny_corpus.tokenizer, **tensors)
+    folder = public_models.write_llama(tmp_path / "folder", tiny_corpus.tokenizer, tensors=tensors)
     made = import_model(folder, tmp_path / "run")
     found = _tensors(tmp_path / "run")
     assert all(tensor.dtype == torch.float32 for tensor in found.values())

@@ -112,7 +112,7 @@ def test_a_gpt2_that_ours_cannot_be(changes: dict, words: list[str], refused, ti
 def test_what_has_no_effect_is_no_obstacle(changes: dict[str, Any], tiny_corpus: TinyCorpus, tmp_path: Path):
     heads = {f"model.layers.{layer}.self_attn.{name}_norm.weight": torch.ones(8) for layer in range(3) for name in "qk"}
     extra = heads if changes.get("model_type") == "qwen3" else {}
-    folder = write_llama(tmp_path / "folder", tiny_corpus.tokenizer, changes, **extra)
+    folder = write_llama(tmp_path / "folder", tiny_corpus.tokenizer, changes, extra)
     assert main(["--from", str(folder), "--out", str(tmp_path / "run")]) == 0
 
 
@@ -142,7 +142,7 @@ def test_a_tokenizer_that_does_not_fit(refused, tiny_corpus: TinyCorpus, tmp_pat
     folder = write_llama(tmp_path / "folder", tiny_corpus.tokenizer)
     pieces = Tokenizer(tiny_corpus.tokenizer).pieces
     small = {name: each[: pieces - 9] for name, each in llama_tensors(pieces).items() if each.shape[0] == pieces}
-    few = write_llama(tmp_path / "few", tiny_corpus.tokenizer, {"vocab_size": pieces - 9}, **small)
+    few = write_llama(tmp_path / "few", tiny_corpus.tokenizer, {"vocab_size": pieces - 9}, small)
     assert f"has {pieces} pieces" in refused(few) and f"{pieces - 9} rows" in refused(few)
     (folder / "tokenizer.model").unlink()
     assert "--tokenizer" in refused(folder)

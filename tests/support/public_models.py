@@ -90,13 +90,17 @@ def llama_tensors(vocabulary: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape) / 4 for name, shape in shapes.items()}
 
 
-def write_llama(folder: Path, tokenizer: str, changes: dict[str, Any] | None = None, **tensors: Any) -> Path:
-    """A small LLaMA; `changes`: keys of config.json, `tensors`: by name, None leaves one out."""
+def write_llama(
+    folder: Path,
+    tokenizer: str,
+    changes: dict[str, Any] | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """A small LLaMA; `changes`: keys of config.json, `tensors`: other ones by name."""
     tokens = Tokenizer(tokenizer)
     folder.mkdir(parents=True)
     config = {**LLAMA, "vocab_size": tokens.pieces, "eos_token_id": tokens.eos, **(changes or {})}
     (folder / "config.json").write_text(json.dumps(config))
-    held = {**llama_tensors(tokens.pieces), **tensors}
-    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / "model.safetensors")
+    save_file({**llama_tensors(tokens.pieces), **(tensors or {})}, folder / "model.safetensors")
     shutil.copy(tokenizer, folder / "tokenizer.model")
     return folder
