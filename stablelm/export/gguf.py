@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stablelm.errors import ConfigError
-from stablelm.export.gguf_vocabulary import vocabulary
+from stablelm.export.formats.gguf_vocabulary import vocabulary
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"

@@ -37,7 +37,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    from stablelm.export.import_model import import_model
+    from stablelm.export.importing.import_model import import_model
 
     try:
         made = import_model(

@@ -19,8 +19,8 @@ from support.tiny import TinyCorpus, synthetic_documents
 
 from stablelm.data import tokenizer as sentencepiece_tokenizers
 from stablelm.errors import ConfigError
+from stablelm.export.formats.gguf_vocabulary import GPT2, LLAMA3, QWEN2, vocabulary
 from stablelm.export.gguf import write_file
-from stablelm.export.gguf_vocabulary import GPT2, LLAMA3, QWEN2, vocabulary
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

@@ -13,8 +13,8 @@ from support.tiny import TinyCorpus
 from stablelm.checkpoint.reader import Reader
 from stablelm.checkpoint.tensor_index import read_index
 from stablelm.evaluate.trained_run import load_module, open_run
-from stablelm.export import import_scales
-from stablelm.export.import_model import import_model
+from stablelm.export.importing import import_scales
+from stablelm.export.importing.import_model import import_model
 from stablelm.methods import catalogue
 
 FITTING = (

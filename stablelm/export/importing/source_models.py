@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from stablelm.errors import ConfigError
-from stablelm.export.source_folder import Origin, SourceFolder
-from stablelm.export.source_keys import SourceKeys
+from stablelm.export.importing.source_folder import Origin, SourceFolder
+from stablelm.export.importing.source_keys import SourceKeys
 from stablelm.printable import few
 
 HEAD = "lm_head.weight"

@@ -21,9 +21,9 @@ from stablelm.config.load import Loaded, dump, load
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.data.tokenizer import Tokenizer
 from stablelm.errors import ConfigError, StorageError
-from stablelm.export import import_scales
-from stablelm.export.source_folder import CONFIG, SourceFolder
-from stablelm.export.source_models import SourceModel, describe
+from stablelm.export.importing import import_scales
+from stablelm.export.importing.source_folder import CONFIG, SourceFolder
+from stablelm.export.importing.source_models import SourceModel, describe
 from stablelm.methods import catalogue
 from stablelm.new_files import rename_to_new, replace_file
 from stablelm.small_files import read_small
@@ -164,7 +164,7 @@ def _write(
     from stablelm.checkpoint import commit
     from stablelm.checkpoint.contents import expected_shapes
     from stablelm.checkpoint.fence import Fence
-    from stablelm.export.import_weights import ImportedWeights
+    from stablelm.export.importing.import_weights import ImportedWeights
     from stablelm.model.linear import make_dtypes
 
     shapes = expected_shapes(config.model, optimizer=False)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from stablelm.errors import ConfigError
-from stablelm.export.source_folder import SourceFolder
+from stablelm.export.importing.source_folder import SourceFolder
 from stablelm.methods import catalogue
 
 LARGEST = 1 << 31

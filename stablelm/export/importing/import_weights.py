@@ -6,9 +6,9 @@ from torch import Tensor
 from stablelm.checkpoint.reader import MODEL_PREFIX
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.export.import_scales import scale_of
-from stablelm.export.source_folder import SourceFolder
-from stablelm.export.source_models import SourceModel
+from stablelm.export.importing.import_scales import scale_of
+from stablelm.export.importing.source_folder import SourceFolder
+from stablelm.export.importing.source_models import SourceModel
 from stablelm.methods import spectral
 
 

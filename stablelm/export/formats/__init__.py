@@ -1,0 +1,1 @@
+"""The standard architectures that a folded model is written as, one file each."""
