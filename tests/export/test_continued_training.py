@@ -33,6 +33,11 @@ def test_its_own_directory_is_not_resumed(imported: Path, tiny_corpus: TinyCorpu
     assert sorted(path.name for path in imported.iterdir()) == before
 
 
+def test_its_weights_are_verified(imported: Path):
+    done = run("checkpoints", "verify", str(imported))
+    assert done.returncode == 0 and "step-00000000    OK (weights of an imported model)" in done.stdout, done.stderr
+
+
 def test_it_is_evaluated_as_any_run(imported: Path, tiny_corpus: TinyCorpus, tmp_path: Path):
     arguments = ("--data", tiny_corpus.validation, "--sequences", "8", "--out", str(tmp_path / "out.json"))
     done = run("eval", "--checkpoint", str(imported), *arguments)

@@ -45,8 +45,10 @@ class SourceFolder:
         self.config = _config(path)
         indexed = None if (path / WHOLE).exists() else _weight_map(path)
         files = [WHOLE] if indexed is None else list(dict.fromkeys(indexed.values()))
-        self._handles = {file: self._opened(file) for file in files}
-        held = {name: file for file, handle in self._handles.items() for name in list(handle.keys())}
+        # Headers are read without torch, which takes seconds to import.
+        self._headers = {file: self._opened(file, "np") for file in files}
+        self._opened_for_torch: dict[str, Any] = {}
+        held = {name: file for file, header in self._headers.items() for name in list(header.keys())}
         absent = [name for name, file in (indexed or {}).items() if held.get(name) != file]
         if absent:
             raise ConfigError(
@@ -61,7 +63,7 @@ class SourceFolder:
         from safetensors import SafetensorError
 
         try:
-            handle = self._handles[self._files[origin.name]]
+            handle = self._tensors(self._files[origin.name])
             if origin.columns is None:
                 found = handle.get_tensor(origin.name)
             else:
@@ -81,20 +83,25 @@ class SourceFolder:
         """Names of the dtypes that occur."""
         return sorted({self._slice(name).get_dtype() for name in self._files})
 
-    def _opened(self, file: str) -> Any:
+    def _tensors(self, file: str) -> Any:
+        if file not in self._opened_for_torch:
+            self._opened_for_torch[file] = self._opened(file, "pt")
+        return self._opened_for_torch[file]
+
+    def _opened(self, file: str, framework: str) -> Any:
         from safetensors import SafetensorError, safe_open
 
         path = self.path / file
         try:
             os.close(open_regular(path))
-            return safe_open(path, framework="pt")
+            return safe_open(path, framework=framework)
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist, and {INDEX} names it; download the folder again") from None
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{path} is not a complete safetensors file ({error}); download it again") from error
 
     def _slice(self, name: str) -> Any:
-        return self._handles[self._files[name]].get_slice(name)
+        return self._headers[self._files[name]].get_slice(name)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         found = self._slice(name)
