@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from stablelm.checkpoint.contents import gaps
 from stablelm.checkpoint.fence import DELETING, STAGING, Fence, writing_behind
-from stablelm.checkpoint.format import sample, save_tensors, tensor_bytes
+from stablelm.checkpoint.format import Read, sample, save_tensors, tensor_bytes
 from stablelm.checkpoint.manifest import (
     COMMITTED,
     CONFIG,
@@ -74,10 +74,12 @@ def save(
     shapes: Mapping[str, torch.Size],
     group: dist.ProcessGroup | None,
     reached: Callable[[str], None] = lambda part: None,
+    read: Read | None = None,
 ) -> SaveResult:
     """Commits a step below `fence.root`; collective over `group` (gloo; None: one process).
 
-    Tensors are plain (equal on all ranks), DTensors or FlatShards; `state` (JSON values) and `config_yaml` count on
+    Tensors are plain (equal on all ranks), DTensors or FlatShards, or empty ones to `read` (see `save_tensors`);
+    `state` (JSON values) and `config_yaml` count on
     rank 0. `shapes` is what must be there for the step to be committed: the whole shape of each tensor by name. A step
     that is committed already and verifies is left as it is; a damaged or incomplete one is set aside under
     `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
@@ -89,7 +91,7 @@ def save(
     earlier = consensus.first(lambda: _find_earlier(fence, step, shapes), "look for an earlier save")
     if earlier.path is not None:
         return SaveResult(earlier.path, time.perf_counter() - started, earlier.bytes)
-    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors)
+    staging, records, _ = _stage(fence, step, tensors, state, config_yaml, consensus, whole=tensors, read=read)
     consensus.first(lambda: _refuse_incomplete(fence, staging, step, shapes), "check of its tensors")
     path = consensus.first(lambda: _publish(fence, staging, step, records, earlier), "commit")
     return SaveResult(path, time.perf_counter() - started, _total(records))
@@ -157,6 +159,7 @@ def _stage(
     consensus: Consensus,
     *,
     whole: dict[str, torch.Tensor],
+    read: Read | None = None,
 ) -> tuple[CheckpointPath, dict[str, FileRecord], float]:
     """Writes all but COMMITTED, where a checkpoint of `whole` has space.
 
@@ -184,7 +187,7 @@ def _stage(
 
     def write_tensors() -> dict[str, FileRecord]:
         with writing_behind(fence):
-            return save_tensors(staging / TENSORS, tensors, consensus.group, consensus.reached)
+            return save_tensors(staging / TENSORS, tensors, consensus.group, consensus.reached, read)
 
     consensus.run(sees_it, "look at the staging directory")
     started = time.perf_counter()

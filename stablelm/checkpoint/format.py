@@ -46,6 +46,8 @@ SYNC_BYTES = 16 << 20
 """Forced to the disk as soon as there are so many, while other threads hash."""
 WRITE_BUFFER = 1 << 16
 """Smaller pieces are gathered to so many bytes; larger ones are not copied."""
+Read = Callable[[str], torch.Tensor]
+"""The whole tensor of a name, on the CPU."""
 _Row = tuple[str, str, tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...], str]]
 """A piece in a file: tensor, dtype, whole shape, (offsets, sizes, file)."""
 
@@ -60,12 +62,14 @@ def save_tensors(
     tensors: dict[str, torch.Tensor],
     group: dist.ProcessGroup | None,
     reached: Callable[[str], None] = lambda part: None,
+    read: Read | None = None,
 ) -> dict[str, FileRecord]:
     """Writes plain tensors (equal on all ranks), DTensors and FlatShards of any device into a new directory.
 
-    Collective over `group` (gloo; None: one process). Returns the records of the files that this rank wrote, by
-    name; they are on the disk. Equal tensors give equal files. Raises OSError; what another rank failed with arrives
-    as a RuntimeError.
+    With `read`, in one process, they are empty ones of the meta device, and each is read when it is written, by up to
+    THREADS threads. Collective over `group` (gloo; None: one process). Returns the records of the files that this rank
+    wrote, by name; they are on the disk. Equal tensors give equal files. Raises OSError; what another rank failed with
+    arrives as a RuntimeError.
     """
     consensus, rank = Consensus(group, _rank(group), reached), _rank(group)
     records: dict[str, FileRecord] = {}
@@ -79,7 +83,7 @@ def save_tensors(
         if isinstance(directory, Path):
             directory.mkdir(exist_ok=True)
         with ThreadPoolExecutor(THREADS) as pool:
-            threads = {name: pool.submit(_write_file, directory / name, pieces) for name, pieces in files.items()}
+            threads = {name: pool.submit(_write_file, directory / name, pieces, read) for name, pieces in files.items()}
         records.update({name: thread.result() for name, thread in threads.items()})
         if isinstance(directory, Path):
             sync_directory(directory)
@@ -174,11 +178,11 @@ def _share_out(pieces: list[_WrittenPiece], stem: str) -> dict[str, list[_Writte
     return {f"{stem}-{index}.safetensors": file for index, file in enumerate(files)}
 
 
-def _write_file(path: CheckpointPath, pieces: list[_WrittenPiece]) -> FileRecord:
+def _write_file(path: CheckpointPath, pieces: list[_WrittenPiece], read: Read | None) -> FileRecord:
     """Writes, hashes and forces to the disk as it goes."""
     digest, size, synced = sha256(), 0, 0
     with path.open("xb", buffering=WRITE_BUFFER) if isinstance(path, Path) else path.open("wb") as file:
-        for content in _contents(pieces):
+        for content in _contents(pieces, read):
             file.write(content)
             digest.update(content)
             size += len(content)
@@ -192,10 +196,12 @@ def _write_file(path: CheckpointPath, pieces: list[_WrittenPiece]) -> FileRecord
     return FileRecord(size, digest.hexdigest())
 
 
-def _contents(pieces: list[_WrittenPiece]) -> Iterator[bytes | memoryview]:
+def _contents(pieces: list[_WrittenPiece], read: Read | None) -> Iterator[bytes | memoryview]:
     yield header([piece.slot for piece in pieces], {"format": "pt"})
     for piece in pieces:
-        content = bytes_of(piece.elements.cpu())  # little-endian, as all that torch runs on
+        elements = piece.elements.cpu() if read is None else read(piece.tensor)
+        assert (elements.dtype, elements.numel()) == (piece.elements.dtype, piece.elements.numel()), piece.tensor
+        content = bytes_of(elements.reshape(-1))  # little-endian, as all that torch runs on
         for start in range(0, len(content), SYNC_BYTES):
             yield content[start : start + SYNC_BYTES]
 

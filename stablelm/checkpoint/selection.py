@@ -27,6 +27,8 @@ __all__ = [
 
 CHECKPOINTS = "checkpoints"
 """Where a run has its checkpoints unless checkpoint.dir says otherwise."""
+IMPORTED = "imported.json"
+"""Beside the checkpoints of a run directory that holds an imported model: where it came from."""
 logger = logging.getLogger(__name__)
 Lacks = Callable[[CheckpointPath], list[str]]
 """What an undamaged checkpoint lacks, in phrases: `contents.problems`, where it is to hold a model."""

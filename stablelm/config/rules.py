@@ -330,7 +330,8 @@ class _Rules:
 
     def vocabulary(self, pieces: int) -> None:
         vocab, largest = self.config.model.vocab_size, _up(pieces, LARGEST_VOCABULARY_MULTIPLE)
-        if vocab is None or pieces <= vocab <= largest:
+        # What a run starts from may have been made for a larger vocabulary.
+        if vocab is None or pieces <= vocab <= largest or (vocab > largest and self.config.run.init_from is not None):
             return
         relation = "smaller" if vocab < pieces else "larger"
         fits = f"{pieces}" if largest == pieces else f"{pieces} to {largest}"

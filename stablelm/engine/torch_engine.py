@@ -174,7 +174,8 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
     On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
     """
     axes, limit = config.axes, None
-    if axes.placement.by_depth or axes.stream.layers_differ or axes.shaping.active:
+    differ = axes.stream.layers_differ or axes.stream.eps_scale(config, 2) != axes.stream.eps_scale(config, 0)
+    if axes.placement.by_depth or differ or axes.shaping.active:
         limit = max(8, 2 * config.n_layers)  # a graph for each layer
     configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
     for layer in layers.modules():

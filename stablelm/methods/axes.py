@@ -166,6 +166,10 @@ class Value:
         """
         return None
 
+    def import_obstacle(self, model: Model) -> str | None:
+        """Why no weights make it compute what a plain pre-norm model computes, or None if some do."""
+        return None
+
 
 @dataclass(frozen=True)
 class Stream(Value):
@@ -220,6 +224,23 @@ class Stream(Value):
     def branch_at_start(self, model: Model) -> float:
         """`branch` with every added parameter at its start, for the theory."""
         return self.gains(model)[1]
+
+    def plain_value(self, added: Added) -> Array:
+        """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""
+        return added.start
+
+    def eps_scale(self, model: Model, sublayer: int) -> float:
+        """What multiplies `norm_eps` in the norm before a sub-layer; 2 n_layers is the final norm."""
+        return 1.0
+
+    def for_import(self, model: M) -> M:
+        """The model with the options of the stream under which a plain model's weights fit exactly."""
+        return model
+
+    def import_obstacle(self, model: Model) -> str | None:
+        if self.grows:
+            return "its sub-layers read a concatenation, which a plain model's matrices do not fit"
+        return None if self.has_skip else "it has no skip, and a plain model has one"
 
     def start(self, embedded: "Tensor") -> "Chunks":
         """The stream that holds the embeddings alone."""
@@ -292,6 +313,13 @@ class Placement(Value):
     def input_scale(self, layer: int) -> float:
         """What multiplies the norm before the body of a layer, counted from 0."""
         return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
+
+    def import_obstacle(self, model: Model) -> str | None:
+        if self.after_write or self.on_branch or self.before_output:
+            return "it has norms where a plain model has none, and a norm undoes any scale of the weights"
+        if not (self.before_body and self.final):
+            return "it lacks norms that a plain model has before each sub-layer and at the end"
+        return None
 
 
 class NormKind(Value):
@@ -418,6 +446,15 @@ class Reparam(Value):
     def entry_variance(self, model: Model, std: float, shape: tuple[int, int]) -> float:
         """Variance of the entries of a map (d_out, d_in) as it acts at the start, for a matrix of that std."""
         return std**2
+
+    def keeps_start(self, model: Model) -> bool:
+        """Whether a matrix at the start stands for itself, whatever it is."""
+        return True
+
+    def import_obstacle(self, model: Model) -> str | None:
+        if not self.keeps_start(model):
+            return "it changes the size of every matrix at the start; leave the start of its gain as it is"
+        return None
 
     def update(self, matrices: Sequence[Any], reduce: Any) -> "list[Tensor] | None":
         """What is done after the optimizer step, for the parts of all its matrices that a rank holds.
@@ -551,6 +588,9 @@ class Shaping(Value):
     def export_obstacle(self, model: Model) -> str | None:
         return "its attention has a fixed bias, which no standard architecture has" if self.active else None
 
+    def import_obstacle(self, model: Model) -> str | None:
+        return "it adds a fixed bias to attention, which a plain model does not have" if self.active else None
+
 
 class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
@@ -574,6 +614,9 @@ class ValueMixing(Value):
             return None
         return "the values of its layers are mixed with the first layer's, which no standard architecture does"
 
+    def import_obstacle(self, model: Model) -> str | None:
+        return "its layers mix their values with the first layer's" if self.share is not None else None
+
 
 class Maps(Value):
     """How the first maps of attention are made."""
@@ -581,6 +624,9 @@ class Maps(Value):
     def rank(self, model: Model) -> int | None:
         """Inner width of factorised query, key and value maps; None: they are whole."""
         return None
+
+    def import_obstacle(self, model: Model) -> str | None:
+        return "its query, key and value maps have a lower rank than whole matrices" if self.rank(model) else None
 
 
 class MethodOptions:

@@ -5,11 +5,11 @@ In a causal decoder attention keeps more variance than the tokens' common part, 
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from stablelm.key import ABOVE_0, key
-from stablelm.methods.axes import Init, Method, MethodOptions, Model, Refusal, Role, Stream
+from stablelm.methods.axes import Init, M, Method, MethodOptions, Model, Refusal, Role, Stream
 from stablelm.methods.solve import solve
 
 KEDIA = "Kedia et al., Transformers Get Stable, ICML 2024"
@@ -27,6 +27,12 @@ class DeepscaleOptions(MethodOptions):
     form: Literal["causal", "literal"] = key(
         "causal", "correlation recursion: for a causal decoder, or as released for an encoder", identity=True
     )
+    norm_eps: Literal["fixed", "shrinking"] = key(
+        "fixed",
+        "shrinking: the eps of norms before sub-layers falls by lambda^2 a sub-layer, as the square of what is left of "
+        "the embedding does; set on import, which is exact then",
+        identity=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,12 @@ class Scaled(Stream):
     def gains(self, model: Model) -> tuple[float, float]:
         beta_squared = model.option(DeepscaleOptions).k / model.n_layers
         return math.sqrt(1 - beta_squared), math.sqrt(beta_squared)
+
+    def eps_scale(self, model: Model, sublayer: int) -> float:
+        return self.gains(model)[0] ** (2 * sublayer) if model.option(DeepscaleOptions).norm_eps == "shrinking" else 1.0
+
+    def for_import(self, model: M) -> M:
+        return model.changed(replace(model.option(DeepscaleOptions), norm_eps="shrinking"))
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if model.option(DeepscaleOptions).k >= model.n_layers:

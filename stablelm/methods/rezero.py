@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from stablelm.methods.axes import Added, Method, Model, Refusal, Stream
+from stablelm.methods.axes import Added, Array, Method, Model, Refusal, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,9 @@ class ReZeroStream(Stream):
 
     def branch_at_start(self, model: Model) -> float:
         return 0.0
+
+    def plain_value(self, added: Added) -> Array:
+        return np.ones(1)
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         return super().write(chunks, branch * added["gain"].to(branch.dtype), added)

@@ -75,6 +75,9 @@ class Sigma(Reparam):
         # A sharding engine may hand the matrix out in the compute dtype already.
         return linear.gamma / linear.v.dot(linear.weight.to(linear.u.dtype).mv(linear.u))
 
+    def keeps_start(self, model: Model) -> bool:
+        return model.option(SigmaOptions).gamma == "spectral"
+
     def entry_variance(self, model: Model, std: float, shape: tuple[int, int]) -> float:
         """With gamma one, what is left when the spectral norm, std (sqrt(d_out) + sqrt(d_in)), is divided out."""
         if model.option(SigmaOptions).gamma == "spectral":

@@ -42,7 +42,8 @@ class Decoder(nn.Module):
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
         end = stream_width(config, config.n_layers)
-        self.norm_final = Norm(config, dtypes, end) if axes.placement.final else None
+        eps_scale = self.stream.eps_scale(config, 2 * config.n_layers)
+        self.norm_final = Norm(config, dtypes, end, eps_scale=eps_scale) if axes.placement.final else None
         grown = self.stream.grows
         self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if grown else None
         untied = not config.tie_embeddings

@@ -11,15 +11,22 @@ from stablelm.model.linear import Dtypes
 class Norm(nn.Module):
     """The model's norm with its gain and, if the model has biases and the norm takes one, a bias.
 
-    `kind`: another norm than the model's; `scale` is a constant that multiplies the output.
+    `kind`: another norm than the model's; `scale` and `eps_scale` are constants that multiply the output and the eps.
     """
 
     def __init__(
-        self, config: ModelConfig, dtypes: Dtypes, width: int, *, kind: axes.NormKind | None = None, scale: float = 1.0
+        self,
+        config: ModelConfig,
+        dtypes: Dtypes,
+        width: int,
+        *,
+        kind: axes.NormKind | None = None,
+        scale: float = 1.0,
+        eps_scale: float = 1.0,
     ):
         super().__init__()
         self.kind = kind or config.axes.norm
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps * eps_scale
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(width, dtype=dtypes.parameter))
         has_bias = bool(config.bias) and self.kind.has_bias

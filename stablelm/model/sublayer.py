@@ -47,8 +47,9 @@ class Sublayer(nn.Module):
         self.compute_dtype = dtypes.compute
         # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
         self.frees_input = self.stream.grows
-        scale = placement.input_scale(layer)
-        self.norm_in = Norm(config, dtypes, width.read, scale=scale) if placement.before_body else None
+        scale, eps_scale = placement.input_scale(layer), self.stream.eps_scale(config, index)
+        before = placement.before_body
+        self.norm_in = Norm(config, dtypes, width.read, scale=scale, eps_scale=eps_scale) if before else None
         self.body: Attention | FeedForward
         self.body = FeedForward(config, dtypes, width, index) if index % 2 else Attention(config, dtypes, width, layer)
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None

@@ -92,16 +92,20 @@ def _name(path) -> str:
 
 
 def check(options: argparse.Namespace) -> None:
-    from stablelm.checkpoint import contents, manifest
+    from stablelm.checkpoint import contents, manifest, selection
 
     corrupt = []
     for path in _steps(options):
+        weights_alone = (path.parent.parent / selection.IMPORTED).exists() and not manifest.step_of(path)
         try:
-            problems = manifest.verify(path) or contents.problems(path, trusted=options.trust_checkpoint)
+            problems = manifest.verify(path) or contents.problems(
+                path, optimizer=not weights_alone, trusted=options.trust_checkpoint
+            )
         except CheckpointError as error:  # of an earlier version
             problems = [str(error)]
         corrupt += [_name(path)] if problems else []
-        print(f"{_name(path):<16} {printable('corrupt: ' + '; '.join(problems)) if problems else 'OK'}", flush=True)
+        intact = "OK (weights of an imported model)" if weights_alone else "OK"
+        print(f"{_name(path):<16} {printable('corrupt: ' + '; '.join(problems)) if problems else intact}", flush=True)
     if corrupt:
         raise CheckpointError(f"corrupt checkpoints in {options.run_dir}: {', '.join(corrupt)}; resume skips them")
 

@@ -178,6 +178,11 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     begun = _has_text(run_dir / "metrics.jsonl")
     if not steps and not begun:
         return
+    if not begun and (run_dir / selection.IMPORTED).exists():
+        raise ConfigError(
+            f"run.dir={run_dir} holds an imported model, which has no optimizer state to resume from; start a run from "
+            f"its weights by run.init_from={run_dir} and another run.dir"
+        )
     if not begun and not (run_dir / "identity.json").exists():
         raise ConfigError(
             f"checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than run.dir={run_dir}; "

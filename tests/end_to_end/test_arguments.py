@@ -14,19 +14,21 @@ from support.tiny import TinyCorpus
 
 PROGRAMS = [
     "launch/pretrain.py", "launch/eval.py", "launch/probe.py", "launch/plan.py", "launch/checkpoints.py",
+    "launch/import_model.py",
     "data/prepare.py", "data/preview.py", "data/train_tokenizer.py", "slurm/attempt.py", "slurm/preflight.py",
 ]  # fmt: skip
 COMMANDS = {
     "launch/checkpoints.py": ["list", "verify", "prune", "consolidate"],
     "slurm/attempt.py": ["where", "unfinished", "line", "begin", "end", "tell", "state", "unevaluated"],
 }
-WORDS = {"--text-column", "--part", "--gpu", "--reason", "--launcher"}
+WORDS = {"--text-column", "--part", "--gpu", "--reason", "--launcher", "--method"}
 """Options that take words of the user's own which are no path."""
 HOME_PATHS = [
     ("launch/checkpoints.py", ["list", "~/run"]),
     ("launch/checkpoints.py", ["verify", "~/run"]),
     ("launch/checkpoints.py", ["prune", "~/run", "--keep", "1"]),
     ("launch/eval.py", ["--checkpoint", "~/run"]),
+    ("launch/import_model.py", ["--from", "~/run", "--out", "x"]),
     ("launch/pretrain.py", ["--config", "~/run"]),
     ("launch/pretrain.py", [*TINY, "--resume", "~/run"]),
     ("launch/pretrain.py", [*TINY, "run.init_from=~/run"]),
@@ -106,6 +108,7 @@ def test_an_unknown_option(begin: Begin, program: str):
         ("launch/eval.py", ["--checkpoint", "x", "y"], "unexpected argument y"),
         ("launch/eval.py", ["--checkpoint", "x", "--sequences", "many"], "invalid int value: 'many'"),
         ("launch/plan.py", ["--worldsize", "3"], "--world-size"),
+        ("launch/import_model.py", ["--form", "x", "--out", "y"], "--from"),
         ("launch/checkpoints.py", ["lst", "x"], "unknown command lst, did you mean list? (one of list, verify"),
         ("launch/checkpoints.py", [], "required: command"),
         ("launch/checkpoints.py", ["prune", "x", "--kep", "1"], "unknown option --kep, did you mean --keep?"),

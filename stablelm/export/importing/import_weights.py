@@ -1,0 +1,65 @@
+"""Our tensors made of another program's, one at a time."""
+
+import torch
+from torch import Tensor
+
+from stablelm.checkpoint.reader import MODEL_PREFIX
+from stablelm.config.schema import ModelConfig
+from stablelm.errors import ConfigError
+from stablelm.export.importing.import_scales import scale_of
+from stablelm.export.importing.source_folder import SourceFolder
+from stablelm.export.importing.source_models import SourceModel
+from stablelm.methods import spectral
+
+
+class ImportedWeights:
+    """The tensors of a model without `import_scales.obstacles`, in the dtype of its parameters."""
+
+    def __init__(self, folder: SourceFolder, source: SourceModel, model: ModelConfig, dtype: torch.dtype):
+        self._folder, self._source, self._model, self._dtype = folder, source, model, dtype
+        reparam = model.axes.reparam
+        self._beside = {*reparam.parameters(1, 1), *reparam.buffers(1, 1)}
+        self._starts: dict[str, dict[str, Tensor]] = {}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of a checkpoint's name. Raises ConfigError where the source's cannot be used."""
+        name = name.removeprefix(MODEL_PREFIX)
+        stem, _, leaf = name.rpartition(".")
+        if name in self._source.tensors:
+            return self._plain(name)
+        if leaf in self._beside:
+            return self._start(stem)[leaf].to(self._dtype)
+        return self._added(stem, leaf)
+
+    def _plain(self, name: str) -> Tensor:
+        origin = self._source.tensors[name]
+        if origin is None:
+            whole = self._source.tensors[f"{name.removesuffix('.bias')}.weight"]
+            assert whole is not None
+            return torch.zeros(whole.shape[0], dtype=self._dtype)
+        found, scale = self._folder.read(origin).to(self._dtype), scale_of(name, self._model)
+        return found if scale == 1 else found.mul_(scale)
+
+    def _start(self, stem: str) -> dict[str, Tensor]:
+        """What stands beside a reparametrised matrix; kept, for it is small and takes a decomposition."""
+        if stem not in self._starts:
+            weight = self._plain(f"{stem}.weight")
+            try:
+                self._starts[stem] = self._model.axes.reparam.starts(weight, self._model, spectral.start)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self._folder.path}: {stem} cannot be reparametrised ({error}); use a method without "
+                    "reparametrisation"
+                ) from error
+        return self._starts[stem]
+
+    def _added(self, stem: str, leaf: str) -> Tensor:
+        """A parameter that the stream adds to a layer or sub-layer."""
+        stream, parts = self._model.axes.stream, stem.split(".")
+        layer = int(parts[1])
+        if len(parts) == 2:
+            added = stream.in_layer(self._model, layer)
+        else:
+            added = stream.in_sublayer(self._model, 2 * layer + (parts[2] == "feedforward"))
+        found = next(each for each in added if each.name == leaf)
+        return torch.as_tensor(stream.plain_value(found), dtype=self._dtype)
