@@ -25,7 +25,7 @@ from stablelm.errors import ConfigError
 from stablelm.methods import spectral
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 
 
 class DeepSpeedEngine:
@@ -122,6 +122,10 @@ class DeepSpeedEngine:
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
         call = self.module if self._engine is None else self._engine
         return call(tokens, targets, z_loss=self._z_loss)
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        call = self.module if self._engine is None else self._engine
+        return call(tokens, targets, places=places)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Stage 1 adds gradients up on each rank until the last micro-batch; stages 2 and 3 keep only their part."""

@@ -11,7 +11,7 @@ from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class Engine(Protocol):
         """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
 
         `last` as its `backward` will say.
+        """
+        ...
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        """Of each target (n,) after its place (n,), an index into the (batch, seq) tokens; n may be 0.
+
+        Called by all ranks, or by none, without gradients.
         """
         ...
 

@@ -19,7 +19,7 @@ from stablelm.engine.tensor_parts import clean_name
 from stablelm.methods import spectral
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.sublayer import Layer, Sublayer
 from stablelm.private_names import configure_compilation
 
@@ -80,6 +80,9 @@ class TorchEngine:
         # DDP arranges the reduction of gradients in the forward pass.
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
             return self._call(tokens, targets, z_loss=self._z_loss)
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        return self._call(tokens, targets, places=places)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):

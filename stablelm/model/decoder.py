@@ -10,7 +10,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import d_head, stream_width
 from stablelm.model import documents
 from stablelm.model.linear import Linear, make_dtypes
-from stablelm.model.loss import LossSums, chunked_cross_entropy
+from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
@@ -51,15 +51,20 @@ class Decoder(nn.Module):
         """The output matrix (vocab_size, d_model); the embedding itself when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0) -> "Tensor | LossSums":
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, z_loss: float = 0.0, places: Tensor | None = None
+    ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
-        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`.
+        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`. With places (n,),
+        indices into batch * seq, targets (n,) are tokens to score after each of them.
         Call the module, not this method: sharding engines hook the call.
         """
         hidden = self._hidden(tokens)
         if targets is None:
             return hidden
+        if places is not None:
+            return token_scores(hidden.flatten(0, 1)[places], self.head_weight(), targets)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
