@@ -145,8 +145,8 @@ def test_context_and_continuation_are_cut_as_lm_eval_cuts_them(tiny_corpus: Tiny
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
             return tokenizer.encode(string)
 
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            return requests  # type: ignore[return-value]
+        def _loglikelihood_tokens(self, requests, **kwargs) -> Any:
+            return requests
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             return []
