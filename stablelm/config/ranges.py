@@ -13,7 +13,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
         "evaluate.batches evaluate.micro_batch_size engine.unit_bytes engine.replicas engine.prefetch "
-        "data.max_document_bytes",
+        "data.max_document_bytes evaluate.task_items",
     ),
     (
         "at least 0",

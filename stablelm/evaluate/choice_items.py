@@ -56,7 +56,7 @@ class ChoiceTask:
     lengths: list[list[int]]
     gold: list[int]
     shortened: int
-    """Requests whose context does not fit before the continuation and loses its start."""
+    """Requests that are longer than a sequence, so that not all of their text is seen at once."""
 
 
 def read_task(path: str, tokenizer: TextEncoder, *, longest: int, items: int | None = None, key: str) -> ChoiceTask:
@@ -65,14 +65,10 @@ def read_task(path: str, tokenizer: TextEncoder, *, longest: int, items: int | N
     Raises ConfigError under `key`, with the number of the line where one is wrong.
     """
     found: list[tuple[list[Request], list[int], int]] = []
-    for number, item in _lines(path, key):
+    for item in _items(path, key):
         if len(found) == items:
             break
         requests = [encode_pair(tokenizer, item["query"], DELIMITER + choice) for choice in item["choices"]]
-        if (most := max(len(request.continuation) for request in requests)) > longest:
-            raise ConfigError(
-                f"{key}: {path}:{number}: a choice has {most} tokens, but model.max_seq_len={longest}; remove the item"
-            )
         found.append((requests, [len(choice) for choice in item["choices"]], item["gold"]))
     if not found:
         raise ConfigError(f"{key}: {path} holds no item; {FORM}")
@@ -103,7 +99,7 @@ def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Requ
     return Request(tuple(tokens[:cut]), tuple(tokens[cut:]))
 
 
-def _lines(path: str, key: str) -> Iterator[tuple[int, Item]]:
+def _items(path: str, key: str) -> Iterator[Item]:
     try:
         with open(open_regular(Path(path).expanduser()), "rb") as file:
             for number in range(1, MOST_ITEMS + 1):
@@ -111,7 +107,7 @@ def _lines(path: str, key: str) -> Iterator[tuple[int, Item]]:
                 if not line:
                     return
                 if line.strip():
-                    yield number, _item(line, f"{key}: {path}:{number}")
+                    yield _item(line, f"{key}: {path}:{number}")
         raise ConfigError(f"{key}: {path} has more than {MOST_ITEMS} lines; give a smaller file")
     except OSError as error:
         why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"

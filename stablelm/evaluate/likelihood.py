@@ -47,13 +47,12 @@ class Shapes:
 
 @dataclass(frozen=True)
 class _Batch:
-    """tokens: (rows, width); places and targets: (n,), the next `lengths[i]` of them those of request `requests[i]`."""
+    """tokens: (rows, width); places and targets: (n,), the next `len(window.continuation)` of them each window's."""
 
     tokens: Tensor
     places: Tensor
     targets: Tensor
-    requests: list[int]
-    lengths: list[int]
+    windows: list[Request]
 
 
 def loglikelihoods(
@@ -65,22 +64,37 @@ def loglikelihoods(
 ) -> list[Likelihood]:
     """One for each request, which are the same on all ranks. Collective.
 
-    A context that does not fit before its continuation loses its start. `reached` is called before each micro-batch
-    with its place, on all ranks alike; what it raises ends the scoring. Equal requests are scored once, and requests
-    that differ in their last token share a sequence. The sequences are cut into the same micro-batches in every world
-    size, by length; rank r takes those ≡ r mod W, and repeats one with nothing to score where it has none left, because
-    a sharded model is called by all or by none.
+    A context that does not fit before its continuation loses its start; a continuation that does not fit itself is
+    scored in windows, each of its tokens with at least half a sequence before it. Equal requests are scored once, and
+    requests that differ in their last token share a sequence. The sequences are cut into the same micro-batches in
+    every world size, by length; rank r takes those ≡ r mod W, and repeats one with nothing to score where it has none
+    left, because a sharded model is called by all or by none. `reached` is called before each micro-batch with its
+    place, on all ranks alike; what it raises ends the scoring.
     """
-    batches = _batches(requests, shapes)
-    found: list[tuple[int, float, bool]] = []
+    windows = {request: _windows(request, shapes.longest) for request in requests}
+    batches = _batches([window for own in windows.values() for window in own], shapes)
+    found: list[tuple[Request, float, bool]] = []
     with evaluating(engine.module):
         for first in range(0, len(batches), ranks.world_size):
             reached(f"micro-batch {first + 1} of {len(batches)}")
             index = first + ranks.rank
             found += _score(engine, batches[min(index, len(batches) - 1)], counts=index < len(batches))
-    by_request = {request: Likelihood(*score) for part in ranks.gather(found) for request, *score in part}
-    first_of = _first_of(requests)
-    return [by_request[first_of[request]] for request in requests]
+    scored = {window: Likelihood(*score) for part in ranks.gather(found) for window, *score in part}
+    return [_together([scored[window] for window in windows[request]]) for request in requests]
+
+
+def _windows(request: Request, longest: int) -> list[Request]:
+    """The request itself, or where its continuation does not fit, parts of it after as much as fits before them."""
+    context, rest = request
+    if len(rest) <= longest:
+        return [Request((context + rest)[-(longest + 1) : -len(rest)], rest)]
+    size = (longest + 1) // 2
+    cuts = [(context + rest[:start], rest[start : start + size]) for start in range(0, len(rest), size)]
+    return [Request(before[-(longest + 1 - len(part)) :], part) for before, part in cuts]
+
+
+def _together(scores: list[Likelihood]) -> Likelihood:
+    return Likelihood(sum(score.log_probability for score in scores), all(score.greedy for score in scores))
 
 
 @contextmanager
@@ -95,50 +109,40 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def _score(engine: Engine, batch: _Batch, *, counts: bool) -> list[tuple[int, float, bool]]:
+def _score(engine: Engine, batch: _Batch, *, counts: bool) -> list[tuple[Request, float, bool]]:
     end = None if counts else 0
     device = engine.device
     scores = engine.scores(batch.tokens.to(device), batch.places[:end].to(device), batch.targets[:end].to(device))
     if not counts:
         return []
-    values, greedy = scores.log_probability.double().cpu(), scores.greedy.cpu()
-    parts = zip(batch.requests, values.split(batch.lengths), greedy.split(batch.lengths), strict=True)
-    return [(request, float(value.sum()), bool(most.all())) for request, value, most in parts]
+    lengths = [len(window.continuation) for window in batch.windows]
+    values, greedy = scores.log_probability.double().cpu().split(lengths), scores.greedy.cpu().split(lengths)
+    parts = zip(batch.windows, values, greedy, strict=True)
+    return [(window, float(value.sum()), bool(most.all())) for window, value, most in parts]
 
 
-def _first_of(requests: Sequence[Request]) -> dict[Request, int]:
-    """The first place of each request among equal ones."""
-    places: dict[Request, int] = {}
-    for place, request in enumerate(requests):
-        places.setdefault(request, place)
-    return places
-
-
-def _batches(requests: Sequence[Request], shapes: Shapes) -> list[_Batch]:
+def _batches(windows: Sequence[Request], shapes: Shapes) -> list[_Batch]:
     """The distinct sequences, the longest first: what does not fit into the memory shows at once."""
-    sequences: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
-    for request, place in _first_of(requests).items():
-        tokens = (request.context + request.continuation)[-(shapes.longest + 1) :]
-        sequences.setdefault(tokens[:-1], []).append((place, request.continuation))
+    sequences: dict[tuple[int, ...], list[Request]] = {}
+    for window in dict.fromkeys(windows):
+        sequences.setdefault((window.context + window.continuation)[:-1], []).append(window)
     ordered = sorted(sequences, key=lambda tokens: (-len(tokens), tokens))
     cuts = [ordered[start : start + shapes.rows] for start in range(0, len(ordered), shapes.rows)]
     return [_batch([(tokens, sequences[tokens]) for tokens in cut], shapes) for cut in cuts]
 
 
-def _batch(rows: list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]], shapes: Shapes) -> _Batch:
+def _batch(rows: list[tuple[tuple[int, ...], list[Request]]], shapes: Shapes) -> _Batch:
     width, count = len(rows[0][0]), len(rows)
     if shapes.widths:
         width, count = min(w for w in shapes.widths if w >= width), shapes.rows
     tokens = torch.full((count, width), PADDING)
     places: list[int] = []
     targets: list[int] = []
-    requests, lengths = [], []
-    for row, (inputs, asked) in enumerate(rows):
+    for row, (inputs, windows) in enumerate(rows):
         tokens[row, : len(inputs)] = torch.tensor(inputs)
         end = row * width + len(inputs)
-        for request, continuation in asked:
+        for _, continuation in windows:
             places += range(end - len(continuation), end)
             targets += continuation
-            requests.append(request)
-            lengths.append(len(continuation))
-    return _Batch(tokens, torch.tensor(places), torch.tensor(targets), requests, lengths)
+    asked = [window for _, windows in rows for window in windows]
+    return _Batch(tokens, torch.tensor(places), torch.tensor(targets), asked)

@@ -116,7 +116,11 @@ def score_tasks(request: TaskRequest, run: TrainedRun, engine: Engine, ranks: Ra
         if ranks.is_first:
             print(in_words(name, figures[name]), flush=True)
             if task.shortened:
-                print(f"{name}: {task.shortened} prompts were cut at their start to fit the model", flush=True)
+                print(
+                    f"{name}: {task.shortened} choices with their query do not fit into the model's "
+                    f"{run.config.model.max_seq_len} tokens; of these it sees the end",
+                    flush=True,
+                )
     if request.harness:
         from stablelm.evaluate.harness import StableLM, run_tasks
 
