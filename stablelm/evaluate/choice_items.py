@@ -5,6 +5,7 @@ A line holds `query`, `choices` and `gold`, the place of the right choice from 0
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, NamedTuple, Protocol
 
@@ -65,9 +66,7 @@ def read_task(path: str, tokenizer: TextEncoder, *, longest: int, items: int | N
     Raises ConfigError under `key`, with the number of the line where one is wrong.
     """
     found: list[tuple[list[Request], list[int], int]] = []
-    for item in _items(path, key):
-        if len(found) == items:
-            break
+    for item in islice(_items(path, key), items):
         requests = [encode_pair(tokenizer, item["query"], DELIMITER + choice) for choice in item["choices"]]
         found.append((requests, [len(choice) for choice in item["choices"]], item["gold"]))
     if not found:
