@@ -5,7 +5,9 @@ the same in any world size to the last digit, which the harness's own division o
 them up in another order.
 """
 
+import atexit
 import difflib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 
 from stablelm.engine.interface import Engine
 from stablelm.engine.launch_environment import accelerate_flags, detect, engine_kind
-from stablelm.engine.ranks import Ranks
+from stablelm.engine.ranks import Ranks, disconnect
 from stablelm.errors import ConfigError
 from stablelm.evaluate import consent
 from stablelm.evaluate.choice_items import Request, encode_pair
@@ -30,6 +32,7 @@ from stablelm.evaluate.trained_run import TrainedRun, open_run
 
 NEW_TOKENS = 256
 """Longest generation of a task that gives no length, as the harness's own models have it."""
+GENERATION = ("do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p", "repetition_penalty")
 ARGUMENTS = ("checkpoint", "tokenizer", "config", "trust_checkpoint")
 
 
@@ -67,6 +70,7 @@ class StableLM(TemplateLM):
             first_rank=launch.rank == 0,
         )
         engine, ranks = load_engine(run, launch, engine_kind("auto", accelerate_flags(), launch.world_size))
+        atexit.register(disconnect, ranks)
         return cls(run, engine, ranks, _rows((additional_config or {}).get("batch_size")))
 
     @property
@@ -123,7 +127,39 @@ class StableLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each request's arguments are (context, options), `until` among these; the text before it is the answer."""
-        raise NotImplementedError
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        for indices in groups.values():
+            contexts = [requests[index].args[0] for index in indices]
+            for index, text in zip(indices, self._continued(contexts, requests[indices[0]].args[1]), strict=True):
+                answers[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return answers
+
+    def _continued(self, contexts: list[str], asked: dict[str, Any]) -> list[str]:
+        """What the model writes after each context; of one that is too long its end counts. Collective."""
+        from stablelm.evaluate.harness_generation import generated
+
+        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
+        if unknown := sorted(set(options) - set(GENERATION)):
+            raise ConfigError(f"a task generates with {', '.join(unknown)}; we know {', '.join(GENERATION)}")
+        until = [end for end in options.get("until") or [] if end]
+        new = int(options["max_gen_toks"])
+        if new >= self.max_length:
+            raise ConfigError(
+                f"a task generates up to {new} tokens, but the model takes {self.max_length} (model.max_seq_len); "
+                "give launch/lm_harness.py a smaller one by --gen_kwargs max_gen_toks=N"
+            )
+        tokens = [self.tok_encode(text)[-(self.max_length - new) :] or [self.eot_token_id] for text in contexts]
+        sampling = {
+            name: options[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty") if name in options
+        }
+        texts = generated(
+            self.run, self.engine, self.ranks, tokens, rows=self.shapes.rows, new=new, stop=until, **sampling
+        )
+        return [postprocess_generated_text(text, until, None) for text in texts]
 
     def apply_chat_template(self, chat_history: list, add_generation_prompt: bool = True) -> str:
         raise ConfigError("--apply_chat_template: a pretrained model has no chat template; leave it out")
