@@ -41,7 +41,7 @@ class Request(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokenizer."""
+    """What is needed of a tokenizer. Where it has `add_bos` and that is true, documents begin with its `bos`."""
 
     @property
     def eos(self) -> int: ...
@@ -83,19 +83,29 @@ def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Requ
     space at the end of the context belongs to the continuation, and an empty context is the end of a document. Where
     the cut lies inside the last token, that token is the continuation.
     """
-    stripped = context.rstrip()
+    stripped, first = context.rstrip(), before_a_document(tokenizer)
     continuation, context = context[len(stripped) :] + continuation, stripped
+    tokens = tokenizer.encode(context + continuation)
     if not context:
-        tokens = tokenizer.encode(continuation)
-        tokens = tokens if tokens and tokens[0] == tokenizer.eos else [tokenizer.eos, *tokens]
+        tokens = tokens if tokens and tokens[0] == first else [first, *tokens]
         cut = 1
+    elif len(tokens) < 2:  # a single token for everything
+        tokens, cut = [first, *tokens], 1
     else:
-        tokens = tokenizer.encode(context + continuation)
-        cut = len(tokenizer.encode(context))
-    cut = max(1, min(cut, len(tokens) - 1))
-    if len(tokens) < 2:  # a single token for everything
-        tokens = [tokenizer.eos, *tokens]
+        cut = max(1, min(len(tokenizer.encode(context)), len(tokens) - 1))
+        if begins_with_bos(tokenizer):
+            tokens, cut = [first, *tokens], cut + 1
     return Request(tuple(tokens[:cut]), tuple(tokens[cut:]))
+
+
+def begins_with_bos(tokenizer: TextEncoder) -> bool:
+    """Whether documents begin with a token of their own."""
+    return bool(getattr(tokenizer, "add_bos", False))
+
+
+def before_a_document(tokenizer: TextEncoder) -> int:
+    """The token after which a document's text comes in training: its own bos, or the end of the one before."""
+    return getattr(tokenizer, "bos") if begins_with_bos(tokenizer) else tokenizer.eos  # noqa: B009 - not all have one
 
 
 def _items(path: str, key: str) -> Iterator[Item]:

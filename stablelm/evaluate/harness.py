@@ -25,7 +25,7 @@ from stablelm.engine.launch_environment import accelerate_flags, detect, engine_
 from stablelm.engine.ranks import Ranks, disconnect
 from stablelm.errors import ConfigError
 from stablelm.evaluate import consent
-from stablelm.evaluate.choice_items import Request, encode_pair
+from stablelm.evaluate.choice_items import Request, before_a_document, begins_with_bos, encode_pair
 from stablelm.evaluate.likelihood import Likelihood, Shapes, loglikelihoods
 from stablelm.evaluate.run_engine import load_engine
 from stablelm.evaluate.trained_run import TrainedRun, open_run
@@ -82,11 +82,15 @@ class StableLM(TemplateLM):
         return self.run.tokenizer.eos
 
     @property
+    def prefix_token_id(self) -> int:
+        return before_a_document(self.run.tokenizer)
+
+    @property
     def tokenizer_name(self) -> str:
         return self.run.tokenizer.sha256
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of the text alone: a document ends with eos and begins with nothing."""
+        """Tokens of the text alone, without those that begin and end a document."""
         return self.run.tokenizer.encode(string)
 
     def tok_decode(self, tokens: list[int]) -> str:
@@ -127,15 +131,16 @@ class StableLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Each request's arguments are (context, options), `until` among these; the text before it is the answer."""
-        answers = [""] * len(requests)
+        asked: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]  # type: ignore[misc]
+        answers = [""] * len(asked)
         groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        for index, (_, options) in enumerate(asked):
+            groups.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(index)
         for indices in groups.values():
-            contexts = [requests[index].args[0] for index in indices]
-            for index, text in zip(indices, self._continued(contexts, requests[indices[0]].args[1]), strict=True):
+            texts = self._continued([asked[index][0] for index in indices], asked[indices[0]][1])
+            for index, text in zip(indices, texts, strict=True):
                 answers[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                self.cache_hook.add_partial("generate_until", asked[index], text)
         return answers
 
     def _continued(self, contexts: list[str], asked: dict[str, Any]) -> list[str]:
@@ -152,7 +157,9 @@ class StableLM(TemplateLM):
                 f"a task generates up to {new} tokens, but the model takes {self.max_length} (model.max_seq_len); "
                 "give launch/lm_harness.py a smaller one by --gen_kwargs max_gen_toks=N"
             )
-        tokens = [self.tok_encode(text)[-(self.max_length - new) :] or [self.eot_token_id] for text in contexts]
+        begin = [self.prefix_token_id] if begins_with_bos(self.run.tokenizer) else []
+        room = self.max_length - new
+        tokens = [[*begin, *self.tok_encode(text)][-room:] or [self.prefix_token_id] for text in contexts]
         sampling = {
             name: options[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty") if name in options
         }

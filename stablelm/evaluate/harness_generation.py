@@ -35,7 +35,8 @@ def generated(
         asked.append(Prompt(tokens, seen[tuple(tokens)]))
         seen[tuple(tokens)] += 1
     own = range(ranks.rank, len(asked), ranks.world_size)
-    how = Sampling(max_new_tokens=new, stop=tuple(stop), **{"temperature": 0.0} | sampling)
+    options: dict[str, Any] = {"temperature": 0.0} | sampling
+    how = Sampling(max_new_tokens=new, stop=tuple(stop), **options)
     with evaluating(engine.module):
         language = _language(run, engine, ranks)
         found = continue_prompts(language, [asked[index] for index in own], how, batch_size=rows)

@@ -198,6 +198,15 @@ def test_a_continuation_always_has_a_token():
     assert encode_pair(Letters(), "  ", "b") == ((0,), (32, 32, ord("b")))
 
 
+def test_a_context_begins_as_documents_do():
+    class WithStart(Letters):
+        bos, add_bos = 2, True
+
+    assert encode_pair(WithStart(), "x", "b") == ((2, ord("x")), (ord("b"),))
+    assert encode_pair(WithStart(), "", "b") == ((2,), (ord("b"),))
+    assert encode_pair(WithStart(), "a", "b") == ((2,), (1,))
+
+
 def write(path: Path, *lines: Any) -> str:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return str(path)
