@@ -1,12 +1,12 @@
 """`eval --tasks`: our reader and lm-evaluation-harness agree to all digits, in any world size; refusals."""
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.choices import write_items
 from support.programs import TINY, run
 from support.samples import shared_data
 from support.tiny import TinyCorpus, make_tiny_corpus
@@ -42,37 +42,14 @@ def trained(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run_dir
 
 
-def write_items(path: Path, count: int = 30, seed: int = 0) -> Path:
-    """Items in the corpus's words, some longer than the model's 32 tokens, some with choices that are equal."""
-    draw = random.Random(seed)
-    words = ["ban", "der", "fi", "gosta", "huto", "ka", "lelim", "mir"]
-
-    def text(most: int) -> str:
-        return " ".join(draw.choice(words) for _ in range(draw.randint(1, most)))
-
-    items = [
-        {
-            "query": text(12) + draw.choice(["", "\n", " "]),
-            "choices": [text(4) for _ in range(4)],
-            "gold": draw.randrange(4),
-        }
-        for _ in range(count)
-    ]
-    items[0] |= {"query": text(60)}
-    items[1] |= {"choices": [text(2), " ".join(words * 20)]}
-    items[1]["gold"] = 1
-    items[2] |= {"query": "", "choices": ["ban", "ban", "ban der"], "gold": 1}
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
-
-
 def definition(folder: Path, name: str, path: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.yaml").write_text(TASK.format(name=name, path=path))
 
 
-def tasks_of(checkpoint: Path, out: Path, *extra: str, processes: int = 1, **environment: str) -> dict[str, Any]:
-    done = run("eval", "--checkpoint", str(checkpoint), "--out", str(out), *extra, processes=processes, **environment)
+def tasks_of(checkpoint: Path, out: Path, *extra: str, processes: int = 1, cache: Path) -> dict[str, Any]:
+    arguments = ("--checkpoint", str(checkpoint), "--out", str(out), *extra)
+    done = run("eval", *arguments, processes=processes, HF_DATASETS_CACHE=str(cache), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text())
     assert told["sets"] == {}
@@ -86,9 +63,8 @@ def compare(trained: Path, folder: Path, items: dict[str, Path], *extra: str) ->
         definition(folder / "definitions", name, path)
     own = ("--tasks", ",".join(f"{name}={path}" for name, path in items.items()), *extra)
     theirs = ("--tasks", ",".join(items), "--task-path", str(folder / "definitions"), *extra)
-    cache = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     found = [
-        tasks_of(trained, folder / f"{number}-{processes}.json", *arguments, processes=processes, **cache)
+        tasks_of(trained, folder / f"{number}-{processes}.json", *arguments, processes=processes, cache=folder)
         for number, arguments in enumerate((own, theirs))
         for processes in (1, 2)
     ]
