@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data NAME=PATH ...]`."""
+"""Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data PATH] [--tasks TASK,...]`."""
 
 import sys
 from pathlib import Path

@@ -26,6 +26,7 @@ from stablelm.small_files import read_small
 CONFIG_BYTES = 4 << 20
 Cursor = Annotated[list[Count], Field(min_length=5, max_length=5)]
 """Epoch, entry, block, index and offset (see `data.lanes`)."""
+EvaluatedStep = Annotated[str, Field(pattern=r"^[0-9]{1,18}$")]
 Lane = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Jump = Annotated[list[Count], Field(min_length=2, max_length=2)]
 Judged = Annotated[list[Number], Field(min_length=3, max_length=3)]
@@ -60,6 +61,7 @@ class State(TypedDict):
     identity: Identity  # type: ignore[valid-type]
     guards: NotRequired[Guards]
     evaluation_due: NotRequired[bool]
+    evaluations: NotRequired[dict[EvaluatedStep, dict[str, Number]]]
     skipped_rows: NotRequired[Count]
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from stablelm.checkpoint.best import BEST, metric_of, ranked
 from stablelm.checkpoint.manifest import COMMITTED, CONFIG, attempt_of, step_of, verify
 from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, checkpoint_path
 from stablelm.engine.consensus import Consensus
@@ -119,9 +120,10 @@ def resolve_checkpoint(
 ) -> CheckpointPath:
     """The checkpoint meant by a run directory, its checkpoints directory or a step directory, fully verified.
 
-    `elsewhere` is where the user says that a run without any in its directory has them. With `consensus` collective:
-    each rank reads its share of the files. Raises CheckpointError if there is none, or if the step directory that was
-    named is damaged or `lacks` something.
+    RUN_DIR/best means its best one, by the metric evaluate.best of its newest one's configuration. `elsewhere` is where
+    the user says that a run without any in its directory has them. With `consensus` collective: each rank reads its
+    share of the files. Raises CheckpointError if there is none, or if the step directory that was named is damaged or
+    `lacks` something.
     """
     path, consensus = checkpoint_path(path), consensus or Consensus(None, 0)
     step = consensus.first(lambda: step_directory(path))
@@ -130,17 +132,51 @@ def resolve_checkpoint(
         if problems:
             raise CheckpointError(f"{path} is damaged ({_summary(problems)}): name another checkpoint")
         return step
-    root = consensus.first(lambda: checkpoints_root(path))
+    best = consensus.first(lambda: is_best(path))
+    run = path.parent if best else path
+    root = consensus.first(lambda: checkpoints_root(run))
     if elsewhere is not None and not consensus.first(lambda: step_directories(root)):
         root = elsewhere
+    if best and consensus.first(lambda: step_directories(root)):
+        return _best_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
     found = newest_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
     if found is None and step_directories(root):
         raise CheckpointError(
             f"{root} holds only damaged checkpoints: name the directory of a run that has saved an intact one"
         )
     if found is None:
-        raise no_checkpoint(root, path)
+        raise no_checkpoint(root, run)
     return found
+
+
+def is_best(path: CheckpointPath) -> bool:
+    """Whether a path asks for the best checkpoint of the run, or of the directory of checkpoints, above it."""
+    return path.name == BEST and not path.is_dir() and path.parent.is_dir()
+
+
+def run_directory(path: CheckpointPath) -> CheckpointPath:
+    """`path` without the word that asks for the best checkpoint."""
+    return path.parent if is_best(path) else path
+
+
+def _best_valid(
+    root: CheckpointPath,
+    *,
+    on_damaged: Callable[[CheckpointPath, str], None],
+    consensus: Consensus,
+    lacks: Lacks | None,
+) -> CheckpointPath:
+    """The best checkpoint of which every byte verifies. Raises CheckpointError if there is none."""
+    metric = consensus.first(lambda: next(filter(None, map(metric_of, step_directories(root))), None))
+    if metric is None:
+        raise CheckpointError(f"the run of {root} has no evaluate.best: name the run or a step-... directory of it")
+    for path in consensus.first(lambda: ranked(step_directories(root), metric)):
+        problems = verify_together(path, consensus, lacks)
+        if not problems:
+            return path
+        if consensus.rank == 0:
+            on_damaged(path, _summary(problems))
+    raise CheckpointError(f"{root} has no intact checkpoint with {metric}: name the run or a step-... directory of it")
 
 
 def step_directory(path: CheckpointPath) -> CheckpointPath | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import data_rules, engine_rules, guard_rules, secret_rules, validation_sets
+from stablelm.config import data_rules, engine_rules, evaluation_rules, guard_rules, secret_rules, validation_sets
 from stablelm.config.durations import parse_duration
 from stablelm.config.keys import assemble, one_of, values
 from stablelm.config.ranges import ranges
@@ -144,7 +144,10 @@ class _Rules:
         for problem in secret_rules.problems(self.config):
             self.broken(problem)  # without where it was given: that may be an argument with the secret in it
         self.precision(accelerate_precision)
-        for problem, names in guard_rules.problems(self.config, world_size):
+        for problem, names in (
+            *guard_rules.problems(self.config, world_size),
+            *evaluation_rules.problems(self.config),
+        ):
             self.broken(problem, *names)
         self.length()
         self.model()

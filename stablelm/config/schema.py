@@ -329,6 +329,18 @@ class EvaluateConfig:
         path=False,
     )
     sample_tokens: int = key(64, "new tokens of each sample", unit="tokens")
+    tasks: dict[str, str] = key(
+        dict,
+        "multiple-choice tasks scored at each evaluation: name -> local .jsonl file of query, choices and gold",
+        path=True,
+    )
+    task_items: int | None = key(None, "at most so many items of each task, the first ones; None: all", unit="items")
+    best: str | None = key(
+        None,
+        "keep the checkpoint that is best by this metric besides the newest ones, and save whenever an evaluation is "
+        "better than all before: val_loss/<set>, task/<name>/acc or task/<name>/acc_norm",
+        path=False,
+    )
 
 
 @dataclass(frozen=True)

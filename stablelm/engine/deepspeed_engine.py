@@ -26,7 +26,7 @@ from stablelm.methods import spectral
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 
 
 class DeepSpeedEngine:
@@ -128,6 +128,10 @@ class DeepSpeedEngine:
         call = self.module if self._engine is None else self._engine
         with uncompiled(self._compiled):
             return call(tokens, cache=cache, logits_at=columns)
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        call = self.module if self._engine is None else self._engine
+        return call(tokens, targets, places=places)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Stage 1 adds gradients up on each rank until the last micro-batch; stages 2 and 3 keep only their part."""

@@ -12,7 +12,7 @@ from stablelm.config.schema import Config
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
 from stablelm.model.cache import KeyValueCache
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class Engine(Protocol):
         """Logits (batch, vocab_size) of one column of each row of tokens (batch, seq), on every rank alike.
 
         Collective where weights are sharded; never compiled, since the shapes change. `cache`: as of `Decoder`.
+        """
+        ...
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        """Of each target (n,) after its place (n,), an index into the (batch, seq) tokens; n may be 0.
+
+        Called by all ranks, or by none, without gradients.
         """
         ...
 

@@ -20,7 +20,7 @@ from stablelm.methods import spectral
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values, roles
-from stablelm.model.loss import LossSums
+from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.sublayer import Layer, Sublayer
 from stablelm.private_names import configure_compilation
 
@@ -86,6 +86,9 @@ class TorchEngine:
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         with uncompiled(self._compiled):
             return self.module(tokens, cache=cache, logits_at=columns)
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        return self._call(tokens, targets, places=places)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):

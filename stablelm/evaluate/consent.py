@@ -16,18 +16,8 @@ from stablelm.config.trust import Believed
 from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 
-UNUSED = (
-    "run.",
-    "train.",
-    "engine.",
-    "observe.",
-    "checkpoint.",
-    "guards.",
-    "faults.",
-    "evaluate.samples",
-    "data.path",
-    "data.mixture",
-)
+_SECTIONS = ("run.", "train.", "engine.", "observe.", "checkpoint.", "guards.", "faults.")
+UNUSED = (*_SECTIONS, "data.path", "data.mixture", "evaluate.tasks", "evaluate.best", "evaluate.samples")
 """What an evaluation does nothing with."""
 NOTHING_ALONE = ("data.cache", "data.storage.", "data.dataset.", "data.tokenizer")
 """What does nothing where all text is local and no data set, and the tokenizer, which a run keeps beside itself."""
@@ -51,7 +41,7 @@ def elsewhere(checkpoint: str, own: Loaded | None, trusted: bool) -> CheckpointP
     """Where a run's checkpoints lie outside its directory, by the user's word; None: nowhere else."""
     asked = own.config.checkpoint.dir if own is not None else None
     if asked is None and trusted:
-        asked = selection.configured_root(checkpoint_path(checkpoint))
+        asked = selection.configured_root(selection.run_directory(checkpoint_path(checkpoint)))
     return checkpoint_path(asked) if asked else None
 
 

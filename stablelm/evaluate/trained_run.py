@@ -12,11 +12,10 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.tokenizers import Tokenizer
+from stablelm.data.tokenizers.location import KEPT_TOKENIZERS
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder
-
-KEPT_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)

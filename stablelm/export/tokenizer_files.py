@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import Tokenizer
 from stablelm.export.tokenizer_json import from_sentencepiece
 
 JSON, SETTINGS, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"

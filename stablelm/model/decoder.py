@@ -11,7 +11,7 @@ from stablelm.methods.sizes import d_head, stream_width
 from stablelm.model import documents
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.linear import Linear, make_dtypes
-from stablelm.model.loss import LossSums, chunked_cross_entropy
+from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
@@ -60,12 +60,14 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
-    ) -> "Tensor | LossSums":
+        places: Tensor | None = None,
+    ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
         targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`. `cache`: of the
         tokens before these, to which these are added. `logits_at`: (batch,) int64, a column of each row, whose logits
-        (batch, vocab_size) in the parameter dtype are returned in place of hidden states.
+        (batch, vocab_size) in the parameter dtype are returned in place of hidden states. With places (n,), indices
+        into batch * seq, targets (n,) are tokens to score after each of them.
         Call the module, not this method: sharding engines hook the call.
         """
         hidden = self._hidden(tokens, cache)
@@ -73,6 +75,8 @@ class Decoder(nn.Module):
             return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
         if targets is None:
             return hidden
+        if places is not None:
+            return token_scores(hidden.flatten(0, 1)[places], self.head_weight(), targets)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss)
 
     def logits(self, hidden: Tensor) -> Tensor:

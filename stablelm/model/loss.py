@@ -38,6 +38,33 @@ def chunked_cross_entropy(
     return LossSums(total, cross_entropy, (targets != IGNORED).sum())
 
 
+class TokenScores(NamedTuple):
+    """Of each asked token (n,): log-probability in nats, in the parameter dtype, and whether no token is likelier."""
+
+    log_probability: Tensor
+    greedy: Tensor
+
+
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> TokenScores:
+    """Scores of targets (n,) int64 after hidden (n, d), under the softmax that the loss uses: over all rows of weight.
+
+    Matrix products run in hidden's dtype, the softmax in weight's (vocab, d). Without gradients.
+    """
+    n, vocab = hidden.shape[0], weight.shape[0]
+    rows = max(1, chunk_bytes // (vocab * weight.element_size()))
+    scores, greedy = weight.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=weight.device)
+    with torch.no_grad():
+        matrix = weight.to(hidden.dtype)
+        for start in range(0, n, rows):
+            part = slice(start, start + rows)
+            x = hidden[part]
+            logits = _product(x, matrix, weight.new_empty(x.shape[0], vocab))
+            chosen = logits.gather(1, targets[part, None]).squeeze(1)
+            greedy[part] = logits.argmax(dim=1) == targets[part]
+            scores[part] = chosen - logits.logsumexp(dim=1)
+    return TokenScores(scores, greedy)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, chunk_bytes: int, grad: bool):

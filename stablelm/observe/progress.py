@@ -12,6 +12,8 @@ class Progress:
     attempt: int = 1
     loss: float | None = None
     val_loss: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics of the last evaluation and of the best one, by step."""
     tokens_per_second: float | None = None
     checkpointed_step: int = -1
     evaluation_due: bool = False

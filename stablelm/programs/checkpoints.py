@@ -31,6 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if name == "prune":
             command.add_argument("--keep", type=int, metavar="N", help="newest ones kept; default: the run's own")
             command.add_argument("--keep-permanent-every", type=int, metavar="N", help="steps; default: the run's own")
+            command.add_argument("--keep-best", metavar="METRIC", help="also the best one; default: the run's own")
             command.add_argument(
                 "--unfinished", action="store_true", help="also incomplete saves of attempts that have ended"
             )
@@ -73,6 +74,7 @@ def _steps(options: argparse.Namespace) -> list:
 def show(options: argparse.Namespace) -> None:
     from stablelm.checkpoint import manifest
 
+    best, metric = _best(options)
     print(f"{'checkpoint':<16} {'MiB':>10}  {'committed (UTC)':<19}  {'token':>5}  attempt")
     for path in _steps(options):
         problems = manifest.verify(path, hashes=False)
@@ -82,7 +84,23 @@ def show(options: argparse.Namespace) -> None:
         commit = manifest.read_commit(path)
         size = sum(record.size for record in manifest.read_manifest(path, commit).values())
         time, size = commit.time[:19], size / 2**20
-        print(printable(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}"))
+        mark = f"  {metric}" if path == best else ""
+        print(printable(f"{_name(path):<16} {size:>10.1f}  {time:<19}  {commit.token:>5}  {commit.attempt}{mark}"))
+
+
+def _best(options: argparse.Namespace) -> tuple:
+    """The best checkpoint, and its metric in words; (None, "") where the run does not ask for one."""
+    from stablelm.checkpoint import best, manifest, selection
+    from stablelm.checkpoint.remote_path import checkpoint_path
+
+    if options.dir is None and selection.step_directory(checkpoint_path(options.run_dir)) is not None:
+        return None, ""  # one step alone
+    steps = _steps(options)
+    metric = next(filter(None, map(best.metric_of, steps)), None)
+    if metric is None or not (found := best.ranked(steps, metric)):
+        return None, ""
+    value = best.evaluations_of(steps)[manifest.step_of(found[0]) or 0][metric]
+    return found[0], f"best {metric}={value:.6g}"
 
 
 def _name(path) -> str:
@@ -117,22 +135,34 @@ def prune(options: argparse.Namespace) -> None:
     root = _root(options)
     if not selection.step_directories(root) and not options.unfinished:
         raise selection.no_checkpoint(root, checkpoint_path(options.run_dir))
-    kept, permanent = _retention(options)
+    kept, permanent, best = _retention(options)
     if kept < 1:
         raise ConfigError(f"--keep {kept} would delete every checkpoint: give at least 1")
+    if options.keep_best is not None:
+        _check_metric(options.keep_best, selection.step_directories(root))
     if options.dry_run:
-        for path in retention.superseded(root, kept, permanent, hashes=True):
+        for path in retention.superseded(root, kept, permanent, best=best, hashes=True):
             print(f"would delete {path}")
         return
-    deleted = retention.retain(root, kept, permanent, hashes=True)
+    deleted = retention.retain(root, kept, permanent, best=best, hashes=True)
     deleted += fence.sweep(root, sys.maxsize) if options.unfinished else []
     for path in deleted:
         print(f"deleted {path}")
 
 
-def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
+def _check_metric(metric: str, steps: list) -> None:
+    from stablelm.checkpoint import best
+
+    known = sorted({name for metrics in best.evaluations_of(steps).values() for name in metrics})
+    if metric not in known:
+        has = f"they have {', '.join(known)}" if known else "they have none, so leave it out"
+        raise ConfigError(f"--keep-best {metric} is not a metric of these checkpoints; {has}")
+
+
+def _retention(options: argparse.Namespace) -> tuple[int, int | None, str | None]:
     """Retention from the arguments, else from the run's configuration, which holds for its own checkpoints alone."""
-    section = _configured(options.run_dir)
+    config = _configured(options.run_dir)
+    section = config and config.checkpoint
     if section is not None and options.dir is not None:
         from stablelm.checkpoint.remote_path import checkpoint_path
 
@@ -142,11 +172,12 @@ def _retention(options: argparse.Namespace) -> tuple[int, int | None]:
     if kept is None:
         raise ConfigError(f"{options.run_dir} has no config.yaml that says checkpoint.keep for them: give --keep N")
     permanent = options.keep_permanent_every
-    return kept, permanent if permanent is not None else section and section.keep_permanent_every
+    best = options.keep_best or (config.evaluate.best if config is not None and section is not None else None)
+    return kept, permanent if permanent is not None else section and section.keep_permanent_every, best
 
 
 def _configured(run_dir: str):
-    """The section checkpoint of a run's config.yaml, None where it has none. Raises ConfigError."""
+    """A run's config.yaml, None where it has none. Raises ConfigError."""
     from stablelm.checkpoint.remote_path import checkpoint_path
     from stablelm.config.load import loads
     from stablelm.small_files import read_small
@@ -155,7 +186,7 @@ def _configured(run_dir: str):
     if not path.is_file():
         return None
     try:
-        return loads(read_small(path).decode(), str(path)).checkpoint
+        return loads(read_small(path).decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give --keep N") from None
 

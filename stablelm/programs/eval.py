@@ -1,15 +1,18 @@
-"""Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data NAME=PATH ...]`."""
+"""Evaluates a checkpoint: `python launch/eval.py --checkpoint RUN_OR_STEP_DIR [--data PATH] [--tasks TASK,...]`."""
 
 import argparse
 import sys
 
+from stablelm.errors import ConfigError
 from stablelm.programs.arguments import Parser, named_path, path_or_url
 
 READING = ("text_column", "text_unit", "bad_rows")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description="Loss, perplexity and bits per byte of a checkpoint on any text.")
+    parser = Parser(
+        description="Loss, perplexity and bits per byte of a checkpoint on any text, and its accuracy in tasks."
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -37,6 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="at most N sequences per set, 0 for all; default: as many as training used",
     )
+    add_task_arguments(parser)
     parser.add_argument(
         "--config",
         action="append",
@@ -55,8 +59,49 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks")
+    group.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        metavar="TASK,...",
+        help="[NAME=]FILE.jsonl of multiple-choice items (query, choices, gold), or names and yaml files of tasks of "
+        "lm-evaluation-harness; without --data no text is scored then",
+    )
+    group.add_argument(
+        "--task-path", type=path_or_url, metavar="FOLDER", help="more definitions of lm-evaluation-harness's tasks"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="the first N items of each task; default: all")
+    group.add_argument(
+        "--few-shot", type=int, metavar="N", help="solved examples before each item; default: the task's"
+    )
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences at once; default: the run's evaluate.micro_batch_size"
+    )
+
+
+def task_options(arguments: argparse.Namespace):
+    """What `add_task_arguments` asks for, None without a task."""
+    from stablelm.evaluate.task_evaluation import TaskOptions
+
+    if arguments.tasks:
+        return TaskOptions(
+            arguments.tasks, arguments.task_path, arguments.limit, arguments.few_shot, arguments.batch_size
+        )
+    for name in ("task_path", "limit", "few_shot", "batch_size"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for tasks; name them by --tasks")
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        tasks = task_options(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     from stablelm.evaluate.checkpoint_evaluation import evaluate_checkpoint
 
     return evaluate_checkpoint(
@@ -68,4 +113,5 @@ def main(argv: list[str] | None = None) -> int:
         reading={name: value for name in READING if (value := getattr(arguments, name)) is not None},
         config=arguments.config,
         trusted=arguments.trust_checkpoint,
+        tasks=tasks,
     )

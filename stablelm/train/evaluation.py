@@ -1,15 +1,19 @@
 """Evaluation within a run, which a stop may cut short between two batches, and the comparison at its end."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from stablelm.checkpoint.best import best_step
 from stablelm.config import mixture
 from stablelm.data import validation
 from stablelm.data.mixture import Mixture
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
+from stablelm.evaluate.choices import evaluate_choices
+from stablelm.evaluate.likelihood import Shapes
 from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
 from stablelm.observe.sinks import SAMPLES
 from stablelm.train.job import Job
@@ -24,31 +28,46 @@ class _CutShort(Exception):
 
 
 def validate(job: Job, exchange: StepExchange) -> bool:
-    """Scores every validation set at the current step, recorded as `val_loss/<set>`, and writes `samples`.
+    """Scores every validation set and task at the current step, and writes samples.
 
-    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
+    Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is recorded,
+    and the evaluation stays due.
     """
-    progress, rows, scores = job.progress, job.config.evaluate.micro_batch_size, {}
+    progress, rows, scores, choices = job.progress, job.config.evaluate.micro_batch_size, {}, {}
     reached = partial(_reached, job, exchange)
     progress.evaluation_due = True
     try:
         for name, data in job.validation.items():
             job.watchdog.marker.at("evaluation", progress.step)
             scores[name] = evaluate(job.engine, job.ranks, data, rows, reached)
+        for name, task in job.tasks.items():
+            job.watchdog.marker.at("evaluation", progress.step)
+            choices[name] = evaluate_choices(job.engine, job.ranks, task, Shapes.of(job.config), reached)
         job.watchdog.marker.at("evaluation", progress.step)
         samples = job.samples.write(job.engine, job.ranks, reached)
     except _CutShort:
         return False
     progress.evaluation_due = False
-    if scores:
+    if scores or choices:
         progress.val_loss = {name: score.loss for name, score in scores.items()}
         values = {f"val_loss/{name}": score.loss for name, score in scores.items()}
+        for name, score in choices.items():
+            values |= {f"task/{name}/acc": score.acc, f"task/{name}/acc_norm": score.acc_norm}
+        _remember(job, values)
         bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
         values |= {name: value for name, value in bits.items() if value is not None}
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
     if samples:
         job.records.write({"step": progress.step, "tokens": progress.tokens, SAMPLES: samples})
     return True
+
+
+def _remember(job: Job, metrics: dict[str, float]) -> None:
+    """Keeps what decides which checkpoint is the best: this evaluation and the best before."""
+    known, step = job.progress.evaluations, job.progress.step
+    earlier = best_step(known, job.config.evaluate.best)
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    job.progress.evaluations = ({} if earlier is None else {earlier: known[earlier]}) | {step: finite}
 
 
 def _reached(job: Job, exchange: StepExchange, place: str) -> None:

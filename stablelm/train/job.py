@@ -1,7 +1,7 @@
 """Everything that the loop works with, built from a prepared configuration."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stablelm.checkpoint import retention
 from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.best import to_state
 from stablelm.checkpoint.contents import expected_shapes
 from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.remote_path import CheckpointPath
@@ -21,6 +22,7 @@ from stablelm.data.storage.options import SeenFiles
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
+from stablelm.evaluate.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.profile import Profiler
@@ -51,6 +53,7 @@ class Job:
     loader: Loader
     validation: dict[str, ValidationSet]
     samples: Samples
+    tasks: Mapping[str, ChoiceTask]
     progress: Progress
     stop: Stop
     guard: Guard
@@ -113,6 +116,7 @@ def build_job(
         loader=loader,
         validation=read_validation(prepared),
         samples=build_samples(prepared, engine),
+        tasks=prepared.tasks,
         progress=progress,
         stop=stop,
         guard=guard,
@@ -190,7 +194,7 @@ def build_saver(
     prepared: Prepared, fence: Fence, ranks: Ranks, progress: Progress, faults: Faults, marker: ProgressMarker
 ) -> Saver:
     """Saves this attempt's steps and keeps as many as configured."""
-    checkpoint = prepared.config.checkpoint
+    checkpoint, best = prepared.config.checkpoint, prepared.config.evaluate.best
 
     def committed(step: int) -> None:
         progress.checkpointed_step = step
@@ -203,7 +207,7 @@ def build_saver(
         background=checkpoint.async_,
         committed=committed,
         reached=marker.saved_part,
-        retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every),
+        retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every, best=best),
     )
 
 
@@ -234,6 +238,7 @@ def save(
         "identity": prepared.corpora.identity,
         "guards": guard.state(),
         "evaluation_due": progress.evaluation_due,
+        "evaluations": to_state(progress.evaluations, progress.step, prepared.config.evaluate.best),
     }
     saver.save(progress.step, engine.tensors(), state, dump(prepared.asked), wait=wait)
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from stablelm.checkpoint.best import best_step
 from stablelm.data.loader import Batch
 from stablelm.engine.interface import StepResult
 from stablelm.observe.interval_metrics import IntervalMetrics
@@ -61,7 +62,8 @@ def train(job: Job) -> str:
         request = job.stop.request(failed=job.saver.failed)
         agreed, outcomes = exchange.exchange(step, batch.data_step, result, request)
         reason = REASONS[agreed] or ("run.stop_after" if step == config.run.stop_after else "")
-        saving = due(step, config.checkpoint.every, steps) or bool(reason)
+        best = best_step(progress.evaluations, config.evaluate.best) == step
+        saving = due(step, config.checkpoint.every, steps) or best or bool(reason)
         if saving:  # only steps that the guard has checked
             interval.write(job.loader)
             outcomes += exchange.settle()

@@ -5,7 +5,8 @@ second and not an allocation.
 """
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError, Problems
+from stablelm.evaluate.choice_items import ChoiceTask, read_task
 from stablelm.evaluate.prompts import encode_prompts
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
@@ -50,6 +52,7 @@ class Prepared:
     tokenizer: Tokenizer
     corpora: Corpora | None
     """None on ranks above 0 for remote text: rank 0 lists a store once for all of them."""
+    tasks: Mapping[str, ChoiceTask] = field(default_factory=dict)
     attempt: int = 1
     """The number of this attempt, unless another start takes it first."""
 
@@ -84,11 +87,14 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
         label="evaluate.samples: ",
         limit="evaluate.sample_tokens",
     )
+    tasks = read_tasks(config, tokenizer)
     corpora = None
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume)
-    return Prepared(config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora, attempt)
+    return Prepared(
+        config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora, tasks, attempt
+    )
 
 
 def next_attempt(run_dir: Path) -> int:
@@ -101,6 +107,18 @@ def _asked(config: Config, flags: AccelerateFlags) -> Config:
     """What starts the same run again under any launcher: the keys, and the flag that is part of a run's identity."""
     precision: Any = config.train.precision or flags.precision
     return replace(config, train=replace(config.train, precision=precision))
+
+
+def read_tasks(config: Config, tokenizer: Tokenizer) -> dict[str, ChoiceTask]:
+    """The tasks of `evaluate.tasks` as tokens. Raises ConfigError with a line for each that is wrong."""
+    longest, items = config.model.max_seq_len, config.evaluate.task_items
+    assert longest is not None
+    problems, found = Problems(), {}
+    for name, path in config.evaluate.tasks.items():
+        with problems.collecting():
+            found[name] = read_task(path, tokenizer, longest=longest, items=items, key=f"evaluate.tasks.{name}")
+    problems.raise_any()
+    return found
 
 
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
@@ -170,9 +188,9 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
     run_dir = Path(config.run.dir)
     run_directory.check(config)
-    if config.run.init_from is not None and not checkpoint_path(config.run.init_from).exists():
+    if config.run.init_from is not None and not _exists(config.run.init_from):
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
-    if resume not in ("auto", "none") and not checkpoint_path(resume).exists():
+    if resume not in ("auto", "none") and not _exists(resume):
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
     steps = bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
     begun = _has_text(run_dir / "metrics.jsonl")
@@ -201,6 +219,12 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             "another run.dir"
         ) from error
     refuse_other_run(saved, identity, f"run.dir={run_dir}")
+
+
+def _exists(path: str) -> bool:
+    """Whether something is there that may be a checkpoint, or RUN_DIR/best may mean one."""
+    found = checkpoint_path(path)
+    return found.exists() or selection.is_best(found)
 
 
 def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from stablelm.checkpoint import contents, saved_run, selection
 from stablelm.checkpoint.background import Saver
+from stablelm.checkpoint.best import from_state
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
@@ -71,7 +72,7 @@ def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:
     if not state.get("evaluation_due", False):
         return False
     made = last_records(records).get(state["step"], {}) if records.exists() else {}
-    return not any(name.startswith("val_loss/") for name in made)
+    return not any(name.startswith(("val_loss/", "task/")) for name in made)
 
 
 def load_checkpoint(
@@ -84,6 +85,7 @@ def load_checkpoint(
     loader.load(state["data"])
     progress.step, progress.tokens = state["step"], state["tokens"]
     progress.checkpointed_step, progress.skipped_rows = state["step"], state.get("skipped_rows", 0)
+    progress.evaluations = from_state(state)
     guard.load(state.get("guards", {}))
     loader.skip(guard.jumps)
     return int(state["data"]["data_step"])

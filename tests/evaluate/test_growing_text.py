@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablelm.data.tokenizer import train
+from stablelm.data.tokenizers.training import train
 from stablelm.evaluate.growing_text import GrowingText
 
 

@@ -77,11 +77,11 @@ def _names(path: Path) -> list[str]:
 
 def test_transformers_loads_tokenizer_and_model_and_generates(small_run: Path, tiny_corpus: TinyCorpus, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
-    from stablelm.data.tokenizer import Tokenizer
+    from stablelm.data.tokenizers import load_tokenizer
 
     export(ExportRequest(str(small_run), tmp_path / "out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = Tokenizer(tiny_corpus.tokenizer)
+    own = load_tokenizer(tiny_corpus.tokenizer)
     for text in ("ban der lim.", "  two  spaces </s> and <unk>\n", ""):
         assert tokenizer(text)["input_ids"] == own.encode(text)
     assert tokenizer.eos_token_id == own.eos

@@ -138,9 +138,9 @@ def test_what_the_source_leaves_open_is_the_users(tiny_corpus: TinyCorpus, tmp_p
 
 
 def _pieces(tokenizer: str) -> int:
-    from stablelm.data.tokenizer import Tokenizer
+    from stablelm.data.tokenizers import load_tokenizer
 
-    return Tokenizer(tokenizer).pieces
+    return load_tokenizer(tokenizer).pieces
 
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from support.programs import environment
 from support.public_models import LLAMA
 from support.tiny import TinyCorpus
 
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 
 LAYERS = 12
 LARGEST = 4 * 512 * 2048
@@ -43,7 +43,7 @@ print(max(seen) - seen[0])
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_bounded_by_the_largest_tensors(tiny_corpus: TinyCorpus, tmp_path: Path):
-    folder, pieces = tmp_path / "folder", Tokenizer(tiny_corpus.tokenizer).pieces
+    folder, pieces = tmp_path / "folder", load_tokenizer(tiny_corpus.tokenizer).pieces
     folder.mkdir()
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": LAYERS, "num_key_value_heads": 2}
     (folder / "config.json").write_text(json.dumps({**LLAMA, **sizes, "vocab_size": pieces}))

@@ -14,7 +14,7 @@ from support.programs import run
 from support.public_models import llama_tensors, write_llama
 from support.tiny import TinyCorpus
 
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 from stablelm.programs.import_model import main
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_head": 2, "n_layer": 3}
@@ -140,7 +140,7 @@ def test_arguments_that_contradict_the_folder(arguments: tuple[str, ...], words,
 
 def test_a_tokenizer_that_does_not_fit(refused, tiny_corpus: TinyCorpus, tmp_path: Path):
     folder = write_llama(tmp_path / "folder", tiny_corpus.tokenizer)
-    pieces = Tokenizer(tiny_corpus.tokenizer).pieces
+    pieces = load_tokenizer(tiny_corpus.tokenizer).pieces
     small = {name: each[: pieces - 9] for name, each in llama_tensors(pieces).items() if each.shape[0] == pieces}
     few = write_llama(tmp_path / "few", tiny_corpus.tokenizer, {"vocab_size": pieces - 9}, small)
     assert f"has {pieces} pieces" in refused(few) and f"{pieces - 9} rows" in refused(few)

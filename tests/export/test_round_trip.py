@@ -13,10 +13,9 @@ from support.tiny import TinyCorpus
 
 pytest.importorskip("stablelm.export.writer", reason="there is no export yet")
 
-from stablelm.export.writer import ExportRequest, export  # pyright: ignore[reportMissingImports]
-
 from stablelm.evaluate.trained_run import load_module, open_run
 from stablelm.export.importing.import_model import import_model
+from stablelm.export.writer import ExportRequest, export  # pyright: ignore[reportMissingImports]
 
 EFFECTIVE = {
     "llama": (

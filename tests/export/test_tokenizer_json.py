@@ -11,7 +11,7 @@ import tokenizers
 from support.samples import shared_data
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizer import sample_lines, train
+from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
 from stablelm.export.tokenizer_json import from_sentencepiece
 

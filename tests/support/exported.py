@@ -12,7 +12,7 @@ from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.load import load
 from stablelm.config.schema import Config
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 
@@ -35,7 +35,7 @@ SMALL = ("data.lanes=12", "data.seq_len=32", "train.global_batch_size=12", "trai
 def resolved(tokenizer: str, *overrides: str) -> Config:
     """The configuration of a small run with that tokenizer, as a run resolves it."""
     loaded = load([], [*SMALL, f"data.tokenizer={tokenizer}", *overrides])
-    found = Tokenizer(tokenizer)
+    found = load_tokenizer(tokenizer)
     return rules.resolve(
         loaded.config,
         pieces=found.pieces,
@@ -53,7 +53,7 @@ def save_run(folder: Path, tokenizer: str, *overrides: str, seed: int = 0) -> tu
     state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     shapes = expected_shapes(config.model, optimizer=False)
-    found = Tokenizer(tokenizer)
+    found = load_tokenizer(tokenizer)
     described = {
         "step": 1,
         "tokens": 384,

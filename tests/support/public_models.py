@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 
 POSITIONS = 64
 KINDS = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2")
@@ -18,7 +18,7 @@ def make(kind: str, tokenizer: str, seed: int = 0, **changes: Any) -> Any:
     """A model of transformers in evaluation mode, six layers; every norm and bias differs from its start."""
     import transformers
 
-    tokens = Tokenizer(tokenizer)
+    tokens = load_tokenizer(tokenizer)
     shared = {"vocab_size": tokens.pieces + 3, "eos_token_id": tokens.eos, "initializer_range": 0.08}
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6, "num_attention_heads": 4}
     llama = {**shared, **sizes, "num_key_value_heads": 2, "max_position_embeddings": POSITIONS}
@@ -97,7 +97,7 @@ def write_llama(
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """A small LLaMA; `changes`: keys of config.json, `tensors`: other ones by name."""
-    tokens = Tokenizer(tokenizer)
+    tokens = load_tokenizer(tokenizer)
     folder.mkdir(parents=True)
     config = {**LLAMA, "vocab_size": tokens.pieces, "eos_token_id": tokens.eos, **(changes or {})}
     (folder / "config.json").write_text(json.dumps(config))

@@ -12,6 +12,8 @@ from stablelm.small_files import read_small
 
 HUGGING_FACE = "tokenizer.json"
 SENTENCEPIECE = ".model"
+KEPT_TOKENIZERS = ("tokenizer.model", HUGGING_FACE)
+"""Names of the copy that a run directory keeps; `Tokenizer.files` has one of them."""
 FORMS = "a SentencePiece .model file, a tokenizer.json, a folder with one of them, or a model on the hub (org/name)"
 
 

@@ -18,8 +18,9 @@ from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.keys import find, values
 from stablelm.config.load import Loaded, dump, load
-from stablelm.config.schema import Config, ModelConfig
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.config.schema import Config, DataConfig, ModelConfig
+from stablelm.data.tokenizers import Tokenizer, load_tokenizer
+from stablelm.data.tokenizers.location import KEPT_TOKENIZERS
 from stablelm.errors import ConfigError, StorageError
 from stablelm.export.importing import import_scales
 from stablelm.export.importing.source_folder import CONFIG, SourceFolder
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-TOKENIZER = "tokenizer.model"
 LONGEST_BY_DEFAULT = 2048
 """Of `data.seq_len`: a model may allow positions that no one trains at once."""
 RESOLVED = "# What the keys of config.yaml became when the model was imported.\n"
@@ -69,21 +69,20 @@ def import_model(
     loaded = load([], list(overrides))
     folder = SourceFolder(Path(source))
     found = describe(folder, loaded.config.model.max_seq_len)
-    tokens, files = _tokenizer(folder, found, tokenizer)
-    asked = _asked(loaded, found, method, path.absolute())
+    tokens = _tokenizer(folder, found, tokenizer, loaded.config.data)
+    asked = _asked(loaded, found, method, path.absolute(), tokens)
     _refuse_obstacles(found, import_scales.for_import(asked.model))
     config = _resolved(asked, loaded, tokens)
-    _write(path, folder, found, asked, config, tokens, files)
+    _write(path, folder, found, asked, config, tokens)
     added = sorted(name for name, origin in found.tensors.items() if origin is None)
     return Imported(path, str(folder.config["model_type"]), config, _parameters(config.model), added)
 
 
-def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None) -> tuple[Tokenizer, dict[str, bytes]]:
-    """The tokenizer, which must fit the model, and the files that a run keeps of it."""
-    path = Path(asked).expanduser() if asked else folder.path / TOKENIZER
-    if asked is None and not path.exists():
-        raise ConfigError(f"--from {folder.path} holds no {TOKENIZER}; name the model's tokenizer by --tokenizer")
-    tokens = Tokenizer(path, key="--tokenizer")
+def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None, data: DataConfig) -> Tokenizer:
+    """The tokenizer, which must fit the model: as requested, or the folder's, the file that transformers prefers."""
+    beside = (str(folder.path / name) for name in reversed(KEPT_TOKENIZERS) if (folder.path / name).exists())
+    path = asked or next(beside, str(folder.path))
+    tokens = load_tokenizer(path, key="--tokenizer", add_bos=data.add_bos, eos_token=data.eos_token)
     vocabulary = found.keys["vocab_size"]
     if tokens.pieces > vocabulary:
         raise ConfigError(
@@ -96,10 +95,10 @@ def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None) -> t
             f"tokenizer {path} ends a text with id {tokens.eos}, and {folder.path / CONFIG} says eos_token_id={ids}; "
             "name the one that the model was trained with by --tokenizer"
         )
-    return tokens, {TOKENIZER: read_small(path)}
+    return tokens
 
 
-def _asked(loaded: Loaded, found: SourceModel, method: str, out: Path) -> Config:
+def _asked(loaded: Loaded, found: SourceModel, method: str, out: Path, tokens: Tokenizer) -> Config:
     """What config.yaml says: a run that starts from these weights. Raises ConfigError for keys that it contradicts."""
     catalogue.find(method)
     given = loaded.asked
@@ -107,10 +106,15 @@ def _asked(loaded: Loaded, found: SourceModel, method: str, out: Path) -> Config
     model = replace(given.model, method=method, attention=attention, **found.keys)
     model = replace(model, options=import_scales.for_import(model).options)
     seq_len = given.data.seq_len if "data.seq_len" in loaded.origins else min(LONGEST_BY_DEFAULT, found.positions)
+    kept = next(name for name in KEPT_TOKENIZERS if name in tokens.files())
     asked = replace(
         given,
         model=model,
-        data=replace(given.data, tokenizer=str(out / TOKENIZER), seq_len=seq_len),
+        data=replace(
+            given.data,
+            tokenizer=str(out / kept),
+            seq_len=seq_len,
+        ),
         run=replace(given.run, dir=str(out), init_from=str(out)),
     )
     before, after = values(given), values(asked)
@@ -157,7 +161,6 @@ def _write(
     asked: Config,
     config: Config,
     tokens: Tokenizer,
-    files: dict[str, bytes],
 ) -> None:
     import torch
 
@@ -180,7 +183,7 @@ def _write(
         replace_file(staging / "config.yaml", dump(asked))
         replace_file(staging / "resolved.yaml", RESOLVED + dump(config))
         replace_file(staging / "identity.json", json.dumps(state["identity"], indent=1) + "\n")
-        for name, content in files.items():
+        for name, content in tokens.files().items():
             replace_file(staging / name, content)
         replace_file(staging / IMPORTED, json.dumps(_origin(folder), indent=1) + "\n")
 
