@@ -22,7 +22,7 @@ class ValidationSet:
 
     `bytes_per_token`: UTF-8 bytes a token (eos counted) of the documents that were touched, which turns
     nats a token into bits a byte: loss / (ln 2 * bytes_per_token); None where the tokens do not give a text back (an
-    unknown token, or spaces that were normalised), since not all of it is predicted then. `documents`: how many were
+    unknown token, case that is lost), since not all of it is predicted then. `documents`: how many were
     touched.
     """
 

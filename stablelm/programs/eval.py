@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--text-unit", choices=["file", "line"], help="a document in *.txt files; default: as the run")
     parser.add_argument("--bad-rows", choices=["stop", "skip"], help="a row without a document; default: as the run")
-    parser.add_argument("--tokenizer", type=path_or_url, metavar="FILE.model", help="default: the run's own")
+    parser.add_argument("--tokenizer", type=path_or_url, metavar="PATH", help="default: the run's own")
     parser.add_argument(
         "--sequences",
         type=int,

@@ -1,5 +1,6 @@
 """What the data layer, and all who work with text, need of a tokenizer of any kind."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -79,5 +80,21 @@ def count_unknown(tokenizer: Encoder, tokens: np.ndarray) -> int:
 
 
 def restores(tokenizer: Encoder, tokens: np.ndarray, text: str) -> bool:
-    """Whether a document's tokens (with eos) hold all of its text, so that bits per byte of it can be told."""
-    return count_unknown(tokenizer, tokens) == 0 and tokenizer.decode(tokens[:-1].tolist()) == text
+    """Whether a document's tokens (with eos) hold its text, so that bits per byte of it can be told.
+
+    White space may be joined, and characters may be in Unicode's compatibility form, as SentencePiece's usual
+    normalisation has them; case, accents and word borders must come back.
+    """
+    if count_unknown(tokenizer, tokens):
+        return False
+    decoded = tokenizer.decode(tokens[:-1].tolist())
+    return decoded == text or _normal(decoded) == _normal(text)
+
+
+def _normal(text: str) -> str:
+    kept = (letter for letter in unicodedata.normalize("NFKC", text) if letter.isspace() or not _is_control(letter))
+    return " ".join("".join(kept).split())
+
+
+def _is_control(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Cc", "Cf")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tokenizer_files
+from support.samples import shared_data
 from support.tokenizer_files import AWKWARD, TEXT, changed
 
 from stablelm.data.tokenizers import Tokenizer, load_tokenizer
@@ -193,10 +194,22 @@ def test_files_beside_it_say_which_token_ends_a_document(beside: dict, tmp_path:
 def test_what_loses_text_says_so(tmp_path: Path):
     words = load(tmp_path / "words", tokenizer_files.word_piece(), eos_token="[SEP]")
     assert not restores(words, document_tokens(words, "The  Fox\n"), "The  Fox\n")
-    lossy = changed(tokenizer_files.gpt2(), lambda d: d.update(normalizer={"type": "NFC"}))
-    composed = load(tmp_path / "nfc", lossy)
-    for text, kept in (("café", True), ("cafe\u0301", False)):
-        assert restores(composed, document_tokens(composed, text), text) == kept
+    for kind, text, kept in (
+        ("NFC", "cafe\u0301", True),
+        ("NFKC", "\ufb01ve  \u2165\n", True),
+        ("Lowercase", "the fox", True),
+        ("Lowercase", "The fox", False),
+        ("StripAccents", "cafe\u0301", False),
+    ):
+        change = changed(tokenizer_files.gpt2(), lambda d, kind=kind: d.update(normalizer={"type": kind}))
+        made = load(tmp_path / kind, change)
+        assert restores(made, document_tokens(made, text), text) == kept
+
+
+def test_spaces_that_sentencepiece_joins_are_no_loss_but_unknown_letters_are():
+    t5 = load_tokenizer(shared_data("tokenizers/t5-32k-unigram.model"))
+    for text, kept in (("two  spaces,\na line \u2026", True), ("a snowman ☃", False)):
+        assert restores(t5, document_tokens(t5, text), text) == kept
 
 
 BAD = {
