@@ -43,7 +43,7 @@ def card(run: TrainedRun, written: Written) -> str:
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))"
     )
     parts = [
-        _front_matter(model.method),
+        _front_matter(model.method, written.format),
         f"# A language model of {written.parameters / 1e6:.1f} M parameters\n",
         "Trained with stablelm and written by its export: a base model, without instruction tuning or chat template.\n",
         _block(usage, "python") if written.format != "gguf" else "",
@@ -62,9 +62,9 @@ def card(run: TrainedRun, written: Written) -> str:
     return redacted("\n".join(part for part in parts if part)) + "\n"
 
 
-def _front_matter(method: str) -> str:
-    tags = json.dumps(["stablelm", method])
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: {tags}\n---\n"
+def _front_matter(method: str, architecture: str) -> str:
+    tags, library = json.dumps(["stablelm", method]), "gguf" if architecture == "gguf" else "transformers"
+    return f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: {tags}\n---\n"
 
 
 def _figures(run: TrainedRun) -> dict[str, Any]:

@@ -27,13 +27,13 @@ def sample_documents(run: TrainedRun, given: str | None) -> list[str]:
         files = inspection.text_files(given, key="--check-tokenizer", cache=run.config.data.cache, options=options)
         return _some(files, options)
     for name, path in validation_paths(run.config).items():
+        if not all(map(corpus.is_local, [path] if isinstance(path, str) else path)):
+            continue
         if path == EMBEDDED and run.config.data.tokenizer != EMBEDDED:
             continue  # what is meant where the run's own text is not believed, and takes long to build
         options = validation_options(run.config, name)
         try:
-            files = corpus.resolve(path, key=name, cache=run.config.data.cache, options=options)
-            if all(map(corpus.is_local, files)):
-                return _some(files, options)
+            return _some(inspection.text_files(path, key=name, cache=run.config.data.cache, options=options), options)
         except (ConfigError, DataError):
             continue  # the text of a run may have moved
     return []

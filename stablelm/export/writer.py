@@ -64,14 +64,17 @@ def export(request: ExportRequest) -> Exported:
     folded = Folded(run.config.model, Weights(run.checkpoint))
     name = choose(request.format, folded)
     texts = sample_documents(run, request.checked)
-    files = tokenizer_files.contents(run.tokenizer, longest=run.config.model.max_seq_len or 0)
+    longest = run.config.model.max_seq_len or 0
+    files = tokenizer_files.contents(run.tokenizer, longest=longest) if name != GGUF else {}
     if request.push is not None:
         hub.prepare(request.push)
     with _complete_at_end(request.out) as folder:
         folded = folded if name == OWN else folded.calibrated(sample_tokens(run, texts))
-        notes = [*_differences(folded, run, name), _tokenizer_difference(files, run, texts)]
+        notes = _differences(folded, run, name)
+        if files:
+            notes.append(_tokenizer_difference(files, run, texts))
         parameters = _write_model(request, name, folded, run, folder)
-        for file, content in files.items() if name != GGUF else ():
+        for file, content in files.items():
             (folder / file).write_bytes(content)
         written = model_card.Written(name, request.dtype, parameters, tuple(notes))
         (folder / "README.md").write_text(model_card.card(run, written), encoding="utf-8")

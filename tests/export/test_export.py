@@ -127,6 +127,23 @@ def test_mistakes_are_told_before_anything_is_made(arguments: list[str], words: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_program_names_every_format():
+    from stablelm.export.formats.choice import GGUF, OWN, STANDARD
+    from stablelm.programs.export import FORMATS
+
+    assert ("auto", *STANDARD, OWN, GGUF) == FORMATS
+
+
+def test_mistakes_in_arguments_are_told_without_torch():
+    code = "import sys; from stablelm.programs.export import main\ntry: main(['--out', 'x'])\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}assert 'torch' not in sys.modules"],
+        capture_output=True, text=True, check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--checkpoint" in done.stderr
+
+
 def test_another_tokenizer_than_the_runs_is_refused(small_run: Path, tmp_path: Path):
     from support.tiny import make_tiny_corpus
 

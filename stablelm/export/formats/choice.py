@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol, cast
 
 from stablelm.errors import ConfigError
@@ -12,7 +11,7 @@ from stablelm.export.weights import LazyTensor
 STANDARD = ("llama", "qwen3", "gemma2", "gpt2")
 """Architectures of transformers, in the order in which `auto` tries them."""
 OWN, GGUF = "hf", "gguf"
-_MODULES = {OWN: "stablelm.export.hf_model.writer", GGUF: "stablelm.export.gguf"}
+"""With our own modelling file; for llama.cpp, what `llama` computes."""
 
 
 class Format(Protocol):
@@ -32,8 +31,9 @@ class Format(Protocol):
 
 
 def format_of(name: str) -> Format:
-    """The architecture of that name; `gguf` holds one of llama."""
-    return cast(Format, import_module(_MODULES.get(name, f"stablelm.export.formats.{name}")))
+    """The architecture of that name: one of STANDARD, or OWN."""
+    module = "stablelm.export.hf_model.writer" if name == OWN else f"stablelm.export.formats.{name}"
+    return cast(Format, import_module(module))
 
 
 def choose(requested: str, folded: Folded) -> str:
@@ -41,29 +41,11 @@ def choose(requested: str, folded: Folded) -> str:
 
     Raises ConfigError where the model cannot be written so.
     """
-    obstacles: dict[str, list[str]] = {}
-    for name in STANDARD if requested == "auto" else [requested]:
-        obstacles[name] = format_of("llama" if name == GGUF else name).obstacles(folded) if _is_there(name) else []
-        if not obstacles[name] and _is_there(name):
-            return name
-    if requested != "auto":
-        if not _is_there(requested):
-            raise ConfigError(f"--format {requested} is not available in this version; choose another")
+    if requested == "auto":
+        fitting = (name for name in STANDARD if not format_of(name).obstacles(folded))
+        return next(fitting, None) or choose(OWN, folded)
+    obstacles = format_of("llama" if requested == GGUF else requested).obstacles(folded)
+    if obstacles:
         other = "" if requested == OWN else f"; train a model without these, or use --format {OWN}"
-        raise ConfigError(f"--format {requested} does not compute this model: {'; '.join(obstacles[requested])}{other}")
-    if not _is_there(OWN):
-        nearest = min(obstacles, key=lambda name: len(obstacles[name]))
-        raise ConfigError(
-            f"no standard architecture computes this model; the nearest is {nearest}: {'; '.join(obstacles[nearest])}"
-        )
-    return choose(OWN, folded)
-
-
-def _is_there(name: str) -> bool:
-    module = _MODULES.get(name)
-    if module is None:
-        return True
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+        raise ConfigError(f"--format {requested} does not compute this model: {'; '.join(obstacles)}{other}")
+    return requested
