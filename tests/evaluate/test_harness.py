@@ -34,7 +34,8 @@ def trained(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -
 def texts() -> list[str]:
     draw = random.Random(0)
     words = ["ban", "der", "fi", "gosta", "huto", "ka", "lelim", "mir"]
-    return [" ".join(draw.choice(words) for _ in range(length)) for length in (1, 7, 60, 7)] + [""]
+    found = [" ".join(draw.choice(words) for _ in range(length)) for length in (1, 7, 60)]
+    return [*found, found[1], ""]
 
 
 def answers(rank: int, world_size: int, checkpoint: str) -> tuple[list[float], list[str]]:
