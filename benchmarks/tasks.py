@@ -24,8 +24,8 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.choice_items import Request
-from stablelm.evaluate.likelihood import Shapes, loglikelihoods
+from stablelm.evaluate.tasks.choice_items import Request
+from stablelm.evaluate.tasks.likelihood import Shapes, loglikelihoods
 
 OURS, THEIRS = "stablelm", "lm-eval-hf"
 WORKLOADS = {"piqa": ((5, 30), (5, 45), 2), "arc": ((15, 60), (2, 12), 4)}

@@ -12,7 +12,7 @@ from stablelm.engine.launch_environment import Launch, accelerate_flags, detect,
 from stablelm.errors import ConfigError, UserError
 from stablelm.evaluate import consent
 from stablelm.evaluate.set_evaluation import SetRequest, find_sets, score_sets
-from stablelm.evaluate.task_evaluation import TaskOptions, TaskRequest, find_tasks, named_tasks, score_tasks
+from stablelm.evaluate.tasks.task_evaluation import TaskOptions, TaskRequest, find_tasks, named_tasks, score_tasks
 from stablelm.evaluate.trained_run import TrainedRun, open_run
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
 

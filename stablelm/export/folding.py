@@ -21,6 +21,8 @@ from stablelm.export.weights import LazyTensor, Weights, constant
 from stablelm.methods import catalogue
 from stablelm.methods.sizes import d_head
 
+ROUNDING = 1e-9
+"""Relative: what is equal but for it."""
 BLOCK = 4096
 """Rows of a table that are changed at once."""
 
@@ -83,7 +85,8 @@ class Folded:
     @property
     def is_exact(self) -> bool:
         """Whether only rounding makes a difference: no norm sees another eps."""
-        return len(set(self.scales)) == 1
+        low, high = min(self._eps_ratios), max(self._eps_ratios)
+        return high - low <= ROUNDING * high
 
     @property
     def largest_error(self) -> float:
@@ -148,9 +151,18 @@ class Folded:
         scales = [1.0]
         for skip, _ in self.gains:
             scales.append(scales[-1] * skip)
-        low, high = min(scales), max(scales)
-        first = math.sqrt(2 / (low**2 + high**2)) if low < high else 1.0
+        low, high = min(ratios := self._ratios(scales)), max(ratios)
+        first = math.sqrt(2 / (low**2 + high**2)) if high - low > ROUNDING * high else 1.0
         return [first * scale for scale in scales]
+
+    @property
+    def _eps_ratios(self) -> list[float]:
+        return self._ratios(self.scales)
+
+    def _ratios(self, scales: Sequence[float]) -> list[float]:
+        """c_s by the root of what multiplies the eps of the norm at sub-layer s: 1 where no norm sees another eps."""
+        stream, model = self.model.axes.stream, self.model
+        return [scale / math.sqrt(stream.eps_scale(model, index)) for index, scale in enumerate(scales)]
 
     @property
     def tied(self) -> bool:
@@ -255,7 +267,8 @@ class Folded:
             return found
         # The norm divides by sqrt(v + c^2 eps) of what x is, not by sqrt(v + eps).
         size, eps, scale = self._norm_inputs[reads].mean, self.model.norm_eps, self.scales[reads]
-        return Affine(found.weight.times(math.sqrt((size + scale**2 * eps) / (size + eps))), found.bias)
+        own = eps * self.model.axes.stream.eps_scale(self.model, reads)
+        return Affine(found.weight.times(math.sqrt((size + scale**2 * eps) / (size + own))), found.bias)
 
     def _centred(self, tensor: LazyTensor, *, dim: int) -> LazyTensor:
         """Without its mean over d_model, if norms are to be root-mean-square norms."""

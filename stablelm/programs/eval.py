@@ -83,7 +83,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 def task_options(arguments: argparse.Namespace):
     """What `add_task_arguments` asks for, None without a task."""
-    from stablelm.evaluate.task_evaluation import TaskOptions
+    from stablelm.evaluate.tasks.task_evaluation import TaskOptions
 
     if arguments.tasks:
         return TaskOptions(

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         return ConfigError.exit_code
     from lm_eval.__main__ import cli_evaluate
 
-    import stablelm.evaluate.harness  # noqa: F401 - registers the model
+    import stablelm.evaluate.tasks.harness  # noqa: F401 - registers the model
 
     sys.argv = ["lm_harness.py", *argv]
     try:

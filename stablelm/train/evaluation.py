@@ -12,9 +12,9 @@ from stablelm.data import validation
 from stablelm.data.mixture import Mixture
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
-from stablelm.evaluate.choices import evaluate_choices
-from stablelm.evaluate.likelihood import Shapes
 from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
+from stablelm.evaluate.tasks.choices import evaluate_choices
+from stablelm.evaluate.tasks.likelihood import Shapes
 from stablelm.observe.sinks import SAMPLES
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared

@@ -22,7 +22,7 @@ from stablelm.data.storage.options import SeenFiles
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.choice_items import ChoiceTask
+from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.profile import Profiler

@@ -3,7 +3,6 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.choices import write_items
@@ -56,6 +55,6 @@ def test_a_command_runs(command: str, place: Path):
     program, arguments = Path(words[at]).stem, words[at + 1 :]
     if program == "pretrain":
         arguments = short(arguments, place)
-    offline: dict[str, Any] = {"HF_DATASETS_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = run(program, *arguments, processes=processes, cwd=place, **offline)
+    cache = str(place / "cache")
+    done = run(program, *arguments, processes=processes, cwd=place, HF_DATASETS_CACHE=cache, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr

@@ -21,11 +21,7 @@ COMMANDS = {
     "launch/checkpoints.py": ["list", "verify", "prune", "consolidate"],
     "slurm/attempt.py": ["where", "unfinished", "line", "begin", "end", "tell", "state", "unevaluated"],
 }
-<<<<<<< HEAD
-WORDS = {"--text-column", "--part", "--gpu", "--reason", "--launcher", "--method"}
-=======
-WORDS = {"--text-column", "--eos-token", "--part", "--gpu", "--reason", "--launcher"}
->>>>>>> tok
+WORDS = {"--text-column", "--eos-token", "--part", "--gpu", "--reason", "--launcher", "--method"}
 """Options that take words of the user's own which are no path."""
 HOME_PATHS = [
     ("launch/checkpoints.py", ["list", "~/run"]),

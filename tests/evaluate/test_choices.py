@@ -17,9 +17,9 @@ from stablelm.data.tokenizers import load_tokenizer
 from stablelm.engine.interface import build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
-from stablelm.evaluate.choice_items import ChoiceTask, Request, encode_pair, read_task
-from stablelm.evaluate.choices import evaluate_choices
-from stablelm.evaluate.likelihood import Shapes, loglikelihoods
+from stablelm.evaluate.tasks.choice_items import ChoiceTask, Request, encode_pair, read_task
+from stablelm.evaluate.tasks.choices import evaluate_choices
+from stablelm.evaluate.tasks.likelihood import Shapes, loglikelihoods
 
 LONGEST = 32
 

@@ -6,26 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.choices import write_items
+from support.choices import TASK, write_items
 from support.programs import TINY, run
 from support.samples import shared_data
 from support.tiny import TinyCorpus, make_tiny_corpus
-
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {path}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{query}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: gold
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizer import Tokenizer
+from stablelm.data.tokenizers import load_tokenizer
 from stablelm.export import tokenizer_files
 
 
@@ -35,7 +35,7 @@ class ByteLevel:
 
 
 def byte_level(**changes: Any) -> Any:
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library = tokenizers.load_tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     library.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
     trainer = tokenizers.trainers.BpeTrainer(
@@ -67,7 +67,7 @@ def test_settings_that_the_tokenizer_has_stay():
 
 
 def test_a_sentencepiece_model_is_copied_and_written_as_tokenizer_json(tiny_corpus: TinyCorpus):
-    own = Tokenizer(tiny_corpus.tokenizer)
+    own = load_tokenizer(tiny_corpus.tokenizer)
     files = tokenizer_files.contents(own, longest=32)
     assert files["tokenizer.model"] == Path(tiny_corpus.tokenizer).read_bytes()
     settings = json.loads(files["tokenizer_config.json"])
@@ -78,7 +78,7 @@ def test_a_sentencepiece_model_is_copied_and_written_as_tokenizer_json(tiny_corp
 
 
 def test_documents_with_other_ids_are_counted(tiny_corpus: TinyCorpus):
-    own = Tokenizer(tiny_corpus.tokenizer)
+    own = load_tokenizer(tiny_corpus.tokenizer)
     files = tokenizer_files.contents(own, longest=32)
     described = json.loads(files["tokenizer.json"])
     described["normalizer"] = None

@@ -4,6 +4,23 @@ import json
 import random
 from pathlib import Path
 
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+"""A definition of lm-evaluation-harness over a file of such items."""
+
 
 def write_items(path: Path, count: int = 30, seed: int = 0) -> Path:
     """Items in the corpus's words, some longer than the model's 32 tokens, some with choices that are equal."""

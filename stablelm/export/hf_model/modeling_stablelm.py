@@ -34,7 +34,8 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
     the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there. Stream: x <- skip_gain x + branch_gain f(x), times a learned
+    of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
+    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
     gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
     layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
     embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
@@ -76,6 +77,7 @@ class StablelmDecoderConfig(PreTrainedConfig):
         norm_slope: float | None = None,
         norm_bias: bool = False,
         norm_eps: float = 1e-5,
+        norm_eps_scales: list[float] | None = None,
         skip_gain: float = 1.0,
         branch_gain: float = 1.0,
         learned_gain: bool = False,
@@ -134,9 +136,11 @@ def at_least_fp32(x: Tensor) -> Tensor:
 class Norm(nn.Module):
     """Over the last dimension; returns at least fp32."""
 
-    def __init__(self, config: StablelmDecoderConfig, width: int, *, of_heads: bool = False):
+    def __init__(self, config: StablelmDecoderConfig, width: int, *, of_heads: bool = False, reads: int | None = None):
         super().__init__()
-        self.eps, self.slope = config.norm_eps, None if of_heads else config.norm_slope
+        scales = config.norm_eps_scales
+        self.eps = config.norm_eps * (1.0 if scales is None or reads is None else scales[reads])
+        self.slope = None if of_heads else config.norm_slope
         self.centred = config.norm_centred and not of_heads
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if config.norm_bias and not of_heads else None
@@ -316,7 +320,7 @@ class Sublayer(nn.Module):
         self.skip_gain, self.branch_gain, self.grows = config.skip_gain, config.branch_gain, config.growth is not None
         growth = config.growth or 0
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
-        self.norm_in = Norm(config, d_in) if config.norm_before_body else None
+        self.norm_in = Norm(config, d_in, reads=index) if config.norm_before_body else None
         self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
         self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
         self.dropout = nn.Dropout(config.dropout)
@@ -409,7 +413,8 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_table else None
         self.norm_embedding = Norm(config, width) if config.norm_embedding else None
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm_final = Norm(config, end) if config.norm_final else None
+        last = 2 * config.num_hidden_layers
+        self.norm_final = Norm(config, end, reads=last) if config.norm_final else None
         self.projection = nn.Linear(end, width, bias=False) if config.growth is not None else None
         self.post_init()
 

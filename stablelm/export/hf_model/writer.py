@@ -51,6 +51,7 @@ def config(source: Source) -> dict[str, Any]:
     model, axes = source.model, source.model.axes
     skip, branch = axes.stream.gains(model)
     placement, attention = axes.placement, model.attention
+    eps_scales = [axes.stream.eps_scale(model, index) for index in range(2 * model.n_layers + 1)]
     settings: dict[str, Any] = {
         "architectures": [CLASSES["AutoModelForCausalLM"]],
         "auto_map": {auto: f"{MODELLING_FILE.stem}.{own}" for auto, own in CLASSES.items()},
@@ -79,6 +80,7 @@ def config(source: Source) -> dict[str, Any]:
         "norm_final": placement.final,
         "norm_bias": bool(model.bias) and axes.norm.has_bias,
         "norm_eps": model.norm_eps,
+        "norm_eps_scales": None if set(eps_scales) == {1.0} else eps_scales,
         "skip_gain": skip,
         "branch_gain": branch,
         "embedding_scale": axes.init.embedding_scale(model),

@@ -9,9 +9,9 @@ from typing import Any
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError, Problems, listed
-from stablelm.evaluate.choice_items import SUFFIX, ChoiceTask, read_task
-from stablelm.evaluate.choices import evaluate_choices
-from stablelm.evaluate.likelihood import Shapes
+from stablelm.evaluate.tasks.choice_items import SUFFIX, ChoiceTask, read_task
+from stablelm.evaluate.tasks.choices import evaluate_choices
+from stablelm.evaluate.tasks.likelihood import Shapes
 from stablelm.evaluate.trained_run import TrainedRun
 
 NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
@@ -99,7 +99,7 @@ def find_tasks(named: NamedTasks, run: TrainedRun) -> TaskRequest:
         with problems.collecting():
             choices[name] = read_task(path, run.tokenizer, longest=longest, items=options.limit, key=f"--tasks {name}")
     if named.others:
-        from stablelm.evaluate.harness import load_tasks
+        from stablelm.evaluate.tasks.harness import load_tasks
 
         with problems.collecting():
             found = load_tasks(named.others, options.folder)
@@ -122,7 +122,7 @@ def score_tasks(request: TaskRequest, run: TrainedRun, engine: Engine, ranks: Ra
                     flush=True,
                 )
     if request.harness:
-        from stablelm.evaluate.harness import StableLM, run_tasks
+        from stablelm.evaluate.tasks.harness import StableLM, run_tasks
 
         model = StableLM(run, engine, ranks, request.batch_size)
         others = run_tasks(model, request.harness, limit=request.limit, few_shot=request.few_shot)

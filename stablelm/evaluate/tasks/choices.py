@@ -8,8 +8,8 @@ import numpy as np
 
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.choice_items import ChoiceTask
-from stablelm.evaluate.likelihood import Shapes, loglikelihoods
+from stablelm.evaluate.tasks.choice_items import ChoiceTask
+from stablelm.evaluate.tasks.likelihood import Shapes, loglikelihoods
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from stablelm.engine.launch_environment import accelerate_flags, detect, engine_
 from stablelm.engine.ranks import Ranks, disconnect
 from stablelm.errors import ConfigError
 from stablelm.evaluate import consent
-from stablelm.evaluate.choice_items import Request, before_a_document, begins_with_bos, encode_pair
-from stablelm.evaluate.likelihood import Likelihood, Shapes, loglikelihoods
 from stablelm.evaluate.run_engine import load_engine
+from stablelm.evaluate.tasks.choice_items import Request, before_a_document, begins_with_bos, encode_pair
+from stablelm.evaluate.tasks.likelihood import Likelihood, Shapes, loglikelihoods
 from stablelm.evaluate.trained_run import TrainedRun, open_run
 
 NEW_TOKENS = 256
@@ -145,7 +145,7 @@ class StableLM(TemplateLM):
 
     def _continued(self, contexts: list[str], asked: dict[str, Any]) -> list[str]:
         """What the model writes after each context; of one that is too long its end counts. Collective."""
-        from stablelm.evaluate.harness_generation import generated
+        from stablelm.evaluate.tasks.harness_generation import generated
 
         options: dict[str, Any] = dict(normalize_gen_kwargs(asked, NEW_TOKENS))
         if unknown := sorted(set(options) - set(GENERATION)):

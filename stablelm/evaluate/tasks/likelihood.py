@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import Config
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.choice_items import Request
+from stablelm.evaluate.tasks.choice_items import Request
 
 PADDING = 0
 """Token after the end of a shorter sequence, which no earlier position sees."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.generate import Language, Prompt, continue_prompts
-from stablelm.evaluate.likelihood import evaluating
+from stablelm.evaluate.generate import Language, continue_prompts
 from stablelm.evaluate.loaded_model import load
+from stablelm.evaluate.prompts import Prompt
 from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.tasks.likelihood import evaluating
 from stablelm.evaluate.trained_run import TrainedRun
 
 
