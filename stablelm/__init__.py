@@ -12,9 +12,8 @@ __version__ = "0.2.0"
 _WHERE = {
     "generate": "stablelm.evaluate.loaded_model",
     "load_model": "stablelm.evaluate.loaded_model",
-    "load_tokenizer": "stablelm.data.tokenizer",
 }
-__all__ = ["generate", "load_model", "load_tokenizer"]
+__all__ = ["generate", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
