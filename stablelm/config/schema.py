@@ -324,9 +324,7 @@ class EvaluateConfig:
         unit="sequences",
     )
     samples: list[str] = key(
-        list,
-        "prompts that are continued at each evaluation, by the likeliest tokens; texts go to the records",
-        path=False,
+        list, "prompts that are continued at each evaluation, by the likeliest tokens; texts go to the records"
     )
     sample_tokens: int = key(64, "new tokens of each sample", unit="tokens")
     tasks: dict[str, str] = key(

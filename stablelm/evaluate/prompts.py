@@ -10,7 +10,7 @@ from stablelm.evaluate.growing_text import Decoding
 
 
 class Vocabulary(Decoding, Protocol):
-    """What generation needs of a tokenizer. One with `bos` (None: no such token) begins every document with it."""
+    """What generation needs of a tokenizer. Where `add_bos` is there and true, documents begin with the token `bos`."""
 
     @property
     def pieces(self) -> int: ...
@@ -46,7 +46,7 @@ def encode_prompts(
     """
     found: list[Prompt] = []
     wrong: list[str] = []
-    bos = getattr(tokenizer, "bos", None)
+    begin: list[int] = [getattr(tokenizer, "bos")] if getattr(tokenizer, "add_bos", False) else []  # noqa: B009
     seen: dict[str, int] = {}
     for number, text in enumerate(texts, 1):
         name = f"{label}prompt {number}"
@@ -58,7 +58,7 @@ def encode_prompts(
         tokens = tokenizer.encode(text)
         if not tokens:
             wrong.append(f"{name} is empty; give it at least a word")
-        tokens = [*([] if bos is None else [bos]), *tokens]
+        tokens = [*begin, *tokens]
         wrong += _too_long(len(tokens), model, new_tokens, name, limit)
         first = seen.get(text, 0)
         seen[text] = first + samples

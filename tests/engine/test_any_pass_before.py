@@ -15,6 +15,7 @@ from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.perplexity import evaluate
 from stablelm.methods.catalogue import apply_method
+from stablelm.model.cache import KeyValueCache
 from stablelm.observe.layers import measure
 from stablelm.train.step import train_step
 
@@ -33,6 +34,19 @@ def score(engine: Engine, ranks: Ranks) -> float:
     rows = text(9)
     data = ValidationSet(rows[:, :-1], rows[:, 1:], bytes_per_token=4.0, documents=12)
     return evaluate(engine, ranks, data, 3).loss
+
+
+def generated(engine: Engine) -> torch.Tensor:
+    """Logits of two passes with a cache, equal to those of one without."""
+    tokens, cache = text(8)[:3, :9], KeyValueCache(SIGMA, 3)
+    last = torch.tensor([5, 5, 5])
+    engine.module.eval()
+    with torch.no_grad():
+        engine.logits(tokens[:, :3], last - 3, cache)
+        found = engine.logits(tokens[:, 3:], last, cache)
+        torch.testing.assert_close(found, engine.logits(tokens, last + 3), rtol=1e-5, atol=1e-5)
+    engine.module.train()
+    return found
 
 
 def train(engine: Engine, ranks: Ranks, step: int) -> float:
@@ -62,6 +76,7 @@ def passes(rank: int, world_size: int, kind: str) -> None:
     before = [
         lambda: None,
         lambda: score(engine, ranks),
+        lambda: generated(engine),
         lambda: measure(engine, ranks, rows[:, :-1], rows[:, 1:]),
         lambda: engine.backward(engine.loss(rows[:, :-1], rows[:, 1:], last=False).total * 0, last=False),
     ]

@@ -127,6 +127,23 @@ def test_the_model_is_the_methods():
     assert decayed == {"head"}  # a reparametrised matrix has no size to decay
 
 
+def test_it_generates_with_a_cache_like_the_whole_sequence():
+    import torch
+
+    from stablelm.model.cache import KeyValueCache
+    from stablelm.model.decoder import Decoder
+    from stablelm.model.initialise import initialise
+
+    model = resolved()
+    decoder = Decoder(model, "fp32").eval()
+    initialise(decoder, model, 0)
+    tokens = torch.arange(24).reshape(2, 12)
+    cache = KeyValueCache(model, 2)
+    with torch.no_grad():
+        found = torch.cat([decoder(piece, cache=cache) for piece in tokens.split([5, 1, 6], dim=1)], dim=1)
+        torch.testing.assert_close(found, decoder(tokens), rtol=1e-5, atol=1e-5)
+
+
 def test_it_cannot_be_exported_and_says_why():
     assert catalogue.export_obstacles(resolved()) == ["its stream is two tensors, which no standard architecture has"]
 
