@@ -1,8 +1,10 @@
 """Data sets on the Hugging Face hub: lists of files by `datasets`' own builder, and files read at their addresses.
 
+huggingface_hub's HfFileSystem 2.4.0 was tried: its reads take shifted, cut and whole answers for the bytes requested,
+retry for a fixed time of their own, log signed addresses, and ask the API once a process for every folder.
 Where the commit is known the API adds nothing, so that the ranks of a run do not call it: one HEAD
 reports size and tag, and each range is fetched by a GET, which is mostly redirected to a signed address elsewhere.
-Nothing is retried here: `Retries` sees every failure, waits as the hub asks and counts the time.
+Nothing is retried here: `retry.persist` sees every failure, waits as the hub asks and counts the time.
 Imports aiohttp and the hub's client, so only those import this module who need it.
 """
 
@@ -16,7 +18,7 @@ from urllib.parse import quote
 import aiohttp
 from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_session, get_token
 from yarl import URL
 
 from stablelm.data.storage import options, stores
@@ -66,8 +68,6 @@ def expand(url: str, *, key: str) -> list[str]:
 
 def reach(url: str, *, key: str) -> None:
     """Raises ConfigError under `key` unless the hub answers within seconds; its own client tries for half a minute."""
-    from huggingface_hub import constants, get_session
-
     if constants.HF_HUB_OFFLINE:
         return
     seconds = options.FIRST_ANSWER

@@ -1,4 +1,8 @@
-"""A store's failures: which of them another attempt can cure, and how long to wait before it."""
+"""A store's failures: which of them another attempt can cure, and how long to wait before it.
+
+tenacity 9.2.1 was tried: a budget that counts from the first failure and depends on the answer, pauses cut at its end,
+waits that are reported and messages of our own are all callbacks there, and the file became longer.
+"""
 
 import email.utils
 import errno
@@ -21,73 +25,49 @@ T = TypeVar("T")
 _jitter = random.Random()
 
 
-class Retries:
-    """The attempts of one read, which may fail for at most `budget` seconds after the first failure.
+def persist(
+    attempt: Callable[[], T],
+    *,
+    name: str,
+    budget: float,
+    first_answer: float | None = None,
+    failed: Callable[[Exception], str] = lambda error: "",
+) -> T:
+    """What `attempt` returns; it is repeated for at most `budget` seconds after the first failure.
 
-    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken.
-
-        with Retries(url, budget=600) as retries:
-            while True:
-                try:
-                    return read()
-                except Exception as error:
-                    retries.wait(error)
+    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken. `failed` is called
+    with each failure and returns where in the file it was, for the message. A wait is as long as the store asks, else a
+    jittered exponential back-off, and visible in `stall_monitor.waiting`. Raises DataError naming the file and the
+    cause when the budget is spent, and at once when another attempt cannot help; a DataError is raised as it is.
     """
-
-    def __init__(self, name: str, *, budget: float, first_answer: float | None = None):
-        self._name, self._budget, self._first_answer = name, budget, first_answer
-        self._delay, self._began = FIRST_DELAY, 0.0
-        self._wait: Wait | None = None
-        self._noted = ExitStack()
-
-    def __enter__(self) -> "Retries":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._noted.close()
-
-    def wait(self, error: Exception, *, where: str = "") -> None:
-        """Waits before another attempt: as long as the store asks, else with a jittered exponential back-off.
-
-        Raises DataError naming the file and the cause when the budget is spent, and at once when another attempt
-        cannot help; a DataError is raised as it is. `where` in the file is for the message.
-        """
-        if isinstance(error, DataError):
-            raise error
-        self._note(error)
-        if cause := hopeless(error):
-            raise DataError(f"{self._name}: {cause}; {_fix(error)}") from error
-        unknown = self._first_answer is not None and http_status(error) is None
-        allowed = min(self._budget, self._first_answer) if self._first_answer is not None and unknown else self._budget
-        now, deadline = time.monotonic(), self._began + allowed
-        if now >= deadline:
-            raise DataError(_gave_up(f"{self._name}: unreadable{where} for {allowed:g} s", error, unknown)) from error
-        asked = asked_seconds(error)
-        pause = self._delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
-        time.sleep(min(pause, deadline - now))
-        self._delay = min(2 * self._delay, LONGEST_DELAY)
-        assert self._wait is not None
-        self._wait.attempt += 1
-
-    def _note(self, error: Exception) -> None:
-        """Makes the failure visible in `stall_monitor.waiting`."""
-        cause = redacted(words(error))
-        if self._wait is None:
-            self._wait = Wait(redacted(self._name), 1, time.time(), cause)
-            self._began = time.monotonic()
-            self._noted.enter_context(noted(self._wait))
-        else:
-            self._wait.cause = cause
-
-
-def persist(attempt: Callable[[], T], *, name: str, budget: float, first_answer: float | None = None) -> T:
-    """What `attempt` returns; it is repeated as `Retries` allows."""
-    with Retries(name, budget=budget, first_answer=first_answer) as retries:
+    wait, began, delay = Wait(redacted(name), 1, 0.0, ""), None, FIRST_DELAY
+    with ExitStack() as visible:
         while True:
             try:
                 return attempt()
+            except DataError:
+                raise
             except Exception as error:
-                retries.wait(error)
+                where, wait.cause = failed(error), redacted(words(error))
+                if began is None:
+                    wait.since, began = time.time(), time.monotonic()
+                    visible.enter_context(noted(wait))
+                if cause := hopeless(error):
+                    raise DataError(f"{name}: {cause}; {_fix(error)}") from error
+                limit = first_answer if http_status(error) is None else None
+                allowed = budget if limit is None else min(budget, limit)
+                remaining = began + allowed - time.monotonic()
+                if remaining <= 0:
+                    what = f"{name}: unreadable{where} for {allowed:g} s"
+                    raise DataError(_gave_up(what, error, limit is not None)) from error
+                time.sleep(min(_pause(error, delay), remaining))
+                delay = min(2 * delay, LONGEST_DELAY)
+                wait.attempt += 1
+
+
+def _pause(error: Exception, delay: float) -> float:
+    asked = asked_seconds(error)
+    return delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
 
 
 def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
