@@ -110,7 +110,6 @@ def no_checkpoint(root: CheckpointPath, path: CheckpointPath) -> CheckpointError
 def resolve_checkpoint(
     path: CheckpointPath | str,
     *,
-    on_damaged: Callable[[CheckpointPath, str], None] | None = None,
     consensus: Consensus | None = None,
     lacks: Lacks | None = None,
     elsewhere: CheckpointPath | None = None,
@@ -131,7 +130,7 @@ def resolve_checkpoint(
     root = consensus.first(lambda: checkpoints_root(path))
     if elsewhere is not None and not consensus.first(lambda: step_directories(root)):
         root = elsewhere
-    found = newest_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
+    found = newest_valid(root, on_damaged=_warn, consensus=consensus, lacks=lacks)
     if found is None and step_directories(root):
         raise CheckpointError(
             f"{root} holds only damaged checkpoints: name the directory of a run that has saved an intact one"
@@ -162,9 +161,9 @@ def configured_root(run_dir: CheckpointPath) -> str | None:
     return os.path.expanduser(asked) if isinstance(asked, str) and asked else None
 
 
-def _summary(problems: list[str], shown: int = 3) -> str:
-    more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
-    return "; ".join(problems[:shown]) + more
+def _summary(problems: list[str]) -> str:
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return "; ".join(problems[:3] + more)
 
 
 def _warn(path: CheckpointPath, reason: str) -> None:
