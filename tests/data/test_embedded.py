@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path, monkeypatch: py
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(content)
 
-    monkeypatch.setattr(embedded, "_write_file", full)
+    monkeypatch.setattr(embedded, "write_durably", full)
     with pytest.raises(ConfigError, match=r"^data\.cache: .*No space left on device"):
         embedded.embedded(str(tmp_path / "cache"))
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
