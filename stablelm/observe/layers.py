@@ -130,7 +130,6 @@ class LayerObserver:
     def __init__(
         self,
         engine: Engine,
-        sigma: Reparametrised,
         ranks: Ranks,
         *,
         every: int,
@@ -138,7 +137,7 @@ class LayerObserver:
         pieces: int,
         record: Callable[[dict[str, Any]], None],
     ):
-        self._engine, self._sigma, self._ranks = engine, sigma, ranks
+        self._engine, self._ranks = engine, ranks
         self._every, self._pieces, self._record = every, pieces, record
         # Read once, by one rank, before the clock starts.
         self._batch = ranks.consensus().first(batch) if every else None
@@ -150,7 +149,7 @@ class LayerObserver:
         if self._batch is None or step % self._every:
             return
         started = time.perf_counter()
-        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._sigma)
+        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._engine.matrices)
         mean, std = embedding_variability(self._engine.whole("embedding.weight"), self._pieces)
         found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
         found["layers_seconds"] = time.perf_counter() - started

@@ -263,7 +263,6 @@ def save(
 def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:
     return LayerObserver(
         engine,
-        engine.matrices,
         ranks,
         every=prepared.config.observe.layers_every,
         batch=lambda: layers_batch(prepared),

@@ -204,9 +204,7 @@ def observed(kind: str, ranks: Ranks, precision: str = "fp64") -> dict[str, floa
     """One record of the engine, made of all that an observer gathers."""
     engine = build_engine(configured("model.method=magneto_sigma", f"train.precision={precision}"), kind, ranks)
     records: list[dict] = []
-    LayerObserver(engine, engine.matrices, ranks, every=4, batch=text, pieces=PIECES, record=records.append).step(
-        4, 100
-    )
+    LayerObserver(engine, ranks, every=4, batch=text, pieces=PIECES, record=records.append).step(4, 100)
     assert len(records) == 1
     return records[0]
 
@@ -264,9 +262,7 @@ def test_never_asked_never_reads():
         raise AssertionError("the batch was read")
 
     engine = engine_of()
-    observer = LayerObserver(
-        engine, engine.matrices, SINGLE, every=0, batch=fail, pieces=PIECES, record=lambda _: fail()
-    )
+    observer = LayerObserver(engine, SINGLE, every=0, batch=fail, pieces=PIECES, record=lambda _: fail())
     observer.step(4, 100)
 
 
