@@ -40,7 +40,7 @@ def persist(
     jittered exponential back-off, and visible in `stall_monitor.waiting`. Raises DataError naming the file and the
     cause when the budget is spent, and at once when another attempt cannot help; a DataError is raised as it is.
     """
-    wait, began, delay = Wait(redacted(name), 1, 0.0, ""), None, FIRST_DELAY
+    wait, began, delay = None, 0.0, FIRST_DELAY
     with ExitStack() as visible:
         while True:
             try:
@@ -48,10 +48,11 @@ def persist(
             except DataError:
                 raise
             except Exception as error:
-                where, wait.cause = failed(error), redacted(words(error))
-                if began is None:
-                    wait.since, began = time.time(), time.monotonic()
+                where, reason = failed(error), redacted(words(error))
+                if wait is None:
+                    wait, began = Wait(redacted(name), 1, time.time(), reason), time.monotonic()
                     visible.enter_context(noted(wait))
+                wait.cause = reason
                 if cause := hopeless(error):
                     raise DataError(f"{name}: {cause}; {_fix(error)}") from error
                 limit = first_answer if http_status(error) is None else None
