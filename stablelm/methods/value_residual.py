@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from stablelm.methods.axes import Method, ValueMixing
+from stablelm.methods.axes import Method, Model, ValueMixing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +14,9 @@ class ValueResidual(ValueMixing):
     name: ClassVar[str] = "first"
     share: ClassVar[float | None] = 0.5
 
+    def asked(self, model: Model) -> bool:
+        return bool(model.attention.value_residual)
+
     def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
         return 0.5 * (own + first)
 
@@ -21,10 +24,13 @@ class ValueResidual(ValueMixing):
         # Half the first layer's values, half the own: of independent weights, so the variances add.
         return 0.5 * kept, 0.5 * common
 
-    def export_obstacle(self, model: object) -> str:
+    def export_obstacle(self, model: Model) -> str:
         return "the values of its layers are mixed with the first layer's, which no standard architecture does"
 
 
 VALUE_RESIDUAL = Method(
-    "value_residual", "Zhou et al., Value Residual Learning, ACL 2025", {"attention.value_residual": True}
+    "value_residual",
+    "Zhou et al., Value Residual Learning, ACL 2025",
+    {"attention.value_residual": True},
+    (ValueResidual(),),
 )
