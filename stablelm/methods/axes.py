@@ -395,8 +395,7 @@ class Position(Value):
         position alike.
         """
         assert model.max_seq_len is not None
-        own, shared = causal_means(model.max_seq_len, q)
-        return float(own), float(shared)
+        return causal_means(model.max_seq_len, q)
 
 
 class Shaping(Value):

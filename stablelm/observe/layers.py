@@ -114,9 +114,12 @@ def weight_gradient_norms(engine: Engine) -> list[Tensor]:
     return [squares[index].sqrt() for index in range(len(squares))]
 
 
-def embedding_variability(table: Tensor, pieces: int) -> tuple[float, float]:
-    """`theory.embedding.tev` of the first `pieces` rows."""
-    spread = table[:pieces].std(dim=1, correction=0).double()
+def tev(rows: Tensor) -> tuple[float, float]:
+    """Token embedding variability, a cheap sign of unstable pretraining (arXiv 2409.07787); rows: (vocab, d_model).
+
+    Mean and standard deviation over the vocabulary of each row's standard deviation, both population.
+    """
+    spread = rows.std(dim=1, correction=0).double()
     return float(spread.mean()), float(spread.std(correction=0))
 
 
@@ -150,7 +153,7 @@ class LayerObserver:
             return
         started = time.perf_counter()
         found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._engine.matrices)
-        mean, std = embedding_variability(self._engine.whole("embedding.weight"), self._pieces)
+        mean, std = tev(self._engine.whole("embedding.weight")[: self._pieces])
         found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
         found["layers_seconds"] = time.perf_counter() - started
         self.slowest = max(self.slowest, found["layers_seconds"])

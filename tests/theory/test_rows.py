@@ -1,9 +1,11 @@
 """Random softmax rows against Monte Carlo, and their limits."""
 
+import math
+
 import numpy as np
 import pytest
 
-from stablelm.theory.rows import row_fluctuations
+from stablelm.theory.rows import expected_row_entropy, row_fluctuations
 
 ROWS = 100_000
 
@@ -38,3 +40,24 @@ def test_growth_tends_to_the_variance_for_many_keys_and_stays_below_it():
     assert (np.diff(growth) > 0).all()
     assert (growth < 1).all()
     assert growth[-1] > 0.99
+
+
+def entropy(logits):
+    """Of softmax(logits) along the last axis, in nats."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=-1)
+    return np.log(total) - (weights * shifted).sum(axis=-1) / total
+
+
+@pytest.mark.parametrize("q", [0.3, 1.0, 2.6, 8.0])
+def test_expected_row_entropy_by_sampling(q):
+    rng = np.random.default_rng(2)
+    for keys in (1, 2, 4, 32, 256):
+        rows = entropy(rng.normal(0, math.sqrt(q), (400_000 // max(keys, 4), keys)))
+        error = 5 * rows.std() / math.sqrt(rows.size) + 1e-9
+        assert expected_row_entropy(q, np.array([float(keys)]))[0] == pytest.approx(rows.mean(), abs=error)
+
+
+def test_expected_row_entropy_of_long_rows():
+    assert expected_row_entropy(1.0, np.array([1e5]))[0] == pytest.approx(math.log(100_000) - 0.5, abs=1e-3)
