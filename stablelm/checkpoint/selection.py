@@ -12,19 +12,6 @@ from stablelm.errors import CheckpointError, ConfigError
 from stablelm.printable import printable
 from stablelm.small_files import read_small
 
-__all__ = [
-    "checkpoints_root",
-    "configured_root",
-    "is_link",
-    "newest_valid",
-    "no_checkpoint",
-    "resolve_checkpoint",
-    "step_directories",
-    "step_directory",
-    "verify",
-    "verify_together",
-]
-
 CHECKPOINTS = "checkpoints"
 """Where a run has its checkpoints unless checkpoint.dir says otherwise."""
 logger = logging.getLogger(__name__)

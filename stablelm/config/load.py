@@ -70,16 +70,16 @@ def loads(content: str, name: str) -> Config:
     Raises ConfigError with a line for each problem.
     """
     problems: list[str] = []
-    leaves, _ = _validate(_merge([read_content(content, name, problems)], problems), problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return assemble(leaves)
+    return assemble(_all_right(_merge([read_content(content, name, problems)], problems), problems))
 
 
 def typed(given: dict[str, Any], origin: str) -> dict[str, Any]:
     """Values by key as the keys take them; ConfigError, which says `origin`, with a line for each that is none."""
-    problems: list[str] = []
-    leaves, _ = _validate({name: Given(value, origin) for name, value in given.items()}, problems)
+    return _all_right({name: Given(value, origin) for name, value in given.items()}, [])
+
+
+def _all_right(merged: dict[str, Given], problems: list[str]) -> dict[str, Any]:
+    leaves, _ = _validate(merged, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return leaves
@@ -130,8 +130,8 @@ def _convert(name: str, given: Given, key: Key, entry: str) -> tuple[Any, str]:
     value, kind = given.value, value_type(key, entry)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # train.tokens=1e9 means an integer; a float key takes it back
-    if isinstance(value, list):
-        value = tuple(value) if takes_tuple(kind) else value
+    if isinstance(value, list) and takes_tuple(kind):
+        value = tuple(value)
     try:
         return adapter(kind).validate_python(value, strict=True), ""
     except (ValidationError, OverflowError):

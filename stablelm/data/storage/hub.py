@@ -24,7 +24,7 @@ from yarl import URL
 from stablelm.data.storage import options, stores
 from stablelm.data.storage.http_file import ANYWHERE, PLAIN, HttpRefusal, RangedFile, checked, keep_only
 from stablelm.data.storage.options import HUB, PINNED_FILE, ReadOptions, Stamp, changed
-from stablelm.data.storage.retry import persist, words
+from stablelm.data.storage.retry import causes, persist, words
 from stablelm.data.storage.stores import ByteRange
 from stablelm.errors import ConfigError, DataError
 
@@ -88,7 +88,7 @@ def reach(url: str, *, key: str) -> None:
 
 def sentence(error: Exception, url: str, key: str) -> str:
     """Why `url` cannot be had from the hub, and what to do."""
-    links = _chain(error)
+    links = causes(error, context=True)
     names = {type(link).__name__ for link in links}
     # datasets reports a failed connection as a missing file, with the client's error named in the message.
     if names & UNREACHABLE or any(name in str(link) for link in links for name in UNREACHABLE):
@@ -101,14 +101,6 @@ def sentence(error: Exception, url: str, key: str) -> str:
         return f"{key}: no file on the hub matches {url!r}; check the pattern against the data set's file list"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"{key}: the hub gave no file list for {url!r} ({reason}); try again, or give a mirror or a folder"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    links: list[BaseException] = []
-    while error is not None and error not in links:
-        links.append(error)
-        error = error.__cause__ or error.__context__
-    return links
 
 
 class HubFile(RangedFile):

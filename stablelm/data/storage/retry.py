@@ -10,7 +10,7 @@ import io
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -102,7 +102,7 @@ def hopeless(error: BaseException) -> str | None:
 
 def http_status(error: BaseException) -> int | None:
     """HTTP status that aiohttp, the hub's client or botocore carry in an error or its cause."""
-    for link in _causes(error):
+    for link in causes(error):
         response = getattr(link, "response", None)
         status = getattr(link, "status", None)
         if status is None and isinstance(response, dict):
@@ -134,7 +134,7 @@ def asked_seconds(error: BaseException) -> float | None:
 
 
 def _headers(error: BaseException) -> dict[str, str]:
-    for link in _causes(error):
+    for link in causes(error):
         response = getattr(link, "response", None)
         headers = getattr(link, "headers", None) or getattr(response, "headers", None)
         if isinstance(response, dict):
@@ -144,12 +144,13 @@ def _headers(error: BaseException) -> dict[str, str]:
     return {}
 
 
-def _causes(error: BaseException | None) -> Iterator[Any]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__
+def causes(error: BaseException | None, *, context: bool = False) -> list[Any]:
+    """The error and its causes; with `context` also what was handled when one without a cause was raised."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or (error.__context__ if context else None)
+    return links
 
 
 def _fix(error: BaseException) -> str:
