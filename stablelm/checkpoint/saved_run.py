@@ -13,8 +13,7 @@ from stablelm.checkpoint.manifest import CONFIG, STATE
 from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.config import rules
 from stablelm.config.identity import Identity
-from stablelm.config.load import Loaded
-from stablelm.config.saved import in_effect
+from stablelm.config.load import Loaded, in_effect
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.config.trust import METHOD, Believed, believed, excesses
 from stablelm.errors import CheckpointError, ConfigError

@@ -180,6 +180,23 @@ def _unknown(name: str, near: str | None, given: Given) -> str:
     return f"unknown key {name}{hint} ({given.origin})"
 
 
+def in_effect(config_yaml: str, identity: dict[str, Any], name: str) -> Config:
+    """What a saved `config.yaml` asked for, with what its derived keys became for the run with this identity.
+
+    Nothing is derived again, because another release or launcher may derive it differently. Keys that are not part of
+    an identity, such as `train.micro_batch_size` and `checkpoint.dir`, stay None, and paths are as they were asked.
+    `name` stands for the file in messages. Raises ConfigError if the text is no configuration, or the identity does not
+    fit its keys.
+    """
+    asked = values(loads(config_yaml, name))
+    became = {
+        key: value
+        for key, value in identity.items()
+        if key in keys() and keys()[key].identity and asked[key] is None and value is not None
+    }
+    return assemble(asked | typed(became, f"the identity beside {name}"))
+
+
 def dump(config: Config) -> str:
     """YAML of every key in the schema's order; `load` of it gives an equal Config."""
     tree: dict[str, Any] = {}

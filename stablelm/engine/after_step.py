@@ -1,7 +1,7 @@
 """Reparametrised matrices over ranks: their initial values, and their updates after an optimizer step."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,8 @@ class Reparametrised:
         ]
         if any(map(_is_flat, self._weights)):
             return [spectral.Slice(_local_range(weight, u), start, u, v) for weight, start, u, v in held]
-        return [spectral.Matrix(_local_rows(weight, u), first_row, u, v) for weight, first_row, u, v in held]
+        rows = [_beside(local_part(weight).detach(), u) for weight, _, u, _ in held]
+        return [spectral.Matrix(own, start, u, v) for own, (_, start, u, v) in zip(rows, held, strict=True)]
 
 
 def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
@@ -123,23 +124,14 @@ def _sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]
     return dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
 
 
-def _reducer(weights: list[Any]) -> Callable[[Tensor], None] | None:
+def _reducer(weights: list[Any]) -> spectral.Reduce | None:
     """What sums over the ranks that hold parts of the same copy of the weights; None if each holds them whole."""
     if any(_is_flat(weight) for weight in weights):
-        return partial(_sum, group=None)
+        return partial(dist.all_reduce, group=None)
     meshes = [weight.device_mesh for weight in weights if isinstance(weight, DTensor)]
     if not meshes:
         return None
-    return partial(_sum, group=meshes[0].get_group("shard"))
-
-
-def _sum(flat: Tensor, group: dist.ProcessGroup | None) -> None:
-    dist.all_reduce(flat, group=group)
-
-
-def _local_rows(weight: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a matrix, beside `like` unless that is empty."""
-    return _beside(local_part(weight).detach(), like)
+    return partial(dist.all_reduce, group=meshes[0].get_group("shard"))
 
 
 def _beside(part: Tensor, like: Tensor) -> Tensor:

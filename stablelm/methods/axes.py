@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from stablelm.methods.roles import BRANCH_MATRICES, MATRICES, TABLES, Added, Array, Rates, Refusal, Role, Widths
-from stablelm.theory.attention import Pattern
+from stablelm.theory.attention import Pattern, causal_pattern
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
 
@@ -386,7 +386,7 @@ class Position(Value):
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
         """What positions do to attention at the start, for the theory, whose tables are kept by identity: cache it."""
-        raise NotImplementedError
+        return causal_pattern(seq_len)
 
     def mean_weights(self, model: Model, q: float) -> tuple[float, float]:
         """Sum of squared attention weights, and of products of two queries' weights, averaged over positions.

@@ -49,10 +49,8 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Tensor]]:
         """Forward figures by index, for `internals`."""
-        return [{**stream, **own} for stream, own in zip(self._streams, self._own(), strict=True)]
-
-    def _own(self) -> list[dict[str, Tensor]]:
-        return [{}, *(gauge.figures for gauge in self._gauges)]
+        own = [{}, *(gauge.figures for gauge in self._gauges)]
+        return [{**stream, **figures} for stream, figures in zip(self._streams, own, strict=True)]
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
         measured = self._decoder.stream.state(chunks)

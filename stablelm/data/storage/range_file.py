@@ -56,7 +56,6 @@ class RangeFile(io.RawIOBase):
         self.block = options.block if local_path(url) is None else LOCAL_BLOCK
         self.offset = 0
         self._tail = b""  # what was read before this offset
-        self.retries = 0
         self._options = options
         self._file: Any = None
         self._local: Stamp | None = None  # of the open file, if it is on a disk
@@ -197,7 +196,6 @@ class RangeFile(io.RawIOBase):
 
     def _failed(self, error: Exception) -> str:
         """Closes the file, which the next attempt opens again; where the failure was, in words."""
-        self.retries += 1
         self._drop()
         return f" at byte {self.offset}"
 
@@ -218,21 +216,20 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
         return local, local_stamp(local)
     scheme = url.partition("://")[0]
     family = FAMILIES.get(scheme, scheme) if "::" not in url else None
+    # Each with its client, which is slow to import.
     if PINNED_FILE.fullmatch(url):
-        from stablelm.data.storage.hub import HubFile  # with the client of the hub
+        from stablelm.data.storage.hub import HubFile as Opened
+    elif family == "http":
+        from stablelm.data.storage.http_file import HttpFile as Opened
+    elif family == "s3":
+        from stablelm.data.storage.http_file import S3File as Opened
+    else:
+        return _open_by_fsspec(url, options)
+    opened = Opened(url, options)
+    return opened, opened.stamp
 
-        file = HubFile(url, options)
-        return file, file.stamp
-    if family == "http":
-        from stablelm.data.storage.http_file import HttpFile  # with aiohttp
 
-        file = HttpFile(url, options)
-        return file, file.stamp
-    if family == "s3":
-        from stablelm.data.storage.http_file import S3File
-
-        file = S3File(url, options)
-        return file, file.stamp
+def _open_by_fsspec(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     store, path = filesystem(url, options)
     file = store.open(path, "rb", block_size=options.block, cache_type="none")
     # What was found in opening the file, where the store keeps it.

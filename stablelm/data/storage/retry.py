@@ -10,7 +10,7 @@ import io
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -20,6 +20,10 @@ from stablelm.redaction import redacted
 from stablelm.small_files import NOT_REGULAR
 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 30.0
+NO_RANGES = "the server does not serve parts of a file (HTTP range requests)"
+PUT_BACK = "put the file back and make it readable, then run again"
+GIVE_ACCESS = "make it readable with the credentials that the environment gives for this store, then run again"
+NO_CURE = (PermissionError, IsADirectoryError, NotImplementedError, TypeError, AttributeError, ValueError)
 T = TypeVar("T")
 
 _jitter = random.Random()
@@ -53,8 +57,8 @@ def persist(
                     wait, began = Wait(redacted(name), 1, time.time(), reason), time.monotonic()
                     visible.enter_context(noted(wait))
                 wait.cause = reason
-                if cause := hopeless(error):
-                    raise DataError(f"{name}: {cause}; {_fix(error)}") from error
+                if hopeless := _cause_and_fix(error):
+                    raise DataError(f"{name}: {'; '.join(hopeless)}") from error
                 limit = first_answer if http_status(error) is None else None
                 allowed = budget if limit is None else min(budget, limit)
                 remaining = began + allowed - time.monotonic()
@@ -76,42 +80,35 @@ def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
     return f"{what} ({words(error)}); {'check the address and that this machine reaches it' if unknown else fix}"
 
 
-def hopeless(error: BaseException) -> str | None:
-    """Why another try cannot help; None when it may."""
+def _cause_and_fix(error: BaseException) -> tuple[str, str] | None:
+    """Why another try cannot help, and what can; None when it may."""
+    kind = type(error).__name__.lower()
     if isinstance(error, io.UnsupportedOperation) or "range requests" in str(error):
-        return "the server does not serve parts of a file (HTTP range requests)"
+        return NO_RANGES, "download the files, or use a server that supports ranges"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return "too many open files"
+        return "too many open files", "use fewer data.lanes, or raise the limit with ulimit -n"
     if isinstance(error, OSError) and error.strerror == NOT_REGULAR:
-        return NOT_REGULAR
+        return NOT_REGULAR, PUT_BACK
     status = http_status(error)
     if status == 412:
-        return "changed while it was read"
+        return "changed while it was read", "put the old file back, or start a new run"
     if status is not None:
         # Of the client errors only a time-out and "too many requests" pass by themselves.
-        return f"the server answers {status}" if 400 <= status < 500 and status not in (408, 425, 429) else None
+        passes = not 400 <= status < 500 or status in (408, 425, 429)
+        return None if passes else (f"the server answers {status}", GIVE_ACCESS if status in (401, 403) else PUT_BACK)
     if isinstance(error, FileNotFoundError):
         # fsspec says "not found" for any failed first request, with the real reason as the cause.
-        return "the file no longer exists" if error.__cause__ is None else hopeless(error.__cause__)
-    if isinstance(error, (PermissionError, IsADirectoryError)) or "credentials" in type(error).__name__.lower():
-        return words(error)
-    if isinstance(error, (ImportError, NotImplementedError, TypeError, AttributeError, ValueError)):
-        return words(error)
-    return None
+        return ("the file no longer exists", PUT_BACK) if error.__cause__ is None else _cause_and_fix(error.__cause__)
+    if "credentials" in kind:
+        return words(error), "set the variables or files with which the store's own tools find its credentials"
+    if isinstance(error, ImportError):
+        return words(error), "install the package that reads this store"
+    return (words(error), PUT_BACK) if isinstance(error, NO_CURE) else None
 
 
 def http_status(error: BaseException) -> int | None:
-    """HTTP status that aiohttp, the hub's client or botocore carry in an error or its cause."""
-    for link in causes(error):
-        response = getattr(link, "response", None)
-        status = getattr(link, "status", None)
-        if status is None and isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        elif status is None:
-            status = getattr(response, "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
+    """HTTP status of the answer in an error or its cause."""
+    return next((status for status, _ in _answers(error) if isinstance(status, int)), None)
 
 
 def asked_seconds(error: BaseException) -> float | None:
@@ -134,14 +131,20 @@ def asked_seconds(error: BaseException) -> float | None:
 
 
 def _headers(error: BaseException) -> dict[str, str]:
+    found = next((headers for _, headers in _answers(error) if isinstance(headers, Mapping)), {})
+    return {str(name).lower(): str(value) for name, value in found.items()}
+
+
+def _answers(error: BaseException) -> Iterator[tuple[Any, Any]]:
+    """Status and headers that aiohttp, the hub's client or botocore carry in an error or its causes."""
     for link in causes(error):
         response = getattr(link, "response", None)
-        headers = getattr(link, "headers", None) or getattr(response, "headers", None)
         if isinstance(response, dict):
-            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
-        if isinstance(headers, Mapping):
-            return {str(name).lower(): str(value) for name, value in headers.items()}
-    return {}
+            about = response.get("ResponseMetadata", {})
+            yield getattr(link, "status", None) or about.get("HTTPStatusCode"), about.get("HTTPHeaders")
+        else:
+            status = getattr(link, "status", None) or getattr(response, "status_code", None)
+            yield status, getattr(link, "headers", None) or getattr(response, "headers", None)
 
 
 def causes(error: BaseException | None, *, context: bool = False) -> list[Any]:
@@ -151,22 +154,6 @@ def causes(error: BaseException | None, *, context: bool = False) -> list[Any]:
         links.append(error)
         error = error.__cause__ or (error.__context__ if context else None)
     return links
-
-
-def _fix(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return "install the package that reads this store"
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return "use fewer data.lanes, or raise the limit with ulimit -n"
-    if isinstance(error, io.UnsupportedOperation) or "range requests" in str(error):
-        return "download the files, or use a server that supports ranges"
-    if http_status(error) == 412:
-        return "put the old file back, or start a new run"
-    if http_status(error) in (401, 403):
-        return "make it readable with the credentials that the environment gives for this store, then run again"
-    if "credentials" in type(error).__name__.lower():
-        return "set the variables or files with which the store's own tools find its credentials"
-    return "put the file back and make it readable, then run again"
 
 
 def words(error: BaseException) -> str:
