@@ -1,11 +1,11 @@
-"""Random softmax rows: how far Gaussian logits draw them from their mean, exactly, from tables."""
+"""Softmax rows: how far Gaussian logits draw them from their mean, exactly, from tables; the least entropy of any."""
 
 import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from stablelm.theory.hermite import POINTS, WEIGHTS
 
@@ -103,3 +103,18 @@ def expected_row_entropy(q: float, keys: Array) -> Array:
         mean_logit = rows * pull * np.exp((rows - 1) * log_laplace)
         parts.append((log_z - mean_logit).sum(axis=1) * step)
     return np.concatenate(parts)
+
+
+def entropy_bound(spread: ArrayLike, keys: ArrayLike) -> Array:
+    """Least entropy in nats of a softmax over `keys` logits a with ||a - mean(a)||_2 <= spread; elementwise.
+
+    Zhai et al. 2023 (arXiv 2303.06296), Theorem 3.1, whose proof holds for any row with this norm in place of the
+    spectral one. With beta = exp(-spread sqrt(T/(T-1))) and T keys it is
+    ln(1 + (T-1) beta) + spread sqrt(T(T-1)) beta / (1 + (T-1) beta),
+    attained by one logit above T - 1 equal ones. `keys` counts the unmasked keys only; one key gives 0.
+    """
+    spread, keys = np.asarray(spread, dtype=np.float64), np.asarray(keys, dtype=np.float64)
+    others = np.maximum(keys - 1, 1.0)
+    beta = np.exp(-spread * np.sqrt(keys / others))
+    bound = np.log1p(others * beta) + spread * np.sqrt(keys * others) * beta / (1 + others * beta)
+    return np.where(keys > 1, bound, 0.0)[()]
