@@ -63,11 +63,10 @@ def collectives(config: Config, listed: list[Parameter], layout: Layout) -> Coll
 def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Collectives) -> None:
     """Units are gathered for both passes of each micro-batch, the root once a step; all are reduced in the last."""
     micro, size = micro_batches(config, layout.world_size), width(config)
-    *layers, root = ([sum(padded(p, layout.shards) for p in unit)] for unit in group_units(config, listed))
-    units = [elements for (elements,) in layers]
+    *units, root = (sum(padded(p, layout.shards) for p in unit) for unit in group_units(config, listed))
     found.add("all_gather", 2 * micro * len(units), 2 * micro * sum(units) * gathered_width(config))
-    found.add("all_gather", 1, root[0] * size)
-    whole = (sum(units) + root[0]) * size
+    found.add("all_gather", 1, root * size)
+    whole = (sum(units) + root) * size
     found.add("reduce_scatter", len(units) + 1, whole)
     if layout.kind == "hsdp":
         found.add("all_reduce", len(units) + 1, whole // layout.shards)

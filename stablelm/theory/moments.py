@@ -55,18 +55,6 @@ def _scale_and_correlation(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tu
     return scale, np.clip(np.divide(k12, scale, out=zero, where=scale > 0), -1.0, 1.0)
 
 
-def leaky_dual(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi(x) phi(y)] of the unscaled leaky ReLU: (1 - slope)^2 relu kernel + slope k12 (derived here)."""
-    scale, r = _scale_and_correlation(k11, k12, k22)
-    return ((1 - slope) ** 2 * scale * relu_correlation(r) / 2 + slope * _float(k12))[()]
-
-
-def leaky_dual_slope(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi'(x) phi'(y)] of the unscaled leaky ReLU (derived here); slope 0 is the ReLU."""
-    _, r = _scale_and_correlation(k11, k12, k22)
-    return ((1 - slope) ** 2 * relu_slope_correlation(r) / 2 + slope)[()]
-
-
 def _gelu_parts(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array, Array]:
     """P = E[Phi(x) Phi(y)], Q = E[phi(x) phi(y)] with the normal distribution and density, and det(I + K)."""
     a, c, b = 1 + _float(k11), _float(k12), 1 + _float(k22)
@@ -100,16 +88,21 @@ class Function:
 
 @dataclass(frozen=True)
 class LeakyRelu(Function):
-    """x for x > 0, else slope x; slope 0 is the ReLU (Cho & Saul 2009; its mean: Kedia et al. 2024)."""
+    """x for x > 0, else slope x; slope 0 is the ReLU (Cho & Saul 2009; its mean: Kedia et al. 2024).
+
+    The kernel is (1 - slope)^2 that of the ReLU + slope k12 (derived here).
+    """
 
     slope: float = 0.0
     name: str = "relu"
 
     def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-        return leaky_dual(self.slope, k11, k12, k22)
+        scale, r = _scale_and_correlation(k11, k12, k22)
+        return ((1 - self.slope) ** 2 * scale * relu_correlation(r) / 2 + self.slope * _float(k12))[()]
 
     def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-        return leaky_dual_slope(self.slope, k11, k12, k22)
+        _, r = _scale_and_correlation(k11, k12, k22)
+        return ((1 - self.slope) ** 2 * relu_slope_correlation(r) / 2 + self.slope)[()]
 
     def mean(self, variance: ArrayLike) -> Array:
         return (1 - self.slope) * np.sqrt(_float(variance) / (2 * np.pi))

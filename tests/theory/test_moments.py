@@ -88,9 +88,9 @@ def test_relu_and_leaky_relu_moments_by_sampling(r):
     assert moments.RELU.dual(s2, r * s2, s2) == pytest.approx((VALUE["relu"](x) * VALUE["relu"](y)).mean(), rel=0.01)
     assert moments.RELU.dual_slope(s2, r * s2, s2) == pytest.approx(((x > 0) & (y > 0)).mean(), rel=0.01)
     leaky_x, leaky_y = np.where(x > 0, x, slope * x), np.where(y > 0, y, slope * y)
-    assert moments.leaky_dual(slope, s2, r * s2, s2) == pytest.approx((leaky_x * leaky_y).mean(), abs=0.005)
+    assert moments.LeakyRelu(slope).dual(s2, r * s2, s2) == pytest.approx((leaky_x * leaky_y).mean(), abs=0.005)
     slopes = np.where(x > 0, 1, slope) * np.where(y > 0, 1, slope)
-    assert moments.leaky_dual_slope(slope, s2, r * s2, s2) == pytest.approx(slopes.mean(), rel=0.01)
+    assert moments.LeakyRelu(slope).dual_slope(s2, r * s2, s2) == pytest.approx(slopes.mean(), rel=0.01)
 
 
 def test_relu_correlation_at_known_points_and_its_quadratic():
