@@ -19,10 +19,15 @@ Number = int | float
 
 
 def parse(content: bytes | str, kind: type[T]) -> T:
-    """The value of JSON text, of exactly the type `kind`: a dataclass, TypedDict, BaseModel, list[...], dict[...].
+    """The value of JSON text, of exactly the type `kind`: a TypedDict, a BaseModel, list[...], dict[...].
 
     Raises ValueError with what is wrong in a phrase.
     """
+    return checked(load(content), kind)
+
+
+def parse_into(content: bytes | str, kind: type[T]) -> T:
+    """As `parse`, of a type that has dataclasses or tuples in it; strings that are not Unicode are an error."""
     load(content)
     return _phrased(lambda: _adapter(kind).validate_json(content, strict=True))
 

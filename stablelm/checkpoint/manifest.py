@@ -23,7 +23,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError
-from stablelm.json_text import Count, parse
+from stablelm.json_text import Count, parse_into
 from stablelm.new_files import write_durably
 from stablelm.small_files import read_small
 
@@ -121,7 +121,7 @@ def read_commit(path: CheckpointPath) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
     content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
-        commit = parse(content, Commit)
+        commit = parse_into(content, Commit)
     except ValueError as error:
         raise ValueError(f"{COMMITTED} is not readable ({error})") from error
     if commit_content(commit) != content:
@@ -135,7 +135,7 @@ def read_manifest(path: CheckpointPath, commit: Commit) -> dict[str, FileRecord]
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     try:
-        files = parse(content, Manifest)["files"]
+        files = parse_into(content, Manifest)["files"]
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is not readable ({error})") from error
     for name in files:

@@ -160,7 +160,7 @@ def read_index(directory: CheckpointPath) -> TensorIndex:
             raise FileNotFoundError(2, "no such file")
         if path.stat().st_size > LARGEST_INDEX:
             raise ValueError(f"it has more than {LARGEST_INDEX} bytes")
-        return json_text.parse(path.read_bytes(), TensorIndex)
+        return json_text.parse_into(path.read_bytes(), TensorIndex)
     except StoreError:
         raise
     except FileNotFoundError as error:
