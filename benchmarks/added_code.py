@@ -48,10 +48,11 @@ def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
 
 
 def refreshes(engine: TorchEngine) -> Work:
-    """What follows the optimizer step."""
+    """What follows an optimizer step that was not skipped."""
+    skipped = torch.tensor(False)
 
     def work() -> None:
-        engine.matrices.update()
+        engine.matrices.update(skipped)
 
     return work
 

@@ -34,6 +34,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.observe.interval_metrics import Interval, IntervalMetrics
 from stablelm.observe.progress import Progress
+from stablelm.observe.sinks import Records
 from stablelm.supervise.heartbeat import Watchdog
 from stablelm.train.guards import Guard
 from stablelm.train.stop import Outcome, StepExchange, Stop
@@ -49,7 +50,8 @@ def added(config: Config, ranks: Ranks) -> tuple[Callable[[], None], Callable[[]
     guard = Guard(config.guards, progress, print)
     guard.judge([Outcome(step, step, 3 + step % 7 / 100, 1 + step % 5 / 100, False) for step in range(-300, 0)])
     stop, agreement = Stop(ranks, deadline=time.time() + 1e6), StepExchange(ranks)
-    meter = IntervalMetrics(device, ranks, config, progress, lambda record: None, lambda step: config.train.lr)
+    silent = Records(config, progress, first_rank=False)
+    meter = IntervalMetrics(device, ranks, config, progress, silent, lambda step: config.train.lr)
     numbers = [torch.tensor(value, device=device) for value in (3.0, 100, 1.0)]
     count = iter(range(1, 1_000_000))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.formats.text_lines import numbered_lines
+from stablelm.data.formats.text_lines import lines_from
 from stablelm.data.loader import Loader
 from stablelm.data.order import Cursor
 from stablelm.data.storage.options import ReadOptions
@@ -36,7 +36,7 @@ def measure(rows: list[dict], tokenizer: Tokenizer, folder: Path, *, megabytes: 
     """Milliseconds of each round, by (reader, place), all in turns."""
     path, cache = folder / "large.json.gz", str(folder / "cache")
     count = write(rows, path, megabytes)
-    read = sum(1 for _ in numbered_lines(str(path), ReadOptions(cache=cache)))  # leaves the index behind
+    read = sum(1 for _ in lines_from(str(path), 0, ReadOptions(cache=cache))[1])  # leaves the index behind
     assert read == count
     places = [int(part * count) for part in PARTS]
     contestants: dict[tuple[str, int], Callable[[], object]] = {}

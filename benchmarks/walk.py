@@ -141,7 +141,7 @@ def train(model: ModelConfig, steps: int) -> list[float]:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-        sigma.update()
+        sigma.update(torch.tensor(False))
     with torch.no_grad():
         return [*losses, mean_loss().item()]
 

@@ -6,6 +6,7 @@ pydantic alone keeps the last of two equal names; both are needed.
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -25,14 +26,24 @@ def parse(content: bytes | str, kind: type[T]) -> T:
     return checked(load(content), kind)
 
 
+def parse_into(content: bytes | str, kind: type[T]) -> T:
+    """As `parse`, of a type that has dataclasses or tuples in it; strings that are not Unicode are an error."""
+    load(content)
+    return _phrased(lambda: _adapter(kind).validate_json(content, strict=True))
+
+
 def checked(value: Any, kind: type[T]) -> T:
     """`value`, if it is of exactly the type `kind`. Raises ValueError as `parse` does."""
+    return _phrased(lambda: _adapter(kind).validate_python(value, strict=True))
+
+
+def _phrased(validate: Callable[[], T]) -> T:
     try:
-        return _adapter(kind).validate_python(value, strict=True)
+        return validate()
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+        place = ".".join(map(str, first["loc"]))[:200]
+        raise ValueError(f"{place}: {first['msg'][:200]}" if place else first["msg"][:200]) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -13,7 +13,9 @@ HIDDEN = "***"
 # What a variable holds is hidden everywhere where it looks like this: a word would garble messages.
 HELD = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^\s/~.]\S{11,}")
 # Headers of HTTP that say nothing secret; any other one may.
-HARMLESS_HEADERS = {"accept", "accept-encoding", "accept-language", "cache-control", "range", "user-agent"}
+HARMLESS_HEADERS = {
+    "accept", "accept-encoding", "accept-language", "cache-control", "connection", "range", "user-agent",
+}  # fmt: skip
 
 _WORDS = (
     # eos_token and bos_token are of a tokenizer.
@@ -111,14 +113,3 @@ def _leaves(name: str, value: object) -> Iterator[str]:
             yield from _leaves(name, inner)
     elif isinstance(value, str) and HELD.fullmatch(value) and (NAME.fullmatch(name) or name == "key"):
         yield value
-
-
-HARMLESS_HEADERS = {
-    "accept",
-    "accept-encoding",
-    "accept-language",
-    "user-agent",
-    "range",
-    "cache-control",
-    "connection",
-}

@@ -23,7 +23,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath, StoreError
-from stablelm.json_text import Count, parse
+from stablelm.json_text import Count, parse_into
 from stablelm.new_files import write_durably
 from stablelm.small_files import read_small
 
@@ -41,7 +41,8 @@ _ATTEMPT = re.compile(r"(?:\.staging-)?(\d{8,})-.+")
 class FileRecord:
     """What a manifest knows of one file: its size in bytes and the sha256 of its content in hex."""
 
-    size: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    size: Count
     sha256: str
 
 
@@ -74,34 +75,17 @@ def write_new(path: CheckpointPath, content: bytes) -> FileRecord:
 class Commit:
     """Content of COMMITTED; `time` is UTC in ISO 8601, `token` the fencing token of the attempt that wrote it."""
 
-    step: int
-    attempt: str
-    token: int
-    time: str
-    manifest_sha256: str
-
-
-class Committed(TypedDict):
-    """COMMITTED as it is read: the fields of a `Commit` and their own hash."""
-
     step: Count
     attempt: str
     token: Count
     time: str
     manifest_sha256: str
-    sha256: str
 
 
-class Recorded(TypedDict):
-    """A `FileRecord` as it is read."""
+class Manifest(TypedDict):
+    """Content of manifest.json; names are relative to the step directory."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
-    size: Count
-    sha256: str
-
-
-class CheckpointManifest(TypedDict):
-    files: dict[str, Recorded]
+    files: dict[str, FileRecord]
 
 
 def step_name(step: int) -> str:
@@ -137,10 +121,9 @@ def read_commit(path: CheckpointPath) -> Commit:
     """COMMITTED of a checkpoint. Raises OSError if unreadable, ValueError if it is not as it was written."""
     content = read_small(path / COMMITTED, COMMITTED_BYTES)
     try:
-        fields = parse(content, Committed)
+        commit = parse_into(content, Commit)
     except ValueError as error:
         raise ValueError(f"{COMMITTED} is not readable ({error})") from error
-    commit = Commit(**{name: fields[name] for name in Commit.__annotations__})
     if commit_content(commit) != content:
         raise ValueError(f"{COMMITTED} was changed after it was written")
     return commit
@@ -152,13 +135,13 @@ def read_manifest(path: CheckpointPath, commit: Commit) -> dict[str, FileRecord]
     if record_of(content).sha256 != commit.manifest_sha256:
         raise ValueError(f"{MANIFEST} is not the one that was committed")
     try:
-        files = parse(content, CheckpointManifest)["files"]
+        files = parse_into(content, Manifest)["files"]
     except ValueError as error:
         raise ValueError(f"{MANIFEST} is not readable ({error})") from error
     for name in files:
         if not name or PurePosixPath(name).is_absolute() or {"", ".", ".."} & set(name.split("/")) or "\0" in name:
             raise ValueError(f"{MANIFEST} names {name!r:.100}, which is not a file of the checkpoint")
-    return {name: FileRecord(**fields) for name, fields in files.items()}
+    return files
 
 
 def verify(path: CheckpointPath, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Annotated, NamedTuple
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from stablelm import json_text
 from stablelm.checkpoint import selection
@@ -20,7 +20,6 @@ from stablelm.checkpoint.remote_path import FULL, UNWRITABLE, CheckpointPath, St
 from stablelm.checkpoint.tensor_index import (
     INDEX,
     Checked,
-    Count,
     Dtype,
     Slot,
     TensorIndex,
@@ -140,11 +139,8 @@ def _damaged(directory: CheckpointPath) -> Iterator[None]:
 
 class _HeaderEntry(Checked):
     dtype: Dtype
-    shape: Annotated[list[Count], Field(max_length=16)]
-    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
-
-
-_HEADER = TypeAdapter(dict[str, _HeaderEntry])
+    shape: Annotated[list[json_text.Count], Field(max_length=16)]
+    data_offsets: Annotated[list[json_text.Count], Field(min_length=2, max_length=2)]
 
 
 def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str, int]:
@@ -159,7 +155,7 @@ def read_header(file: IO[bytes], size: int, wanted: Iterable[Slot]) -> dict[str,
     if not isinstance(held, dict):
         raise ValueError("its header is not an object")
     held.pop("__metadata__", None)
-    entries = _HEADER.validate_python(held)
+    entries = json_text.checked(held, dict[str, _HeaderEntry])
     if {Slot(name, each.dtype, tuple(each.shape)) for name, each in entries.items()} != set(wanted):
         raise ValueError(f"its header does not agree with {INDEX}")
     reached = 0

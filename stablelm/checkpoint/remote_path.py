@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from stablelm.data.storage.stores import missing_package
 from stablelm.errors import ConfigError, DataError, StorageError
 
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Protocols whose fsspec libraries pass `mode="create"` on to the store as a condition, not as a look before."""
 BLOCK = 32 << 20
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 # How local disks, network file systems and mounts say that they fail; ENOENT: what was written to has been removed.
@@ -167,11 +167,9 @@ def checkpoint_path(name: "str | CheckpointPath") -> CheckpointPath:
             f"checkpoints cannot go to {name}: {protocol} is not known to create objects on condition, which keeps two "
             f"attempts apart; use a local path or one of {', '.join(f'{p}://' for p in ('s3', 'gs', 'az'))}"
         )
-    try:
-        return RemotePath(name)
-    except ImportError as error:
-        package = PACKAGES.get(protocol, protocol)
-        raise ConfigError(f"checkpoints in {name} need the package {package}: pip install {package}") from error
+    if missing := missing_package(name):
+        raise ConfigError(f"checkpoints cannot go to {name}: {missing}")
+    return RemotePath(name)
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from stablelm.checkpoint.manifest import CONFIG, STATE
 from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.config import rules
 from stablelm.config.identity import Identity
-from stablelm.config.load import Loaded
-from stablelm.config.saved import in_effect
+from stablelm.config.load import Loaded, in_effect
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.config.trust import METHOD, Believed, believed, excesses
 from stablelm.errors import CheckpointError, ConfigError
@@ -127,7 +126,7 @@ def _refuse_unknown_code(path: CheckpointPath, found: Believed) -> None:
 
 def saved(path: CheckpointPath) -> Config:
     """All of it, as it was written, by whomever. Raises CheckpointError or ConfigError."""
-    return in_effect(_text(path), _identity(path), str(path / CONFIG))
+    return in_effect(_text(path), read_state(path)["identity"], str(path / CONFIG))
 
 
 def _text(path: CheckpointPath) -> str:
@@ -137,11 +136,3 @@ def _text(path: CheckpointPath) -> str:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path / CONFIG} ({error}): load another checkpoint") from error
-
-
-def _identity(path: CheckpointPath) -> dict[str, Any]:
-    state = read_state(path)
-    identity = state.get("identity", {}) if isinstance(state, dict) else None
-    if not isinstance(identity, dict):
-        raise CheckpointError(f"{path} has no readable identity in its state: load another checkpoint")
-    return identity

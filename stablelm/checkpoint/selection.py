@@ -13,19 +13,6 @@ from stablelm.errors import CheckpointError, ConfigError
 from stablelm.printable import printable
 from stablelm.small_files import read_small
 
-__all__ = [
-    "checkpoints_root",
-    "configured_root",
-    "is_link",
-    "newest_valid",
-    "no_checkpoint",
-    "resolve_checkpoint",
-    "step_directories",
-    "step_directory",
-    "verify",
-    "verify_together",
-]
-
 CHECKPOINTS = "checkpoints"
 """Where a run has its checkpoints unless checkpoint.dir says otherwise."""
 IMPORTED = "imported.json"
@@ -113,7 +100,6 @@ def no_checkpoint(root: CheckpointPath, path: CheckpointPath) -> CheckpointError
 def resolve_checkpoint(
     path: CheckpointPath | str,
     *,
-    on_damaged: Callable[[CheckpointPath, str], None] | None = None,
     consensus: Consensus | None = None,
     lacks: Lacks | None = None,
     elsewhere: CheckpointPath | None = None,
@@ -138,8 +124,8 @@ def resolve_checkpoint(
     if elsewhere is not None and not consensus.first(lambda: step_directories(root)):
         root = elsewhere
     if best and consensus.first(lambda: step_directories(root)):
-        return _best_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
-    found = newest_valid(root, on_damaged=on_damaged or _warn, consensus=consensus, lacks=lacks)
+        return _best_valid(root, on_damaged=_warn, consensus=consensus, lacks=lacks)
+    found = newest_valid(root, on_damaged=_warn, consensus=consensus, lacks=lacks)
     if found is None and step_directories(root):
         raise CheckpointError(
             f"{root} holds only damaged checkpoints: name the directory of a run that has saved an intact one"
@@ -200,9 +186,9 @@ def configured_root(run_dir: CheckpointPath) -> str | None:
     return os.path.expanduser(asked) if isinstance(asked, str) and asked else None
 
 
-def _summary(problems: list[str], shown: int = 3) -> str:
-    more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
-    return "; ".join(problems[:shown]) + more
+def _summary(problems: list[str]) -> str:
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return "; ".join(problems[:3] + more)
 
 
 def _warn(path: CheckpointPath, reason: str) -> None:

@@ -1,32 +1,16 @@
-"""Rules of `guards.*`, `faults.*` and the time-outs of `observe.*`."""
+"""Rules of `faults.*`."""
 
 from collections.abc import Iterator
 
 from stablelm.config.keys import values
 from stablelm.config.schema import Config
 
-_LEAST = {
-    "guards.window": 2,
-    "guards.skip_data": 1,
-    "guards.max_rewinds": 0,
-    "guards.max_skips": 0,
-    "faults.bad_batch": 1,
-    "faults.corrupt_save": 1,
-    "faults.full_disk": 1,
-}
-_ABOVE_ZERO = ("guards.threshold", "observe.hang_seconds", "observe.first_step_seconds")
 _ON_A_RANK = ("faults.hang", "faults.crash", "faults.slow")
 
 
 def problems(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """A sentence and the keys to blame for each broken rule."""
     found = values(config)
-    for name, least in _LEAST.items():
-        if found[name] is not None and found[name] < least:
-            yield f"{name}={found[name]} must be at least {least}", (name,)
-    for name in _ABOVE_ZERO:
-        if found[name] <= 0:
-            yield f"{name}={found[name]} must be above 0", (name,)
     ranks = f"a rank from 0 to {world_size - 1}" if world_size > 1 else "rank 0, the only one,"
     for name in _ON_A_RANK:
         if found[name] is not None and (not 0 <= found[name][0] < world_size or found[name][1] < 0):

@@ -21,27 +21,16 @@ def nearest(name: str) -> str | None:
         return above
     name = name.lower()
     section, _, last = name.rpartition(".")
-    same = [key for key in keys() if _split(key)[1] == last]
+    by_last = {key: key.rpartition(".")[2] for key in keys()}
+    same = [key for key, own in by_last.items() if own == last]
     if same:
-        return max(same, key=lambda key: _likeness(name, key))
-    own = [key for key in keys() if _split(key)[0] == section]
-    best = _best(last, own, IN_ITS_SECTION)
-    if best is not None:
-        return best
-    whole = max(keys(), key=lambda key: _likeness(name, key))
-    return whole if _likeness(name, whole) >= WITH_ITS_SECTION else _best(last, list(keys()), ELSEWHERE)
+        return difflib.get_close_matches(name, same, n=1, cutoff=0)[0]
+    own = {key: each for key, each in by_last.items() if key.rpartition(".")[0] == section}
+    whole = difflib.get_close_matches(name, keys(), n=1, cutoff=WITH_ITS_SECTION)
+    return _best(last, own, IN_ITS_SECTION) or next(iter(whole), None) or _best(last, by_last, ELSEWHERE)
 
 
-def _best(last: str, candidates: list[str], bound: float) -> str | None:
-    best = max(candidates, key=lambda key: _likeness(last, _split(key)[1]), default=None)
-    return best if best is not None and _likeness(last, _split(best)[1]) >= bound else None
-
-
-def _split(key: str) -> tuple[str, str]:
-    section, _, last = key.rpartition(".")
-    return section, last
-
-
-def _likeness(one: str, other: str) -> float:
-    """0 to 1."""
-    return difflib.SequenceMatcher(None, one, other).ratio()
+def _best(last: str, by_last: dict[str, str], bound: float) -> str | None:
+    """The key, the first of those, whose own name is the likest."""
+    found = difflib.get_close_matches(last, by_last.values(), n=1, cutoff=bound)
+    return next((key for key, own in by_last.items() if own in found), None)

@@ -1,6 +1,5 @@
 """What a run is: the keys that must be equal on resume, and how they may grow."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,12 +48,6 @@ def identity(
     weights = {name: value for name, value in config.data.mixture.items() if not name.endswith(".path")}
     found |= {"data.path": names, "data.mixture": weights, "data.tokenizer": tokenizer_sha256, ORDER_KEY: ORDER}
     return json.loads(json.dumps(found))
-
-
-def identity_hash(identity: dict[str, Any]) -> str:
-    """SHA-256 of what `differences` compares, in hexadecimal: equal for equal runs."""
-    compared = {name: value for name, value in identity.items() if name not in DESCRIPTIVE}
-    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -38,42 +38,30 @@ class Key:
 @lru_cache
 def keys() -> dict[str, Key]:
     """All keys by dotted name, in the schema's order."""
-    return {key.name: key for key in _walk(Config, "")}
+    return {found.name: found for found in _walk(Config, "") if isinstance(found, Key)}
 
 
 @lru_cache
 def sections() -> dict[str, str]:
     """Dotted names of the sections and their texts, outer ones first."""
-    return dict(_sections(Config, ""))
+    return dict(found for found in _walk(Config, "") if not isinstance(found, Key))
 
 
-def _walk(section: type, prefix: str):
+def _walk(section: type, prefix: str) -> Iterator[Key | tuple[str, str]]:
+    """The keys of a section, and name and text of each section in it."""
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         kind, name = hints[field.name], prefix + field.name.rstrip("_")
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield from _walk(kind, name + ".")
-        elif field.metadata.get("sections"):
+        if field.metadata.get("sections"):
             for inner, options in catalogue.options().items():
+                yield prefix + inner, str(options.__doc__).rstrip(".")
                 yield from _walk(options, f"{prefix}{inner}.")
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield name, field.metadata["text"]
+            yield from _walk(kind, name + ".")
         else:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            about = field.metadata
-            yield Key(name, kind, default, **about)
-
-
-def _sections(section: type, prefix: str):
-    hints = get_type_hints(section)
-    for field in dataclasses.fields(section):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield prefix + field.name, field.metadata["text"]
-            yield from _sections(kind, f"{prefix}{field.name}.")
-        elif field.metadata.get("sections"):
-            for name, options in catalogue.options().items():
-                yield prefix + name, str(options.__doc__).rstrip(".")
+            yield Key(name, kind, default, **field.metadata)
 
 
 def values(config: Config) -> dict[str, Any]:

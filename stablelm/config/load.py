@@ -70,16 +70,16 @@ def loads(content: str, name: str) -> Config:
     Raises ConfigError with a line for each problem.
     """
     problems: list[str] = []
-    leaves, _ = _validate(_merge([read_content(content, name, problems)], problems), problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return assemble(leaves)
+    return assemble(_all_right(_merge([read_content(content, name, problems)], problems), problems))
 
 
 def typed(given: dict[str, Any], origin: str) -> dict[str, Any]:
     """Values by key as the keys take them; ConfigError, which says `origin`, with a line for each that is none."""
-    problems: list[str] = []
-    leaves, _ = _validate({name: Given(value, origin) for name, value in given.items()}, problems)
+    return _all_right({name: Given(value, origin) for name, value in given.items()}, [])
+
+
+def _all_right(merged: dict[str, Given], problems: list[str]) -> dict[str, Any]:
+    leaves, _ = _validate(merged, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return leaves
@@ -130,8 +130,8 @@ def _convert(name: str, given: Given, key: Key, entry: str) -> tuple[Any, str]:
     value, kind = given.value, value_type(key, entry)
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)  # train.tokens=1e9 means an integer; a float key takes it back
-    if isinstance(value, list):
-        value = tuple(value) if takes_tuple(kind) else value
+    if isinstance(value, list) and takes_tuple(kind):
+        value = tuple(value)
     try:
         return adapter(kind).validate_python(value, strict=True), ""
     except (ValidationError, OverflowError):
@@ -178,6 +178,23 @@ def _no_section(name: str, given: Given) -> str:
 def _unknown(name: str, near: str | None, given: Given) -> str:
     hint = f", did you mean {near}?" if near else "; see docs/configuration.md"
     return f"unknown key {name}{hint} ({given.origin})"
+
+
+def in_effect(config_yaml: str, identity: dict[str, Any], name: str) -> Config:
+    """What a saved `config.yaml` asked for, with what its derived keys became for the run with this identity.
+
+    Nothing is derived again, because another release or launcher may derive it differently. Keys that are not part of
+    an identity, such as `train.micro_batch_size` and `checkpoint.dir`, stay None, and paths are as they were asked.
+    `name` stands for the file in messages. Raises ConfigError if the text is no configuration, or the identity does not
+    fit its keys.
+    """
+    asked = values(loads(config_yaml, name))
+    became = {
+        key: value
+        for key, value in identity.items()
+        if key in keys() and keys()[key].identity and asked[key] is None and value is not None
+    }
+    return assemble(asked | typed(became, f"the identity beside {name}"))
 
 
 def dump(config: Config) -> str:

@@ -13,20 +13,23 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
         "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
         "evaluate.batches evaluate.micro_batch_size evaluate.sample_tokens evaluate.task_items engine.unit_bytes "
-        "engine.replicas engine.prefetch data.max_document_bytes",
+        "engine.replicas engine.prefetch data.max_document_bytes guards.skip_data faults.bad_batch faults.corrupt_save "
+        "faults.full_disk",
     ),
     (
         "at least 0",
         lambda v: v >= 0,
         "run.seed data.workers data.retry_budget data.cache_bytes train.min_lr train.warmup_steps train.cooldown_steps "
         "train.weight_decay train.grad_clip train.z_loss checkpoint.every observe.every "
-        "observe.layers_every evaluate.every model.attention.logit_cap",
+        "observe.layers_every evaluate.every model.attention.logit_cap guards.max_rewinds guards.max_skips",
     ),
     (
         "above 0",
         lambda v: v > 0,
-        "model.norm_eps model.norm_alpha model.attention.rope_base train.lr train.eps",
+        "model.norm_eps model.norm_alpha model.attention.rope_base train.lr train.eps guards.threshold "
+        "observe.hang_seconds observe.first_step_seconds",
     ),
+    ("at least 2", lambda v: v >= 2, "guards.window"),
     ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
     ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),

@@ -1,14 +1,23 @@
 """Rules between keys, and the values of keys that are derived from others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from stablelm.config import data_rules, engine_rules, evaluation_rules, guard_rules, secret_rules, validation_sets
+from stablelm.config import (
+    data_rules,
+    engine_rules,
+    evaluation_rules,
+    guard_rules,
+    secret_rules,
+    train_rules,
+    validation_sets,
+)
 from stablelm.config.durations import parse_duration
 from stablelm.config.keys import assemble, one_of, values
 from stablelm.config.ranges import ranges
 from stablelm.config.schema import Config, ModelConfig, TrainConfig
+from stablelm.config.train_rules import around, either, steps_of
 from stablelm.config.typed_values import checked_options
 from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
@@ -16,7 +25,6 @@ from stablelm.methods.catalogue import apply_method
 
 VOCABULARY_MULTIPLE = 64
 LARGEST_VOCABULARY_MULTIPLE = 128
-LONGEST_SEARCH = 100_000
 
 
 def check(
@@ -100,11 +108,6 @@ def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate
     )
 
 
-def steps_of(tokens: int, train: TrainConfig, seq_len: int) -> int:
-    """Whole steps that see at least `tokens` tokens."""
-    return -(-tokens // (train.global_batch_size * seq_len))
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -138,23 +141,22 @@ class _Rules:
 
     def check(self, world_size: int, accelerate_precision: str | None) -> "_Rules":
         self.ranges()
-        self.validation_sets()
-        for problem, name in data_rules.problems(self.config.data):
-            self.broken(problem, name)
+        self.add(validation_sets.problems(self.config.data))
+        self.add(data_rules.problems(self.config.data))
         for problem in secret_rules.problems(self.config):
             self.broken(problem)  # without where it was given: that may be an argument with the secret in it
-        self.precision(accelerate_precision)
-        for problem, names in (
-            *guard_rules.problems(self.config, world_size),
-            *evaluation_rules.problems(self.config),
-        ):
-            self.broken(problem, *names)
-        self.length()
+        self.add(train_rules.precision(self.config.train, accelerate_precision))
+        self.add(guard_rules.problems(self.config, world_size))
+        self.add(evaluation_rules.problems(self.config))
+        self.add(train_rules.length(self.config))
         self.model()
-        self.batches(world_size)
-        for problem, names in engine_rules.problems(self.config, world_size):
-            self.broken(problem, *names)
+        self.add(train_rules.batches(self.config, world_size))
+        self.add(engine_rules.problems(self.config, world_size))
         return self
+
+    def add(self, found: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:
+        for problem, names in found:
+            self.broken(problem, *([names] if isinstance(names, str) else names))
 
     def ranges(self) -> None:
         """Numbers and words on their own; those out of their range get their defaults for the other rules."""
@@ -178,35 +180,6 @@ class _Rules:
         if wrong:
             self.config = assemble({name: value for name, value in config.items() if name not in wrong})
 
-    def length(self) -> None:
-        train, seq_len = self.config.train, self.config.data.seq_len
-        steps = train.steps
-        if train.min_lr is not None and train.min_lr > train.lr:
-            self.broken(
-                f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it or leave it out",
-                "train.min_lr",
-                "train.lr",
-            )
-        if train.tokens is None and steps is None and not {"train.steps", "train.tokens"} & self.unread:
-            self.broken("train.steps and train.tokens are both missing; set one of them")
-        if train.tokens is not None:
-            needed = steps_of(train.tokens, train, seq_len)
-            # A resolved configuration holds both, and they agree.
-            if steps not in (None, needed):
-                self.broken(
-                    f"train.steps={steps} contradicts train.tokens={train.tokens}, which makes it {needed}; "
-                    "set one of them and the other to null",
-                    "train.steps",
-                    "train.tokens",
-                )
-            steps = needed
-        if steps is not None and train.cooldown_steps is not None and train.cooldown_steps > steps:
-            self.broken(
-                f"train.cooldown_steps={train.cooldown_steps} is more than the {steps} steps of the run; "
-                "lower it or leave it out",
-                "train.cooldown_steps",
-            )
-
     def model(self) -> None:
         model, seq_len = self.config.model, self.config.data.seq_len
         try:
@@ -218,8 +191,7 @@ class _Rules:
         whole = self.axes(whole)
         for problem, names in catalogue.problems(whole):
             self.broken(problem, *names, "model.method")
-        for problem, names in data_rules.document_problems(self.config.data, whole):
-            self.broken(problem, *names)
+        self.add(data_rules.document_problems(self.config.data, whole))
         even = 2 if whole.axes.position.pairs_features and "model.method" not in self.unread else 1
         if not whole.axes.stream.grows and model.d_model % (model.n_heads * even):
             why = (
@@ -227,14 +199,14 @@ class _Rules:
                 if model.d_model % model.n_heads
                 else f"gives each of model.n_heads={model.n_heads} heads an odd width, which rope cannot halve"
             )
-            fits = _around(model.n_heads, lambda n: model.d_model % (n * even) == 0, model.d_model)
-            fix = f"use {_either(fits, 'head')}" if fits else "use an even width"
+            fits = around(model.n_heads, lambda n: model.d_model % (n * even) == 0, model.d_model)
+            fix = f"use {either(fits, 'head')}" if fits else "use an even width"
             self.broken(f"model.d_model={model.d_model} {why}; {fix}", "model.d_model", "model.n_heads")
         if model.kv_heads is not None and model.n_heads % model.kv_heads:
-            fits = _around(model.kv_heads, lambda n: model.n_heads % n == 0, model.n_heads)
+            fits = around(model.kv_heads, lambda n: model.n_heads % n == 0, model.n_heads)
             self.broken(
                 f"model.kv_heads={model.kv_heads} does not divide model.n_heads={model.n_heads}; "
-                f"use {_either(fits, 'key/value head')}",
+                f"use {either(fits, 'key/value head')}",
                 "model.kv_heads",
                 "model.n_heads",
             )
@@ -283,54 +255,6 @@ class _Rules:
             return model.changed(method_options={})
         return model
 
-    def batches(self, world_size: int) -> None:
-        train, lanes = self.config.train, self.config.data.lanes
-        batch, micro = train.global_batch_size, train.micro_batch_size
-        if lanes % world_size:
-            worlds = _around(world_size, lambda n: lanes % n == 0, lanes)
-            others = _around(lanes, lambda n: n % world_size == 0, lanes + world_size)
-            self.broken(
-                f"data.lanes={lanes} must be divisible by the number of processes, {world_size}; "
-                f"start {_either(worlds, 'process')}, or a new run with {_either(others, 'lane')}",
-                "data.lanes",
-            )
-        if batch % world_size:
-            sizes = _around(batch, lambda n: n % world_size == 0, batch + world_size)
-            worlds = _around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
-            self.broken(
-                f"train.global_batch_size={batch} must be divisible by the number of processes, {world_size}; "
-                f"use {_either(sizes)}, or start {_either(worlds, 'process')}",
-                "train.global_batch_size",
-            )
-        elif micro is not None and batch // world_size % micro:
-            sizes = _around(micro, lambda n: batch // world_size % n == 0, batch)
-            self.broken(
-                f"train.micro_batch_size={micro} on {world_size} process{'es' * (world_size > 1)} does not divide "
-                f"train.global_batch_size={batch}; use {_either(sizes)}",
-                "train.micro_batch_size",
-                "train.global_batch_size",
-            )
-
-    def validation_sets(self) -> None:
-        data = self.config.data
-        for sentence, key in validation_sets.problems(data):
-            self.broken(sentence, key)
-        if data.validation_path is not None and {"default", "default.path"} & set(data.validation):
-            self.broken(
-                "data.validation_path and data.validation.default both give the validation set 'default'; drop one",
-                "data.validation_path",
-                "data.validation.default",
-            )
-
-    def precision(self, accelerate_precision: str | None) -> None:
-        precision = self.config.train.precision
-        if precision and accelerate_precision and precision != accelerate_precision:
-            self.broken(
-                f"train.precision={precision} contradicts accelerate's mixed precision {accelerate_precision}; "
-                "drop the flag or the key",
-                "train.precision",
-            )
-
     def vocabulary(self, pieces: int) -> None:
         vocab, largest = self.config.model.vocab_size, _up(pieces, LARGEST_VOCABULARY_MULTIPLE)
         # What a run starts from may have been made for a larger vocabulary.
@@ -347,20 +271,6 @@ class _Rules:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:
-    """The nearest numbers below and above `value`, from 1 to `highest`, that fit."""
-    highest = min(highest, value + LONGEST_SEARCH)
-    below = next((n for n in range(min(value - 1, highest), 0, -1) if fits(n)), None)
-    above = next((n for n in range(value + 1, highest + 1) if fits(n)), None)
-    return [n for n in (below, above) if n is not None]
-
-
-def _either(numbers: list[int], noun: str = "") -> str:
-    """`2 or 4 heads`, `1 process`."""
-    plural = "" if numbers[-1] == 1 else "es" if noun.endswith("s") else "s"
-    return " or ".join(str(number) for number in numbers) + (f" {noun}{plural}" if noun else "")
 
 
 def _same_or_inside(one: str, other: str) -> bool:

@@ -33,8 +33,8 @@ def sets(data: DataConfig) -> dict[str, ValidationPath]:
     return {name: ValidationPath(path, columns.get(name, data.text_column)) for name, path in paths.items()}
 
 
-def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
-    """(sentence, key) for each mistake in `data.validation`."""
+def problems(data: DataConfig) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """(sentence, key or keys) for each mistake in `data.validation`."""
     for entry, value in data.validation.items():
         name, _, rest = entry.partition(".")
         key = f"data.validation.{entry}"
@@ -46,3 +46,6 @@ def problems(data: DataConfig) -> Iterator[tuple[str, str]]:
             yield f"{key} must name the key or column that holds the text", key
         elif rest == "text_column" and name not in sets(data):
             yield f"data.validation.{name} has no path; give one, as in data.validation.{name}.path=...", key
+    if data.validation_path is not None and {"default", "default.path"} & set(data.validation):
+        both = ("data.validation_path", "data.validation.default")
+        yield " and ".join(both) + " both give the validation set 'default'; drop one", both

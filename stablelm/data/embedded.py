@@ -9,6 +9,7 @@ import ast
 import builtins
 import contextlib
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -27,6 +28,7 @@ from stablelm.config.schema import DataConfig
 from stablelm.data.tokenizers import Tokenizer, load_tokenizer
 from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
+from stablelm.new_files import write_durably
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 TARGET = 1500  # characters after which a document of docstrings is closed
@@ -223,10 +225,10 @@ def _write(folder: Path) -> None:
     stem = f"{_python()}-{whole[:8]}"
     for index in range(TRAIN_FILES):
         name = f"{stem}-train.{index:05d}-of-{TRAIN_FILES:05d}.json.gz"
-        _write_file(folder / name, _lines(training[index::TRAIN_FILES]))
-    _write_file(folder / f"{stem}-validation.00000-of-00001.json.gz", _lines(validation))
+        write_durably(folder / name, _lines(training[index::TRAIN_FILES]))
+    write_durably(folder / f"{stem}-validation.00000-of-00001.json.gz", _lines(validation))
     lines = sample_lines((document.text for document in training), 1_000_000, seed=0)
-    _write_file(folder / "tokenizer.model", train(lines, vocab_size=PIECES))
+    write_durably(folder / "tokenizer.model", train(lines, vocab_size=PIECES))
 
 
 def _lines(documents: list[Document]) -> bytes:
@@ -238,21 +240,9 @@ def _lines(documents: list[Document]) -> bytes:
     return gzip.compress("".join(lines).encode(), mtime=0)
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Holds an exclusive lock on `path`; gives False where the system has none, since the rename is atomic anyway."""
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -100,10 +100,10 @@ def check_enough(
     )
 
 
-def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes", options: ReadOptions | None = None) -> None:
+def check_lanes(files: list[str], lanes: int, *, options: ReadOptions | None = None) -> None:
     """Each lane gets at least one document: with F < lanes files each file is dealt to ceil(lanes / F) of them.
 
-    Raises ConfigError under `key` with the most lanes that these files allow. Remote files are not checked.
+    Raises ConfigError under `data.lanes` with the most lanes that these files allow. Remote files are not checked.
     """
     shares = -(-lanes // len(files))
     if shares == 1:
@@ -113,16 +113,18 @@ def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes", option
         try:
             count = sum(1 for _ in islice(documents([path], _once(options)), fewest))
         except DataError as error:
-            raise ConfigError(f"{key}: {error}") from None
+            raise ConfigError(f"data.lanes: {error}") from None
         if count < fewest:
             fewest, shortest = count, tables.stored_at(path)
     if shortest and fewest:
         raise ConfigError(
-            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} holds "
-            f"{fewest}; set at most {fewest * len(files)} lanes, or give more text"
+            f"data.lanes: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} "
+            f"holds {fewest}; set at most {fewest * len(files)} lanes, or give more text"
         )
     if shortest:
-        raise ConfigError(f"{key}: {shortest!r} holds no document for {lanes} lanes; leave it out or give more text")
+        raise ConfigError(
+            f"data.lanes: {shortest!r} holds no document for {lanes} lanes; leave it out or give more text"
+        )
 
 
 def _local(files: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -114,20 +115,17 @@ class SourceWindows:
 
     def of(self, lane: int, start: Cursor | None, batch: BatchedTokenization) -> LaneWindows:
         """The windows of a lane, from its beginning or from `start` on; `batch` tokenizes it with others."""
-        start = start or self._order.start(lane)
-        if self._data.packing == "best_fit":
-            chunks = self._block_chunks(lane, replace(start, index=0))
+        start, best_fit = start or self._order.start(lane), self._data.packing == "best_fit"
+        first = replace(start, index=0) if best_fit else start
+        chunks: Any  # of whole blocks if `best_fit`
+        if isinstance(self._shared, SharedShards):
+            chunks = ShardLane(self._order, lane, first, self._shared, whole_blocks=best_fit)
+        else:
+            documents = TextLane(self._order, lane, first, self._shared, options=self._options)
+            chunks = BlockTokens(documents, self._tokenizer) if best_fit else batch.add(documents)
+        if best_fit:
             return BestFitPacker(chunks, self._data.seq_len, self._tokenizer.eos, start)
-        if isinstance(self._shared, SharedShards):
-            return Packer(ShardLane(self._order, lane, start, self._shared), self._data.seq_len, start)
-        documents = TextLane(self._order, lane, start, self._shared, options=self._options)
-        return Packer(batch.add(documents), self._data.seq_len, start)
-
-    def _block_chunks(self, lane: int, start: Cursor) -> BlockTokens | ShardLane:
-        if isinstance(self._shared, SharedShards):
-            return ShardLane(self._order, lane, start, self._shared, whole_blocks=True)
-        documents = TextLane(self._order, lane, start, self._shared, options=self._options)
-        return BlockTokens(documents, self._tokenizer)
+        return Packer(chunks, self._data.seq_len, start)
 
 
 @dataclass(frozen=True)

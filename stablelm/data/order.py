@@ -144,9 +144,9 @@ class Order:
         """Rows of a file that its shares take from one block, in total."""
         return self.shuffle_block * self.shares
 
-    def block(self, block: int, blocks: int = 1) -> range:
-        """Numbers of a file's rows in so many blocks, from `block` on."""
-        return range(block * self.block_rows, (block + blocks) * self.block_rows)
+    def block(self, block: int) -> range:
+        """Numbers of a file's rows in a block."""
+        return range(block * self.block_rows, (block + 1) * self.block_rows)
 
     def dealt(self, epoch: int, file: int, share: int, block: int, size: int) -> np.ndarray:
         """Positions of a share's rows, in its order, in a block in which the file has `size` rows, (rows of it,)."""

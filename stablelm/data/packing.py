@@ -109,11 +109,6 @@ class Packer:
         return window
 
     @property
-    def cursor(self) -> Cursor:
-        """Where the next window begins."""
-        return self.position.cursor()
-
-    @property
     def borders(self) -> np.ndarray:
         """Indices of the last window's inputs where another document begins, (n,) int64."""
         ends = np.concatenate([chunk.ends + shift for chunk, shift in self._given])

@@ -2,6 +2,9 @@
 
 What is written depends on the text, the tokenizer and the filters alone. A shard appears whole or not at
 all, masks come when all shards are there, and the manifest comes last: it marks the folder as complete.
+
+The pool is concurrent.futures'. Ending its workers at once is our own: `terminate_workers` came with Python 3.14, and
+workers outlive a parent that is killed.
 """
 
 import hashlib
@@ -10,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -236,7 +238,7 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
     others = set(multiprocessing.active_children())
     # A forked process would inherit threads' locks; a fresh one has no such surprises.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_watch)
     try:
         numbers = {pool.submit(work, task): number for number, task in enumerate(tasks)}
         for future in as_completed(numbers):
@@ -256,13 +258,14 @@ def run_all(work: Callable[[T], R], tasks: Sequence[T], *, workers: int) -> Iter
             process.join()
 
 
-def _watch(parent: int) -> None:
+def _watch() -> None:
     """Ends this process when its parent has ended, even by kill -9; an interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.3)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,7 +1,7 @@
-"""Updates of reparametrised matrices after an optimizer step, on this rank's parts, and their collectives."""
+"""Reparametrised matrices over ranks: their initial values, and their updates after an optimizer step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import clean_name, part_of
+from stablelm.engine.tensor_parts import clean_name, local_part, part_of
 from stablelm.methods import spectral
+from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
 from stablelm.private_names import copy_all
 
@@ -31,7 +33,7 @@ class Reparametrised:
         self._starts = [_start(weight) for weight in self._weights]
         self._reduce = _reducer(self._weights)
 
-    def update(self, skipped: Tensor | None = None) -> dict[str, Tensor]:
+    def update(self, skipped: Tensor) -> dict[str, Tensor]:
         """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
 
         Returns factors for the rows of each matrix, (1,) or (d_out,), by name; empty if there are none.
@@ -39,25 +41,24 @@ class Reparametrised:
         if not self._maps:
             return {}
         buffers = [buffer for part in self._maps.values() for buffer in part.buffers(recurse=False)]
-        kept = [buffer.clone() for buffer in buffers] if skipped is not None else []
+        kept = [buffer.clone() for buffer in buffers]
         reparam = next(iter(self._maps.values())).reparam
         assert reparam is not None
         factors = reparam.update(self._matrices(), self._reduce)
-        names = self._maps if factors is not None else ()
-        if skipped is None:
-            return dict(zip(names, factors or (), strict=True))
         if buffers:
             wanted = torch.where(skipped.to(buffers[0].device), _joined(kept), _joined(buffers))
             parts = wanted.split([buffer.numel() for buffer in buffers])
             copy_all(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
-        factors = [torch.where(skipped.to(factor.device), 1.0, factor) for factor in factors or ()]
-        return dict(zip(names, factors, strict=True))
+        if factors is None:
+            return {}
+        factors = [torch.where(skipped.to(factor.device), 1.0, factor) for factor in factors]
+        return dict(zip(self._maps, factors, strict=True))
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
         """Multiplies the rows of matrices that are held whole or in rows by the factors of `update`."""
         for name, weight, first_row in zip(self._maps, self._weights, self._starts, strict=True):
             if name in factors:
-                rows = (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+                rows = local_part(weight).detach()
                 factor = factors[name].expand(weight.shape[0])[first_row : first_row + len(rows), None]
                 rows.mul_(factor.to(rows.device, rows.dtype))
 
@@ -81,7 +82,8 @@ class Reparametrised:
         ]
         if any(map(_is_flat, self._weights)):
             return [spectral.Slice(_local_range(weight, u), start, u, v) for weight, start, u, v in held]
-        return [spectral.Matrix(_local(weight, u), first_row, u, v) for weight, first_row, u, v in held]
+        rows = [_beside(local_part(weight).detach(), u) for weight, _, u, _ in held]
+        return [spectral.Matrix(own, start, u, v) for own, (_, start, u, v) in zip(rows, held, strict=True)]
 
 
 def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
@@ -96,7 +98,24 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def initial_tensors(module: nn.Module, config: Config, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """(portable name, whole initial value) of all parameters and buffers, in the same order on every rank.
+
+    fp32; float64 beside reparametrised matrices, whose singular values each rank finds for a share of them: these come
+    last, after one collective.
+    """
+    shapes = {clean_name(name): tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shared: dict[str, Tensor] = {}
+    starts = spectral.SharedStarts(ranks.rank, ranks.world_size)
+    for name, whole in initial_values(shapes, config.model, config.run.seed, starts):
+        if whole.dtype == torch.float64:
+            shared[name] = whole
+        else:
+            yield name, whole
+    yield from _sum_over_ranks(shared, ranks).items()
+
+
+def _sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """The sums over ranks of 1-dim CPU tensors by name, in one collective."""
     if not parts or ranks.world_size == 1:
         return parts
@@ -105,23 +124,14 @@ def sum_over_ranks(parts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     return dict(zip(parts, flat.split([len(part) for part in parts.values()]), strict=True))
 
 
-def _reducer(weights: list[Any]) -> Callable[[Tensor], None] | None:
+def _reducer(weights: list[Any]) -> spectral.Reduce | None:
     """What sums over the ranks that hold parts of the same copy of the weights; None if each holds them whole."""
     if any(_is_flat(weight) for weight in weights):
-        return partial(_sum, group=None)
+        return partial(dist.all_reduce, group=None)
     meshes = [weight.device_mesh for weight in weights if isinstance(weight, DTensor)]
     if not meshes:
         return None
-    return partial(_sum, group=meshes[0].get_group("shard"))
-
-
-def _sum(flat: Tensor, group: dist.ProcessGroup | None) -> None:
-    dist.all_reduce(flat, group=group)
-
-
-def _local(weight: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a matrix, beside `like` unless that is empty."""
-    return _beside((weight.to_local() if isinstance(weight, DTensor) else weight).detach(), like)
+    return partial(dist.all_reduce, group=meshes[0].get_group("shard"))
 
 
 def _beside(part: Tensor, like: Tensor) -> Tensor:

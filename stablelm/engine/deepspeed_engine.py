@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stablelm import private_names
 from stablelm.config.schema import Config
 from stablelm.engine import zero_shards
-from stablelm.engine.after_step import Reparametrised, sum_over_ranks
+from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.optimizers import adamw, refused, set_learning_rate
 from stablelm.engine.ranks import Ranks
@@ -22,10 +22,9 @@ from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.torch_engine import compile_layers, uncompiled
 from stablelm.errors import ConfigError
-from stablelm.methods import spectral
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
-from stablelm.model.initialise import initial_values, roles
+from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 
 
@@ -70,28 +69,15 @@ class DeepSpeedEngine:
         """Gives every parameter and buffer its seeded initial value, under zero3 one after the other in parts."""
         split = _splitter(deepspeed, wanted) if self._stage == 3 else None
         slots, buffers = _slots(self.module), self._allocate_buffers()
-        kinds = self.parameters()
-        shapes = {name: tuple(parameter.shape) for name, parameter in kinds.items()}
-        shared: dict[str, Tensor] = {}
-
-        def fill(name: str, whole: Tensor) -> None:
+        for name, whole in initial_tensors(self.module, config, ranks):
             if name in buffers:
                 buffers[name].copy_(whole)
-                return
+                continue
             owner, leaf = slots[name]
-            parameter = nn.Parameter(whole.to(self.device, kinds[name].dtype))
+            parameter = nn.Parameter(whole.to(self.device, getattr(owner, leaf).dtype))
             owner.register_parameter(leaf, parameter)
             if split is not None:
                 split(parameter)
-
-        starts = spectral.SharedStarts(ranks.rank, ranks.world_size)
-        for name, whole in initial_values(shapes, config.model, config.run.seed, starts):
-            if whole.dtype == torch.float64:
-                shared[name] = whole  # of the spectral start: this rank's share of it
-            else:
-                fill(name, whole)
-        for name, whole in sum_over_ranks(shared, ranks).items():
-            fill(name, whole)
 
     def _allocate_buffers(self) -> dict[str, Tensor]:
         """Buffers on the device, unset, by portable name."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
+from stablelm.engine.tensor_parts import local_part
 from stablelm.methods.axes import Rates, Role
 from stablelm.model.initialise import decays
 from stablelm.private_names import multiply_all, norms_of
@@ -29,7 +30,7 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     split, whole = _kinds(parameters)
     parts: list[Tensor] = []
     if split:
-        parts.append(squared_norm([_local(gradient) for gradient in split]))
+        parts.append(squared_norm([local_part(gradient) for gradient in split]))
         dist.all_reduce(parts[0], group=_shard_group(split[0]))
     if whole:
         parts.append(squared_norm(whole))
@@ -59,14 +60,14 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
     """Scales the gradients, of which `norm` is the global norm, so that it is at most `largest`."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for kind in filter(None, _kinds(parameters)):
-        gradients = [_local(gradient) for gradient in kind]
+        gradients = [local_part(gradient) for gradient in kind]
         multiply_all(gradients, factor.to(gradients[0].device))
 
 
 def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norm of each gradient, 0-dim fp64 on the CPU, equal on all ranks; one collective if there are split ones."""
     split = {name: gradient for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
-    squares = {name: _local(gradient).double().square().sum() for name, gradient in gradients.items()}
+    squares = {name: local_part(gradient).double().square().sum() for name, gradient in gradients.items()}
     if split:
         # Copies of the model hold the same parts, so only one copy's are added up.
         summed = torch.stack([squares[name] for name in split])
@@ -95,10 +96,6 @@ def _kinds(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tenso
         if parameter.grad is not None:
             (split if isinstance(parameter, DTensor) else whole).append(parameter.grad)
     return split, whole
-
-
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _shard_group(gradient: Tensor) -> dist.ProcessGroup:

@@ -74,20 +74,17 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError(f"train.precision=bf16 needs a GPU with bfloat16, which {name} has not; use fp32")
 
 
-def connect(
-    launch: Launch, kind: str, *, timeout_minutes: float = 10, collective_seconds: float | None = None
-) -> Ranks:
+def connect(launch: Launch, kind: str, *, collective_seconds: float | None = None) -> Ranks:
     """Joins the process group (NCCL on GPUs, gloo on CPUs) and three gloo side groups; none for kind `single`.
 
-    All ranks must come within `timeout_minutes`, and each collective must end within `collective_seconds` (None: as
-    many minutes).
+    All ranks must come within ten minutes, and each collective must end within `collective_seconds` (None: as long).
     """
     device = choose_device(launch.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if kind == "single":
         return Ranks(0, 1, device, None, None)
-    join = timedelta(minutes=timeout_minutes)
+    join = timedelta(minutes=10)
     timeout = join if collective_seconds is None else timedelta(seconds=collective_seconds)
     store: Store = HashStore()
     if launch.world_size > 1:

@@ -42,12 +42,17 @@ def replicated(module: nn.Module) -> list[nn.Parameter]:
 
 def units(layers: nn.ModuleList, unit_bytes: int) -> list[list[nn.Module]]:
     """Consecutive layers together until their matrices reach `unit_bytes` in bf16; the last unit may be smaller."""
-    found: list[list[nn.Module]] = [[]]
-    size = 0
-    for layer in layers:
-        found[-1].append(layer)
-        size += sum(GATHERED_BYTES * p.numel() for p in layer.parameters() if p.ndim > 1)
-        if size >= unit_bytes:
+    sizes = [sum(GATHERED_BYTES * p.numel() for p in layer.parameters() if p.ndim > 1) for layer in layers]
+    return [[layers[index] for index in unit] for unit in grouped(sizes, unit_bytes)]
+
+
+def grouped(sizes: list[int], limit: int) -> list[list[int]]:
+    """Places of consecutive items, together until their sizes reach the limit."""
+    found, size = [[]], 0
+    for place, each in enumerate(sizes):
+        found[-1].append(place)
+        size += each
+        if size >= limit:
             found.append([])
             size = 0
     return found if found[-1] else found[:-1]

@@ -23,6 +23,11 @@ def clean_name(name: str) -> str:
     return _WRAPPER.sub("", name)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's rows of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Rectangle(NamedTuple):
     """A block of a tensor: its corner and sizes, and where it begins in the row-major order."""
 

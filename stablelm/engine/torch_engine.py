@@ -11,15 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.engine.after_step import Reparametrised, sum_over_ranks
+from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.optimizers import adamw, average, clip, norms, refused, set_learning_rate, total_norm
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
-from stablelm.methods import spectral
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
-from stablelm.model.initialise import initial_values, roles
+from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.sublayer import Layer, Sublayer
 from stablelm.private_names import configure_compilation
@@ -53,17 +52,8 @@ class TorchEngine:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
         allocate(self.module, self.device, offloaded=self.kind in SHARDED and offloads(config, self.device))
         self._hold_parameters()
-        named = self.parameters()
-        tensors = named | self.buffers()
-        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        starts = spectral.SharedStarts(ranks.rank, ranks.world_size)
-        shared: dict[str, Tensor] = {}
-        for name, whole in initial_values(shapes, config.model, config.run.seed, starts):
-            if whole.dtype == torch.float64:
-                shared[name] = whole  # of the spectral start: this rank's share of it
-            else:
-                _fill(tensors[name], whole)
-        for name, whole in sum_over_ranks(shared, ranks).items():
+        tensors = self.parameters() | self.buffers()
+        for name, whole in initial_tensors(self.module, config, ranks):
             _fill(tensors[name], whole)
 
     def _hold_parameters(self) -> None:

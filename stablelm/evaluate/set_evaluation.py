@@ -62,8 +62,7 @@ def find_sets(
         with problems.collecting(key := f"--data {name}" if data else f"data.validation.{name}"):
             options = ReadOptions.of(config.data) if data else validation_options(config, name)
             options = replace(options, **reading)
-            files = corpus.resolve(path, key=key, cache=config.data.cache, options=options)
-            inspection.check(files, key=key, options=options)
+            files = inspection.text_files(path, key=key, cache=config.data.cache, options=options)
             if all(map(corpus.is_local, files)):
                 for _ in validation.touched(files, tokenizer, tokens=tokens, options=options):
                     pass

@@ -9,142 +9,77 @@ called.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from stablelm.theory.attention import Pattern
+from stablelm.methods.roles import BRANCH_MATRICES, MATRICES, TABLES, Added, Array, Rates, Refusal, Role, Widths
+from stablelm.theory.attention import Pattern, causal_pattern
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     Chunks = tuple[Tensor, ...]
 
-Array = NDArray[np.float64]
+__all__ = ["BRANCH_MATRICES", "MATRICES", "TABLES", "Added", "Rates", "Refusal", "Role", "Widths"]
+
 Options = TypeVar("Options", bound="MethodOptions")
 M = TypeVar("M", bound="Model")
 
-MATRICES = ("query", "key", "value", "output", "fc1", "gate", "fc2", "projection")
-TABLES = ("embedding", "position", "head")
-BRANCH_MATRICES = ("value", "output", "fc1", "gate", "fc2")
-"""The matrices on a branch's own path; queries and keys only set the logits."""
 
-
-class AttentionKeys(Protocol):
+class AttentionKeys:
     """The section `model.attention`, its None values filled in."""
 
-    def changed(self, **changes: Any) -> Any: ...
+    rope_base: float
+    qk_norm: bool | None
+    logit_cap: float | None
+    value_residual: bool | None
+    low_rank: float | None
 
-    @property
-    def rope_base(self) -> float: ...
-    @property
-    def qk_norm(self) -> bool | None: ...
-    @property
-    def logit_cap(self) -> float | None: ...
-    @property
-    def low_rank(self) -> float | None: ...
+    def changed(self, **changes: Any) -> Any:
+        """A copy with other values."""
+        raise NotImplementedError
 
 
-class Model(Protocol):
+class Model:
     """The section `model` of a configuration, as far as methods read it; its axes are filled in."""
 
-    @property
-    def method(self) -> str: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int | None: ...
-    @property
-    def d_ff(self) -> int | None: ...
-    @property
-    def max_seq_len(self) -> int | None: ...
-    @property
-    def vocab_size(self) -> int | None: ...
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def tie_embeddings(self) -> bool | None: ...
-    @property
-    def embedding_norm(self) -> bool | None: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def norm_alpha(self) -> float: ...
-    @property
-    def bias(self) -> bool | None: ...
-    @property
-    def attention(self) -> AttentionKeys: ...
-    @property
-    def axes(self) -> "Axes": ...
+    method: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    kv_heads: int | None
+    d_ff: int | None
+    max_seq_len: int | None
+    vocab_size: int | None
+    dropout: float
+    tie_embeddings: bool | None
+    embedding_norm: bool | None
+    norm_eps: float
+    norm_alpha: float
+    bias: bool | None
+    attention: AttentionKeys
+    axes: "Axes"
 
     def option(self, kind: type[Options]) -> Options:
         """The options of a method, its own section of the configuration."""
-        ...
+        raise NotImplementedError
 
     def changed(self: M, *options: Any, **changes: Any) -> M:
         """A copy with other values; each of `options` replaces the section of its type."""
-        ...
-
-
-class Refusal(NamedTuple):
-    """A combination that is not run: the keys to blame, why, and what to use instead."""
-
-    keys: tuple[str, ...]
-    reason: str
-
-
-class Widths(NamedTuple):
-    """Features of what a sub-layer reads, of all its heads together, and of its branch's output."""
-
-    read: int
-    attention: int
-    branch: int
-
-
-class Role(NamedTuple):
-    """What a parameter does.
-
-    `kind`: embedding, position, head; query, key, value, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
-    bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
-    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes the
-    function independent of its norm.
-    """
-
-    kind: str
-    layer: int | None
-    factor: str | None = None
-    reparametrised: bool = False
-
-
-class Added(NamedTuple):
-    """A parameter that an axis value adds to a sub-layer or a layer: its name there, and its initial value.
-
-    `start` has the parameter's shape. Such parameters have no weight decay.
-    """
-
-    name: str
-    start: Array
-
-
-class Rates(NamedTuple):
-    """What multiplies `train.lr`, `train.weight_decay` and `train.eps` for a parameter."""
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
+        raise NotImplementedError
 
 
 class Value:
     """What every axis value answers."""
 
     name: ClassVar[str]
+
+    def asked(self, model: Model) -> bool:
+        """Whether the keys ask for it, on the axes whose values no key names: value mixing and maps."""
+        return False
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         """The combinations with this value that make no sense."""
@@ -547,7 +482,7 @@ class Position(Value):
 
     def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
         """What positions do to attention at the start, for the theory, whose tables are kept by identity: cache it."""
-        raise NotImplementedError
+        return causal_pattern(seq_len)
 
     def mean_weights(self, model: Model, q: float) -> tuple[float, float]:
         """Sum of squared attention weights, and of products of two queries' weights, averaged over positions.
@@ -556,8 +491,7 @@ class Position(Value):
         position alike.
         """
         assert model.max_seq_len is not None
-        own, shared = causal_means(model.max_seq_len, q)
-        return float(own), float(shared)
+        return causal_means(model.max_seq_len, q)
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
         if self.pairs_features and self.standard is not None:
@@ -580,7 +514,7 @@ class Shaping(Value):
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
 
-    def rows(self, layer: int, n_layers: int, places: NDArray[np.int64], length: int) -> tuple[Array, Array]:
+    def rows(self, layer: int, n_layers: int, places: "NDArray[np.int64]", length: int) -> tuple[Array, Array]:
         """The rows of both for queries at `places`, (n,): the bias (n, length) and the factors (n,)."""
         bias, factors = self.bias_and_scale(layer, n_layers, length)
         return bias[places], factors[places]

@@ -2,8 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Mapping
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from stablelm.errors import ConfigError
@@ -20,17 +20,17 @@ from stablelm.methods.e_spa import E_SPA
 from stablelm.methods.gpt2 import GPT2
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
 from stablelm.methods.magneto import MAGNETO
-from stablelm.methods.mlra import MLRA, LowRank
+from stablelm.methods.mlra import MLRA
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
 from stablelm.methods.positions import POSITIONS
 from stablelm.methods.post_ln import POST_LN
-from stablelm.methods.pre_ln import PRE_LN, OwnValues, WholeMaps
+from stablelm.methods.pre_ln import PRE_LN
 from stablelm.methods.qk_norm import QK_NORM
 from stablelm.methods.rezero import REZERO
 from stablelm.methods.sigma_reparam import SIGMA_REPARAM, SIGMA_REPARAM_NONORM
 from stablelm.methods.tfixup import TFIXUP
-from stablelm.methods.value_residual import VALUE_RESIDUAL, ValueResidual
+from stablelm.methods.value_residual import VALUE_RESIDUAL
 from stablelm.methods.with_sigma import CATFORMER_SIGMA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA
 
 METHODS: dict[str, Method] = {
@@ -48,6 +48,8 @@ KEYS = {
     **{axis: f"attention.{axis}" for axis in ("position", "shaping")},
 }
 """The keys, below `model.`, of the axes whose values are named."""
+ASKED = ("value_mixing", "maps")
+"""The axes of whose values each says itself whether the keys ask for it."""
 
 
 def find(name: str) -> Method:
@@ -108,14 +110,17 @@ def apply_method(model: M) -> M:
     return model.changed(**own, attention=model.attention.changed(**inner))
 
 
-def axes(names: Mapping[str, str | None], method: str, value_residual: bool, low_rank: bool) -> Axes:
-    """The values of these names, by axis; `apply_method` fills those that are None."""
-    found: dict[str, Any] = {axis: values(axis, method)[str(name)] for axis, name in names.items()}
-    return Axes(
-        **found,
-        value_mixing=ValueResidual() if value_residual else OwnValues(),
-        maps=LowRank() if low_rank else WholeMaps(),
-    )
+def axes(model: Model) -> Axes:
+    """The values that a model's keys ask for; `apply_method` fills those that are None."""
+    named = {axis: values(axis, model.method)[str(attrgetter(key)(model))] for axis, key in KEYS.items()}
+    # Of a method's own value and a general one that ask the same key the method's counts; the plain one is the first.
+    asked = {axis: _last_asked(values(axis, model.method), model) for axis in ASKED}
+    found: dict[str, Any] = {**named, **asked}
+    return Axes(**found)
+
+
+def _last_asked(known: dict[str, Value], model: Model) -> Value:
+    return next(value for value in reversed(known.values()) if value.asked(model))
 
 
 def problems(model: Model) -> list[tuple[str, tuple[str, ...]]]:

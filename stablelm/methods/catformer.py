@@ -147,11 +147,6 @@ def _sized(model: M) -> M:
     return best[1]
 
 
-def parameter_error(model: Model) -> float:
-    """Relative difference in parameters of a sized model from its residual twin, embeddings and head left out."""
-    return _body(model) / _body(_residual_twin(model)) - 1
-
-
 def _body(model: Model) -> int:
     """All but the embeddings and the head, so with the projection from the whole stream to d_model."""
     counts = parameter_counts(model)

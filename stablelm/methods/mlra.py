@@ -10,6 +10,9 @@ from stablelm.methods.axes import Maps, Method, Model
 class LowRank(Maps):
     name: ClassVar[str] = "low_rank"
 
+    def asked(self, model: Model) -> bool:
+        return bool(model.attention.low_rank)
+
     def rank(self, model: Model) -> int:
         return max(1, round((model.attention.low_rank or 0) * model.d_model))
 
@@ -18,4 +21,5 @@ MLRA = Method(
     "mlra",
     "Chung et al., Stable Language Model Pre-training by Reducing Embedding Variability, EMNLP 2024",
     {"attention.low_rank": 0.5, "init": "gpt2"},
+    (LowRank(),),
 )

@@ -1,6 +1,6 @@
 """Positions: rotary (Su et al. 2021, in the half-rotation layout), learned, and none beside the causal mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 
 # One object for all layers: the theory keeps its tables by identity.
 @lru_cache(maxsize=4)
-def _plain_pattern(seq_len: int) -> Pattern:
-    return causal_pattern(seq_len)
-
-
-@lru_cache(maxsize=4)
 def _rotary_pattern(width: int, base: float, seq_len: int) -> Pattern:
-    return causal_pattern(seq_len, rotary=base ** (-np.arange(0, width, 2, dtype=np.float64) / width))
+    return replace(causal_pattern(seq_len), rotary=base ** (-np.arange(0, width, 2, dtype=np.float64) / width))
 
 
 def rotation_table(seq_len: int, d_head: int, base: float, *, dtype: "torch.dtype", device: "torch.device") -> "Chunks":
@@ -57,9 +52,6 @@ class NoPosition(Position):
     name: ClassVar[str] = "none"
     standard: ClassVar[str | None] = "causal"
 
-    def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
-        return _plain_pattern(seq_len)
-
 
 @dataclass(frozen=True)
 class Learned(Position):
@@ -68,9 +60,6 @@ class Learned(Position):
     name: ClassVar[str] = "learned"
     standard: ClassVar[str | None] = "table"
     adds_table: ClassVar[bool] = True
-
-    def pattern(self, model: Model, seq_len: int, d_head: int) -> Pattern:
-        return _plain_pattern(seq_len)
 
 
 @dataclass(frozen=True)

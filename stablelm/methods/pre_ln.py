@@ -40,10 +40,16 @@ class NoShaping(Shaping):
 class OwnValues(ValueMixing):
     name: ClassVar[str] = "own"
 
+    def asked(self, model: Model) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class WholeMaps(Maps):
     name: ClassVar[str] = "whole"
+
+    def asked(self, model: Model) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ VALUES = (
     Placement("none"),
     NoReparam(),
     NoShaping(),
+    OwnValues(),
+    WholeMaps(),
     Xavier(),
     FanIn(),
 )

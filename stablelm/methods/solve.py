@@ -31,7 +31,7 @@ def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple
     All have 1 / sqrt(fan_in) but the last matrix of a branch, which is solved; `shared` (Kedia et al. 2024, section 4
     and released code): value and output share one std, fc1 and fc2 another, query and key have 1 / sqrt(fan_in).
     `literal` keeps the encoder's recursion, where attention gives the tokens' common part alone; without (ours) the
-    positions that have few keys count: `moments.effective_correlation`.
+    positions that have few keys count: `moments.causal_means`.
     """
     variance, correlation = _start(model, literal)
     stds = []

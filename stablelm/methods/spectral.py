@@ -132,7 +132,7 @@ class Slice(NamedTuple):
             begin = end
 
 
-Reduce = Callable[[Tensor], None]
+Reduce = Callable[[Tensor], object]
 
 
 @torch.no_grad()

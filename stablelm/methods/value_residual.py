@@ -14,6 +14,9 @@ class ValueResidual(ValueMixing):
     name: ClassVar[str] = "first"
     share: ClassVar[float | None] = 0.5
 
+    def asked(self, model: Model) -> bool:
+        return bool(model.attention.value_residual)
+
     def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
         return 0.5 * (own + first)
 
@@ -26,5 +29,8 @@ class ValueResidual(ValueMixing):
 
 
 VALUE_RESIDUAL = Method(
-    "value_residual", "Zhou et al., Value Residual Learning, ACL 2025", {"attention.value_residual": True}
+    "value_residual",
+    "Zhou et al., Value Residual Learning, ACL 2025",
+    {"attention.value_residual": True},
+    (ValueResidual(),),
 )

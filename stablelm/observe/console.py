@@ -1,4 +1,7 @@
-"""What a reader sees: a plain line for each record in a log, a progress bar on a terminal."""
+"""What a reader sees: a plain line for each record in a log, a progress bar on a terminal.
+
+The bar is rich's. The lines are our own: off a terminal rich 15.0 prints a bar once, at its end.
+"""
 
 import math
 import sys

@@ -15,6 +15,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.methods.sizes import flops_per_token
 from stablelm.observe.accelerators import named_by
 from stablelm.observe.progress import Progress
+from stablelm.observe.sinks import Records
 
 NOTICEABLE = 0.1
 """Share of a step that the slowest rank must lie behind the median rank to be named."""
@@ -83,13 +84,12 @@ class IntervalMetrics:
         ranks: Ranks,
         config: Config,
         progress: Progress,
-        record: Callable[[dict[str, Any]], None],
+        records: Records,
         learning_rate: Callable[[int], float],
         hosts: Sequence[str] = (),
-        message: Callable[[str], None] = lambda text: None,
     ):
-        self._ranks, self._config, self._progress, self._record = ranks, config, progress, record
-        self._device, self._learning_rate, self._hosts, self._message = device, learning_rate, hosts, message
+        self._ranks, self._progress, self._records = ranks, progress, records
+        self._device, self._learning_rate, self._hosts = device, learning_rate, hosts
         self._warned = False
         self._watches_spikes = config.guards.spike != "none"
         self._peak = peak_flops(device) * ranks.world_size
@@ -139,7 +139,7 @@ class IntervalMetrics:
         progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
         self._tokens_before = progress.tokens
         progress.skipped_rows += round(sums["skipped_rows"])
-        self._record(
+        self._records.write(
             {
                 "step": progress.step,
                 "tokens": progress.tokens,
@@ -165,7 +165,7 @@ class IntervalMetrics:
         unknown = sums["unknown_tokens"] / max(1.0, sums["input_tokens"])
         if unknown > MANY_UNKNOWN and not self._warned:
             self._warned = True
-            self._message(
+            self._records.message(
                 f"warning: {unknown:.1%} of the tokens are unknown: the tokenizer has no pieces for this text; set "
                 "data.tokenizer to one with byte fallback, such as data/train_tokenizer.py makes"
             )

@@ -49,10 +49,8 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Tensor]]:
         """Forward figures by index, for `internals`."""
-        return [{**stream, **own} for stream, own in zip(self._streams, self._own(), strict=True)]
-
-    def _own(self) -> list[dict[str, Tensor]]:
-        return [{}, *(gauge.figures for gauge in self._gauges)]
+        own = [{}, *(gauge.figures for gauge in self._gauges)]
+        return [{**stream, **figures} for stream, figures in zip(self._streams, own, strict=True)]
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
         measured = self._decoder.stream.state(chunks)
@@ -114,9 +112,12 @@ def weight_gradient_norms(engine: Engine) -> list[Tensor]:
     return [squares[index].sqrt() for index in range(len(squares))]
 
 
-def embedding_variability(table: Tensor, pieces: int) -> tuple[float, float]:
-    """`theory.embedding.tev` of the first `pieces` rows."""
-    spread = table[:pieces].std(dim=1, correction=0).double()
+def tev(rows: Tensor) -> tuple[float, float]:
+    """Token embedding variability, a cheap sign of unstable pretraining (arXiv 2409.07787); rows: (vocab, d_model).
+
+    Mean and standard deviation over the vocabulary of each row's standard deviation, both population.
+    """
+    spread = rows.std(dim=1, correction=0).double()
     return float(spread.mean()), float(spread.std(correction=0))
 
 
@@ -130,7 +131,6 @@ class LayerObserver:
     def __init__(
         self,
         engine: Engine,
-        sigma: Reparametrised,
         ranks: Ranks,
         *,
         every: int,
@@ -138,7 +138,7 @@ class LayerObserver:
         pieces: int,
         record: Callable[[dict[str, Any]], None],
     ):
-        self._engine, self._sigma, self._ranks = engine, sigma, ranks
+        self._engine, self._ranks = engine, ranks
         self._every, self._pieces, self._record = every, pieces, record
         # Read once, by one rank, before the clock starts.
         self._batch = ranks.consensus().first(batch) if every else None
@@ -150,8 +150,8 @@ class LayerObserver:
         if self._batch is None or step % self._every:
             return
         started = time.perf_counter()
-        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._sigma)
-        mean, std = embedding_variability(self._engine.whole("embedding.weight"), self._pieces)
+        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._engine.matrices)
+        mean, std = tev(self._engine.whole("embedding.weight")[: self._pieces])
         found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
         found["layers_seconds"] = time.perf_counter() - started
         self.slowest = max(self.slowest, found["layers_seconds"])

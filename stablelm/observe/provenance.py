@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,15 +72,11 @@ def read(run_dir: str | Path) -> list[dict[str, Any]]:
         found = parse(read_small(Path(run_dir) / "provenance.json"), list[Any])
     except (OSError, ValueError):
         return []
-    return [entry for entry in found if _is_whole(entry)]
-
-
-def _is_whole(entry: Any) -> bool:
-    try:
-        checked(entry, Attempt)
-    except ValueError:
-        return False
-    return True
+    whole = []
+    for entry in found:
+        with suppress(ValueError):
+            whole.append(checked(entry, Attempt))
+    return whole
 
 
 def versions() -> dict[str, str | None]:

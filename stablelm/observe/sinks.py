@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError, StorageError
-from stablelm.json_text import Count, parse
+from stablelm.json_text import Count, as_number, parse
 from stablelm.new_files import make_folder, open_to_append
 from stablelm.observe.console import Console as Console  # the third sink
 from stablelm.observe.progress import Progress
@@ -64,7 +64,7 @@ class MetricsFile:
             raise storage_error(self._path, error) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
+        line = json.dumps(as_number(record), allow_nan=False) + "\n"
         data = line.encode()
         try:
             if not self._path.exists():
@@ -90,12 +90,6 @@ def _whole_lines(path: Path) -> int:
                 return start + found + 1
             end = start
     return 0
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
 from stablelm.plan.fake_engine import FakeEngine, fake_ranks
-from stablelm.plan.layer_memory import with_layers
+from stablelm.plan.layer_memory import extended, with_layers
 from stablelm.plan.rank_memory import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
@@ -63,11 +63,10 @@ def collectives(config: Config, listed: list[Parameter], layout: Layout) -> Coll
 def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Collectives) -> None:
     """Units are gathered for both passes of each micro-batch, the root once a step; all are reduced in the last."""
     micro, size = micro_batches(config, layout.world_size), width(config)
-    *layers, root = ([sum(padded(p, layout.shards) for p in unit)] for unit in group_units(config, listed))
-    units = [elements for (elements,) in layers]
+    *units, root = (sum(padded(p, layout.shards) for p in unit) for unit in group_units(config, listed))
     found.add("all_gather", 2 * micro * len(units), 2 * micro * sum(units) * gathered_width(config))
-    found.add("all_gather", 1, root[0] * size)
-    whole = (sum(units) + root[0]) * size
+    found.add("all_gather", 1, root * size)
+    whole = (sum(units) + root) * size
     found.add("reduce_scatter", len(units) + 1, whole)
     if layout.kind == "hsdp":
         found.add("all_reduce", len(units) + 1, whole // layout.shards)
@@ -88,15 +87,11 @@ def _update(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:
     first = with_layers(config.model, UPDATED_LAYERS).n_layers
     depths = [first, first + 1, first + 2] if config.model.n_layers > first + 2 else [config.model.n_layers]
     found = [_update_of(replace(config, model=replace(config.model, n_layers=depth)), layout) for depth in depths]
-    if len(depths) == 1:
-        return found[0]
-    missing = config.model.n_layers - first
-
-    def at_depth(kind: str, place: int) -> int:
-        low, middle, high = (each[kind][place] for each in found)
-        return low + missing * (middle - low) + missing * (missing - 1) // 2 * (high - 2 * middle + low)
-
-    return {kind: (at_depth(kind, 0), at_depth(kind, 1)) for kind in found[0]}
+    depth = config.model.n_layers
+    return {
+        kind: tuple(extended(depth, depths, [each[kind][place] for each in found]) for place in (0, 1))
+        for kind in found[0]
+    }  # type: ignore[return-value]
 
 
 def _update_of(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:

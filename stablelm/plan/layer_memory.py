@@ -1,13 +1,16 @@
 """What a model keeps for its backward pass, and needs beside that, measured: the real modules run on fake tensors.
 
 Nothing here knows a method: a `MemoryTracker` counts the live storages after each layer of the real decoder. Where all
-layers are alike a few of them run and the others add the same; where they differ more run, and their trend goes on.
-Every sequence of a micro-batch adds the same bytes, so that two sizes give all of them. Eager execution on torch's CPU
-kernels is meant: torch.compile and fused kernels of a GPU may keep less.
+layers are alike a few of them run and the others add the same; where their widths or inputs grow with the depth, what
+all need is a parabola in it. Every sequence of a micro-batch adds the same bytes, so that two sizes give all of them.
+Eager execution on torch's CPU kernels is meant: torch.compile and fused kernels of a GPU may keep less.
 """
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -26,12 +29,10 @@ from stablelm.plan.memory_tracker import MemoryTracker
 from stablelm.private_names import FakeTensorMode, tree_leaves
 
 LAYERS = 6
-DIFFERENT_LAYERS = (16, 24)
-TREND = 8
+DIFFERENT_LAYERS = (8, 16, 24)  # a stream that merges its tensors does so every eight layers
 SEQUENCES = (2, 3)
 KINDS = ("activations", "weight_copies")
-Outputs = list[tuple[torch.Size, torch.dtype]]
-"""Shapes and dtypes of the tensors that a layer returns."""
+FIGURES = ("layers", "outside", "layer_copies", "other_copies", "temporary", "recomputed_copies")
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,9 @@ def measure(config: Config) -> LayerMemory:
     few, more = (_measure(config.model, precision, config.data.seq_len, recompute, n) for n in SEQUENCES)
 
     def at_micro(name: str) -> int:
-        return _on_line(micro, SEQUENCES, (getattr(few, name), getattr(more, name)))
+        return extended(micro, SEQUENCES, (getattr(few, name), getattr(more, name)))
 
-    names = ("layers", "outside", "layer_copies", "other_copies", "temporary", "recomputed_copies")
-    return LayerMemory(**{name: at_micro(name) for name in names}, alike=few.alike)
+    return LayerMemory(**{name: at_micro(name) for name in FIGURES}, alike=few.alike)
 
 
 def with_layers(model: ModelConfig, layers: int) -> ModelConfig:
@@ -109,11 +109,13 @@ def _measure(model: ModelConfig, precision: str, seq_len: int, recompute: bool, 
         few = run(LAYERS)
         if few.alike:
             return _extended_alike(few, model.n_layers)
-    if model.n_layers <= DIFFERENT_LAYERS[1]:
+    passes = [run(layers) for layers in DIFFERENT_LAYERS if layers < model.n_layers]
+    depths = [each.depth for each in passes]
+    if len(set(depths)) < len(DIFFERENT_LAYERS):
         return _extended_alike(run(model.n_layers), model.n_layers)
-    shallow, deep = map(run, DIFFERENT_LAYERS)
-    stream = _Pass(model, precision, False, sequences, seq_len, outputs=deep.outputs)
-    return _extended_different(shallow, deep, stream)
+    some = [_extended_alike(each, each.depth) for each in passes]
+    figures = {name: extended(model.n_layers, depths, [getattr(each, name) for each in some]) for name in FIGURES}
+    return LayerMemory(**figures, alike=False)
 
 
 def _extended_alike(few: "_Pass", n_layers: int) -> LayerMemory:
@@ -128,30 +130,6 @@ def _extended_alike(few: "_Pass", n_layers: int) -> LayerMemory:
     return LayerMemory(layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, few.alike)
 
 
-def _extended_different(shallow: "_Pass", deep: "_Pass", stream: "_Pass") -> LayerMemory:
-    """All layers from few and from a pass that keeps the stream alone, without the inside of the layers.
-
-    What is inside goes on with the trend of the last layers that ran; the stream, which may merge its tensors now and
-    then, has none.
-    """
-    missing = stream.depth - deep.depth
-
-    def layers(kind: str) -> int:
-        inside = [whole - outer for whole, outer in zip(deep.layers(kind), stream.layers(kind), strict=False)]
-        before, last = (sum(part) / TREND for part in (inside[-2 * TREND : -TREND], inside[-TREND:]))
-        # The mean of the last ones is that of their middle.
-        more = missing * (last + (last - before) / TREND * (TREND + missing) / 2)
-        return sum(stream.layers(kind)) + sum(inside) + round(more)
-
-    outside = [stream.outside(kind) for kind in KINDS]
-    depths = shallow.depth, deep.depth
-    backward = (
-        _on_line(stream.depth, depths, (shallow.temporary, deep.temporary)),
-        _on_line(stream.depth, depths, (shallow.recomputed_copies, deep.recomputed_copies)),
-    )
-    return LayerMemory(layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, alike=False)
-
-
 @lru_cache(maxsize=8)
 def _same_parameters(model: ModelConfig, precision: str) -> bool:
     """Whether all layers but the first have parameters and buffers of the same names and shapes."""
@@ -160,42 +138,25 @@ def _same_parameters(model: ModelConfig, precision: str) -> bool:
 
 
 class _Pass:
-    """One pass of a decoder on fake tensors: forward, and backward to all that enters the last two layers.
+    """One pass of a decoder on fake tensors: forward, and backward to all that enters the last two layers."""
 
-    With `outputs` the layers are stand-ins that return these, and nothing runs backward.
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        precision: str,
-        recompute: bool,
-        sequences: int,
-        seq_len: int,
-        outputs: list[Outputs] | None = None,
-    ):
+    def __init__(self, model: ModelConfig, precision: str, recompute: bool, sequences: int, seq_len: int):
         self._decoder, self._tracker = on_meta(model, precision).train(), MemoryTracker()
         self.depth = model.n_layers
-        self.outputs: list[Outputs] = []
-        """What each layer returned."""
-        self.temporary = self.recomputed_copies = 0
         self._live: list[Counter[str]] = []
         """Before the first layer and after each."""
         self._shapes: list[list[tuple[int, ...]]] = []
         self._edges: list[list[GradientEdge]] = []
         """What enters each layer: nodes of the graph, for the tensors themselves would stay alive."""
-        if outputs is not None:
-            later = [outputs[-1]] * (self.depth - len(outputs))
-            self._decoder.layers = nn.ModuleList(_StandIn(each) for each in (*outputs, *later))
-        elif recompute:
+        if recompute:
             recompute_layers(self._decoder.layers)
         for layer in self._decoder.layers:
             layer.register_forward_pre_hook(self._enters)
             layer.register_forward_hook(self._leaves)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            self._run(torch.zeros(sequences, seq_len, dtype=torch.int64), backward=outputs is None)
+            self._run(torch.zeros(sequences, seq_len, dtype=torch.int64))
 
-    def _run(self, tokens: Tensor, *, backward: bool) -> None:
+    def _run(self, tokens: Tensor) -> None:
         tracker = self._tracker
         self._decoder.to_empty(device="cpu")
         tracker.assign(self._decoder.parameters(), "weights")
@@ -207,26 +168,21 @@ class _Pass:
             del hidden  # the loss does not keep it
             tracker.assign((gradient,), "gradients")  # the loss's
             self._kept = +tracker.current
-            if backward:
-                tracker.backward = True
-                tracker.reset_peak()
-                torch.autograd.grad(edge, self._edges[max(0, self.depth - 2)], gradient, allow_unused=True)
-                self.recomputed_copies = tracker.peak["weight_copies"] - self._kept["weight_copies"]
-                self.temporary = tracker.peak.total() - self._kept.total() - self.recomputed_copies
+            tracker.backward = True
+            tracker.reset_peak()
+            torch.autograd.grad(edge, self._edges[max(0, self.depth - 2)], gradient, allow_unused=True)
+        self.recomputed_copies = tracker.peak["weight_copies"] - self._kept["weight_copies"]
+        self.temporary = tracker.peak.total() - self._kept.total() - self.recomputed_copies
 
     def _enters(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not self._live:
             self._live.append(+self._tracker.current)
-        if isinstance(layer, _StandIn):
-            return
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._shapes.append([tuple(tensor.shape) for tensor in tensors])
         self._edges.append([get_gradient_edge(tensor) for tensor in tensors if tensor.requires_grad])
 
     def _leaves(self, layer: nn.Module, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         self._live.append(+self._tracker.current)
-        if not isinstance(layer, _StandIn):
-            self.outputs.append([(tensor.shape, tensor.dtype) for tensor in outputs])
 
     @property
     def alike(self) -> bool:
@@ -244,25 +200,6 @@ class _Pass:
         return self._kept[kind] - sum(self.layers(kind))
 
 
-class _StandIn(nn.Module):
-    """A layer that keeps what it gets, for its backward pass, and nothing else."""
-
-    def __init__(self, outputs: Outputs):
-        super().__init__()
-        self._outputs = outputs
-
-    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
-        tensors = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
-        return _Keep.apply(self._outputs, *tensors)  # pyright: ignore[reportReturnType]
-
-
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, outputs: Outputs, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*inputs)
-        return tuple(torch.empty(shape, dtype=dtype) for shape, dtype in outputs)
-
-
 def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
     """Bytes by kind that the loss of a micro-batch needs beside what the layers keep: at its peak, and from then on.
 
@@ -278,7 +215,7 @@ def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
     few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size)) for size in sizes)
     if tokens <= sizes[1]:
         return more, held
-    return Counter({kind: _on_line(tokens, sizes, (few[kind], more[kind])) for kind in KINDS}), held
+    return Counter({kind: extended(tokens, sizes, (few[kind], more[kind])) for kind in KINDS}), held
 
 
 @lru_cache(maxsize=64)
@@ -296,6 +233,10 @@ def _loss(vocab: int, d_model: int, dtypes: Dtypes, tokens: int) -> Counter[str]
     return Counter({kind: tracker.peak[kind] for kind in KINDS})
 
 
-def _on_line(at: int, places: tuple[int, int], values: tuple[int, int]) -> int:
-    """The value at `at` of the line through two points."""
-    return values[0] + (at - places[0]) * (values[1] - values[0]) // (places[1] - places[0])
+def extended(at: int, places: Sequence[int], values: Sequence[int]) -> int:
+    """The value at `at` of the polynomial of the lowest degree through these points, by Lagrange's formula."""
+    terms = (
+        value * math.prod(Fraction(at - other, place - other) for other in places if other != place)
+        for place, value in zip(places, values, strict=True)
+    )
+    return round(sum(terms))

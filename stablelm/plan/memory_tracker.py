@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from stablelm.engine.tensor_parts import local_part
 from stablelm.private_names import TorchDispatchMode, active_fake_mode, tree_leaves
 
 # operation: (kind, the argument that a rank sends or, for a gather, receives; None: the result)
@@ -72,7 +73,7 @@ class MemoryTracker(TorchDispatchMode):
     def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Gives the storages of `tensors` a kind, whether they are followed already or not."""
         for tensor in tensors:
-            self._enter(_local(tensor).untyped_storage(), kind, rename=True)
+            self._enter(local_part(tensor).untyped_storage(), kind, rename=True)
 
     def reset_peak(self) -> None:
         """Starts a new peak from the current state."""
@@ -160,7 +161,3 @@ def _freed(tracker: "weakref.ref[MemoryTracker]", key: int, _: weakref.ref) -> N
 
 def _key(storage: torch.UntypedStorage) -> int:
     return storage._cdata
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,7 +16,7 @@ import torch
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config
 from stablelm.engine.deepspeed_config import PERSISTENT
-from stablelm.engine.sharding import GATHERED_BYTES, default_replicas
+from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped
 from stablelm.model.initialise import decays, roles
 from stablelm.plan.layer_memory import on_meta
 
@@ -175,13 +175,6 @@ def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]
     for parameter in listed:
         if parameter.is_matrix:
             (root if parameter.layer is None else layers[parameter.layer]).append(parameter)
-    found: list[list[Parameter]] = [[]]
-    size = 0
-    for matrices in layers:
-        found[-1] += matrices
-        size += sum(GATHERED_BYTES * parameter.elements for parameter in matrices)
-        if size >= config.engine.unit_bytes:
-            found.append([])
-            size = 0
-    units = found if found[-1] else found[:-1]
-    return [*units, root]
+    sizes = [sum(GATHERED_BYTES * parameter.elements for parameter in matrices) for matrices in layers]
+    units = grouped(sizes, config.engine.unit_bytes)
+    return [*([parameter for index in unit for parameter in layers[index]] for unit in units), root]

@@ -20,9 +20,9 @@ from stablelm.model.linear import Linear
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
+from stablelm.observe.layers import tev
 from stablelm.probe.disk_offload import to_disk
 from stablelm.seeds import seed_from
-from stablelm.theory.embedding import tev
 
 TRIM_EVERY = 8
 

@@ -35,13 +35,15 @@ class Prediction:
     gradient_norm: Array
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def predict(
     config: ModelConfig, *, seq_len: int, tokens: int | None = None, collision: float | None = None
 ) -> Prediction:
     """Signal and gradient of a resolved config in training mode, over sequences of `seq_len` positions.
 
     `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of a
-    sequence hold the same token (None: of Zipf's law with this vocabulary).
+    sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on at
+    which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
     if not config.axes.stream.predicted:
@@ -55,14 +57,7 @@ def predict(
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
     if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
-    return Prediction(
-        stream_variance=trace.stream_variance,
-        token_correlation=trace.token_correlation,
-        attention_branch_variance=trace.attention_branch_variance,
-        feedforward_branch_variance=trace.feedforward_branch_variance,
-        attention_entropy=trace.attention_entropy,
-        gradient_norm=gradient_norm,
-    )
+    return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
 
 
 def _head_std(config: ModelConfig) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stablelm.json_text import as_number
 from stablelm.probe.measure import Measured
 from stablelm.probe.predict import Prediction
 
@@ -83,7 +84,10 @@ def as_json(probe: Probe) -> dict[str, Any]:
     sigma = probe.measured.sigma.values()
     layers = [
         {
-            name: {"predicted": _finite(probe.predicted(name)[index]), "measured": _number(probe.found(name)[index])}
+            name: {
+                "predicted": _finite(probe.predicted(name)[index]),
+                "measured": as_number(float(probe.found(name)[index])),
+            }
             for name in FIGURES
         }
         for index in range(probe.n_layers + 1)
@@ -95,7 +99,7 @@ def as_json(probe: Probe) -> dict[str, Any]:
         "seq_len": probe.seq_len,
         "tokens": probe.tokens,
         "token_collision": probe.collision,
-        "loss": _number(probe.measured.loss),
+        "loss": as_number(probe.measured.loss),
         "tev": {"mean": probe.measured.tev[0], "std": probe.measured.tev[1]},
         "sigma": {"smallest": min(sigma), "largest": max(sigma)} if sigma else None,
         "seconds": round(probe.seconds, 2),
@@ -106,10 +110,6 @@ def as_json(probe: Probe) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _number(value: float) -> float | str:
-    return float(value) if math.isfinite(value) else str(float(value))
 
 
 def table(probe: Probe) -> "Table":

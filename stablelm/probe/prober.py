@@ -134,6 +134,7 @@ def _instead(config: Config) -> str:
 
 def _probe(request: ProbeRequest) -> "Probe":
     from stablelm.probe.measure import measure
+    from stablelm.probe.predict import predict
     from stablelm.probe.probe_report import Probe
     from stablelm.probe.verdict import read_runs, verdict
     from stablelm.train.job import first_rows
@@ -156,7 +157,7 @@ def _probe(request: ProbeRequest) -> "Probe":
         )
 
     def theory(of: ModelConfig) -> "Prediction":
-        return predicted(of, request.seq_len, tokens.numel(), collision)
+        return predict(of, seq_len=request.seq_len, tokens=tokens.numel(), collision=collision)
 
     reference = reference_model(config, request.prepared.tokenizer.pieces)
     beside = None if reference in (None, model) else theory(reference)
@@ -172,16 +173,6 @@ def _probe(request: ProbeRequest) -> "Probe":
         verdict=verdict(measured.internals, beside, read_runs(), _precision(config)),
         seconds=time.perf_counter() - started,
     )
-
-
-def predicted(model: ModelConfig, seq_len: int, tokens: int, collision: float) -> "Prediction":
-    """The theory's figures; not finite from the depth on at which a model explodes beyond float64."""
-    import numpy as np
-
-    from stablelm.probe.predict import predict
-
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        return predict(model, seq_len=seq_len, tokens=tokens, collision=collision)
 
 
 def reference_model(config: Config, pieces: int) -> ModelConfig | None:

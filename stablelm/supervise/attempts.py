@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError
 from stablelm.json_text import Count, Number, as_number, parse
-from stablelm.new_files import make_folder, replace_file
+from stablelm.new_files import make_folder, replace_file, write_durably
 from stablelm.small_files import read_small
 
 FOLDER = "attempts"
@@ -101,10 +101,7 @@ def _create(path: Path) -> bool:
     }
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with draft.open("x") as file:
-            file.write(json.dumps(taker) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(draft, (json.dumps(taker) + "\n").encode())
         try:
             os.link(draft, path)
         except OSError as error:

@@ -142,11 +142,8 @@ class FallbackStore:
             return otherwise
 
 
-class _NoAnswer:
-    """True, as a claim is that the store does not refuse."""
-
-
-_NO_ANSWER = _NoAnswer()
+_NO_ANSWER = object()
+"""True, as a claim is that the store does not refuse."""
 
 
 class _Calls:

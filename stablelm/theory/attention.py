@@ -38,9 +38,10 @@ class Pattern:
     rotary: Array | None = None
 
 
-def causal_pattern(seq_len: int, rotary: Array | None = None) -> Pattern:
+@lru_cache(maxsize=4)
+def causal_pattern(seq_len: int) -> Pattern:
     """No biases: each query looks at all keys up to its own position."""
-    return Pattern(np.where(np.tri(seq_len, dtype=bool), 0.0, -np.inf)[None], rotary=rotary)
+    return Pattern(np.where(np.tri(seq_len, dtype=bool), 0.0, -np.inf)[None])
 
 
 @dataclass(frozen=True)

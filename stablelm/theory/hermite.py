@@ -12,16 +12,16 @@ DEGREE = 41  # odd, so that the two remainder terms are x^42 (even) and x^43 (od
 _CHUNK = 512
 
 # The trapezoidal rule converges geometrically on analytic functions under a Gaussian weight.
-_POINTS = np.linspace(-12.0, 12.0, 481)
-_WEIGHTS = np.exp(-(_POINTS**2) / 2) / np.sqrt(2 * np.pi) * (_POINTS[1] - _POINTS[0])
+POINTS = np.linspace(-12.0, 12.0, 481)
+WEIGHTS = np.exp(-(POINTS**2) / 2) / np.sqrt(2 * np.pi) * (POINTS[1] - POINTS[0])
 
 
 def _hermite_basis() -> NDArray[np.float64]:
     """Normalised probabilists' Hermite polynomials times the weights: (points, DEGREE + 1)."""
-    rows = [np.ones_like(_POINTS), _POINTS]
+    rows = [np.ones_like(POINTS), POINTS]
     for n in range(1, DEGREE):
-        rows.append((_POINTS * rows[n] - np.sqrt(n) * rows[n - 1]) / np.sqrt(n + 1))
-    return np.stack(rows, axis=1) * _WEIGHTS[:, None]
+        rows.append((POINTS * rows[n] - np.sqrt(n) * rows[n - 1]) / np.sqrt(n + 1))
+    return np.stack(rows, axis=1) * WEIGHTS[:, None]
 
 
 _BASIS = _hermite_basis()
@@ -30,7 +30,7 @@ _BASIS = _hermite_basis()
 def expectation(function: Function, variance: ArrayLike) -> NDArray[np.float64]:
     """E[f(x)] for x ~ N(0, variance), elementwise over `variance`."""
     scale = np.sqrt(np.asarray(variance, dtype=np.float64))
-    return function(scale[..., None] * _POINTS) @ _WEIGHTS
+    return function(scale[..., None] * POINTS) @ WEIGHTS
 
 
 def kernel(function: Function, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> NDArray[np.float64]:
@@ -73,11 +73,11 @@ def _coefficients(function: Function, variance: NDArray[np.float64]) -> NDArray[
     distinct, inverse = np.unique(variance, return_inverse=True)
     parts = []
     for start in range(0, distinct.size, _CHUNK):
-        values = function(np.sqrt(distinct[start : start + _CHUNK, None]) * _POINTS)
+        values = function(np.sqrt(distinct[start : start + _CHUNK, None]) * POINTS)
         c = values @ _BASIS
         even, odd = (values + values[:, ::-1]) / 2, (values - values[:, ::-1]) / 2
-        rest_even = even**2 @ _WEIGHTS - (c[:, 0::2] ** 2).sum(axis=1)
-        rest_odd = odd**2 @ _WEIGHTS - (c[:, 1::2] ** 2).sum(axis=1)
+        rest_even = even**2 @ WEIGHTS - (c[:, 0::2] ** 2).sum(axis=1)
+        rest_odd = odd**2 @ WEIGHTS - (c[:, 1::2] ** 2).sum(axis=1)
         rest = np.sqrt(np.maximum(np.stack([rest_even, rest_odd], axis=1), 0.0))
         parts.append(np.concatenate([c, rest], axis=1))
     return np.concatenate(parts)[inverse.reshape(variance.shape)]

@@ -1,13 +1,11 @@
-"""First and second moments of a transformer's parts at initialisation, forward and backward.
+"""Moments of activations, causal attention and embeddings at initialisation, forward and backward.
 
 Every function is elementwise in float64 and broadcasts. Kernels are UNCENTRED second moments, which is what
-the next linear map sees. Correlations r are between tokens, of one channel. Table of parts: Kedia et al.,
-Transformers Get Stable (ICML 2024, arXiv 2403.09635), appendix; what is ours is marked "derived here".
+the next linear map sees. Correlations r are between tokens, of one channel. What is ours is marked "derived here".
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,14 +37,6 @@ def _float(x: ArrayLike) -> Array:
     return np.asarray(x, dtype=np.float64)
 
 
-# Activations -----------------------------------------------------------------------------------------------
-
-
-def relu_second_moment(variance: ArrayLike) -> Array:
-    """E[relu(x)^2] = variance / 2 for x ~ N(0, variance) (He et al. 2015)."""
-    return (_float(variance) / 2)[()]
-
-
 def relu_correlation(r: ArrayLike) -> Array:
     """f(r): uncentred correlation of relu(x), relu(y) at input correlation r (Cho & Saul 2009, kernel of order 1)."""
     r = np.clip(_float(r), -1.0, 1.0)
@@ -63,18 +53,6 @@ def _scale_and_correlation(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tu
     k12 = _float(k12)
     zero = np.zeros(np.broadcast(scale, k12).shape)
     return scale, np.clip(np.divide(k12, scale, out=zero, where=scale > 0), -1.0, 1.0)
-
-
-def leaky_dual(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi(x) phi(y)] of the unscaled leaky ReLU: (1 - slope)^2 relu kernel + slope k12 (derived here)."""
-    scale, r = _scale_and_correlation(k11, k12, k22)
-    return ((1 - slope) ** 2 * scale * relu_correlation(r) / 2 + slope * _float(k12))[()]
-
-
-def leaky_dual_slope(slope: float, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-    """E[phi'(x) phi'(y)] of the unscaled leaky ReLU (derived here); slope 0 is the ReLU."""
-    _, r = _scale_and_correlation(k11, k12, k22)
-    return ((1 - slope) ** 2 * relu_slope_correlation(r) / 2 + slope)[()]
 
 
 def _gelu_parts(k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> tuple[Array, Array, Array]:
@@ -110,16 +88,21 @@ class Function:
 
 @dataclass(frozen=True)
 class LeakyRelu(Function):
-    """x for x > 0, else slope x; slope 0 is the ReLU (Cho & Saul 2009; its mean: Kedia et al. 2024)."""
+    """x for x > 0, else slope x; slope 0 is the ReLU (Cho & Saul 2009; its mean: Kedia et al. 2024).
+
+    The kernel is (1 - slope)^2 that of the ReLU + slope k12 (derived here).
+    """
 
     slope: float = 0.0
     name: str = "relu"
 
     def dual(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-        return leaky_dual(self.slope, k11, k12, k22)
+        scale, r = _scale_and_correlation(k11, k12, k22)
+        return ((1 - self.slope) ** 2 * scale * relu_correlation(r) / 2 + self.slope * _float(k12))[()]
 
     def dual_slope(self, k11: ArrayLike, k12: ArrayLike, k22: ArrayLike) -> Array:
-        return leaky_dual_slope(self.slope, k11, k12, k22)
+        _, r = _scale_and_correlation(k11, k12, k22)
+        return ((1 - self.slope) ** 2 * relu_slope_correlation(r) / 2 + self.slope)[()]
 
     def mean(self, variance: ArrayLike) -> Array:
         return (1 - self.slope) * np.sqrt(_float(variance) / (2 * np.pi))
@@ -174,79 +157,9 @@ RELU, GELU = LeakyRelu(), Gelu()
 SILU, TANH = Expanded("silu", _silu, _silu_slope), Expanded("tanh", np.tanh, _tanh_slope)
 
 
-# Linear maps, dropout, normalisation, softmax ---------------------------------------------------------------
-
-
-class Moments(NamedTuple):
-    """Of one activation: mean, variance, covariance between tokens; then of the loss gradient to it."""
-
-    mean: float | Array
-    variance: float | Array
-    covariance: float | Array
-    gradient_variance: float | Array
-    gradient_covariance: float | Array
-
-
-def linear(x: Moments, d_in: int, d_out: int, weight_std: float) -> Moments:
-    """Forward moments of x W, W of d_in x d_out i.i.d. N(0, weight_std^2); backward those of the gradient to x.
-
-    As in each function here, `x` holds the forward moments of the input and the gradient moments of the
-    output, and the result the forward moments of the output and the gradient moments of the input.
-    Source: Kedia et al. 2024, appendix (Linear).
-    """
-    into, back = d_in * weight_std**2, d_out * weight_std**2
-    square = _float(x.mean) ** 2
-    return Moments(
-        np.zeros_like(square)[()],
-        into * (x.variance + square),
-        into * (x.covariance + square),
-        back * _float(x.gradient_variance),
-        back * _float(x.gradient_covariance),
-    )
-
-
-def dropout(x: Moments, p: float) -> Moments:
-    """Inverted dropout of probability p: variances grow, covariances stay (Kedia et al. 2024, appendix)."""
-    variance = (x.variance + p * _float(x.mean) ** 2) / (1 - p)
-    gradient = _float(x.gradient_variance) / (1 - p)
-    return Moments(_float(x.mean)[()], variance, _float(x.covariance)[()], gradient, _float(x.gradient_covariance)[()])
-
-
-def layernorm(x: Moments, d_model: int) -> Moments:
-    """LayerNorm over d_model features with unit gain, epsilon neglected (Kedia et al. 2024, appendix)."""
-    variance = _float(x.variance)
-    one = np.ones_like(variance)[()]
-    covariance = x.covariance / variance * (1 - 1 / d_model)
-    return Moments(0 * one, one, covariance, x.gradient_variance / variance, x.gradient_covariance / variance)
-
-
-def softmax(x: Moments, seq_len: int) -> Moments:
-    """Softmax over seq_len Gaussian logits whose covariance is within the row.
-
-    Variances: Kedia et al. 2024, appendix, large-length form. At logit variance 1 they read high, by 5 % (gradient
-    7 %) at length 256 and half of that at 512. The covariances within the row, and that a gradient common to the
-    row cancels, follow from rows that sum to one (derived here).
-    """
-    growth = np.exp(_float(x.variance) - x.covariance)
-    variance = (growth - 1) / seq_len**2
-    gradient = growth * (x.gradient_variance - x.gradient_covariance) / seq_len**2
-    others = max(seq_len - 1, 1)
-    mean = np.full_like(growth, 1 / seq_len)[()]
-    return Moments(mean, variance, -variance / others, gradient, -gradient / others)
-
-
 def dyt_second_moment(alpha: ArrayLike, variance: ArrayLike) -> Array:
     """E[tanh(alpha x)^2] for x ~ N(0, variance): dynamic tanh (arXiv 2503.10622) with unit gain, by quadrature."""
     return TANH.second_moment(_float(alpha) ** 2 * _float(variance))
-
-
-def dyt_slope(alpha: ArrayLike, variance: ArrayLike) -> Array:
-    """E[(d tanh(alpha x)/dx)^2] for x ~ N(0, variance), by quadrature."""
-    square = _float(alpha) ** 2
-    return square * hermite.expectation(lambda x: _tanh_slope(x) ** 2, square * _float(variance))
-
-
-# Causal attention and embeddings ----------------------------------------------------------------------------
 
 
 def attention_spread(position: ArrayLike, q: ArrayLike) -> Array:
@@ -258,27 +171,16 @@ def attention_spread(position: ArrayLike, q: ArrayLike) -> Array:
     return growth / (growth + _float(position) - 1)
 
 
-def causal_means(seq_len: int, q: ArrayLike, dropout: float = 0.0) -> tuple[Array, Array]:
-    """(m1, m2) of causal attention over seq_len positions, dropout on the probabilities (derived here).
+def causal_means(seq_len: int, q: float) -> tuple[float, float]:
+    """(m1, m2) of causal attention over seq_len positions (derived here).
 
     m1: mean spread of a row; m2: mean over pairs of rows of sum_k P_ik P_jk, uniform attention taken, so that
     output variance is r + (1 - r) m1 and covariance between tokens r + (1 - r) m2, relative to the input's.
     """
     positions = np.arange(1, seq_len + 1, dtype=np.float64)
-    m1 = attention_spread(positions, _float(q)[..., None]).mean(axis=-1) / (1 - dropout)
     pairs = seq_len * (seq_len - 1) / 2
     m2 = ((positions - 1) / positions).sum() / pairs if pairs else 0.0
-    return m1, np.full_like(m1, m2)[()]
-
-
-def effective_correlation(r: ArrayLike, seq_len: int, q: ArrayLike | None = None, dropout: float = 0.0) -> Array:
-    """r_eff = r + (1 - r) m1: variance a causal attention row keeps, at token correlation r (derived here).
-
-    `q` defaults to 1 - r: logits of unit variance, whose common part the softmax ignores.
-    """
-    r = _float(r)
-    m1, _ = causal_means(seq_len, 1 - r if q is None else q, dropout)
-    return r + (1 - r) * m1
+    return float(attention_spread(positions, q).mean()), float(m2)
 
 
 def token_collision(vocab_size: ArrayLike) -> Array:

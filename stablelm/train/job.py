@@ -1,10 +1,12 @@
 """Everything that the loop works with, built from a prepared configuration."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from stablelm.checkpoint import retention
@@ -24,6 +26,7 @@ from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
+from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.profile import Profiler
 from stablelm.observe.progress import Progress
@@ -36,7 +39,7 @@ from stablelm.train import resume
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
 from stablelm.train.samples import Samples, build_samples
-from stablelm.train.step import dry_run
+from stablelm.train.step import seed_dropout
 from stablelm.train.stop import Outcome, Stop, deadline
 
 SAVES_WAITED = 10
@@ -137,6 +140,28 @@ def _opening(prepared: Prepared, parameters: int) -> str:
     return (
         f"{model.method}, {model.n_layers} layers x {model.d_model}, {parameters / 1e6:.2f} M parameters, "
         f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}"
+    )
+
+
+def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
+    """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
+
+    Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
+    checkpoint directory cannot take a checkpoint.
+    """
+    started = time.perf_counter()
+    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
+    seed_dropout(config.run.seed, 0, 0, ranks.rank)
+    tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
+    sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
+    engine.backward(sums.total / sums.valid, last=True)
+    engine.clear_gradients()
+    computed = time.perf_counter() - started
+    saved = saver.dry_run(engine.tensors())
+    return (
+        f"dry run: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
+        f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
+        f"a save of {saved.bytes / 2**20:.0f} MiB about {saver.seconds:.2f} s"
     )
 
 
@@ -246,7 +271,6 @@ def save(
 def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:
     return LayerObserver(
         engine,
-        engine.matrices,
         ranks,
         every=prepared.config.observe.layers_every,
         batch=lambda: layers_batch(prepared),

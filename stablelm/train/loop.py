@@ -21,17 +21,8 @@ def train(job: Job) -> str:
     config, progress, marker = job.config, job.progress, job.watchdog.marker
     steps = config.train.steps
     assert steps is not None
-    records = job.records
-    interval = IntervalMetrics(
-        job.engine.device,
-        job.ranks,
-        config,
-        progress,
-        records.write,
-        partial(learning_rate, train=config.train),
-        job.watchdog.hosts,
-        records.message,
-    )
+    rate = partial(learning_rate, train=config.train)
+    interval = IntervalMetrics(job.engine.device, job.ranks, config, progress, job.records, rate, job.watchdog.hosts)
     exchange = StepExchange(job.ranks)
     if progress.evaluation_due and not validate(job, exchange):
         return REASONS[exchange.known]

@@ -1,19 +1,15 @@
 """One optimizer step: micro-batches in, one update out."""
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stablelm.checkpoint.background import Saver
-from stablelm.config.schema import Config
 from stablelm.engine.interface import Engine, StepResult
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
-from stablelm.observe.interval_metrics import peak_memory
 from stablelm.seeds import seed_from
 
 
@@ -68,25 +64,3 @@ def train_step(
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Restarts torch's generators from what identifies the micro-batch: a resumed run draws the same masks."""
     torch.manual_seed(seed_from("dropout", seed, step, micro_batch, rank))
-
-
-def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
-    """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
-
-    Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
-    checkpoint directory cannot take a checkpoint.
-    """
-    started = time.perf_counter()
-    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
-    seed_dropout(config.run.seed, 0, 0, ranks.rank)
-    tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
-    sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
-    engine.backward(sums.total / sums.valid, last=True)
-    engine.clear_gradients()
-    computed = time.perf_counter() - started
-    saved = saver.dry_run(engine.tensors())
-    return (
-        f"dry run: {rows} x {config.data.seq_len} tokens forward and backward {computed:.1f} s, "
-        f"peak memory {peak_memory(engine.device) / 2**30:.2f} GiB, "
-        f"a save of {saved.bytes / 2**20:.0f} MiB about {saver.seconds:.2f} s"
-    )

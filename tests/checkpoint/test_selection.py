@@ -64,17 +64,17 @@ def test_extra_files_are_found(two, name):
     path = two / "step-00000020" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"")
-    assert selection.verify(two / "step-00000020") == [f"{name} is not in the manifest"]
+    assert manifest.verify(two / "step-00000020") == [f"{name} is not in the manifest"]
 
 
 def test_a_step_under_another_name_is_found(two):
     (two / "step-00000020").rename(two / "step-00000030")
-    assert selection.verify(two / "step-00000030") == ["it holds step 20, not the step of its name"]
+    assert manifest.verify(two / "step-00000030") == ["it holds step 20, not the step of its name"]
 
 
 def test_a_manifest_of_another_step_is_found(two):
     shutil.copy(two / "step-00000010" / "manifest.json", two / "step-00000020")
-    assert selection.verify(two / "step-00000020") == ["manifest.json is not the one that was committed"]
+    assert manifest.verify(two / "step-00000020") == ["manifest.json is not the one that was committed"]
 
 
 def test_no_checkpoint_is_no_error(tmp_path):

@@ -220,7 +220,7 @@ def test_a_store_that_overwrites_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("url", "words"),
-    [("hdfs://host/run", "not known to create objects on condition"), ("gs://bucket/run", "need the package gcsfs")],
+    [("hdfs://host/run", "not known to create objects on condition"), ("gs://bucket/run", "needs the package gcsfs")],
 )
 def test_stores_that_cannot_keep_attempts_apart_are_refused(url, words):
     with pytest.raises(ConfigError, match=words):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stablelm.config import rules
-from stablelm.config.identity import ORDER, ORDER_KEY, differences, identity, identity_hash, may_extend
+from stablelm.config.identity import ORDER, ORDER_KEY, differences, identity, may_extend
 from stablelm.config.keys import keys
 from stablelm.config.load import load
 
@@ -61,7 +61,7 @@ def test_contract_of_free_keys():
 )
 def test_free_to_change(override):
     assert differences(make(), make(override)) == []
-    assert identity_hash(make()) == identity_hash(make(override))
+    assert differences(make(), make(override)) == []
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_free_to_change(override):
 def test_refused(override, sentence):
     different = differences(make(), make(override))
     assert sentence in different
-    assert identity_hash(make()) != identity_hash(make(override))
+    assert differences(make(), make(override))
 
 
 def test_other_data_or_tokenizer():
@@ -107,7 +107,7 @@ def test_long_lists_show_what_differs():
 
 def test_a_method_counts_by_its_axes():
     assert differences(make("model.method=post_ln"), make("model.placement=post")) == []
-    assert identity_hash(make("model.method=post_ln")) == identity_hash(make("model.placement=post"))
+    assert differences(make("model.method=post_ln"), make("model.placement=post")) == []
     assert differences(make("model.method=post_ln"), make()) != []
 
 
@@ -180,4 +180,3 @@ def test_a_run_that_does_not_say_its_order_has_the_first_one():
     (sentence,) = differences(saved, make())
     assert sentence.startswith("data.order: saved by a program that reads the rows of files in order 1, now 2; ")
     assert "run.init_from" in sentence
-    assert identity_hash(saved) != identity_hash(make())

@@ -57,31 +57,31 @@ def test_the_cursor_is_all_the_state_however_documents_come(texts, seq_len, firs
     part = pack(texts, seq_len, together=together)
     for number in range(first):
         assert part.next_window().tolist() == windows[number]
-    part = pack(texts, seq_len, part.cursor, together)
+    part = pack(texts, seq_len, part.position.cursor(), together)
     for number in range(first, first + second):
         assert part.next_window().tolist() == windows[number]
-    part = pack(texts, seq_len, Cursor(*part.cursor.to_list()))
+    part = pack(texts, seq_len, Cursor(*part.position.cursor().to_list()))
     for number in range(first + second, first + second + 3):
         assert part.next_window().tolist() == windows[number]
-    assert part.cursor == whole.cursor
+    assert part.position.cursor() == whole.position.cursor()
 
 
 def test_the_offset_counts_inputs_of_the_current_document():
     packer = pack(["abcdef", "gh"], 3)
     packer.next_window()
-    assert packer.cursor == Cursor(0, 0, 0, 0, 3)
+    assert packer.position.cursor() == Cursor(0, 0, 0, 0, 3)
     packer.next_window()
-    assert packer.cursor == Cursor(0, 0, 0, 0, 6), "eos of the first document is the next input"
+    assert packer.position.cursor() == Cursor(0, 0, 0, 0, 6), "eos of the first document is the next input"
     packer.next_window()
-    assert packer.cursor == Cursor(0, 0, 0, 1, 2)
+    assert packer.position.cursor() == Cursor(0, 0, 0, 1, 2)
     packer.next_window()
-    assert packer.cursor == Cursor(0, 0, 0, 2, 2)
+    assert packer.position.cursor() == Cursor(0, 0, 0, 2, 2)
 
 
 def test_a_cursor_never_points_behind_a_document():
     packer = pack(["abc", "def"], 4)
     packer.next_window()
-    assert packer.cursor == Cursor(0, 0, 0, 1, 0)
+    assert packer.position.cursor() == Cursor(0, 0, 0, 1, 0)
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import METHODS, apply_method
-from stablelm.methods.catformer import CatformerOptions, parameter_error
+from stablelm.methods.catformer import CatformerOptions
 from stablelm.methods.sizes import parameter_counts
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "methods"
@@ -152,15 +152,18 @@ def test_the_numbers_of_catformers_shapes():
     assert len(table) >= 4
     for shape, growth, d_attention, d_ff, width, error in table:
         n_layers, d_model, n_heads = map(int, re.findall(r"\d+", shape))
-        config = resolved(
-            "model.method=catformer", f"model.n_layers={n_layers}", f"model.d_model={d_model}",
-            f"model.n_heads={n_heads}", "model.max_seq_len=512",
-        ).model  # fmt: skip
+        sizes = (f"model.n_layers={n_layers}", f"model.d_model={d_model}", f"model.n_heads={n_heads}")
+        config, twin = (
+            resolved(f"model.method={method}", *sizes, "model.max_seq_len=512").model
+            for method in ("catformer", "pre_ln")
+        )
         options = config.option(CatformerOptions)
         found = (options.growth, options.d_attention, config.d_ff)
         assert found == (int(growth), int(d_attention), int(d_ff))
         assert int(width) == d_model + 2 * n_layers * int(growth)
-        assert f"{100 * parameter_error(config):+.2f} %" == error
+        ours, theirs = (parameter_counts(model) for model in (config, twin))
+        body = [counts["total"] - counts["embedding"] - counts["head"] for counts in (ours, theirs)]
+        assert f"{100 * (body[0] / body[1] - 1):+.2f} %" == error
 
 
 def test_a_figure_is_made_small(tmp_path):

@@ -15,8 +15,9 @@ from support.httpserver import serve
 from support.programs import LAUNCH, TINY, environment, free_port, losses, run, summary
 from support.tiny import TinyCorpus, make_tiny_corpus
 
+from stablelm.checkpoint.manifest import verify
 from stablelm.checkpoint.saved_run import read_state
-from stablelm.checkpoint.selection import newest_valid, verify
+from stablelm.checkpoint.selection import newest_valid
 from stablelm.observe.sinks import read_metrics
 
 pytestmark = pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from support.programs import TINY, run, summary
 from support.samples import REPOSITORY
 from support.tiny import TinyCorpus
@@ -22,7 +23,11 @@ from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.key import ABOVE_0, key
 from stablelm.methods import catalogue
-from stablelm.methods.axes import Added, Method, MethodOptions, Model, Placement, Reparam, Stream
+from stablelm.methods.axes import Added, Maps, Method, MethodOptions, Model, Placement, Reparam, Stream, ValueMixing
+from stablelm.methods.sizes import parameter_counts
+from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import decays, initialise, roles
+from stablelm.probe.predict import predict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,12 +115,6 @@ def resolved(*overrides: str) -> ModelConfig:
 
 
 def test_the_model_is_the_methods():
-    import torch
-
-    from stablelm.methods.sizes import parameter_counts
-    from stablelm.model.decoder import Decoder
-    from stablelm.model.initialise import decays, initialise, roles
-
     model = resolved()
     decoder = Decoder(model, "fp32")
     initialise(decoder, model, 0)
@@ -142,6 +141,56 @@ def test_it_generates_with_a_cache_like_the_whole_sequence():
     with torch.no_grad():
         found = torch.cat([decoder(piece, cache=cache) for piece in tokens.split([5, 1, 6], dim=1)], dim=1)
         torch.testing.assert_close(found, decoder(tokens), rtol=1e-5, atol=1e-5)
+
+
+@dataclass(frozen=True)
+class QuarterOfFirst(ValueMixing):
+    """A quarter of the first layer's values, in place of the half that the key means elsewhere."""
+
+    name: ClassVar[str] = "quarter_of_first"
+    share: ClassVar[float | None] = 0.25
+
+    def asked(self, model: Model) -> bool:
+        return bool(model.attention.value_residual)
+
+    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
+        return 0.75 * own + 0.25 * first
+
+
+@dataclass(frozen=True)
+class QuarterRank(Maps):
+    """Maps of a quarter of the width in models of an even number of layers."""
+
+    name: ClassVar[str] = "quarter_rank"
+
+    def asked(self, model: Model) -> bool:
+        return model.n_layers % 2 == 0
+
+    def rank(self, model: Model) -> int:
+        return model.d_model // 4
+
+
+ATTENTION = Method("attention", "ours", {"attention.value_residual": True}, (QuarterOfFirst(), QuarterRank()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mixing", "maps"),
+    [
+        ([], QuarterOfFirst(), "whole"),
+        (["model.attention.value_residual=false", "model.n_layers=4"], "own", QuarterRank()),
+        (["model.attention.low_rank=0.5"], QuarterOfFirst(), "low_rank"),
+    ],
+)
+def test_value_mixing_and_maps_are_the_methods_where_the_keys_ask_for_them(overrides, mixing, maps):
+    model = resolved("model.method=test_own_method:ATTENTION", "model.method_options={}", *overrides)
+    found = model.axes
+    assert mixing in (found.value_mixing, found.value_mixing.name)
+    assert maps in (found.maps, found.maps.name)
+    tokens = torch.arange(8)[None]
+    decoder = Decoder(model, "fp32")
+    initialise(decoder, model, 0)
+    assert decoder(tokens).isfinite().all()
+    assert predict(model, seq_len=8).stream_variance.shape == (model.n_layers + 1,)
 
 
 def test_it_cannot_be_exported_and_says_why():

@@ -16,7 +16,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.linear import Linear
 from stablelm.observe.layer_hooks import attention_figures
-from stablelm.theory.entropy import entropy_bound
+from stablelm.theory.rows import entropy_bound
 
 SIZES = ("model.n_layers=3", "model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
 

@@ -20,6 +20,7 @@ from stablelm.observe import interval_metrics
 from stablelm.observe.accelerators import ACCELERATORS, named_by
 from stablelm.observe.interval_metrics import IntervalMetrics
 from stablelm.observe.progress import Progress
+from stablelm.observe.sinks import Records
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU, None, None)
@@ -48,6 +49,19 @@ def resolved() -> Config:
     return resolve(loaded, pieces=100, world_size=1, accelerate_precision=None)
 
 
+class Kept(list[dict[str, Any]], Records):
+    """Records and messages that were written."""
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.append(record)
+
+    def message(self, text: str) -> None:
+        self.told.append(text)
+
+
 def result(cross_entropy: float, valid: int, norm: float, *, skipped: bool = False) -> StepResult:
     return StepResult(torch.tensor(cross_entropy), torch.tensor(valid), torch.tensor(norm), torch.tensor(skipped))
 
@@ -55,8 +69,8 @@ def result(cross_entropy: float, valid: int, norm: float, *, skipped: bool = Fal
 def recorded(monkeypatch: pytest.MonkeyPatch, peak: float) -> tuple[dict[str, Any], float]:
     """The record of two steps of two seconds, and the FLOPs of one of their tokens."""
     monkeypatch.setattr(interval_metrics, "peak_flops", lambda device: peak)
-    config, progress, records = resolved(), Progress(), []
-    made = IntervalMetrics(CPU, ALONE, config, progress, records.append, rate)
+    config, progress, records = resolved(), Progress(), Kept()
+    made = IntervalMetrics(CPU, ALONE, config, progress, records, rate)
     for norm in (1.0, 3.0):
         made.add(result(96.0, 32, norm), wait=0.5, own=0.0, seconds=2.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
@@ -75,9 +89,9 @@ def test_a_record_holds_the_means_of_its_interval(monkeypatch: pytest.MonkeyPatc
 
 
 def test_bad_rows_add_up_and_many_unknown_tokens_are_told_once():
-    records, told = [], []
+    records = Kept()
     progress = Progress()
-    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records.append, rate, message=told.append)
+    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records, rate)
     for unknown in (3, 4, 32):
         made.add(result(96.0, 32, 1.0), wait=0.0, own=0.0, seconds=1.0)
         progress.step, progress.tokens = progress.step + 1, progress.tokens + 32
@@ -85,7 +99,9 @@ def test_bad_rows_add_up_and_many_unknown_tokens_are_told_once():
     assert [record["skipped_rows"] for record in records] == [2, 4, 6] and progress.skipped_rows == 6
     assert [record["unknown_tokens"] for record in records] == [3 / 64, 4 / 64, 0.5]
     assert (
-        len(told) == 1 and told[0].startswith("warning: 6.2% of the tokens are unknown") and "data.tokenizer" in told[0]
+        len(records.told) == 1
+        and records.told[0].startswith("warning: 6.2% of the tokens are unknown")
+        and "data.tokenizer" in records.told[0]
     )
 
 
@@ -95,9 +111,9 @@ def test_utilisation_is_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_records_leave_skipped_steps_out():
-    records: list[dict] = []
+    records = Kept()
     progress = Progress(step=1, tokens=0)
-    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records.append, rate)
+    made = IntervalMetrics(CPU, ALONE, resolved(), progress, records, rate)
     rows = [(6.0, 2, 1.0, False), (math.nan, 5, math.inf, True), (2.0, 2, 3.0, False)]
     for row in rows:
         made.add(result(*row[:3], skipped=row[3]), wait=0.0, own=0.0, seconds=1.0)
@@ -113,10 +129,10 @@ def test_records_leave_skipped_steps_out():
 
 def wait_for_a_store(rank: int, world_size: int) -> tuple[float, dict[str, Any]]:
     """Rank 1 waits with two reads at a time, after a wait of both ranks before the interval."""
-    group, records, progress = dist.group.WORLD, [], Progress()
+    group, records, progress = dist.group.WORLD, Kept(), Progress()
     with noted(Wait("early", 1, 0.0, "gone")):
         time.sleep(0.3)
-    made = IntervalMetrics(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records.append, rate)
+    made = IntervalMetrics(CPU, Ranks(rank, world_size, CPU, group, group), resolved(), progress, records, rate)
     began = time.monotonic()
     if rank == 1:
         with noted(Wait("a", 1, 0.0, "gone")), noted(Wait("b", 1, 0.0, "gone")):
@@ -136,9 +152,9 @@ def test_waits_for_stores_are_told_of_the_rank_where_they_were_longest():
 
 def straggle(rank: int, world_size: int, own: tuple[float, ...]) -> dict:
     group = dist.group.WORLD
-    ranks, records = Ranks(rank, world_size, CPU, group, group), []
+    ranks, records = Ranks(rank, world_size, CPU, group, group), Kept()
     progress = Progress()
-    made = IntervalMetrics(CPU, ranks, resolved(), progress, records.append, rate, ["left", "right"])
+    made = IntervalMetrics(CPU, ranks, resolved(), progress, records, rate, ["left", "right"])
     for _ in range(2):
         made.add(result(1.0, 1, 1.0), wait=0.0, own=own[rank], seconds=1.0)
     progress.step, progress.tokens = 2, 2

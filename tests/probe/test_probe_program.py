@@ -13,8 +13,9 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.load import load
 from stablelm.probe.measure import measure
+from stablelm.probe.predict import predict
 from stablelm.probe.probe_report import chosen
-from stablelm.probe.prober import collision_of, predicted, prepare, probe, reference_model
+from stablelm.probe.prober import collision_of, prepare, probe, reference_model
 from stablelm.train.job import first_rows
 
 SHAPE = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=24", "data.lanes=12"]
@@ -86,7 +87,7 @@ def test_an_exploding_model_is_reported(tiny_corpus: TinyCorpus, tmp_path: Path,
 def test_a_theory_beyond_floats_predicts_up_to_there(tiny_corpus: TinyCorpus):
     overrides = ("model.placement=none", "model.init=fan_in", "model.activation=swiglu", "model.n_layers=16")
     config = prepare(load([], [*SHAPE, *tiny_corpus.overrides(), *overrides]), None, 1, None).config
-    finite = np.isfinite(predicted(config.model, 24, 24, 0.1).stream_variance)
+    finite = np.isfinite(predict(config.model, seq_len=24, tokens=24, collision=0.1).stream_variance)
     assert finite[0] and not finite[-1]
     assert finite.tolist() == sorted(finite.tolist(), reverse=True)
 

@@ -94,7 +94,7 @@ def off_diagonal(kernel: np.ndarray) -> float:
 VARIANTS = {
     "plain": make_body(),
     "sharp": make_body(gain=1.6),
-    "rotary": make_body(causal_pattern(SEQ_LEN, ROTARY)),
+    "rotary": make_body(replace(causal_pattern(SEQ_LEN), rotary=ROTARY)),
     "qk_norm": make_body(gain=3.0, qk_norm=True),
     "cap": make_body(gain=1.2, logit_cap=4.0),
     "alibi": make_body(alibi(2)),

@@ -108,7 +108,7 @@ STACKS = {
     "post": stack(8, *xavier(), norm_after=LAYER_NORM),
     "peri": stack(12, *xavier(), norm_in=LAYER_NORM, norm_branch=LAYER_NORM),
     "dropout": stack(8, attention(dropout=0.1), feedforward(), norm_in=LAYER_NORM, write=0.4, dropout=0.1),
-    "scaled": scaled(12, GELU, pattern=causal_pattern(SEQ_LEN, ROTARY)),
+    "scaled": scaled(12, GELU, pattern=replace(causal_pattern(SEQ_LEN), rotary=ROTARY)),
     "deepnorm": deepnorm(12),
     "magneto": magneto(12),
     "swiglu": stack(8, attention(pattern=alibi()), SWIGLU, norm_in=RMS, write=0.5),

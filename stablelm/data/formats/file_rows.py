@@ -87,25 +87,14 @@ def rows_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[F
     if options.filter is None and options.map is None:
         return stored_rows(url, row, options)
     first, stored = stored_rows(url, row, options, whole=True)
-    records = (
-        (number, _record_or_what_is_wrong(number, content, url) if isinstance(content, bytes) else content)
-        for number, content in islice(stored, row - first, None)
-    )
     # The user's functions see no row before the one requested.
-    return row, transformed(records, url=url, options=options)
-
-
-def _record_or_what_is_wrong(number: int, line: bytes, url: str) -> dict[str, Any] | BadRow:
-    try:
-        return record_of(number, line, url)
-    except BadRow as error:
-        return error
+    return row, _transformed(islice(stored, row - first, None), url=url, options=options)
 
 
 def stored_rows(url: str, row: int, options: ReadOptions, *, whole: bool = False) -> tuple[int, Iterator[Any]]:
     """Like `rows_from` without the user's functions; of tables the rows are whole records if that is wanted."""
     if shard := _foreign(url):
-        return tables.dataset_rows_from(shard, row, options, whole=whole)
+        return row, tables.dataset_rows(shard, row, options, None if whole else options.text_column)
     url = tables.stored_at(url)
     if is_parquet(url):
         return tables.parquet_rows_from(url, row, options, whole=whole)
@@ -244,8 +233,8 @@ class SharedFiles:
         return rows.take(wanted, pick)
 
 
-def transformed(
-    records: Iterator[tuple[int, dict[str, Any] | BadRow]], *, url: str, options: ReadOptions
+def _transformed(
+    rows: Iterator[tuple[int, bytes | dict[str, Any] | BadRow]], *, url: str, options: ReadOptions
 ) -> Iterator[tuple[int, str | BadRow | None]]:
     """(number, text or None if it is excluded) of each row: the filter sees it as stored, the map what is kept.
 
@@ -254,7 +243,11 @@ def transformed(
     """
     keep = function(options.filter) if options.filter is not None else None
     change = function(options.map) if options.map is not None else None
-    for number, record in records:
+    for number, stored in rows:
+        try:
+            record = record_of(number, stored, url) if isinstance(stored, bytes) else stored
+        except BadRow as error:
+            record = error
         if isinstance(record, BadRow):
             yield number, record
             continue

@@ -201,19 +201,13 @@ def storage_options(options: ReadOptions) -> dict[str, dict[str, Any]]:
     return {scheme: options.settings(scheme) for scheme in schemes}
 
 
-def dataset_rows_from(
-    shard: DatasetFile, row: int, options: ReadOptions, *, whole: bool
-) -> tuple[int, Iterator[tuple[int, Any]]]:
-    """(row, rows from there on) of a file of a data set; earlier rows are read and dropped.
+def dataset_rows(shard: DatasetFile, row: int, options: ReadOptions, column: str | None) -> Iterator[tuple[int, Any]]:
+    """Rows of a file of a data set from row number `row` (from 0) on; earlier ones are read and dropped.
 
-    A row is (its number from 1, the text, or what is wrong where there is none), or with `whole` (its number, all
-    columns by name). Raises DataError naming the file when it stays unreadable for `options.retry_budget`, is
-    damaged, or has no column of text named `options.text_column`.
+    A row is (its number from 1, the text under `column`, or what is wrong where there is none), or with None (its
+    number, all columns by name). Raises DataError naming the file when it stays unreadable for `options.retry_budget`,
+    is damaged, or has no column of text of that name.
     """
-    return row, _dataset_rows(shard, row, options, None if whole else options.text_column)
-
-
-def _dataset_rows(shard: DatasetFile, row: int, options: ReadOptions, column: str | None) -> Iterator[tuple[int, Any]]:
     number, ahead = row, row  # rows given, and those still to pass over
     for table in _tables(shard, column, options):
         if table.num_rows <= ahead:

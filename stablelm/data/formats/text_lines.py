@@ -7,7 +7,7 @@ from typing import Any
 
 from stablelm.data.formats.inflate import Damaged, SeekPointFinder, pieces
 from stablelm.data.formats.seek_points import SeekIndex, SeekPoint
-from stablelm.data.storage.options import ReadOptions, base_name, local_path
+from stablelm.data.storage.options import ReadOptions, base_name
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
 
@@ -47,8 +47,6 @@ def not_unicode(text: str) -> str | None:
     return None
 
 
-__all__ = ["base_name", "content", "lines_from", "local_path", "numbered_lines", "open_lines"]
-
 # A row of a file before it is parsed: line number from 1, line.
 TextLine = tuple[int, bytes]
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -78,23 +76,8 @@ class LengthLimit:
             )
 
 
-def open_lines(url: str, options: ReadOptions) -> Iterator[bytes]:
-    """Lines of a file, without their newline and without blank ones; see `numbered_lines`."""
-    return (line for _, line in numbered_lines(url, options))
-
-
-def numbered_lines(url: str, options: ReadOptions) -> Iterator[TextLine]:
-    """(line number from 1, line without newline) for each line that is not blank.
-
-    `.gz` (any number of members) and `.zst` (any number of frames) are inflated, other names read as
-    they are. A byte order mark at the start is dropped; the last line may lack its newline.
-    Raises DataError naming the file: unreachable, truncated or damaged.
-    """
-    yield from lines_from(url, 0, options)[1]
-
-
 def content(url: str, options: ReadOptions) -> bytes:
-    """All of a file, inflated, without a byte order mark. Raises DataError as `numbered_lines` does."""
+    """All of a file, inflated, without a byte order mark. Raises DataError as `lines_from` does."""
     bound, parts, total = LengthLimit(url, options.max_document_bytes), [], 0
     with RangeFile(url, options) as file:
         for part in pieces(file, None, SeekPointFinder(SeekIndex(None, url, file.stamp()))):
@@ -105,7 +88,12 @@ def content(url: str, options: ReadOptions) -> bytes:
 
 
 def lines_from(url: str, row: int, options: ReadOptions) -> tuple[int, Iterator[TextLine]]:
-    """(number of the first row given, rows from there on): the last indexed row at or before `row`, else row 0."""
+    """(number of the first row given, rows from there on): the last indexed row at or before `row`, else row 0.
+
+    A row is (line number from 1, line without newline); blank lines are none. `.gz` (any number of members) and `.zst`
+    (any number of frames) are inflated, other names read as they are. A byte order mark at the start is dropped; the
+    last line may lack its newline. Raises DataError naming the file: unreachable, truncated or damaged.
+    """
     file = RangeFile(url, options)
     bound = LengthLimit(url, options.max_document_bytes)
     index = SeekIndex(options.cache, url, file.stamp())

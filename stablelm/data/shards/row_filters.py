@@ -2,6 +2,8 @@
 
 What a decision needs of a file (`RowFeatures`) is found in parallel; the decision goes through the files in
 base-name order and their rows in order, so that the first of several copies stays.
+
+MinHash and its index are datasketch's. Exact copies are found by sorting hashes: the library compares sketches only.
 """
 
 import functools
@@ -16,7 +18,7 @@ from stablelm.errors import ConfigError
 
 WORDS = 5  # a shingle
 PERMUTATIONS = 128
-SEED = 1
+SEED, SCHEME = 1, "affine32"
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,20 @@ def _mask_copies(files: Sequence[RowFeatures], masks: list[np.ndarray]) -> None:
 
 
 def _mask_similar(files: Sequence[RowFeatures], masks: list[np.ndarray], similarity: float) -> None:
-    from datasketch import MinHashLSH
+    from datasketch import LeanMinHash, MinHashLSH
 
     index = MinHashLSH(threshold=similarity, num_perm=PERMUTATIONS)
-    kept: dict[str, np.ndarray] = {}
+    kept: dict[Any, LeanMinHash] = {}
     for number, (file, mask) in enumerate(zip(files, masks, strict=True)):
         assert file.signatures is not None
         for row in np.flatnonzero(~mask & (file.chars > 0)):
-            signature = file.signatures[row]
-            sketch = _empty_sketch().copy()
-            sketch.hashvalues = signature
+            sketch = LeanMinHash(seed=SEED, hashvalues=file.signatures[row], scheme=SCHEME)
             # The index gives candidates; the share of equal hashes estimates how similar they are.
-            if any((kept[str(name)] == signature).mean() >= similarity for name in index.query(sketch)):
+            if any(kept[name].jaccard(sketch) >= similarity for name in index.query(sketch)):
                 mask[row] = True
                 continue
             name = f"{number}:{row}"
-            kept[name] = signature
+            kept[name] = sketch
             index.insert(name, sketch)
 
 
@@ -141,4 +141,4 @@ def _signature(text: str) -> np.ndarray:
 def _empty_sketch() -> Any:
     from datasketch import MinHash
 
-    return MinHash(num_perm=PERMUTATIONS, seed=SEED, scheme="affine32")
+    return MinHash(num_perm=PERMUTATIONS, seed=SEED, scheme=SCHEME)

@@ -81,16 +81,16 @@ def check_enough(files: list[str], tokens_needed: int, *, key: str) -> None:
         )
 
 
-def check_lanes(files: list[str], lanes: int, *, key: str = "data.lanes") -> None:
-    """Each lane gets a document of a local shard, else ConfigError under `key` with the most lanes possible."""
+def check_lanes(files: list[str], lanes: int) -> None:
+    """Each lane gets a document of a local shard, else ConfigError under `data.lanes` with the most lanes possible."""
     shares = -(-lanes // len(files))
     if shares == 1:
         return
-    counts = {shard.url: shard.count(documents=shares)[1] for shard in _open_local(files, None, key)}
+    counts = {shard.url: shard.count(documents=shares)[1] for shard in _open_local(files, None, "data.lanes")}
     shortest = min(counts, key=lambda url: counts[url], default=None)
     if shortest is not None and (rows := counts[shortest]) < shares:
         raise ConfigError(
-            f"{key}: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} "
+            f"data.lanes: {lanes} lanes over {len(files)} files take {shares} documents from each, but {shortest!r} "
             f"holds {rows}; set at most {rows * len(files)} lanes, or give more text"
         )
 

@@ -1,6 +1,6 @@
 """Files of web servers and of S3, read by ranges that are checked, with credentials that stay where they belong.
 
-Nothing is retried here: `Retries` sees every failure, waits as the server asks and counts the time.
+Nothing is retried here: `retry.persist` sees every failure, waits as the server asks and counts the time.
 Imports aiohttp, so only those import this module who need it.
 """
 

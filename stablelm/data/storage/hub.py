@@ -1,8 +1,10 @@
 """Data sets on the Hugging Face hub: lists of files by `datasets`' own builder, and files read at their addresses.
 
+huggingface_hub's HfFileSystem 2.4.0 was tried: its reads take shifted, cut and whole answers for the bytes requested,
+retry for a fixed time of their own, log signed addresses, and ask the API once a process for every folder.
 Where the commit is known the API adds nothing, so that the ranks of a run do not call it: one HEAD
 reports size and tag, and each range is fetched by a GET, which is mostly redirected to a signed address elsewhere.
-Nothing is retried here: `Retries` sees every failure, waits as the hub asks and counts the time.
+Nothing is retried here: `retry.persist` sees every failure, waits as the hub asks and counts the time.
 Imports aiohttp and the hub's client, so only those import this module who need it.
 """
 
@@ -16,13 +18,13 @@ from urllib.parse import quote
 import aiohttp
 from fsspec.config import conf
 from fsspec.implementations.http import HTTPFileSystem
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants, get_session, get_token
 from yarl import URL
 
 from stablelm.data.storage import options, stores
 from stablelm.data.storage.http_file import ANYWHERE, PLAIN, HttpRefusal, RangedFile, checked, keep_only
 from stablelm.data.storage.options import HUB, PINNED_FILE, ReadOptions, Stamp, changed
-from stablelm.data.storage.retry import persist, words
+from stablelm.data.storage.retry import causes, persist, words
 from stablelm.data.storage.stores import ByteRange
 from stablelm.errors import ConfigError, DataError
 
@@ -66,8 +68,6 @@ def expand(url: str, *, key: str) -> list[str]:
 
 def reach(url: str, *, key: str) -> None:
     """Raises ConfigError under `key` unless the hub answers within seconds; its own client tries for half a minute."""
-    from huggingface_hub import constants, get_session
-
     if constants.HF_HUB_OFFLINE:
         return
     seconds = options.FIRST_ANSWER
@@ -88,7 +88,7 @@ def reach(url: str, *, key: str) -> None:
 
 def sentence(error: Exception, url: str, key: str) -> str:
     """Why `url` cannot be had from the hub, and what to do."""
-    links = _chain(error)
+    links = causes(error, context=True)
     names = {type(link).__name__ for link in links}
     # datasets reports a failed connection as a missing file, with the client's error named in the message.
     if names & UNREACHABLE or any(name in str(link) for link in links for name in UNREACHABLE):
@@ -101,14 +101,6 @@ def sentence(error: Exception, url: str, key: str) -> str:
         return f"{key}: no file on the hub matches {url!r}; check the pattern against the data set's file list"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return f"{key}: the hub gave no file list for {url!r} ({reason}); try again, or give a mirror or a folder"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    links: list[BaseException] = []
-    while error is not None and error not in links:
-        links.append(error)
-        error = error.__cause__ or error.__context__
-    return links
 
 
 class HubFile(RangedFile):

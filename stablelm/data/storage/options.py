@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,19 +186,9 @@ class ReadOptions:
     @classmethod
     def of(cls, data: "DataConfig", lanes: int = 1) -> "ReadOptions":
         """Options of a configuration, for a process that reads so many lanes."""
-        return cls(
-            retry_budget=data.retry_budget,
-            max_document_bytes=data.max_document_bytes,
-            text_column=data.text_column,
-            storage=data.storage,
-            cache=data.cache,
-            cache_bytes=data.cache_bytes,
-            block=min(max(READ_AHEAD // lanes, SMALLEST_BLOCK), LARGEST_BLOCK),
-            filter=data.filter,
-            map=data.map,
-            bad_rows=data.bad_rows,
-            text_unit=data.text_unit,
-        )
+        # Fields and keys of one name mean the same.
+        own = {field.name: getattr(data, field.name) for field in fields(cls) if hasattr(data, field.name)}
+        return cls(**own, block=min(max(READ_AHEAD // lanes, SMALLEST_BLOCK), LARGEST_BLOCK))
 
     def first_look(self) -> "ReadOptions":
         """For files that no attempt of the run has read yet: a mistyped address is not an outage to wait for."""

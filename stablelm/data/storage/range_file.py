@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stablelm.data.storage.options import FAMILIES, PINNED_FILE, ReadOptions, Stamp, base_name, changed, local_path
-from stablelm.data.storage.retry import Retries
+from stablelm.data.storage.retry import persist
 from stablelm.data.storage.stall_monitor import reading
 from stablelm.data.storage.stores import filesystem, tag
 from stablelm.errors import DataError
@@ -36,6 +36,7 @@ OVERLAP = 64
 SLICES = 16 << 10, 64 << 10
 # Bytes copied at once into the cache.
 CHUNK = 1 << 20
+T = TypeVar("T")
 
 
 class LookEnded(DataError):
@@ -55,7 +56,6 @@ class RangeFile(io.RawIOBase):
         self.block = options.block if local_path(url) is None else LOCAL_BLOCK
         self.offset = 0
         self._tail = b""  # what was read before this offset
-        self.retries = 0
         self._options = options
         self._file: Any = None
         self._local: Stamp | None = None  # of the open file, if it is on a disk
@@ -80,12 +80,7 @@ class RangeFile(io.RawIOBase):
         """Size and tag of the file, which is opened for this at the first time."""
         if known := self._options.stamps.get(self.url):
             return known
-        with self._retries() as retries:
-            while True:
-                try:
-                    return self._opened()[1]
-                except Exception as error:
-                    self._failed(retries, error)
+        return self._persist(self._opened)[1]
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
@@ -114,8 +109,9 @@ class RangeFile(io.RawIOBase):
         self._drop()
         super().close()
 
-    def _retries(self) -> Retries:
-        return Retries(self.url, budget=self._options.retry_budget, first_answer=self._options.first_answer)
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        budget, first_answer = self._options.retry_budget, self._options.first_answer
+        return persist(attempt, name=self.url, budget=budget, first_answer=first_answer, failed=self._failed)
 
     def _next(self, size: int) -> memoryview:
         """Up to so many bytes from the current offset, which is then behind them; empty only at the end of the file."""
@@ -124,21 +120,13 @@ class RangeFile(io.RawIOBase):
                 f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
                 "holds text, and that its store is fast enough"
             )
-        data = self._fetched(size)
+        data = self._persist(lambda: self._fetch(size))
         self.offset += len(data)
         self._tail = bytes(data[-OVERLAP:])
         return data
 
-    def _fetched(self, size: int) -> memoryview:
-        """Up to so many bytes from the current offset, empty at the end; fetched again where a fetch fails."""
-        with self._retries() as retries:
-            while True:
-                try:
-                    return self._fetch(size)
-                except Exception as error:
-                    self._failed(retries, error)
-
     def _fetch(self, size: int) -> memoryview:
+        """Up to so many bytes from the current offset, empty at the end."""
         file, stamp = self._opened()
         if self.offset >= stamp.size:
             return memoryview(b"")
@@ -206,12 +194,10 @@ class RangeFile(io.RawIOBase):
         if self._file is not None:
             self._file.seek(offset)
 
-    def _failed(self, retries: Retries, error: Exception) -> None:
-        """Waits before the file is opened again. Raises DataError where that cannot help, or not any more."""
-        if not isinstance(error, DataError):
-            self.retries += 1
-            self._drop()
-        retries.wait(error, where=f" at byte {self.offset}")
+    def _failed(self, error: Exception) -> str:
+        """Closes the file, which the next attempt opens again; where the failure was, in words."""
+        self._drop()
+        return f" at byte {self.offset}"
 
     def _drop(self) -> None:
         file, self._file = self._file, None
@@ -230,21 +216,20 @@ def open_file(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
         return local, local_stamp(local)
     scheme = url.partition("://")[0]
     family = FAMILIES.get(scheme, scheme) if "::" not in url else None
+    # Each with its client, which is slow to import.
     if PINNED_FILE.fullmatch(url):
-        from stablelm.data.storage.hub import HubFile  # with the client of the hub
+        from stablelm.data.storage.hub import HubFile as Opened
+    elif family == "http":
+        from stablelm.data.storage.http_file import HttpFile as Opened
+    elif family == "s3":
+        from stablelm.data.storage.http_file import S3File as Opened
+    else:
+        return _open_by_fsspec(url, options)
+    opened = Opened(url, options)
+    return opened, opened.stamp
 
-        file = HubFile(url, options)
-        return file, file.stamp
-    if family == "http":
-        from stablelm.data.storage.http_file import HttpFile  # with aiohttp
 
-        file = HttpFile(url, options)
-        return file, file.stamp
-    if family == "s3":
-        from stablelm.data.storage.http_file import S3File
-
-        file = S3File(url, options)
-        return file, file.stamp
+def _open_by_fsspec(url: str, options: ReadOptions) -> tuple[Any, Stamp]:
     store, path = filesystem(url, options)
     file = store.open(path, "rb", block_size=options.block, cache_type="none")
     # What was found in opening the file, where the store keeps it.

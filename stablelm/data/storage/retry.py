@@ -1,4 +1,8 @@
-"""A store's failures: which of them another attempt can cure, and how long to wait before it."""
+"""A store's failures: which of them another attempt can cure, and how long to wait before it.
+
+tenacity 9.2.1 was tried: a budget that counts from the first failure and depends on the answer, pauses cut at its end,
+waits that are reported and messages of our own are all callbacks there, and the file became longer.
+"""
 
 import email.utils
 import errno
@@ -16,78 +20,59 @@ from stablelm.redaction import redacted
 from stablelm.small_files import NOT_REGULAR
 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 30.0
+NO_RANGES = "the server does not serve parts of a file (HTTP range requests)"
+PUT_BACK = "put the file back and make it readable, then run again"
+GIVE_ACCESS = "make it readable with the credentials that the environment gives for this store, then run again"
+NO_CURE = (PermissionError, IsADirectoryError, NotImplementedError, TypeError, AttributeError, ValueError)
 T = TypeVar("T")
 
 _jitter = random.Random()
 
 
-class Retries:
-    """The attempts of one read, which may fail for at most `budget` seconds after the first failure.
+def persist(
+    attempt: Callable[[], T],
+    *,
+    name: str,
+    budget: float,
+    first_answer: float | None = None,
+    failed: Callable[[Exception], str] = lambda error: "",
+) -> T:
+    """What `attempt` returns; it is repeated for at most `budget` seconds after the first failure.
 
-    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken.
-
-        with Retries(url, budget=600) as retries:
-            while True:
-                try:
-                    return read()
-                except Exception as error:
-                    retries.wait(error)
+    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken. `failed` is called
+    with each failure and returns where in the file it was, for the message. A wait is as long as the store asks, else a
+    jittered exponential back-off, and visible in `stall_monitor.waiting`. Raises DataError naming the file and the
+    cause when the budget is spent, and at once when another attempt cannot help; a DataError is raised as it is.
     """
-
-    def __init__(self, name: str, *, budget: float, first_answer: float | None = None):
-        self._name, self._budget, self._first_answer = name, budget, first_answer
-        self._delay, self._began = FIRST_DELAY, 0.0
-        self._wait: Wait | None = None
-        self._noted = ExitStack()
-
-    def __enter__(self) -> "Retries":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._noted.close()
-
-    def wait(self, error: Exception, *, where: str = "") -> None:
-        """Waits before another attempt: as long as the store asks, else with a jittered exponential back-off.
-
-        Raises DataError naming the file and the cause when the budget is spent, and at once when another attempt
-        cannot help; a DataError is raised as it is. `where` in the file is for the message.
-        """
-        if isinstance(error, DataError):
-            raise error
-        self._note(error)
-        if cause := hopeless(error):
-            raise DataError(f"{self._name}: {cause}; {_fix(error)}") from error
-        unknown = self._first_answer is not None and http_status(error) is None
-        allowed = min(self._budget, self._first_answer) if self._first_answer is not None and unknown else self._budget
-        now, deadline = time.monotonic(), self._began + allowed
-        if now >= deadline:
-            raise DataError(_gave_up(f"{self._name}: unreadable{where} for {allowed:g} s", error, unknown)) from error
-        asked = asked_seconds(error)
-        pause = self._delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
-        time.sleep(min(pause, deadline - now))
-        self._delay = min(2 * self._delay, LONGEST_DELAY)
-        assert self._wait is not None
-        self._wait.attempt += 1
-
-    def _note(self, error: Exception) -> None:
-        """Makes the failure visible in `stall_monitor.waiting`."""
-        cause = redacted(words(error))
-        if self._wait is None:
-            self._wait = Wait(redacted(self._name), 1, time.time(), cause)
-            self._began = time.monotonic()
-            self._noted.enter_context(noted(self._wait))
-        else:
-            self._wait.cause = cause
-
-
-def persist(attempt: Callable[[], T], *, name: str, budget: float, first_answer: float | None = None) -> T:
-    """What `attempt` returns; it is repeated as `Retries` allows."""
-    with Retries(name, budget=budget, first_answer=first_answer) as retries:
+    wait, began, delay = None, 0.0, FIRST_DELAY
+    with ExitStack() as visible:
         while True:
             try:
                 return attempt()
+            except DataError:
+                raise
             except Exception as error:
-                retries.wait(error)
+                where, reason = failed(error), redacted(words(error))
+                if wait is None:
+                    wait, began = Wait(redacted(name), 1, time.time(), reason), time.monotonic()
+                    visible.enter_context(noted(wait))
+                wait.cause = reason
+                if hopeless := _cause_and_fix(error):
+                    raise DataError(f"{name}: {'; '.join(hopeless)}") from error
+                limit = first_answer if http_status(error) is None else None
+                allowed = budget if limit is None else min(budget, limit)
+                remaining = began + allowed - time.monotonic()
+                if remaining <= 0:
+                    what = f"{name}: unreadable{where} for {allowed:g} s"
+                    raise DataError(_gave_up(what, error, limit is not None)) from error
+                time.sleep(min(_pause(error, delay), remaining))
+                delay = min(2 * delay, LONGEST_DELAY)
+                wait.attempt += 1
+
+
+def _pause(error: Exception, delay: float) -> float:
+    asked = asked_seconds(error)
+    return delay * _jitter.uniform(0.5, 1.0) if asked is None else asked + _jitter.uniform(0, FIRST_DELAY)
 
 
 def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
@@ -95,42 +80,35 @@ def _gave_up(what: str, error: BaseException, unknown: bool) -> str:
     return f"{what} ({words(error)}); {'check the address and that this machine reaches it' if unknown else fix}"
 
 
-def hopeless(error: BaseException) -> str | None:
-    """Why another try cannot help; None when it may."""
+def _cause_and_fix(error: BaseException) -> tuple[str, str] | None:
+    """Why another try cannot help, and what can; None when it may."""
+    kind = type(error).__name__.lower()
     if isinstance(error, io.UnsupportedOperation) or "range requests" in str(error):
-        return "the server does not serve parts of a file (HTTP range requests)"
+        return NO_RANGES, "download the files, or use a server that supports ranges"
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return "too many open files"
+        return "too many open files", "use fewer data.lanes, or raise the limit with ulimit -n"
     if isinstance(error, OSError) and error.strerror == NOT_REGULAR:
-        return NOT_REGULAR
+        return NOT_REGULAR, PUT_BACK
     status = http_status(error)
     if status == 412:
-        return "changed while it was read"
+        return "changed while it was read", "put the old file back, or start a new run"
     if status is not None:
         # Of the client errors only a time-out and "too many requests" pass by themselves.
-        return f"the server answers {status}" if 400 <= status < 500 and status not in (408, 425, 429) else None
+        passes = not 400 <= status < 500 or status in (408, 425, 429)
+        return None if passes else (f"the server answers {status}", GIVE_ACCESS if status in (401, 403) else PUT_BACK)
     if isinstance(error, FileNotFoundError):
         # fsspec says "not found" for any failed first request, with the real reason as the cause.
-        return "the file no longer exists" if error.__cause__ is None else hopeless(error.__cause__)
-    if isinstance(error, (PermissionError, IsADirectoryError)) or "credentials" in type(error).__name__.lower():
-        return words(error)
-    if isinstance(error, (ImportError, NotImplementedError, TypeError, AttributeError, ValueError)):
-        return words(error)
-    return None
+        return ("the file no longer exists", PUT_BACK) if error.__cause__ is None else _cause_and_fix(error.__cause__)
+    if "credentials" in kind:
+        return words(error), "set the variables or files with which the store's own tools find its credentials"
+    if isinstance(error, ImportError):
+        return words(error), "install the package that reads this store"
+    return (words(error), PUT_BACK) if isinstance(error, NO_CURE) else None
 
 
 def http_status(error: BaseException) -> int | None:
-    """HTTP status that aiohttp, the hub's client or botocore carry in an error or its cause."""
-    for link in _causes(error):
-        response = getattr(link, "response", None)
-        status = getattr(link, "status", None)
-        if status is None and isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        elif status is None:
-            status = getattr(response, "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
+    """HTTP status of the answer in an error or its cause."""
+    return next((status for status, _ in _answers(error) if isinstance(status, int)), None)
 
 
 def asked_seconds(error: BaseException) -> float | None:
@@ -153,38 +131,29 @@ def asked_seconds(error: BaseException) -> float | None:
 
 
 def _headers(error: BaseException) -> dict[str, str]:
-    for link in _causes(error):
+    found = next((headers for _, headers in _answers(error) if isinstance(headers, Mapping)), {})
+    return {str(name).lower(): str(value) for name, value in found.items()}
+
+
+def _answers(error: BaseException) -> Iterator[tuple[Any, Any]]:
+    """Status and headers that aiohttp, the hub's client or botocore carry in an error or its causes."""
+    for link in causes(error):
         response = getattr(link, "response", None)
-        headers = getattr(link, "headers", None) or getattr(response, "headers", None)
         if isinstance(response, dict):
-            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
-        if isinstance(headers, Mapping):
-            return {str(name).lower(): str(value) for name, value in headers.items()}
-    return {}
+            about = response.get("ResponseMetadata", {})
+            yield getattr(link, "status", None) or about.get("HTTPStatusCode"), about.get("HTTPHeaders")
+        else:
+            status = getattr(link, "status", None) or getattr(response, "status_code", None)
+            yield status, getattr(link, "headers", None) or getattr(response, "headers", None)
 
 
-def _causes(error: BaseException | None) -> Iterator[Any]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__
-
-
-def _fix(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return "install the package that reads this store"
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return "use fewer data.lanes, or raise the limit with ulimit -n"
-    if isinstance(error, io.UnsupportedOperation) or "range requests" in str(error):
-        return "download the files, or use a server that supports ranges"
-    if http_status(error) == 412:
-        return "put the old file back, or start a new run"
-    if http_status(error) in (401, 403):
-        return "make it readable with the credentials that the environment gives for this store, then run again"
-    if "credentials" in type(error).__name__.lower():
-        return "set the variables or files with which the store's own tools find its credentials"
-    return "put the file back and make it readable, then run again"
+def causes(error: BaseException | None, *, context: bool = False) -> list[Any]:
+    """The error and its causes; with `context` also what was handled when one without a cause was raised."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or (error.__context__ if context else None)
+    return links
 
 
 def words(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from support.httpserver import serve
 
 from stablelm.data.formats import seek_points
 from stablelm.data.formats.file_rows import FileRows
-from stablelm.data.formats.text_lines import lines_from, numbered_lines
+from stablelm.data.formats.text_lines import lines_from
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.storage.range_file import RangeFile
 from stablelm.errors import DataError
@@ -86,7 +86,7 @@ def index_file(cache):
 @pytest.mark.parametrize("name", PACKED)
 def test_every_row_is_found_again_near_its_place(folder, tmp_path, name):
     url, options = str(folder / name), reading(tmp_path)
-    assert list(numbered_lines(url, options)) == ROWS
+    assert list(lines_from(url, 0, options)[1]) == ROWS
     size = (folder / name).stat().st_size
     per_place = len(ROWS) * SPACING / size
     for row in [*range(0, len(ROWS), 333), 1999, 2000, 2001, len(ROWS) - 1, len(ROWS) + 5]:
@@ -107,7 +107,7 @@ def test_an_index_grows_from_where_reading_stopped(folder, tmp_path, name):
             pass
     assert first > 3000
     whole = reading(tmp_path / "whole")
-    list(numbered_lines(url, whole))
+    list(lines_from(url, 0, whole)[1])
     found, expected = ({lines_from(url, row, each)[0] for row in range(0, len(ROWS), 20)} for each in (options, whole))
     # Not the same places, since the inflater's pieces begin elsewhere after a seek, but as near to one another.
     assert abs(len(found) - len(expected)) <= 1
@@ -124,7 +124,7 @@ def test_rows_of_a_file_are_taken_by_a_seek(folder, tmp_path):
     options = reading(tmp_path, block=1 << 12)
     with serve(folder) as server:
         url = f"{server.url}/level-6.json.gz"
-        list(numbered_lines(url, options))
+        list(lines_from(url, 0, options)[1])
         for room in (0, 1 << 20):
             server.requests.clear()
             rows = FileRows(url, room=room, options=options)
@@ -138,7 +138,7 @@ def test_rows_of_a_file_are_taken_by_a_seek(folder, tmp_path):
 @pytest.mark.parametrize("harm", ["cut", "flipped", "emptied", "foreign", "gone"])
 def test_a_damaged_index_is_built_again(folder, tmp_path, harm):
     url, options = str(folder / "level-6.json.gz"), reading(tmp_path)
-    list(numbered_lines(url, options))
+    list(lines_from(url, 0, options)[1])
     path = index_file(tmp_path)
     good = path.read_bytes()
     flipped = bytearray(good)
@@ -158,7 +158,7 @@ def test_a_window_that_would_fill_the_memory_is_cut():
 
 def test_an_index_with_forged_windows_is_built_again(folder, tmp_path):
     url, options = str(folder / "level-6.json.gz"), reading(tmp_path)
-    list(numbered_lines(url, options))
+    list(lines_from(url, 0, options)[1])
     path = index_file(tmp_path)
     good = path.read_bytes()
     with RangeFile(url, options) as file:
@@ -178,7 +178,7 @@ def test_an_index_of_other_content_is_noticed_and_dropped(folder, tmp_path, name
     path = tmp_path / name
     path.write_bytes((folder / name).read_bytes())
     status = path.stat()
-    list(numbered_lines(str(path), reading(tmp_path)))
+    list(lines_from(str(path), 0, reading(tmp_path))[1])
     other = PACKED[name](b"\n".join(reversed(LINES)))
     path.write_bytes(other[: status.st_size].ljust(status.st_size, b"\0"))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -190,7 +190,7 @@ def test_an_index_of_other_content_is_noticed_and_dropped(folder, tmp_path, name
 def test_a_changed_file_has_another_index(folder, tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes((folder / "level-6.json.gz").read_bytes())
-    list(numbered_lines(str(path), reading(tmp_path)))
+    list(lines_from(str(path), 0, reading(tmp_path))[1])
     path.write_bytes(gzip.compress(TEXT + b"\nmore\n"))
     first, rows = lines_from(str(path), 3000, reading(tmp_path))
     assert first == 0
@@ -201,7 +201,7 @@ def test_damage_behind_a_seek_is_found_by_the_checksum(folder, tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes((folder / "level-6.json.gz").read_bytes())
     status = path.stat()
-    list(numbered_lines(str(path), reading(tmp_path)))
+    list(lines_from(str(path), 0, reading(tmp_path))[1])
     damaged = bytearray(path.read_bytes())
     damaged[-5] ^= 1  # of the checksum itself: all else inflates
     path.write_bytes(damaged)
@@ -214,14 +214,14 @@ def test_damage_behind_a_seek_is_found_by_the_checksum(folder, tmp_path):
 
 def test_a_cache_that_cannot_be_written_costs_nothing(folder, tmp_path):
     (tmp_path / "index").write_text("a file where the folder should be")
-    assert list(numbered_lines(str(folder / "level-6.json.gz"), reading(tmp_path))) == ROWS
+    assert list(lines_from(str(folder / "level-6.json.gz"), 0, reading(tmp_path))[1]) == ROWS
 
 
 def test_many_readers_build_one_index(folder, tmp_path):
     url, got = str(folder / "level-9.json.gz"), {}
 
     def read(number):
-        got[number] = list(numbered_lines(url, reading(tmp_path)))
+        got[number] = list(lines_from(url, 0, reading(tmp_path))[1])
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -237,7 +237,7 @@ def test_a_remote_file_is_entered_by_ranges(folder, tmp_path):
     with serve(folder) as server:
         url = f"{server.url}/level-6.json.gz"
         options = reading(tmp_path, block=32 << 10)
-        list(numbered_lines(url, options))
+        list(lines_from(url, 0, options)[1])
         server.requests.clear()
         first, rows = lines_from(url, 3900, options)
         assert next(rows) == ROWS[first]

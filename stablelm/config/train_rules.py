@@ -1,0 +1,93 @@
+"""Rules between the keys of `train.*`, `data.lanes` and the number of processes: sentences, and the keys to blame."""
+
+from collections.abc import Callable, Iterator
+
+from stablelm.config.schema import Config, TrainConfig
+
+LONGEST_SEARCH = 100_000
+
+
+def precision(train: TrainConfig, accelerate_precision: str | None) -> Iterator[tuple[str, str]]:
+    """What contradicts the launcher."""
+    if train.precision and accelerate_precision and train.precision != accelerate_precision:
+        yield (
+            f"train.precision={train.precision} contradicts accelerate's mixed precision {accelerate_precision}; "
+            "drop the flag or the key",
+            "train.precision",
+        )
+
+
+def length(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What cannot be right of steps, tokens and learning rates."""
+    train = config.train
+    steps = train.steps
+    if train.min_lr is not None and train.min_lr > train.lr:
+        yield (
+            f"train.min_lr={train.min_lr} is above train.lr={train.lr}; lower it or leave it out",
+            ("train.min_lr", "train.lr"),
+        )
+    if train.tokens is None and steps is None:
+        yield "train.steps and train.tokens are both missing; set one of them", ("train.steps", "train.tokens")
+    if train.tokens is not None:
+        needed = steps_of(train.tokens, train, config.data.seq_len)
+        # A resolved configuration holds both, and they agree.
+        if steps not in (None, needed):
+            yield (
+                f"train.steps={steps} contradicts train.tokens={train.tokens}, which makes it {needed}; "
+                "set one of them and the other to null",
+                ("train.steps", "train.tokens"),
+            )
+        steps = needed
+    if steps is not None and train.cooldown_steps is not None and train.cooldown_steps > steps:
+        yield (
+            f"train.cooldown_steps={train.cooldown_steps} is more than the {steps} steps of the run; "
+            "lower it or leave it out",
+            ("train.cooldown_steps",),
+        )
+
+
+def batches(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What the number of processes does not divide."""
+    lanes, batch, micro = config.data.lanes, config.train.global_batch_size, config.train.micro_batch_size
+    if lanes % world_size:
+        worlds = around(world_size, lambda n: lanes % n == 0, lanes)
+        others = around(lanes, lambda n: n % world_size == 0, lanes + world_size)
+        yield (
+            f"data.lanes={lanes} must be divisible by the number of processes, {world_size}; "
+            f"start {either(worlds, 'process')}, or a new run with {either(others, 'lane')}",
+            ("data.lanes",),
+        )
+    if batch % world_size:
+        sizes = around(batch, lambda n: n % world_size == 0, batch + world_size)
+        worlds = around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
+        yield (
+            f"train.global_batch_size={batch} must be divisible by the number of processes, {world_size}; "
+            f"use {either(sizes)}, or start {either(worlds, 'process')}",
+            ("train.global_batch_size",),
+        )
+    elif micro is not None and batch // world_size % micro:
+        sizes = around(micro, lambda n: batch // world_size % n == 0, batch)
+        yield (
+            f"train.micro_batch_size={micro} on {world_size} process{'es' * (world_size > 1)} does not divide "
+            f"train.global_batch_size={batch}; use {either(sizes)}",
+            ("train.micro_batch_size", "train.global_batch_size"),
+        )
+
+
+def steps_of(tokens: int, train: TrainConfig, seq_len: int) -> int:
+    """Whole steps that see at least `tokens` tokens."""
+    return -(-tokens // (train.global_batch_size * seq_len))
+
+
+def around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:
+    """The nearest numbers below and above `value`, from 1 to `highest`, that fit."""
+    highest = min(highest, value + LONGEST_SEARCH)
+    below = next((n for n in range(min(value - 1, highest), 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, highest + 1) if fits(n)), None)
+    return [n for n in (below, above) if n is not None]
+
+
+def either(numbers: list[int], noun: str = "") -> str:
+    """`2 or 4 heads`, `1 process`."""
+    plural = "" if numbers[-1] == 1 else "es" if noun.endswith("s") else "s"
+    return " or ".join(str(number) for number in numbers) + (f" {noun}{plural}" if noun else "")
