@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 
 import pytest
 
@@ -33,10 +34,10 @@ def test_a_record_with_the_loss_alone():
     assert training_words({"step": 1, "loss": math.nan}, 9, None) == "step 1/9  loss nan"
 
 
-def test_a_log_gets_one_line_a_record():
-    log = io.StringIO()
+def test_a_log_gets_one_line_a_record(monkeypatch):
+    log, started = io.StringIO(), time.monotonic()
     console = Console(total_steps=400, first_step=100, stream=log)
-    console._started -= 20
+    monkeypatch.setattr("stablelm.observe.console.time.monotonic", lambda: started + 20)
     console.write(RECORD)
     console.write({"step": 120, "val_loss/default": 5.5, "val_loss/c4": 6.25, "val_bits_per_byte/c4": 1.0})
     console.write({"step": 121, "layer/0000/stream_rms": 1.0})

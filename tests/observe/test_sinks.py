@@ -3,13 +3,13 @@
 import errno
 import json
 import math
-import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelm.errors import StorageError
+from stablelm.new_files import open_to_append
 from stablelm.observe import sinks
 from stablelm.observe.sinks import MetricsFile, TensorBoardSink, last_records, read_metrics
 
@@ -106,30 +106,31 @@ def test_training_and_validation_of_a_step_add_up(tmp_path):
     assert last_records(path) == {20: {"step": 20, "loss": 1.9, "val_loss/x": 2.5, "attempt": 1}}
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+class Disk:
+    """A file that is opened to append to, whose writes go to `write` with the file itself."""
+
+    def __init__(self, path, write):
+        self.inner = open_to_append(path)
+        self.write = lambda data: write(self.inner, data)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
 def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sinks, "open_to_append", lambda path: Disk(path, full))
     file = MetricsFile(tmp_path / "m.jsonl")
-    file._file.close()
-    file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed below
     with pytest.raises(StorageError, match=r"m\.jsonl cannot be written \(No space left on device\); free some space"):
         file.write({"step": 1})
     file.close()
 
 
-def test_a_disk_that_takes_a_part_at_a_time(tmp_path):
+def test_a_disk_that_takes_a_part_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks, "open_to_append", lambda path: Disk(path, lambda file, data: file.write(data[:3])))
     file = MetricsFile(tmp_path / "m.jsonl")
-
-    class Slow:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def write(self, data):
-            return self.inner.write(data[:3])
-
-        def close(self):
-            self.inner.close()
-
-    file._file = Slow(file._file)  # pyright: ignore[reportAttributeAccessIssue]
     file.write({"step": 1, "loss": 2.0})
     file.close()
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1, "loss": 2.0}]

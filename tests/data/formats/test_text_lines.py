@@ -113,23 +113,39 @@ def test_a_missing_local_file_fails_at_once(tmp_path):
 
 
 def test_a_passing_local_fault_is_retried_and_a_shrunken_file_is_not(tmp_path, monkeypatch, quick_retries):
-    path = write(tmp_path / "a.json", PLAIN)
-    file = RangeFile(str(path), ReadOptions(block=16 << 10, retry_budget=5))
-    head = file.read(1000)
+    path, stale, real = write(tmp_path / "a.json", PLAIN), [], range_file.open_file
 
     class Stale:
+        """Of one of two opened files the handle becomes stale."""
+
+        def __init__(self, file):
+            self.file, self.good = file, len(stale) % 2
+            stale.append(self)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
         def read(self, size):
-            raise OSError(errno.ESTALE, "Stale file handle")
+            if not self.good and self.file.tell():
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return self.file.read(size)
 
         def close(self):
             raise OSError("closing fails too")
 
-    file._file = Stale()
-    assert head + file.readall() == PLAIN
-    file.offset, file._file = 10, Stale()
+    def opening(url, options):
+        file, stamp = real(url, options)
+        return Stale(file), stamp
+
+    monkeypatch.setattr(range_file, "open_file", opening)
+    options = ReadOptions(block=16 << 10, retry_budget=5)
+    assert RangeFile(str(path), options).readall() == PLAIN
+    assert len(stale) == 2
+    file = RangeFile(str(path), options)
+    file.read(1000)
     write(path, PLAIN[:-5])
     with pytest.raises(DataError, match="changed from 244000 to 243995 bytes"):
-        file.read(10)
+        file.readall()
 
 
 def test_too_many_open_files_is_said(tmp_path, monkeypatch):
