@@ -156,6 +156,10 @@ class HuggingFaceTokenizer:
         """Text of the ids; special tokens such as eos give nothing."""
         return self._call(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Piece -> id, added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def files(self) -> dict[str, bytes]:
         return {FILE: self._content} | {name: self._settings[name] for name in SETTINGS if name in self._kept}
 
