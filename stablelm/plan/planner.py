@@ -32,8 +32,7 @@ def plan(
     def check() -> PlanRequest:
         loaded = load(files, overrides, world_size=max(1, world_size))
         request = prepare(loaded, world_size, gpu, gpus_per_node, simulated=simulated)
-        if out is not None:
-            check_out(out)
+        check_out(out)
         return request
 
     return exit_code_of(check, lambda request: _run(request, out))

@@ -39,8 +39,8 @@ def check_tokenizer(init_from: str, config: Config, tokenizer: Tokenizer) -> Non
             return
         name, given = printable(path), printable(path)
     raise ConfigError(
-        f"run.init_from={init_from} was trained with another tokenizer ({name}) than data.tokenizer={config.data.tokenizer}"
-        f"{why}; give {given} by data.tokenizer"
+        f"run.init_from={init_from} was trained with another tokenizer ({name}) than "
+        f"data.tokenizer={config.data.tokenizer}{why}; give {given} by data.tokenizer"
     )
 
 
