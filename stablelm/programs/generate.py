@@ -11,7 +11,7 @@ from stablelm.errors import ConfigError
 from stablelm.json_text import parse
 from stablelm.out_file import check_out, write_out
 from stablelm.printable import printable
-from stablelm.programs.arguments import Parser, local_path, path_or_url
+from stablelm.programs.arguments import Parser, local_path, path_or_url, refuse_several_processes
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -99,6 +99,8 @@ def _prompt(line: str, place: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if code := refuse_several_processes("generate"):
+        return code
     from stablelm.process_exit import exit_code_of
 
     return exit_code_of(lambda: _checked(arguments), lambda checked: _generate(arguments, *checked))
