@@ -50,7 +50,8 @@ class HuggingFaceTokenizer:
         self.bos: int | None = None if bos is None else self._id(bos, "bos")
         self.add_bos = special.add_bos
         if self.add_bos and self.bos is None:
-            raise special.no_bos(path)
+            fix = f"leave it out, or name one as bos_token in a {SETTINGS[0]} beside a file named {FILE}"
+            raise special.no_bos(path, fix=fix)
         self.unknown: int | None = tokenizer_json.unknown(described, vocabulary)
         self._kept = {name for name in settings if name != SETTINGS[-1]}
         self._kept |= {found.file for found in (eos, bos) if found is not None and found.file is not None}
