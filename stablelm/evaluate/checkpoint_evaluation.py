@@ -5,7 +5,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from stablelm.config.load import Loaded
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
@@ -14,6 +13,7 @@ from stablelm.evaluate import consent
 from stablelm.evaluate.set_evaluation import SetRequest, find_sets, score_sets
 from stablelm.evaluate.tasks.task_evaluation import TaskOptions, TaskRequest, find_tasks, named_tasks, score_tasks
 from stablelm.evaluate.trained_run import TrainedRun, open_run
+from stablelm.out_file import check_out, write_out
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
 
 
@@ -47,10 +47,9 @@ def evaluate_checkpoint(
     launch = Launch()
     try:
         launch = detect()
+        check_out(out)
         own = consent.own_configuration(config or [])
         request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted, tasks)
-        if out is not None and not Path(out).parent.is_dir():
-            raise ConfigError(f"--out {out}: its folder does not exist; create it first")
     except UserError as error:
         report(error, launch.rank)
         return ConfigError.exit_code
@@ -106,6 +105,6 @@ def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
     tasks = score_tasks(request.tasks, run, engine, ranks) if request.tasks is not None else {}
     if ranks.is_first and out is not None:
         figures_of = {"checkpoint": str(run.checkpoint), "step": run.step, "sets": sets, "tasks": tasks}
-        Path(out).write_text(json.dumps(figures_of, indent=2) + "\n")
+        write_out(out, json.dumps(figures_of, indent=2) + "\n")
     disconnect(ranks)
     return 0

@@ -12,7 +12,7 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.location import KEPT_TOKENIZERS
+from stablelm.data.tokenizers.location import kept_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder
@@ -88,8 +88,4 @@ def _tokenizer(requested: str | None, checkpoint: CheckpointPath, config: Config
 
 
 def _kept(checkpoint: CheckpointPath) -> str | None:
-    """The copy that the run keeps: one file, or the one of which those beside it say what its special tokens are."""
-    if not isinstance(checkpoint, Path):
-        return None
-    kept = (checkpoint.parent.parent / name for name in KEPT_TOKENIZERS)
-    return next((str(path) for path in kept if path.exists()), None)
+    return kept_tokenizer(checkpoint.parent.parent) if isinstance(checkpoint, Path) else None

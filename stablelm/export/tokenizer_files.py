@@ -35,9 +35,10 @@ def token_ids(tokenizer: Tokenizer) -> TokenIds:
 
 
 def contents(tokenizer: Tokenizer, *, longest: int) -> dict[str, bytes]:
-    """The tokenizer's own files byte for byte, by name, and what transformers lacks beside them.
+    """The tokenizer's own files, by name, and what transformers lacks beside them.
 
-    `longest`: tokens that the model takes. Of a SentencePiece model that is a tokenizer.json. Raises ConfigError for
+    They are the same bytes where they put bos before a text, and nothing else, as training did; else they are made to.
+    `longest`: tokens that the model takes. Of a SentencePiece model a tokenizer.json is added. Raises ConfigError for
     one that cannot be converted.
     """
     from tokenizers import Tokenizer as Library
@@ -46,6 +47,7 @@ def contents(tokenizer: Tokenizer, *, longest: int) -> dict[str, bytes]:
     if JSON not in files:
         begin = _sentencepiece(files[SENTENCEPIECE]).id_to_piece(tokenizer.bos) if tokenizer.add_bos else None
         files[JSON] = from_sentencepiece(files[SENTENCEPIECE], begin=begin).encode()
+    files[JSON] = _framing(files[JSON], tokenizer)
     library = Library.from_str(files[JSON].decode())
     if SETTINGS not in files:
         ids, unknown = token_ids(tokenizer), tokenizer.unknown
@@ -59,7 +61,52 @@ def contents(tokenizer: Tokenizer, *, longest: int) -> dict[str, bytes]:
             "split_special_tokens": True,
         }
         files[SETTINGS] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    else:
+        files[SETTINGS] = _agreeing(files[SETTINGS], tokenizer)
     return files
+
+
+def around(content: bytes, text: str = "a") -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer.json puts before and after a text."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(content.decode())
+    library.no_padding()
+    library.no_truncation()
+    whole, plain = library.encode(text).ids, library.encode(text, add_special_tokens=False).ids
+    before = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    return whole[:before], whole[before + len(plain) :]
+
+
+def _framing(content: bytes, tokenizer: Tokenizer) -> bytes:
+    """A tokenizer.json that puts around a text what the prompts of training had."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    begin = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
+    if around(content) == (begin, []):
+        return content
+    library = Library.from_str(content.decode())
+    names = [(library.id_to_token(number), number) for number in begin]
+    first = [f"{name}:0" for name, _ in names]
+    second = [f"{name}:1" for name, _ in names]
+    library.post_processor = processors.TemplateProcessing(
+        single=[*first, "$A:0"], pair=[*first, "$A:0", *second, "$B:1"], special_tokens=names
+    )
+    return library.to_str(pretty=True).encode()
+
+
+def _agreeing(content: bytes, tokenizer: Tokenizer) -> bytes:
+    """A tokenizer_config.json that asks for no other tokens around a text than training had."""
+    settings = json.loads(content)
+    changed = {
+        name: value
+        for name, value in (("add_bos_token", tokenizer.add_bos), ("add_eos_token", False))
+        if settings.get(name) not in (None, value)
+    }
+    if not changed:
+        return content
+    return (json.dumps(settings | changed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def difference(files: dict[str, bytes], tokenizer: Tokenizer, texts: Iterable[str]) -> Difference:

@@ -2,12 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stablelm.config.load import load
 from stablelm.config.schema import Config
-from stablelm.errors import ConfigError, StorageError
+from stablelm.out_file import check_out, write_out
 from stablelm.plan.request import PlanRequest, prepare
 from stablelm.process_exit import exit_code_of
 
@@ -33,18 +32,10 @@ def plan(
     def check() -> PlanRequest:
         loaded = load(files, overrides, world_size=max(1, world_size))
         request = prepare(loaded, world_size, gpu, gpus_per_node, simulated=simulated)
-        if out is not None:
-            _check_out(Path(out))
+        check_out(out)
         return request
 
     return exit_code_of(check, lambda request: _run(request, out))
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a directory; name a file")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out} lies in a directory that does not exist; create {out.parent} first")
 
 
 def _run(request: PlanRequest, out: str | None) -> None:
@@ -58,10 +49,7 @@ def _run(request: PlanRequest, out: str | None) -> None:
         made = make(request)
     print(text(made), end="", flush=True)
     if out is not None:
-        try:
-            Path(out).write_text(json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            raise StorageError(f"--out {out} cannot be written: {error.strerror}") from error
+        write_out(out, json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
         print(f"written: {out}", file=sys.stderr)
 
 

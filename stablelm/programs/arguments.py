@@ -68,6 +68,25 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def refuse_several_processes(program: str) -> int | None:
+    """The exit code, after a sentence, where a launcher started a program several times that runs in one process."""
+    from stablelm.engine.launch_environment import Launch, detect
+    from stablelm.process_exit import report
+
+    launch = Launch()
+    try:
+        launch = detect()
+        if launch.world_size == 1:
+            return None
+        raise ConfigError(
+            f"{program} runs in one process, and {launch.launcher} started {launch.world_size}; start it by python "
+            f"launch/{program}.py"
+        )
+    except ConfigError as error:
+        report(error, launch.rank)
+        return error.exit_code
+
+
 def add_configuration(parser: argparse.ArgumentParser) -> None:
     """The files and single keys of a run's configuration, as `config` and `overrides`."""
     parser.add_argument(

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from stablelm.errors import ConfigError
+from stablelm.process_exit import report
 from stablelm.programs.arguments import Parser, named_path, path_or_url
 
 READING = ("text_column", "text_unit", "bad_rows")
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         tasks = task_options(arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        report(error)
         return error.exit_code
     from stablelm.evaluate.checkpoint_evaluation import evaluate_checkpoint
 

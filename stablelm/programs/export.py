@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from stablelm.errors import UserError
-from stablelm.programs.arguments import Parser, local_path, path_or_url
+from stablelm.process_exit import report
+from stablelm.programs.arguments import Parser, local_path, path_or_url, refuse_several_processes
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
 DTYPES = ("bf16", "fp32", "q8_0")
@@ -59,6 +60,8 @@ def _gigabytes(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if code := refuse_several_processes("export"):
+        return code
     from stablelm.export.writer import ExportRequest, export
 
     request = ExportRequest(
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         done = export(request)
     except UserError as error:
-        print(error, file=sys.stderr)
+        report(error)
         return error.exit_code
     print(f"{done.folder}: format {done.format}, {done.parameters / 1e6:.2f} M parameters, {arguments.dtype}")
     for note in done.notes:

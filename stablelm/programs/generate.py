@@ -7,10 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
-from stablelm.errors import ConfigError, StorageError
+from stablelm.errors import ConfigError
 from stablelm.json_text import parse
+from stablelm.out_file import check_out, write_out
 from stablelm.printable import printable
-from stablelm.programs.arguments import Parser, local_path, path_or_url
+from stablelm.programs.arguments import Parser, local_path, path_or_url, refuse_several_processes
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -98,6 +99,8 @@ def _prompt(line: str, place: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if code := refuse_several_processes("generate"):
+        return code
     from stablelm.process_exit import exit_code_of
 
     return exit_code_of(lambda: _checked(arguments), lambda checked: _generate(arguments, *checked))
@@ -117,11 +120,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
         seed=arguments.seed,
     )
     check_counts(samples=arguments.samples, batch_size=arguments.batch_size)
-    out: Path | None = arguments.out
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: its folder does not exist; create it first")
-    if out is not None and out.is_dir():
-        raise ConfigError(f"--out {out} is a directory; name a file")
+    check_out(arguments.out)
     prompts = read_prompts(arguments)
     empty = [str(number) for number, prompt in enumerate(prompts, 1) if not prompt]
     if empty:
@@ -187,11 +186,4 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], sampling: Any) 
     for record in records if shown is None else ():
         show(f"--- {record['prompt']!r}, sample {record['sample'] + 1}\n{record['prompt']}{record['text']}\n")
     if arguments.out is not None:
-        _save(records, arguments.out)
-
-
-def _save(records: list[dict[str, Any]], out: Path) -> None:
-    try:
-        out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"--out {out} cannot be written ({error.strerror}); name a file that can") from None
+        write_out(arguments.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

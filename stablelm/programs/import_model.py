@@ -5,7 +5,7 @@ import sys
 
 from stablelm.errors import UserError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, path_or_url
+from stablelm.programs.arguments import Parser, path_or_url, refuse_several_processes
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -37,6 +37,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if code := refuse_several_processes("import_model"):
+        return code
     from stablelm.export.importing.import_model import import_model
 
     try:

@@ -30,6 +30,7 @@ from stablelm.observe import provenance
 from stablelm.small_files import read_small
 from stablelm.supervise import attempts
 from stablelm.train import run_directory
+from stablelm.train.source_tokenizer import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume)
+        if config.run.init_from is not None and not _has_begun(config):
+            check_tokenizer(config.run.init_from, config, tokenizer)
     return Prepared(
         config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora, tasks, attempt
     )
@@ -192,8 +195,7 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
         raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not _exists(resume):
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
-    steps = bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
-    begun = _has_text(run_dir / "metrics.jsonl")
+    steps, begun = _has_begun(config), _has_text(run_dir / "metrics.jsonl")
     if not steps and not begun:
         return
     if not begun and (run_dir / selection.IMPORTED).exists():
@@ -219,6 +221,11 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             "another run.dir"
         ) from error
     refuse_other_run(saved, identity, f"run.dir={run_dir}")
+
+
+def _has_begun(config: Config) -> bool:
+    """Whether there are checkpoints of the run."""
+    return bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
 
 
 def _exists(path: str) -> bool:

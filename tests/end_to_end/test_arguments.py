@@ -171,3 +171,23 @@ def test_the_home_directory_is_meant(
 def test_one_rank_tells(begin: Begin, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
     assert begin("launch/pretrain.py", "--confg", "x") == (78, "")
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("generate", ["--checkpoint", "x", "--prompt", "y"]),
+        ("export", ["--checkpoint", "x", "--out", "y"]),
+        ("import_model", ["--from", "x", "--out", "y"]),
+    ],
+)
+def test_programs_of_one_process_refuse_a_launcher(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch, program: str, arguments: list[str]
+):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, said = begin(f"launch/{program}.py", *arguments)
+    assert code == 78
+    assert said == (
+        f"error: {program} runs in one process, and torchrun started 2; start it by python launch/{program}.py\n"
+    )

@@ -93,6 +93,7 @@ def test_standard_input_is_a_prompt_and_stop_strings_end_it(trained: str):
         (["--prompt", "bato", "--precision", "fp8"], "unknown --precision fp8"),
         (["--prompt", "bato", "--prompts", "x"], "not allowed with argument --prompt"),
         (["--prompt", "bato", "--out", "/nowhere/at/all.jsonl"], "its folder does not exist; create it first"),
+        (["--prompt", "bato", "--out", "."], "--out . is a directory; name a file"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: No such file or directory; name a readable file"),
         (["--prompts", "empty.txt"], "empty.txt holds no prompt; write one a line"),
         (["--prompts", "bad.jsonl"], "bad.jsonl:2: it has no string under the key prompt; write lines such as"),

@@ -91,6 +91,8 @@ def test_text_and_tasks_together(trained: Path, corpus: TinyCorpus, tmp_path: Pa
         (["--tasks", "a.jsonl", "--few-shot", "2"], "--few-shot 2 is for tasks of lm-evaluation-harness"),
         (["--tasks", "piqa", "--task-path", "nowhere"], "--task-path nowhere is not a directory"),
         (["--limit", "5"], "--limit is for tasks; name them by --tasks"),
+        (["--out", "."], "--out . is a directory; name a file"),
+        (["--out", "nowhere/figures.json"], "--out nowhere/figures.json: its folder does not exist; create it first"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], words: str, trained: Path, tmp_path: Path):

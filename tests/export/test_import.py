@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import public_models
+from support import public_models, tokenizer_files
 from support.public_models import KINDS, POSITIONS
 from support.tiny import TinyCorpus
 
@@ -15,6 +15,7 @@ from stablelm.checkpoint.tensor_index import read_index
 from stablelm.evaluate.trained_run import load_module, open_run
 from stablelm.export.importing import import_scales
 from stablelm.export.importing.import_model import import_model
+from stablelm.export.writer import ExportRequest, export
 from stablelm.methods import catalogue
 
 FITTING = (
@@ -138,7 +139,6 @@ def test_what_the_source_leaves_open_is_the_users(tiny_corpus: TinyCorpus, tmp_p
 
 
 def _pieces(tokenizer: str) -> int:
-    from stablelm.data.tokenizers import load_tokenizer
 
     return load_tokenizer(tokenizer).pieces
 
@@ -147,3 +147,18 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     directory = run / "checkpoints" / "step-00000000" / "tensors"
     index = read_index(directory)
     return {name: Reader(directory, index).tensor(name) for name in index.tensors}
+
+
+@pytest.mark.parametrize("form", ["gpt2", "llama3"])
+def test_documents_begin_with_bos_where_the_tokenizer_puts_one(form: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+    content = getattr(tokenizer_files, form)()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    folder = public_models.write_llama(tmp_path / "folder", str(tmp_path / "tokenizer.json"))
+    (folder / "tokenizer.model").rename(folder / "tokenizer.json")
+    made = import_model(folder, tmp_path / "run")
+    assert made.config.data.add_bos == (form == "llama3")
+    assert open_run(str(tmp_path / "run")).tokenizer.add_bos == made.config.data.add_bos
+    export(ExportRequest(str(tmp_path / "run"), tmp_path / "out"))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == content
+    plain = import_model(folder, tmp_path / "plain", overrides=["data.add_bos=false"])
+    assert not plain.config.data.add_bos

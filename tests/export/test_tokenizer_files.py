@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from support import tokenizer_files as forms
 from support.tiny import TinyCorpus, synthetic_documents
 
 from stablelm.data.tokenizers import load_tokenizer
@@ -35,7 +36,7 @@ class ByteLevel:
 
 
 def byte_level(**changes: Any) -> Any:
-    library = tokenizers.load_tokenizer(tokenizers.models.BPE())
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     library.decoder = tokenizers.decoders.ByteLevel()  # type: ignore[assignment]
     trainer = tokenizers.trainers.BpeTrainer(
@@ -84,3 +85,27 @@ def test_documents_with_other_ids_are_counted(tiny_corpus: TinyCorpus):
     described["normalizer"] = None
     broken = {**files, "tokenizer.json": json.dumps(described).encode()}
     assert tokenizer_files.difference(broken, own, ["ban der", "fi"]).differing == 2
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("form", ["gpt2", "llama3"])
+def test_texts_begin_as_in_training_whatever_the_file_puts_around_them(form: str, add_bos: bool, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "tokenizer.json").write_bytes(getattr(forms, form)())
+    bos = "<|endoftext|>" if form == "gpt2" else "<|begin_of_text|>"
+    eos = "<|endoftext|>" if form == "gpt2" else "<|end_of_text|>"
+    settings = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = load_tokenizer(source, add_bos=add_bos)
+    files = tokenizer_files.contents(own, longest=32)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    begin = [own.bos] if add_bos else []
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert loaded("the lazy dog")["input_ids"] == [*begin, *own.encode("the lazy dog")]
+    assert tokenizer_files.difference(files, own, forms.TEXT[:3]) == (0, 3)
+    same = add_bos == (form == "llama3")
+    assert (files["tokenizer.json"] == own.files()["tokenizer.json"]) == same

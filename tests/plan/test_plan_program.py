@@ -131,7 +131,7 @@ def test_the_table_is_of_plausible_devices():
         (["--world-size", "3"], "train.global_batch_size=8 must be divisible by the number of processes, 3"),
         (["--world-size", "2", "engine.kind=single"], "engine.kind=single cannot use the 2 processes"),
         (["--world-size", "4", "engine.unit_bytes=0"], "engine.unit_bytes=0 must be at least 1"),
-        (["--world-size", "4", "--out", "/nowhere/at/all.json"], "lies in a directory that does not exist"),
+        (["--world-size", "4", "--out", "/nowhere/at/all.json"], "its folder does not exist"),
         (["--world-size", "4", "data.tokenizer=/no/such.model", "model.vocab_size=null"], "/no/such.model"),
     ],
 )

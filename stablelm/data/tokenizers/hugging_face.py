@@ -50,7 +50,8 @@ class HuggingFaceTokenizer:
         self.bos: int | None = None if bos is None else self._id(bos, "bos")
         self.add_bos = special.add_bos
         if self.add_bos and self.bos is None:
-            raise special.no_bos(path)
+            fix = f"leave it out, or name one as bos_token in a {SETTINGS[0]} beside a file named {FILE}"
+            raise special.no_bos(path, fix=fix)
         self.unknown: int | None = tokenizer_json.unknown(described, vocabulary)
         self._kept = {name for name in settings if name != SETTINGS[-1]}
         self._kept |= {found.file for found in (eos, bos) if found is not None and found.file is not None}
@@ -155,6 +156,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens such as eos give nothing."""
         return self._call(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Piece -> id, added tokens included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def files(self) -> dict[str, bytes]:
         return {FILE: self._content} | {name: self._settings[name] for name in SETTINGS if name in self._kept}

@@ -58,6 +58,10 @@ class Tokenizer(Encoder, Protocol):
         """Ids of the text alone: no bos, no eos. What looks like a special token in it is text."""
         ...
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """Piece -> id, added tokens included."""
+        ...
+
     def files(self) -> Mapping[str, bytes]:
         """Name -> content of the files that make this tokenizer again, as they were read: in a folder of their own
         they are what `load_tokenizer` opens."""

@@ -44,6 +44,12 @@ def load_tokenizer(
     return _made(content, name, special, {file: local.parent / file for file in beside})
 
 
+def kept_tokenizer(run_dir: Path) -> str | None:
+    """The copy that a run directory keeps: one file, or the one of which those beside it say what its special tokens
+    are."""
+    return next((str(path) for name in KEPT_TOKENIZERS if (path := run_dir / name).exists()), None)
+
+
 def _from_hub(name: str, special: SpecialTokens) -> Tokenizer:
     from stablelm.data.tokenizers import hub_download
 

@@ -82,6 +82,10 @@ class SentencePieceTokenizer:
         """Text of the ids; control pieces such as eos give nothing."""
         return self._processor.decode(list(ids))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Piece -> id."""
+        return {self._processor.id_to_piece(number): number for number in range(self.pieces)}
+
     def files(self) -> dict[str, bytes]:
         return {FILE: self._content}
 

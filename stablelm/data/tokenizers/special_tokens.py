@@ -33,9 +33,9 @@ class SpecialTokens:
     def eos_key(self) -> str:
         return self._beside("eos_token")
 
-    def no_bos(self, path: str) -> ConfigError:
+    def no_bos(self, path: str, *, fix: str = "leave it out") -> ConfigError:
         asked = self._beside("add_bos") + ("" if self.key.startswith("--") else "=true")
-        return ConfigError(f"{asked}: {path!r} has no token that begins a document; leave it out")
+        return ConfigError(f"{asked}: {path!r} has no token that begins a document; {fix}")
 
     def _beside(self, name: str) -> str:
         return f"--{name.replace('_', '-')}" if self.key.startswith("--") else f"data.{name}"

@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stablelm import json_text
 from stablelm.checkpoint.selection import CHECKPOINTS, IMPORTED
 from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.keys import find, values
 from stablelm.config.load import Loaded, dump, load
-from stablelm.config.schema import Config, DataConfig, ModelConfig
+from stablelm.config.schema import Config, ModelConfig
 from stablelm.data.tokenizers import Tokenizer, load_tokenizer
 from stablelm.data.tokenizers.location import KEPT_TOKENIZERS
 from stablelm.errors import ConfigError, StorageError
+from stablelm.export import tokenizer_files
 from stablelm.export.importing import import_scales
 from stablelm.export.importing.source_folder import CONFIG, SourceFolder
 from stablelm.export.importing.source_models import SourceModel, describe
@@ -69,7 +71,7 @@ def import_model(
     loaded = load([], list(overrides))
     folder = SourceFolder(Path(source))
     found = describe(folder, loaded.config.model.max_seq_len)
-    tokens = _tokenizer(folder, found, tokenizer, loaded.config.data)
+    tokens = _tokenizer(folder, found, tokenizer, loaded)
     asked = _asked(loaded, found, method, path.absolute(), tokens)
     _refuse_obstacles(found, import_scales.for_import(asked.model))
     config = _resolved(asked, loaded, tokens)
@@ -78,11 +80,17 @@ def import_model(
     return Imported(path, str(folder.config["model_type"]), config, _parameters(config.model), added)
 
 
-def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None, data: DataConfig) -> Tokenizer:
-    """The tokenizer, which must fit the model: as requested, or the folder's, the file that transformers prefers."""
+def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None, loaded: Loaded) -> Tokenizer:
+    """The tokenizer, which must fit the model: as requested, or the folder's, the file that transformers prefers.
+
+    Documents begin with bos where its files put one before a text, unless data.add_bos is given.
+    """
+    data = loaded.config.data
     beside = (str(folder.path / name) for name in reversed(KEPT_TOKENIZERS) if (folder.path / name).exists())
     path = asked or next(beside, str(folder.path))
     tokens = load_tokenizer(path, key="--tokenizer", add_bos=data.add_bos, eos_token=data.eos_token)
+    if "data.add_bos" not in loaded.origins and tokens.bos is not None and _begins(tokens):
+        tokens = load_tokenizer(path, key="--tokenizer", add_bos=True, eos_token=data.eos_token)
     vocabulary = found.keys["vocab_size"]
     if tokens.pieces > vocabulary:
         raise ConfigError(
@@ -96,6 +104,18 @@ def _tokenizer(folder: SourceFolder, found: SourceModel, asked: str | None, data
             "name the one that the model was trained with by --tokenizer"
         )
     return tokens
+
+
+def _begins(tokens: Tokenizer) -> bool:
+    """Whether the tokenizer's files put its bos token before a text."""
+    files = tokens.files()
+    try:
+        said = json_text.parse(files.get(tokenizer_files.SETTINGS, b"{}"), dict[str, Any]).get("add_bos_token")
+    except ValueError:
+        said = None
+    if isinstance(said, bool) or tokenizer_files.JSON not in files:
+        return said is True
+    return tokenizer_files.around(files[tokenizer_files.JSON])[0] == [tokens.bos]
 
 
 def _asked(loaded: Loaded, found: SourceModel, method: str, out: Path, tokens: Tokenizer) -> Config:
@@ -113,6 +133,7 @@ def _asked(loaded: Loaded, found: SourceModel, method: str, out: Path, tokens: T
         data=replace(
             given.data,
             tokenizer=str(out / kept),
+            add_bos=tokens.add_bos,
             seq_len=seq_len,
         ),
         run=replace(given.run, dir=str(out), init_from=str(out)),
