@@ -35,6 +35,11 @@ def named_path(text: str) -> str:
     return name + path_or_url(given)
 
 
+def named_paths(text: str) -> str:
+    """Type of an argument `[NAME=]PATH,...`."""
+    return ",".join(map(named_path, text.split(",")))
+
+
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the programs that read text: where it is, and how it is read."""
     parser.add_argument(

@@ -5,7 +5,7 @@ import sys
 
 from stablelm.errors import ConfigError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, named_path, path_or_url
+from stablelm.programs.arguments import Parser, named_path, named_paths, path_or_url
 
 READING = ("text_column", "text_unit", "bad_rows")
 
@@ -66,6 +66,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         action="append",
         default=[],
+        type=named_paths,
         metavar="TASK,...",
         help="[NAME=]FILE.jsonl of multiple-choice items (query, choices, gold), or names and yaml files of tasks of "
         "lm-evaluation-harness; without --data no text is scored then",

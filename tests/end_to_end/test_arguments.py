@@ -21,7 +21,7 @@ COMMANDS = {
     "launch/checkpoints.py": ["list", "verify", "prune", "consolidate"],
     "slurm/attempt.py": ["where", "unfinished", "line", "begin", "end", "tell", "state", "unevaluated"],
 }
-WORDS = {"--text-column", "--eos-token", "--part", "--gpu", "--reason", "--launcher", "--method"}
+WORDS = {"--text-column", "--eos-token", "--part", "--gpu", "--reason", "--launcher", "--method", "--keep-best"}
 """Options that take words of the user's own which are no path."""
 HOME_PATHS = [
     ("launch/checkpoints.py", ["list", "~/run"]),

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from stablelm.data.storage.options import FAMILIES, PINNED_FILE, ReadOptions, Stamp, base_name, changed, local_path
-from stablelm.data.storage.retry import persist
+from stablelm.data.storage.retry import Retries
 from stablelm.data.storage.stall_monitor import reading
 from stablelm.data.storage.stores import filesystem, tag
 from stablelm.errors import DataError
@@ -36,7 +36,6 @@ OVERLAP = 64
 SLICES = 16 << 10, 64 << 10
 # Bytes copied at once into the cache.
 CHUNK = 1 << 20
-T = TypeVar("T")
 
 
 class LookEnded(DataError):
@@ -80,7 +79,12 @@ class RangeFile(io.RawIOBase):
         """Size and tag of the file, which is opened for this at the first time."""
         if known := self._options.stamps.get(self.url):
             return known
-        return self._persist(self._opened)[1]
+        with self._retries() as retries:
+            while True:
+                try:
+                    return self._opened()[1]
+                except Exception as error:
+                    retries.wait(error, self._failed(error))
 
     def readinto(self, buffer: Any) -> int:
         """Fill from the current offset; 0 only at the end of the file."""
@@ -109,9 +113,8 @@ class RangeFile(io.RawIOBase):
         self._drop()
         super().close()
 
-    def _persist(self, attempt: Callable[[], T]) -> T:
-        budget, first_answer = self._options.retry_budget, self._options.first_answer
-        return persist(attempt, name=self.url, budget=budget, first_answer=first_answer, failed=self._failed)
+    def _retries(self) -> Retries:
+        return Retries(self.url, budget=self._options.retry_budget, first_answer=self._options.first_answer)
 
     def _next(self, size: int) -> memoryview:
         """Up to so many bytes from the current offset, which is then behind them; empty only at the end of the file."""
@@ -120,7 +123,13 @@ class RangeFile(io.RawIOBase):
                 f"{self.url}: no document in its first {self.offset} bytes, and no time to look further; check that it "
                 "holds text, and that its store is fast enough"
             )
-        data = self._persist(lambda: self._fetch(size))
+        with self._retries() as retries:
+            while True:
+                try:
+                    data = self._fetch(size)
+                    break
+                except Exception as error:
+                    retries.wait(error, self._failed(error))
         self.offset += len(data)
         self._tail = bytes(data[-OVERLAP:])
         return data

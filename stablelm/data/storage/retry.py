@@ -29,45 +29,59 @@ T = TypeVar("T")
 _jitter = random.Random()
 
 
-def persist(
-    attempt: Callable[[], T],
-    *,
-    name: str,
-    budget: float,
-    first_answer: float | None = None,
-    failed: Callable[[Exception], str] = lambda error: "",
-) -> T:
-    """What `attempt` returns; it is repeated for at most `budget` seconds after the first failure.
+class Retries:
+    """The attempts of one read: `wait` is called with each failure, and returns when it is time for the next attempt.
 
-    With `first_answer` only for so many seconds, unless the store answers that it is busy or broken. `failed` is called
-    with each failure and returns where in the file it was, for the message. A wait is as long as the store asks, else a
-    jittered exponential back-off, and visible in `stall_monitor.waiting`. Raises DataError naming the file and the
-    cause when the budget is spent, and at once when another attempt cannot help; a DataError is raised as it is.
+    They last for at most `budget` seconds after the first failure; with `first_answer` only for so many, unless the
+    store answers that it is busy or broken. A wait is as long as the store asks, else a jittered exponential back-off,
+    and visible in `stall_monitor.waiting` until the with block ends.
     """
-    wait, began, delay = None, 0.0, FIRST_DELAY
-    with ExitStack() as visible:
+
+    def __init__(self, name: str, *, budget: float, first_answer: float | None = None):
+        self._name, self._budget, self._first_answer = name, budget, first_answer
+        self._wait: Wait | None = None
+        self._began, self._delay, self._visible = 0.0, FIRST_DELAY, ExitStack()
+
+    def __enter__(self) -> "Retries":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._visible.close()
+
+    def wait(self, error: Exception, where: str = "") -> None:
+        """Raises DataError naming the file, `where` in it and the cause when the budget is spent, and at once when
+        another attempt cannot help; a DataError is raised as it is."""
+        if isinstance(error, DataError):
+            raise error
+        wait = self._noted(redacted(words(error)))
+        if hopeless := _cause_and_fix(error):
+            raise DataError(f"{self._name}: {'; '.join(hopeless)}") from error
+        limit = self._first_answer if http_status(error) is None else None
+        allowed = self._budget if limit is None else min(self._budget, limit)
+        remaining = self._began + allowed - time.monotonic()
+        if remaining <= 0:
+            what = f"{self._name}: unreadable{where} for {allowed:g} s"
+            raise DataError(_gave_up(what, error, limit is not None)) from error
+        time.sleep(min(_pause(error, self._delay), remaining))
+        self._delay = min(2 * self._delay, LONGEST_DELAY)
+        wait.attempt += 1
+
+    def _noted(self, reason: str) -> Wait:
+        if self._wait is None:
+            self._wait, self._began = Wait(redacted(self._name), 1, time.time(), reason), time.monotonic()
+            self._visible.enter_context(noted(self._wait))
+        self._wait.cause = reason
+        return self._wait
+
+
+def persist(attempt: Callable[[], T], *, name: str, budget: float, first_answer: float | None = None) -> T:
+    """What `attempt` returns, repeated as `Retries` allows."""
+    with Retries(name, budget=budget, first_answer=first_answer) as retries:
         while True:
             try:
                 return attempt()
-            except DataError:
-                raise
             except Exception as error:
-                where, reason = failed(error), redacted(words(error))
-                if wait is None:
-                    wait, began = Wait(redacted(name), 1, time.time(), reason), time.monotonic()
-                    visible.enter_context(noted(wait))
-                wait.cause = reason
-                if hopeless := _cause_and_fix(error):
-                    raise DataError(f"{name}: {'; '.join(hopeless)}") from error
-                limit = first_answer if http_status(error) is None else None
-                allowed = budget if limit is None else min(budget, limit)
-                remaining = began + allowed - time.monotonic()
-                if remaining <= 0:
-                    what = f"{name}: unreadable{where} for {allowed:g} s"
-                    raise DataError(_gave_up(what, error, limit is not None)) from error
-                time.sleep(min(_pause(error, delay), remaining))
-                delay = min(2 * delay, LONGEST_DELAY)
-                wait.attempt += 1
+                retries.wait(error)
 
 
 def _pause(error: Exception, delay: float) -> float:
