@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
-from stablelm.evaluate.generate import Language, continue_prompts
-from stablelm.evaluate.loaded_model import fixed
-from stablelm.evaluate.prompts import Prompt
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, continue_prompts
+from stablelm.evaluate.generation.loaded_model import fixed
+from stablelm.evaluate.generation.prompts import Prompt
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise

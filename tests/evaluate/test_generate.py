@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.generate import language_of, llama_config, llama_of, ours, theirs
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generate import Language, Watcher, continue_prompts
-from stablelm.evaluate.loaded_model import fixed
-from stablelm.evaluate.prompts import Prompt, beyond_training, encode_prompts
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, Watcher, continue_prompts
+from stablelm.evaluate.generation.loaded_model import fixed
+from stablelm.evaluate.generation.prompts import Prompt, beyond_training, encode_prompts
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.axes import Method, Model, Position
 from stablelm.methods.catalogue import METHODS, apply_method
 from stablelm.model.cache import KeyValueCache

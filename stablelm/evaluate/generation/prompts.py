@@ -6,7 +6,7 @@ from typing import Protocol
 
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.growing_text import Decoding
+from stablelm.evaluate.generation.growing_text import Decoding
 
 
 class Vocabulary(Decoding, Protocol):
