@@ -33,7 +33,7 @@ Shape = tuple[int, int, int, int]
 class NoText:
     """Tokens without text, of which none ends a document."""
 
-    eos = -1
+    eos, bos, add_bos = -1, None, False
 
     def __init__(self, pieces: int):
         self.pieces = pieces

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from stablelm.checkpoint.remote_path import FULL, UNWRITABLE
 from stablelm.errors import ConfigError, StorageError
 from stablelm.evaluate.trained_run import TrainedRun, open_run
-from stablelm.export import hub, model_card, tokenizer_files
+from stablelm.export import gguf, hub, model_card, tokenizer_files
 from stablelm.export.folding import Folded
 from stablelm.export.formats.choice import GGUF, OWN, choose, format_of
 from stablelm.export.sample_text import sample_documents, sample_tokens
@@ -139,7 +138,7 @@ def _tokenizer_difference(files: dict[str, bytes], run: TrainedRun, texts: list[
 def _write_model(request: ExportRequest, name: str, folded: Folded, run: TrainedRun, folder: Path) -> int:
     """Configuration and tensors; returns the number of values."""
     if name == GGUF:
-        import_module("stablelm.export.gguf").write(folded, run.tokenizer, folder, request.dtype)
+        gguf.write(folded, run.tokenizer, folder, request.dtype)
         return sum(math.prod(tensor.shape) for _, tensor in format_of("llama").tensors(folded))
     architecture, dtype = format_of(name), DTYPES[request.dtype]
     ids = tokenizer_files.token_ids(run.tokenizer)
