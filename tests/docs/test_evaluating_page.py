@@ -36,7 +36,5 @@ def test_a_command_runs(line: str, place: Path, tiny_corpus: TinyCorpus):
     if "runs/kept" in line and "pretrain" not in line and not (place / "runs" / "kept").exists():
         kept = next(one for one in commands(PAGE) if "run.dir=runs/kept" in one)
         assert run_command(kept, place, tiny_corpus, *SHORT).returncode == 0
-    if "run.dir" not in line and "pretrain" in line:
-        line += " run.dir=runs/tasks"
     done = run_command(line, place, tiny_corpus, *SHORT)
     assert done.returncode == 0, done.stderr

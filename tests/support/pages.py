@@ -52,9 +52,21 @@ def run_command(
         imported = any(word.endswith("config.yaml") for word in rest)  # it has a shape and a tokenizer
         small = [key for key in [*TINY, *corpus.overrides()] if not (imported and re.match(r"model|data\.tok", key))]
         arguments = [*(word for word in rest if word not in keys), *small, *keys, *short]
+    return _forked(program, arguments, folder, extra, processes=int(processes[1]) if processes else 1)
+
+
+def run_code(code: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    """A block of Python of a page, in a process of its own in `folder`."""
+    script = folder / "block.py"
+    script.write_text(code)
+    return _forked(script, [], folder, extra)
+
+
+def _forked(
+    program: Path, arguments: list[str], folder: Path, extra: Mapping[str, str], *, processes: int = 1
+) -> subprocess.CompletedProcess[str]:
     caches = {name: str(folder / "cache" / place) for name, place in CACHES.items()}
     environ = environment(**{"HF_HUB_OFFLINE": "1", **caches, **extra})
-    ranks = int(processes[1]) if processes else 1
     return run_forked(
-        str(program), arguments, environ, processes=ranks, port=free_port(), cwd=folder, timeout=240
+        str(program), arguments, environ, processes=processes, port=free_port(), cwd=folder, timeout=240
     )  # fmt: skip
