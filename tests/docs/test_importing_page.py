@@ -1,7 +1,9 @@
 """The commands of docs/importing.md, one after the other, on a small LLaMA."""
 
+import re
 from pathlib import Path
 
+import yaml
 from support import public_models
 from support.pages import DOCS, commands, run_command
 from support.programs import summary
@@ -18,8 +20,11 @@ def test_the_page_runs_from_top_to_bottom(tiny_corpus: TinyCorpus, tmp_path: Pat
     for line in LINES:
         done = run_command(line, tmp_path, tiny_corpus, "train.steps=3", here=here)
         assert done.returncode == 0, (line, done.stderr)
+        if "launch/eval.py" in line:
+            assert re.search(r"news\b.*perplexity", done.stdout, re.DOTALL)
     assert summary(tmp_path / "runs" / "continued")["step"] == 3
-    assert "news" in done.stdout or (tmp_path / "runs" / "imported_deep" / "config.yaml").exists()
+    deep = yaml.safe_load((tmp_path / "runs" / "imported_deep" / "config.yaml").read_text())
+    assert deep["model"]["method"] == "deepscalelm_pre"
 
 
 def test_the_page_imports_trains_and_evaluates():
