@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
-from stablelm.evaluate.generate import Language, continue_prompts
-from stablelm.evaluate.loaded_model import fixed
-from stablelm.evaluate.prompts import Prompt
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, continue_prompts
+from stablelm.evaluate.generation.loaded_model import fixed
+from stablelm.evaluate.generation.prompts import Prompt
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
@@ -33,7 +33,7 @@ Shape = tuple[int, int, int, int]
 class NoText:
     """Tokens without text, of which none ends a document."""
 
-    eos = -1
+    eos, bos, add_bos = -1, None, False
 
     def __init__(self, pieces: int):
         self.pieces = pieces

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stablelm.data.tokenizers import load_tokenizer as load_tokenizer
-    from stablelm.evaluate.loaded_model import generate as generate
-    from stablelm.evaluate.loaded_model import load_model as load_model
+    from stablelm.evaluate.generation.loaded_model import generate as generate
+    from stablelm.evaluate.generation.loaded_model import load_model as load_model
 
 __version__ = "0.2.0"
 
 _WHERE = {
-    "generate": "stablelm.evaluate.loaded_model",
-    "load_model": "stablelm.evaluate.loaded_model",
+    "generate": "stablelm.evaluate.generation.loaded_model",
+    "load_model": "stablelm.evaluate.generation.loaded_model",
     "load_tokenizer": "stablelm.data.tokenizers",
 }
 __all__ = ["generate", "load_model", "load_tokenizer"]

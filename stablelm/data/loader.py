@@ -33,8 +33,9 @@ from stablelm.data.mixture import RunText, of_source
 from stablelm.data.order import Cursor, TokenPosition
 from stablelm.data.packing import BatchRow, LaneRows, SourceCursors, SourcePositions
 from stablelm.data.storage.options import SeenFiles
-from stablelm.data.tokenizers.interface import IGNORED, Encoder, count_unknown
+from stablelm.data.tokenizers.interface import Encoder, count_unknown
 from stablelm.data.workers import RowProducer, WorkerProcess, WorkerTask, allow_open_files
+from stablelm.model.targets import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -1,1 +1,1 @@
-"""Perplexity of checkpoints and validation sets."""
+"""Evaluation of checkpoints: loss on text, tasks, and generation."""

@@ -9,7 +9,7 @@ import torch
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.model.loss import IGNORED
+from stablelm.model.targets import IGNORED
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
+from stablelm.export.folding import Folded
+from stablelm.export.formats import llama
 from stablelm.export.formats.gguf_vocabulary import vocabulary
 
 FILE = "model.gguf"
@@ -32,27 +35,11 @@ class Values(Protocol):
     def to(self, dtype: Any) -> Any: ...
 
 
-class TextIds(Protocol):
-    """What is written of a tokenizer."""
-
-    @property
-    def eos(self) -> int: ...
-    @property
-    def bos(self) -> int | None: ...
-    @property
-    def unknown(self) -> int | None: ...
-    @property
-    def add_bos(self) -> bool: ...
-
-    def files(self) -> Mapping[str, bytes]: ...
-
-
-def write(folded: Any, tokenizer: TextIds, folder: Path, dtype: str) -> None:
+def write(folded: Folded, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
     """Writes FILE into `folder`: a folded model that fits the format `llama`, in fp32, bf16 or q8_0.
 
     Raises ConfigError for a tokenizer that llama.cpp does not compute, or where the `gguf` package is missing; OSError.
     """
-    llama = import_module("stablelm.export.formats.llama")
     name = f"stablelm-{folded.model.method}-{folded.model.n_layers}x{folded.model.d_model}"
     write_file(folder / FILE, llama.config(folded), llama.tensors(folded), tokenizer, dtype, name=name)
 
@@ -61,7 +48,7 @@ def write_file(
     path: Path,
     config: Mapping[str, Any],
     tensors: Iterable[tuple[str, Values]],
-    tokenizer: TextIds,
+    tokenizer: Tokenizer,
     dtype: str,
     *,
     name: str,
@@ -139,7 +126,7 @@ def _add_metadata(gguf: Any, writer: Any, config: Mapping[str, Any], dtype: str,
     writer.add_rope_freq_base(config["rope_theta"])
 
 
-def _add_tokenizer(writer: Any, tokenizer: TextIds, size: int) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     found = vocabulary(dict(tokenizer.files()), size)
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)

@@ -5,9 +5,8 @@ import math
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from stablelm.checkpoint.remote_path import FULL, UNWRITABLE
 from stablelm.errors import ConfigError, StorageError
 from stablelm.evaluate.trained_run import TrainedRun, open_run
-from stablelm.export import hub, model_card, tokenizer_files
+from stablelm.export import gguf, hub, model_card, tokenizer_files
 from stablelm.export.folding import Folded
 from stablelm.export.formats.choice import GGUF, OWN, choose, format_of
 from stablelm.export.sample_text import sample_documents, sample_tokens
@@ -92,16 +91,19 @@ def _check_out(request: ExportRequest) -> None:
         raise ConfigError(f"--out {out} is not a directory; name a new one")
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty; name a new directory")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: its folder does not exist; create it first")
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--out {out}: {there} is not a directory; name another one")
 
 
 @contextmanager
 def _complete_at_end(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its name where the with block ends well, and goes where it does not."""
+    """A new folder beside `out`, which takes its name where the with block ends well, and goes where it does not, with
+    the parents that were missing."""
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
     temporary = out.absolute().with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         sync_directory(temporary)
         rename_to_new(temporary, out.absolute())
@@ -114,6 +116,9 @@ def _complete_at_end(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:  # the deepest first; those that hold something stay
+                parent.rmdir()
 
 
 def _differences(folded: Folded, run: TrainedRun, name: str) -> list[str]:
@@ -139,7 +144,7 @@ def _tokenizer_difference(files: dict[str, bytes], run: TrainedRun, texts: list[
 def _write_model(request: ExportRequest, name: str, folded: Folded, run: TrainedRun, folder: Path) -> int:
     """Configuration and tensors; returns the number of values."""
     if name == GGUF:
-        import_module("stablelm.export.gguf").write(folded, run.tokenizer, folder, request.dtype)
+        gguf.write(folded, run.tokenizer, folder, request.dtype)
         return sum(math.prod(tensor.shape) for _, tensor in format_of("llama").tensors(folded))
     architecture, dtype = format_of(name), DTYPES[request.dtype]
     ids = tokenizer_files.token_ids(run.tokenizer)

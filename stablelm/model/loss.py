@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # a target that does not count
+from stablelm.model.targets import IGNORED
+
 CHUNK_BYTES = 32 * 2**20
 
 

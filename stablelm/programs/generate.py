@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
     """The prompts and the `Sampling`; all that can be checked without torch is right."""
-    from stablelm.evaluate.sampling import Sampling, check_counts
+    from stablelm.evaluate.generation.sampling import Sampling, check_counts
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -150,8 +150,8 @@ def show(text: str, end: str = "\n") -> None:
 
 
 def _generate(arguments: argparse.Namespace, prompts: list[str], sampling: Any) -> None:
-    from stablelm.evaluate.generate import Watcher
-    from stablelm.evaluate.loaded_model import load_model, write
+    from stablelm.evaluate.generation.generate import Watcher
+    from stablelm.evaluate.generation.loaded_model import load_model, write
 
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     model = load_model(

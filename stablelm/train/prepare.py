@@ -22,7 +22,7 @@ from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import ConfigError, Problems
-from stablelm.evaluate.prompts import encode_prompts
+from stablelm.evaluate.generation.prompts import encode_prompts
 from stablelm.evaluate.tasks.choice_items import ChoiceTask, read_task
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse

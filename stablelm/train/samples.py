@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.generate import Language, Watcher, continue_prompts
-from stablelm.evaluate.prompts import Prompt, encode_prompts
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, Watcher, continue_prompts
+from stablelm.evaluate.generation.prompts import Prompt, encode_prompts
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.train.prepare import Prepared
 
 

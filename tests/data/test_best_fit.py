@@ -15,8 +15,8 @@ from stablelm.config.schema import DataConfig
 from stablelm.data.loader import Loader
 from stablelm.data.order import Cursor, TokenChunk
 from stablelm.data.packing import BestFitPacker, fit
-from stablelm.data.tokenizers.interface import IGNORED
 from stablelm.errors import DataError
+from stablelm.model.targets import IGNORED
 
 LENGTHS = st.lists(st.lists(st.integers(1, 60), max_size=12), min_size=1, max_size=4)
 

@@ -8,8 +8,9 @@ import torch
 from support.letters import LetterTokenizer, write_rows
 
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.validation import IGNORED, read, unigram_cross_entropy
+from stablelm.data.validation import read, unigram_cross_entropy
 from stablelm.errors import DataError
+from stablelm.model.targets import IGNORED
 
 TEXTS = {"b.json": ["abc", "", "dé"], "a.json.gz": ["fghij", "k"]}
 STREAM = [ord(letter) for letter in "fghij\0k\0abc\0dé\0"]

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from support.pages import KEY, commands
 
 from stablelm.config.load import load
 
@@ -22,17 +23,6 @@ LINKS = [
 ]
 CONFIGURED = {"pretrain.py", "probe.py", "plan.py", "preview.py", "pretrain.sh"}
 OPTION = re.compile(r"--[a-z][a-z-]*")
-KEY = re.compile(r"[a-z_]+(\.[\w-]+)+=")
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of code blocks, joined where they end with a backslash, without comments."""
-    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
-    blocks = [*re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL), *re.findall(r"^ {4}.*$", text, re.M)]
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
-    return [
-        line for line in lines if re.match(r"(\S+=\S+ )*(make|python|\S*/python|accelerate|torchrun|sbatch)\s", line)
-    ]
 
 
 COMMANDS = [
@@ -49,7 +39,14 @@ def help_of(*program: str) -> str:
 
 
 def is_placeholder(value: str) -> bool:
-    return value.isupper() or "..." in value or re.match(r"[A-Z]{3,}", value) is not None or value == "mine.yaml"
+    """Whether it is no file of the repository: a name to replace, or what an earlier command of the page writes."""
+    return (
+        value.startswith("runs/")
+        or value.isupper()
+        or "..." in value
+        or re.match(r"[A-Z]{3,}", value) is not None
+        or value == "mine.yaml"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,19 +1,18 @@
 """The commands and the code of docs/generating.md, run on a small model."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
-from docs.test_commands import ROOT, commands
+from support.pages import DOCS, blocks, commands, run_code, run_command
 from support.programs import TINY, run
 from support.tiny import TinyCorpus
 
 from stablelm.observe.sinks import read_metrics
 
-PAGE = ROOT / "docs" / "generating.md"
-QUICK = ("train.steps=2", "evaluate.every=1", "run.dir=runs/sampled")
+PAGE = DOCS / "generating.md"
+QUICK = ("train.steps=2", "evaluate.every=1")
+LINES = [line for line in commands(PAGE) if "benchmarks/" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +26,22 @@ def folder(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) ->
     return place
 
 
-@pytest.mark.parametrize("line", commands(PAGE))
+@pytest.mark.parametrize("line", LINES)
 def test_a_command_does_what_the_page_says(line: str, folder: Path, tiny_corpus: TinyCorpus):
-    _, script, *arguments = shlex.split(line)
     (folder / "texts.jsonl").unlink(missing_ok=True)
-    if script == "launch/pretrain.py":
-        arguments = [str(ROOT / word) if word.endswith(".yaml") else word for word in arguments]
-        arguments += [*TINY, *tiny_corpus.overrides(), *QUICK]
-    done = run(Path(script).stem, *arguments, cwd=folder)
+    done = run_command(line, folder, tiny_corpus, *QUICK)
     assert done.returncode == 0, done.stderr
-    if "--out" in arguments:
+    if "--out" in line:
         keys = {"prompt", "sample", "text", "new_tokens", "ended"}
         records = [json.loads(record) for record in (folder / "texts.jsonl").read_text().splitlines()]
         assert records and all(set(record) == keys for record in records)
-    if script == "launch/pretrain.py":
+    if "launch/pretrain.py" in line:
         records = read_metrics(folder / "runs/sampled/metrics.jsonl")
         samples = [record["samples"] for record in records if "samples" in record]
         assert [[each["prompt"] for each in texts] for texts in samples] == [["The function returns", "A list is"]] * 2
 
 
-def test_the_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    found: dict = {}
-    exec(code, found)
-    assert len(found["texts"]) == 2
+def test_the_code_runs(folder: Path):
+    (code,) = blocks(PAGE, "python")
+    done = run_code(f"{code}\nprint(len(texts))", folder)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr

@@ -186,7 +186,9 @@ def test_context_and_continuation_are_cut_as_lm_eval_cuts_them(tiny_corpus: Tiny
 class Letters:
     """A token for each letter, and one for the pair 'ab'."""
 
-    eos = 0
+    eos: int = 0
+    bos: int | None = None
+    add_bos: bool = False
 
     def encode(self, text: str) -> list[int]:
         return [1 if piece == "\1" else ord(piece) for piece in text.replace("ab", "\1")]

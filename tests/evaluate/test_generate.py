@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.generate import language_of, llama_config, llama_of, ours, theirs
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generate import Language, Watcher, continue_prompts
-from stablelm.evaluate.loaded_model import fixed
-from stablelm.evaluate.prompts import Prompt, beyond_training, encode_prompts
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, Watcher, continue_prompts
+from stablelm.evaluate.generation.loaded_model import fixed
+from stablelm.evaluate.generation.prompts import Prompt, beyond_training, encode_prompts
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.axes import Method, Model, Position
 from stablelm.methods.catalogue import METHODS, apply_method
 from stablelm.model.cache import KeyValueCache
@@ -29,6 +29,8 @@ class Words:
     """A token a letter of the alphabet from ' '; the last one ends documents."""
 
     pieces, eos = PIECES, PIECES - 1
+    bos: int | None = None
+    add_bos = False
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - 32 for letter in text]
@@ -226,9 +228,9 @@ def test_positions_beyond_those_of_training_are_used_and_said():
 
 def test_a_beginning_of_documents_comes_before_each_prompt():
     words, model = Words(), decoder_of().config
-    words.bos, words.add_bos = 42, False  # type: ignore[attr-defined]
+    words.bos = 42
     assert encode_prompts(["ab"], words, model, new_tokens=8)[0].tokens[0] == ord("a") - 32
-    words.add_bos = True  # type: ignore[attr-defined]
+    words.add_bos = True
     assert encode_prompts(["ab"], words, model, new_tokens=8)[0].tokens[:2] == [42, ord("a") - 32]
     found = encode_prompts(["a", "b", "a"], words, model, new_tokens=8, samples=2)
     assert [each.number for each in found] == [0, 1, 0, 1, 2, 3]

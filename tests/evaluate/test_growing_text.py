@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelm.data.tokenizers.training import train
-from stablelm.evaluate.growing_text import GrowingText
+from stablelm.evaluate.generation.growing_text import GrowingText
 
 
 class Bytes:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablelm.errors import ConfigError
-from stablelm.evaluate.next_token import choose, probabilities
-from stablelm.evaluate.sampling import Sampling, uniforms
+from stablelm.evaluate.generation.next_token import choose, probabilities
+from stablelm.evaluate.generation.sampling import Sampling, uniforms
 
 VOCABULARY = 24
 numbers = st.lists(

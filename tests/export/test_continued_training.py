@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import public_models
+from support.exported import logits
 from support.programs import losses, run, summary
 from support.tiny import TinyCorpus
 
@@ -60,7 +61,11 @@ def test_its_configuration_starts_a_run_from_its_weights(imported: Path, tiny_co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pre_ln", "deepscalelm_sigma"])
-def test_ten_steps_under_fsdp2_learn_and_match_one_process(method: str, tiny_corpus: TinyCorpus, tmp_path: Path):
+def test_ten_steps_under_fsdp2_learn_match_one_process_and_are_exported(
+    method: str, tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    import transformers
+
     model = public_models.make("llama", tiny_corpus.tokenizer)
     folder = public_models.save(model, tmp_path / "folder", tiny_corpus.tokenizer)
     source = tmp_path / "imported"
@@ -78,3 +83,14 @@ def test_ten_steps_under_fsdp2_learn_and_match_one_process(method: str, tiny_cor
     scored = run("eval", "--checkpoint", str(tmp_path / "fsdp2"), "--data", tiny_corpus.validation)
     assert scored.returncode == 0, scored.stderr
     assert summary(tmp_path / "fsdp2")["step"] == 10
+
+    arguments = ("--checkpoint", str(tmp_path / "fsdp2"), "--out", str(tmp_path / "out"), "--dtype", "fp32")
+    done = run("export", *arguments, "--format", "llama")
+    assert done.returncode == 0, done.stderr
+    trained = load_module(open_run(str(tmp_path / "fsdp2")))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(again) is type(model)
+    ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    ours = logits(trained, ids)
+    torch.testing.assert_close(public_models.logits_of(again, ids), ours, atol=1e-4, rtol=0)
+    assert (ours - public_models.logits_of(model, ids)).abs().max() > 0.1, "it was trained"

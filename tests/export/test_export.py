@@ -158,7 +158,7 @@ def test_what_is_at_out_stays(small_run: Path, tmp_path: Path):
     (tmp_path / "full" / "kept").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("full", "file", "link", "none/such"):
+    for name in ("full", "file", "link", "file/such", "file/none/such"):
         with pytest.raises(ConfigError, match="--out"):
             export(ExportRequest(str(small_run), tmp_path / name))
     assert {path.name for path in tmp_path.iterdir()} == {"full", "file", "link"}
@@ -172,7 +172,7 @@ def test_an_export_that_fails_leaves_nothing(small_run: Path, tmp_path: Path):
     content = damaged.read_bytes()
     try:
         damaged.write_bytes(content[:-8])
-        done = run("export", "--checkpoint", str(small_run), "--out", str(tmp_path / "out"))
+        done = run("export", "--checkpoint", str(small_run), "--out", str(tmp_path / "new" / "folder" / "out"))
     finally:
         damaged.write_bytes(content)
     assert done.returncode == 78, done.stderr

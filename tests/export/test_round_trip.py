@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import public_models
-from support.programs import run
-from support.tiny import TinyCorpus
+from support import public_models, tokenizer_files
+from support.programs import TINY, run
+from support.tiny import TinyCorpus, synthetic_documents
 
-pytest.importorskip("stablelm.export.writer", reason="there is no export yet")
-
+from stablelm.data.tokenizers.training import sample_lines, train_byte_level
 from stablelm.evaluate.trained_run import load_module, open_run
 from stablelm.export.importing.import_model import import_model
-from stablelm.export.writer import ExportRequest, export  # pyright: ignore[reportMissingImports]
+from stablelm.export.writer import ExportRequest, export
 
 EFFECTIVE = {
     "llama": (
@@ -96,31 +95,42 @@ def test_a_run_is_written_as_gguf(dtype: str, tiny_corpus: TinyCorpus, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_model_with_a_byte_level_bpe_goes_out_comes_in_and_trains_on(tiny_corpus: TinyCorpus, tmp_path: Path):
-    training = pytest.importorskip("stablelm.data.tokenizers.training", reason="there is no byte-level BPE yet")
-    from support.tiny import synthetic_documents
-
-    (tmp_path / "bpe").mkdir()
+def test_a_byte_level_model_is_sampled_evaluated_exported_imported_and_trained_on(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+):
     lines = [text for seed in range(3) for text in synthetic_documents(60, seed=seed)]
-    (tmp_path / "bpe" / "tokenizer.json").write_bytes(training.train_byte_level(lines, vocab_size=320))
-    data = [each for each in tiny_corpus.overrides() if "tokenizer" not in each]
-    shape = ("model.n_layers=3", "model.d_model=32", "model.n_heads=2", "data.seq_len=32", "data.lanes=12")
+    content = train_byte_level(sample_lines(lines, 1000, seed=0, ends=True), vocab_size=320)
+    tokenizer = tokenizer_files.write(tmp_path / "bpe", content) / "tokenizer.json"
+    data = (f"data.path={tiny_corpus.train}", f"data.validation_path={tiny_corpus.validation}")
     model = ("model.norm=rmsnorm", "model.activation=swiglu")
-    rest = ("train.steps=10", "train.global_batch_size=12", "observe.every=1", "evaluate.every=0", "evaluate.batches=2")
-    tokenizer = f"data.tokenizer={tmp_path / 'bpe' / 'tokenizer.json'}"
-    first = run("pretrain", *shape, *model, *rest, *data, tokenizer, f"run.dir={tmp_path / 'first'}")
-    assert first.returncode == 0, first.stderr
-    out = run("export", "--checkpoint", str(tmp_path / "first"), "--out", str(tmp_path / "out"), "--dtype", "fp32")
-    assert out.returncode == 0, out.stderr
-    back = run("import_model", "--from", str(tmp_path / "out"), "--out", str(tmp_path / "back"), *shape[3:], *rest)
-    assert back.returncode == 0, back.stderr
+    done("pretrain", *TINY, *model, *data, f"data.tokenizer={tokenizer}", f"run.dir={tmp_path / 'first'}")
+    first = sampled_and_evaluated(tmp_path / "first", tiny_corpus)
+
+    done("export", "--checkpoint", str(tmp_path / "first"), "--out", str(tmp_path / "out"), "--dtype", "fp32")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == content
+    shaped = [each for each in TINY if not each.startswith("model.")]
+    done("import_model", "--from", str(tmp_path / "out"), "--out", str(tmp_path / "back"), *shaped)
     before, after = (load_module(open_run(str(tmp_path / name))) for name in ("first", "back"))
-    assert dict(before.named_parameters()).keys() == dict(after.named_parameters()).keys()
-    for (name, one), (_, other) in zip(before.named_parameters(), after.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+    torch.testing.assert_close(dict(after.named_parameters()), dict(before.named_parameters()), rtol=0, atol=0)
     assert json.loads((tmp_path / "back" / "imported.json").read_text())["model_type"] == "llama"
-    again = ("--config", str(tmp_path / "back" / "config.yaml"), *data, f"run.dir={tmp_path / 'second'}")
-    second = run("pretrain", *again, processes=2)
-    assert second.returncode == 0, second.stderr
-    scored = run("eval", "--checkpoint", str(tmp_path / "second"), "--data", tiny_corpus.validation)
-    assert scored.returncode == 0, scored.stderr
+    assert sampled_and_evaluated(tmp_path / "back", tiny_corpus) == first
+
+    again = ("train.lr=1e-2", "train.warmup_steps=2", f"run.dir={tmp_path / 'second'}")
+    done("pretrain", "--config", str(tmp_path / "back" / "config.yaml"), *data, *again, processes=2)
+    _, bits = sampled_and_evaluated(tmp_path / "second", tiny_corpus)
+    assert 0 < bits < first[1] - 0.5
+
+
+def sampled_and_evaluated(folder: Path, corpus: TinyCorpus) -> tuple[str, float]:
+    """The likeliest continuation of a prompt, and the bits per byte of the validation text."""
+    texts, scores = folder.with_suffix(".jsonl"), folder.with_suffix(".json")
+    greedy = ("--prompt", "ban der", "--temperature", "0", "--max-new-tokens", "12", "--out", str(texts))
+    done("generate", "--checkpoint", str(folder), *greedy)
+    done("eval", "--checkpoint", str(folder), "--data", corpus.validation, "--out", str(scores))
+    [found] = json.loads(scores.read_text())["sets"].values()
+    return json.loads(texts.read_text())["text"], found["bits_per_byte"]
+
+
+def done(program: str, *arguments: str, processes: int = 1) -> None:
+    ended = run(program, *arguments, processes=processes)
+    assert ended.returncode == 0, ended.stderr

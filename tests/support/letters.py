@@ -12,7 +12,7 @@ import numpy as np
 class LetterTokenizer:
     """One token a character; eos is 0. Enough to follow each token through packing."""
 
-    pieces, eos, unknown, sha256 = 1 << 16, 0, -1, "letters"
+    pieces, eos, bos, add_bos, unknown, sha256 = 1 << 16, 0, None, False, -1, "letters"
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]

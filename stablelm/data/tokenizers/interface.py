@@ -6,7 +6,6 @@ from typing import Protocol
 
 import numpy as np
 
-IGNORED = -100  # as a target: no target
 NO_TOKENS = np.empty(0, np.int32)
 
 

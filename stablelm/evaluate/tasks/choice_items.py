@@ -41,10 +41,16 @@ class Request(NamedTuple):
 
 
 class TextEncoder(Protocol):
-    """What is needed of a tokenizer. Where it has `add_bos` and that is true, documents begin with its `bos`."""
+    """What is needed of a tokenizer. Where `add_bos` is true, documents begin with its `bos`."""
 
     @property
     def eos(self) -> int: ...
+
+    @property
+    def bos(self) -> int | None: ...
+
+    @property
+    def add_bos(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -93,19 +99,14 @@ def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Requ
         tokens, cut = [first, *tokens], 1
     else:
         cut = max(1, min(len(tokenizer.encode(context)), len(tokens) - 1))
-        if begins_with_bos(tokenizer):
+        if tokenizer.add_bos:
             tokens, cut = [first, *tokens], cut + 1
     return Request(tuple(tokens[:cut]), tuple(tokens[cut:]))
 
 
-def begins_with_bos(tokenizer: TextEncoder) -> bool:
-    """Whether documents begin with a token of their own."""
-    return bool(getattr(tokenizer, "add_bos", False))
-
-
 def before_a_document(tokenizer: TextEncoder) -> int:
     """The token after which a document's text comes in training: its own bos, or the end of the one before."""
-    return getattr(tokenizer, "bos") if begins_with_bos(tokenizer) else tokenizer.eos  # noqa: B009 - not all have one
+    return tokenizer.bos if tokenizer.add_bos and tokenizer.bos is not None else tokenizer.eos
 
 
 def _items(path: str, key: str) -> Iterator[Item]:

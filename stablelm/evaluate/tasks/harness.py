@@ -26,7 +26,7 @@ from stablelm.engine.ranks import Ranks, disconnect
 from stablelm.errors import ConfigError
 from stablelm.evaluate import consent
 from stablelm.evaluate.run_engine import load_engine
-from stablelm.evaluate.tasks.choice_items import Request, before_a_document, begins_with_bos, encode_pair
+from stablelm.evaluate.tasks.choice_items import Request, before_a_document, encode_pair
 from stablelm.evaluate.tasks.likelihood import Likelihood, Shapes, loglikelihoods
 from stablelm.evaluate.trained_run import TrainedRun, open_run
 
@@ -157,7 +157,7 @@ class StableLM(TemplateLM):
                 f"a task generates up to {new} tokens, but the model takes {self.max_length} (model.max_seq_len); "
                 "give launch/lm_harness.py a smaller one by --gen_kwargs max_gen_toks=N"
             )
-        begin = [self.prefix_token_id] if begins_with_bos(self.run.tokenizer) else []
+        begin = [self.prefix_token_id] if self.run.tokenizer.add_bos else []
         room = self.max_length - new
         tokens = [[*begin, *self.tok_encode(text)][-room:] or [self.prefix_token_id] for text in contexts]
         sampling = {

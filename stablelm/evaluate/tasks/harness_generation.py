@@ -6,10 +6,10 @@ from typing import Any
 
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.evaluate.generate import Language, continue_prompts
-from stablelm.evaluate.loaded_model import load
-from stablelm.evaluate.prompts import Prompt
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.generate import Language, continue_prompts
+from stablelm.evaluate.generation.loaded_model import load
+from stablelm.evaluate.generation.prompts import Prompt
+from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.evaluate.tasks.likelihood import evaluating
 from stablelm.evaluate.trained_run import TrainedRun
 

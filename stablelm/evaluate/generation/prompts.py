@@ -6,17 +6,23 @@ from typing import Protocol
 
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
-from stablelm.evaluate.growing_text import Decoding
+from stablelm.evaluate.generation.growing_text import Decoding
 
 
 class Vocabulary(Decoding, Protocol):
-    """What generation needs of a tokenizer. Where `add_bos` is there and true, documents begin with the token `bos`."""
+    """What generation needs of a tokenizer. Where `add_bos` is true, documents begin with the token `bos`."""
 
     @property
     def pieces(self) -> int: ...
 
     @property
     def eos(self) -> int: ...
+
+    @property
+    def bos(self) -> int | None: ...
+
+    @property
+    def add_bos(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -46,7 +52,7 @@ def encode_prompts(
     """
     found: list[Prompt] = []
     wrong: list[str] = []
-    begin: list[int] = [getattr(tokenizer, "bos")] if getattr(tokenizer, "add_bos", False) else []  # noqa: B009
+    begin = [tokenizer.bos] if tokenizer.add_bos and tokenizer.bos is not None else []
     seen: dict[str, int] = {}
     for number, text in enumerate(texts, 1):
         name = f"{label}prompt {number}"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.evaluate.growing_text import GrowingText
-from stablelm.evaluate.next_token import choose
-from stablelm.evaluate.prompts import Prompt, Vocabulary
-from stablelm.evaluate.sampling import Sampling, check_counts, uniforms
+from stablelm.evaluate.generation.growing_text import GrowingText
+from stablelm.evaluate.generation.next_token import choose
+from stablelm.evaluate.generation.prompts import Prompt, Vocabulary
+from stablelm.evaluate.generation.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
 

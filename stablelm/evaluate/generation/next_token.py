@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stablelm.evaluate.sampling import Sampling
+from stablelm.evaluate.generation.sampling import Sampling
 
 
 def choose(logits: Tensor, sampling: Sampling, drawn: list[float], seen: Tensor | None = None) -> list[int]:

@@ -10,9 +10,9 @@ from torch import nn
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import check_precision
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generate import Continuation, Language, Watcher, continue_prompts
-from stablelm.evaluate.prompts import beyond_training, encode_prompts
-from stablelm.evaluate.sampling import Sampling, check_counts
+from stablelm.evaluate.generation.generate import Continuation, Language, Watcher, continue_prompts
+from stablelm.evaluate.generation.prompts import beyond_training, encode_prompts
+from stablelm.evaluate.generation.sampling import Sampling, check_counts
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Sublayer

@@ -1,0 +1,1 @@
+"""From prompts to text: sampling, the key-value cache's rows, and text that grows token by token."""
