@@ -8,6 +8,9 @@ from combinations.rows import MORE, QUICK
 from combinations.run import make_sources, run_row
 from support.pairwise import pairs_of
 
+FAST = 3
+"""Rows that `make test` runs."""
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> rows.Sources:
@@ -15,7 +18,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> rows.Sources:
 
 
 @pytest.mark.parametrize(
-    "index", [*range(QUICK), *(pytest.param(index, marks=pytest.mark.slow) for index in range(QUICK, QUICK + MORE))]
+    "index",
+    [pytest.param(index, marks=pytest.mark.slow if index >= FAST else ()) for index in range(QUICK + MORE)],
 )
 def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_happened(index: int, sources: rows.Sources, tmp_path: Path):
     run_row(rows.in_order()[index], sources, tmp_path / "row")

@@ -191,6 +191,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(small_run: Path, tiny_corpus: TinyCorpus, tmp_path: Path):
     """A model of 220 MB in fp32, at most two of its files and a little more above what a small one needs."""
     sizes = ("model.n_layers=24", "model.d_model=512", "model.n_heads=8", "model.d_ff=1024")

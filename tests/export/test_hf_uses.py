@@ -207,6 +207,7 @@ torch.save(model(tokens).logits.detach(), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_stablelm(tmp_path: Path):
     decoder = moved_decoder(CONFIGS["catformer_sigma"])
     folder, logits = write_folder(decoder, tmp_path / "model"), tmp_path / "logits"

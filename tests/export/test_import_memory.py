@@ -41,6 +41,7 @@ print(max(seen) - seen[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_is_bounded_by_the_largest_tensors(tiny_corpus: TinyCorpus, tmp_path: Path):
     folder, pieces = tmp_path / "folder", load_tokenizer(tiny_corpus.tokenizer).pieces

@@ -28,7 +28,13 @@ COMBINATIONS = [(name, "bf16", "none") for name in CASES] + [
 COMBINATIONS += [("magneto", "fp32", "none"), ("denseformer", "bf16", "full")]
 
 
-@pytest.mark.parametrize(("name", "precision", "recompute"), COMBINATIONS)
+SLOW = {("catformer_sigma", "bf16", "none"), ("catformer", "bf16", "full"), ("catformer", "fp32", "full")}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "recompute"),
+    [pytest.param(*each, marks=pytest.mark.slow if each in SLOW else ()) for each in COMBINATIONS],
+)
 def test_kept_bytes_are_those_of_a_real_step(name: str, precision: str, recompute: str):
     layers = "model.n_layers=20" if "catformer" in name else "model.n_layers=4"
     config = planned(*CASES[name], layers, f"train.precision={precision}", f"engine.recompute={recompute}")
@@ -47,7 +53,9 @@ def test_recompute_keeps_a_layers_input_only():
     assert little.temporary > whole.layers / 8  # a layer is computed again
 
 
-@pytest.mark.parametrize("method", ["pre_ln", "value_residual", "catformer", "denseformer"])
+@pytest.mark.parametrize(
+    "method", ["pre_ln", "value_residual", "denseformer", pytest.param("catformer", marks=pytest.mark.slow)]
+)
 def test_few_layers_and_sequences_stand_for_many(method: str):
     sizes = ("model.n_layers=72", "train.global_batch_size=5", "train.micro_batch_size=5", "data.seq_len=32")
     config = planned(f"model.method={method}", *sizes)

@@ -113,6 +113,7 @@ def test_accelerate_in_the_job_and_a_signal_to_its_tasks(slurm: Cluster, tiny_co
     assert losses(run_dir) == undisturbed("fsdp2", 4)
 
 
+@pytest.mark.slow
 def test_an_array_of_four_runs_two_at_a_time(slurm: Cluster, tiny_corpus, undisturbed, tmp_path):
     config = tmp_path / "empty.yaml"
     config.write_text("{}\n")
@@ -145,6 +146,7 @@ def test_an_array_of_four_runs_two_at_a_time(slurm: Cluster, tiny_corpus, undist
     assert told["ArrayTaskThrottle"] == "2"
 
 
+@pytest.mark.slow
 def test_an_evaluation_job_follows_the_run(slurm: Cluster, tiny_corpus, tmp_path):
     run_dir, log = tmp_path / "run", tmp_path / "evaluate.out"
     options = ["--ntasks=1", f"--output={log}"]

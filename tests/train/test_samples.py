@@ -103,7 +103,7 @@ def test_a_price_is_no_variable(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert summary(tmp_path)["exit_code"] == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_between_two_tokens_stops_the_run_which_writes_them_later(
     processes: int, tiny_corpus: TinyCorpus, tmp_path: Path
 ):
