@@ -81,9 +81,9 @@ def save(
     Tensors are plain (equal on all ranks), DTensors or FlatShards, or empty ones to `read` (see `save_tensors`);
     `state` (JSON values) and `config_yaml` count on rank 0. `shapes` is what must be there for the step to be
     committed: the whole shape of each tensor by name. A step that is committed already and verifies is left as it is; a
-    damaged or incomplete one is set aside under `damaged-...`. Raises on all ranks alike, with what was staged removed: StorageError if the storage is full,
-    unwritable or unreachable, CheckpointError if a newer attempt of the run has taken over, RuntimeError if a tensor
-    of `shapes` is missing or incomplete.
+    damaged or incomplete one is set aside under `damaged-...`. Raises on all ranks alike, with what was staged removed:
+    StorageError if the storage is full, unwritable or unreachable, CheckpointError if a newer attempt of the run has
+    taken over, RuntimeError if a tensor of `shapes` is missing or incomplete.
     """
     started = time.perf_counter()
     consensus = Consensus(group, 0 if group is None else dist.get_rank(group), reached)
