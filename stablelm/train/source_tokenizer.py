@@ -17,7 +17,7 @@ from stablelm.printable import printable
 def check_tokenizer(init_from: str, config: Config, tokenizer: Tokenizer) -> None:
     """ConfigError if a piece of the tokenizer of `init_from` has another id, or none, in this one.
 
-    More pieces, and other tokens around a document, are allowed. A checkpoint that cannot be read is told of later,
+    More pieces, and other tokens around a document, are allowed. A checkpoint that cannot be read is reported later,
     where it is verified.
     """
     found = _newest(checkpoint_path(init_from))

@@ -71,7 +71,7 @@ def _cached(name: str, revision: str) -> Path | None:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:
+    except (OSError, ValueError):  # nothing of it is in the cache, or the name is none
         return None
 
 

@@ -83,7 +83,7 @@ def count_unknown(tokenizer: Encoder, tokens: np.ndarray) -> int:
 
 
 def restores(tokenizer: Encoder, tokens: np.ndarray, text: str) -> bool:
-    """Whether a document's tokens (with eos) hold its text, so that bits per byte of it can be told.
+    """Whether a document's tokens (with eos) hold its text, so that bits per byte of it can be computed.
 
     White space may be joined, and characters may be in Unicode's compatibility form, as SentencePiece's usual
     normalisation has them; case, accents and word borders must come back.

@@ -126,7 +126,7 @@ class Shared(NamedTuple):
     ends: Tensor | None
     """(batch, q) bool: the queries after which a document begins."""
     rows: dict[str, Tensor]
-    """Where a cache of fixed size puts the keys of the queries, as earlier versions of the library want to be told."""
+    """Where a cache of fixed size puts the keys of the queries, as earlier versions of the library ask for."""
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
