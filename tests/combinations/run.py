@@ -17,17 +17,23 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (1, 2)]
 
 from combinations import rows
-from combinations.rows import ENGINES, KILLED_AT, STEPS, Sources
+from combinations.rows import ENGINES, KILLED_AT, STEPS, TASK, Sources
+from support.choices import write_items
 from support.forked import run_forked, start_ranks
 from support.pairwise import Case, pairs_of
 from support.programs import LAUNCH, environment, free_port, run, summary
 from support.samples import REPOSITORY
-from support.tiny import make_tiny_corpus
+from support.tiny import TinyCorpus, make_tiny_corpus
+from support.tokenizer_files import byte_level
 
-from stablelm.observe.sinks import last_records
+from stablelm.checkpoint.best import BEST
+from stablelm.checkpoint.selection import resolve_checkpoint
+from stablelm.observe.sinks import SAMPLES, last_records
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
-FIGURES = ("loss", "val_loss/default")
+LOSSES = ("loss", "val_loss/default")
+CHOSEN = (f"task/{TASK}/acc", f"task/{TASK}/acc_norm", SAMPLES)
+"""What comes of comparing logits: in bf16 another engine's rounding may decide otherwise."""
 SLOW = ("faults.allow=true", "faults.slow=[0,0.4]")  # so that a kill comes before the run is over
 PATIENCE = 240.0  # seconds for one of a row's runs
 
@@ -37,29 +43,35 @@ class RowFailed(Exception):
 
 
 def make_sources(folder: Path) -> Sources:
-    """The same small corpus as files, shards, a data set and a mixture."""
+    """The same small corpus as files, shards, a data set and a mixture, with each tokenizer, and a task."""
     corpus = make_tiny_corpus(folder)
-    files = sorted((folder / "train").iterdir())
-    line = ["--source", corpus.train, "--tokenizer", corpus.tokenizer, "--out", str(folder / "shards")]
-    done = run_forked(
-        str(REPOSITORY / "data" / "prepare.py"), line, environment(), processes=1, port=0, cwd=None, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-    mixture = f"{{web: {{path: [{files[0]}, {files[1]}], weight: 0.7}}, code: {{path: {files[2]}, weight: 0.3}}}}"
     (folder / "validation").mkdir()
     shutil.copy(corpus.validation, folder / "validation")
+    tokenizers = {"sentencepiece": Path(corpus.tokenizer), "bpe-bytes": folder / "tokenizer.json"}
+    tokenizers["bpe-bytes"].write_bytes(byte_level())
+    texts = {}
+    for kind, tokenizer in tokenizers.items():
+        shards = folder / f"shards-{kind}"
+        line = ["--source", corpus.train, "--tokenizer", str(tokenizer), "--out", str(shards)]
+        script = str(REPOSITORY / "data" / "prepare.py")
+        done = run_forked(script, line, environment(), processes=1, port=0, cwd=None, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+        for source, form in _forms(corpus, shards).items():
+            texts[source, kind] = (*form, f"data.tokenizer={tokenizer}")
+    return Sources(texts, str(write_items(folder / "words.jsonl", count=7)))
+
+
+def _forms(corpus: TinyCorpus, shards: Path) -> dict[str, tuple[str, ...]]:
+    files = sorted((corpus.folder / "train").iterdir())
+    mixture = f"{{web: {{path: [{files[0]}, {files[1]}], weight: 0.7}}, code: {{path: {files[2]}, weight: 0.3}}}}"
     validation = f"data.validation_path={corpus.validation}"
-    forms = {
+    folders = (f"data.path={corpus.folder / 'train'}", f"data.validation_path={corpus.folder / 'validation'}")
+    return {
         "files": (f"data.path={corpus.train}", validation),
-        "shards": ("data.source=shards", f"data.path={folder / 'shards'}", validation),
-        "datasets": (
-            "data.source=datasets",
-            f"data.path={folder / 'train'}",
-            f"data.validation_path={folder / 'validation'}",
-        ),
+        "shards": ("data.source=shards", f"data.path={shards}", validation),
+        "datasets": ("data.source=datasets", *folders),
         "mixture": (f"data.mixture={mixture}", validation),
     }
-    return Sources(forms, (f"data.tokenizer={corpus.tokenizer}",))
 
 
 def run_row(case: Case, sources: Sources, folder: Path) -> float:
@@ -115,19 +127,40 @@ def _difference(whole: Path, cut: Path, case: Case) -> float:
     wanted, found = (last_records(path / "metrics.jsonl") for path in (whole, cut))
     worst = 0.0
     for step in range(1, STEPS + 1):
-        for name in FIGURES:
+        for name in LOSSES:
             one, other = wanted.get(step, {}).get(name), found.get(step, {}).get(name)
             if (one is None) != (other is None):
                 raise RowFailed(f"{name} of step {step} is {one} undisturbed and {other} after the kill")
             # A batch whose update was left out has no loss, in both runs alike.
             if one is not None and other is not None and not (one != one and other != other):
                 worst = max(worst, abs(other / one - 1))
-    layers = [name for name in found.get(KILLED_AT, {}) if name.startswith("layer/")]
-    evaluated = "val_loss/default" in found.get(KILLED_AT, {})
-    asked = (case["layers"] == "at the save", case["evaluate"] == "at the save")
-    if (bool(layers), evaluated) != asked:
-        raise RowFailed(f"layers and evaluation at the save: asked {asked}, recorded {(bool(layers), evaluated)}")
+        exact = case["engine"] == case["resume"] or case["precision"] == "fp32"
+        for name in CHOSEN if exact else ():
+            one, other = wanted.get(step, {}).get(name), found.get(step, {}).get(name)
+            if one != other:
+                raise RowFailed(f"{name} of step {step} is {one} undisturbed and {other} after the kill")
+    _recorded_as_asked(found, case)
+    if case["best"] == "loss" and (best := _best(cut)) != _best(whole):
+        raise RowFailed(f"the best checkpoint is {best} after the kill and {_best(whole)} undisturbed")
     return worst
+
+
+def _best(run_dir: Path) -> str:
+    return resolve_checkpoint(run_dir / BEST).name
+
+
+def _recorded_as_asked(found: dict[int, dict[str, Any]], case: Case) -> None:
+    saved, evaluated = found.get(KILLED_AT, {}), case["evaluate"] == "at the save"
+    last = found.get(STEPS, {})
+    for what, asked, recorded in (
+        ("layers at the save", case["layers"] == "at the save", any(name.startswith("layer/") for name in saved)),
+        ("evaluation at the save", evaluated, "val_loss/default" in saved),
+        ("samples at the save", evaluated and case["samples"] == "yes", SAMPLES in saved),
+        ("samples at the end", case["samples"] == "yes", SAMPLES in last),
+        ("tasks at the end", case["tasks"] == "choices", f"task/{TASK}/acc" in last),
+    ):
+        if asked != recorded:
+            raise RowFailed(f"{what}: asked {asked}, recorded {recorded}")
 
 
 def main(argv: list[str] | None = None) -> int:
