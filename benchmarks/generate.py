@@ -13,11 +13,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
+from stablelm.data.tokenizers import Tokenizer
 from stablelm.evaluate.generation.generate import Language, continue_prompts
 from stablelm.evaluate.generation.loaded_model import fixed
 from stablelm.evaluate.generation.prompts import Prompt
@@ -31,15 +32,12 @@ Shape = tuple[int, int, int, int]
 
 
 class NoText:
-    """Tokens without text, of which none ends a document."""
+    """What continuing tokens asks of a tokenizer: tokens without text, of which none ends a document."""
 
-    eos, bos, add_bos = -1, None, False
+    eos = -1
 
     def __init__(self, pieces: int):
         self.pieces = pieces
-
-    def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(f" {token}" for token in ids)
@@ -105,7 +103,7 @@ def language_of(decoder: Decoder) -> Language:
     return Language(
         lambda tokens, columns, cache: decoder(tokens, cache=cache, logits_at=columns),
         decoder.config,
-        NoText(decoder.config.vocab_size),
+        cast(Tokenizer, NoText(decoder.config.vocab_size)),
         torch.device("cpu"),
     )
 

@@ -8,13 +8,16 @@ from stablelm.redaction import redacted
 
 
 class UserError(Exception):
-    """A mistake or mishap outside the program: printed as one sentence, never as a traceback."""
+    """A mistake or mishap outside the program: printed as one sentence, never as a traceback.
+
+    Of two arguments the first says what is wrong and the second what to do.
+    """
 
     exit_code = 1
 
     def __str__(self) -> str:
         """The sentence, without credentials and control characters that a path or an answer brought into it."""
-        return printable(redacted(super().__str__()))
+        return printable(redacted(": ".join(map(str, self.args))))
 
 
 class ConfigError(UserError):

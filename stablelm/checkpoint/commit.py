@@ -42,7 +42,7 @@ from stablelm.checkpoint.manifest import (
     verify,
     write_new,
 )
-from stablelm.checkpoint.remote_path import CheckpointPath, RemotePath
+from stablelm.checkpoint.remote_path import MAKE_SPACE, CheckpointPath, RemotePath
 from stablelm.checkpoint.selection import step_directories
 from stablelm.checkpoint.tensor_index import read_index
 from stablelm.engine.consensus import Consensus
@@ -208,8 +208,7 @@ def _make_staging(fence: Fence, step: int, tensors: dict[str, torch.Tensor]) -> 
     free = free_bytes(root)
     if free < needed:
         raise StorageError(
-            f"{root} has {_gibibytes(free)} free, but a checkpoint needs {_gibibytes(needed)}: free space there, "
-            "lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
+            f"{root} has {_gibibytes(free)} free, but a checkpoint needs {_gibibytes(needed)}", MAKE_SPACE
         )
     staging = root / f"{STAGING}{token}-{step:08d}-{uuid.uuid4().hex}"
     staging.mkdir()

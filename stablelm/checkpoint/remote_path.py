@@ -26,6 +26,9 @@ FAILING = {
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLINK, errno.ESHUTDOWN, errno.ECONNABORTED, errno.ECONNREFUSED),
 }
 UNWRITABLE = DENIED | FAILING
+MAKE_SPACE = (
+    "free space there, lower checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
+)
 
 
 class StoreError(OSError, DataError):
@@ -184,15 +187,12 @@ def writing(place: CheckpointPath) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno in FULL:
-            raise StorageError(
-                f"no space for a checkpoint in {place} ({error.strerror}): free space there, lower "
-                "checkpoint.keep or set checkpoint.dir to another disk; committed checkpoints are kept"
-            ) from error
+            raise StorageError(f"no space for a checkpoint in {place} ({error.strerror})", MAKE_SPACE) from error
         if error.errno in UNWRITABLE:
             fix = "make it a writable directory" if error.errno in DENIED else "look at its file system and run again,"
             raise StorageError(
-                f"cannot write a checkpoint to {place} ({error.strerror}): {fix} or set checkpoint.dir to another "
-                "directory; committed checkpoints are kept"
+                f"cannot write a checkpoint to {place} ({error.strerror})",
+                f"{fix} or set checkpoint.dir to another directory; committed checkpoints are kept",
             ) from error
         raise
 

@@ -40,6 +40,17 @@ def named_paths(text: str) -> str:
     return ",".join(map(named_path, text.split(",")))
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint that a program uses, as `checkpoint`."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=path_or_url,
+        metavar="DIR",
+        help="a run (its newest valid checkpoint) or a step directory",
+    )
+
+
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the programs that read text: where it is, and how it is read."""
     parser.add_argument(

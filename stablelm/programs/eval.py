@@ -5,7 +5,7 @@ import sys
 
 from stablelm.errors import ConfigError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, named_path, named_paths, path_or_url
+from stablelm.programs.arguments import Parser, add_checkpoint, named_path, named_paths, path_or_url
 
 READING = ("text_column", "text_unit", "bad_rows")
 
@@ -14,13 +14,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         description="Loss, perplexity and bits per byte of a checkpoint on any text, and its accuracy in tasks."
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path_or_url,
-        metavar="DIR",
-        help="a run (its newest valid checkpoint) or a step directory",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         action="append",

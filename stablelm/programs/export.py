@@ -5,7 +5,7 @@ import sys
 
 from stablelm.errors import UserError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, local_path, path_or_url, refuse_several_processes
+from stablelm.programs.arguments import Parser, add_checkpoint, local_path, path_or_url, refuse_several_processes
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
 DTYPES = ("bf16", "fp32", "q8_0")
@@ -13,13 +13,7 @@ DTYPES = ("bf16", "fp32", "q8_0")
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Writes a trained model as a folder that transformers, vLLM or llama.cpp load.")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path_or_url,
-        metavar="DIR",
-        help="a run (its newest valid checkpoint) or a step directory",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--out", required=True, type=local_path, metavar="DIR", help="a new directory")
     parser.add_argument(
         "--format",

@@ -11,7 +11,7 @@ from stablelm.errors import ConfigError
 from stablelm.json_text import parse
 from stablelm.out_file import check_out, write_out
 from stablelm.printable import printable
-from stablelm.programs.arguments import Parser, local_path, path_or_url, refuse_several_processes
+from stablelm.programs.arguments import Parser, add_checkpoint, local_path, path_or_url, refuse_several_processes
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -19,13 +19,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description="Continues prompts with the model of a checkpoint. One text is printed while it is written.",
         epilog="Without --prompt and --prompts, standard input is the prompt. Exit codes: 0 done, 78 bad input.",
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path_or_url,
-        metavar="DIR",
-        help="a run (its newest valid checkpoint) or a step directory",
-    )
+    add_checkpoint(parser)
     texts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     texts.add_argument(
@@ -120,6 +114,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[list[str], Any]:
         seed=arguments.seed,
     )
     check_counts(samples=arguments.samples, batch_size=arguments.batch_size)
+    sampling.check_samples(arguments.samples)
     check_out(arguments.out)
     prompts = read_prompts(arguments)
     empty = [str(number) for number, prompt in enumerate(prompts, 1) if not prompt]
@@ -171,19 +166,21 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], sampling: Any) 
         batch_size=arguments.batch_size,
         watcher=Watcher(grown=shown.grown) if shown is not None else None,
     )
+    records = [_record(prompts, arguments.samples, index, each) for index, each in enumerate(found)]
     if shown is not None:
         shown.end()
-    records = [
-        {
-            "prompt": prompts[index // arguments.samples],
-            "sample": index % arguments.samples,
-            "text": each.text,
-            "new_tokens": len(each.tokens),
-            "ended": each.ended,
-        }
-        for index, each in enumerate(found)
-    ]
     for record in records if shown is None else ():
         show(f"--- {record['prompt']!r}, sample {record['sample'] + 1}\n{record['prompt']}{record['text']}\n")
     if arguments.out is not None:
         write_out(arguments.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _record(prompts: list[str], samples: int, index: int, written: Any) -> dict[str, Any]:
+    """What --out says of the text number `index`."""
+    return {
+        "prompt": prompts[index // samples],
+        "sample": index % samples,
+        "text": written.text,
+        "new_tokens": len(written.tokens),
+        "ended": written.ended,
+    }

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,26 +50,57 @@ SAVES_WAITED = 10
 class Job:
     """Everything the loop works with; `build_job` makes it."""
 
-    config: Config
-    engine: Engine
+    prepared: Prepared
     ranks: Ranks
+    engine: Engine
     loader: Loader
-    validation: dict[str, ValidationSet]
-    samples: Samples
-    tasks: Mapping[str, ChoiceTask]
     progress: Progress
-    stop: Stop
     guard: Guard
+    records: Records
+    stop: Stop
     faults: Faults
     watchdog: Watchdog
+    saver: Saver
+    validation: dict[str, ValidationSet]
+    samples: Samples
     profiler: Profiler
     layers: LayerObserver
-    records: Records
-    saver: Saver
-    save: Callable[[bool], None]
-    """Saves the current state; with True it returns once that is committed, else as soon as training can continue."""
-    rewind: Callable[[Outcome], bool]
-    """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
+
+    @property
+    def config(self) -> Config:
+        return self.prepared.config
+
+    @property
+    def tasks(self) -> Mapping[str, ChoiceTask]:
+        return self.prepared.tasks
+
+    def save(self, wait: bool) -> None:
+        """Saves the current state unless that is done; returns once it is committed, or without `wait` as soon as
+        training can continue."""
+        progress = self.progress
+        self.faults.saving(progress.step)
+        self.saver.wait()
+        if progress.checkpointed_step == progress.step:
+            return
+        assert self.prepared.corpora is not None
+        lanes: dict[str, list[int]] = {}
+        for part in self.ranks.gather(self.loader.state()):
+            lanes |= part["lanes"]
+        state = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "skipped_rows": progress.skipped_rows,
+            "data": {"data_step": self.loader.state()["data_step"], "lanes": lanes},
+            "identity": self.prepared.corpora.identity,
+            "guards": self.guard.state(),
+            "evaluation_due": progress.evaluation_due,
+            "evaluations": to_state(progress.evaluations, progress.step, self.config.evaluate.best),
+        }
+        self.saver.save(progress.step, self.engine.tensors(), state, dump(self.prepared.asked), wait=wait)
+
+    def rewind(self, spike: Outcome) -> bool:
+        """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
+        return resume.rewind(spike, self.saver, self.engine, self.loader, self.ranks, self.progress, self.guard)
 
 
 def build_job(
@@ -87,8 +118,7 @@ def build_job(
     `started`: seconds since 1970; `notices` go to the terminal first; `ending.extra` gets the number of parameters.
     """
     config, progress = prepared.config, ending.progress
-    loader = build_loader(prepared, ranks)
-    engine = build_engine(config, prepared.kind, ranks)
+    loader, engine = build_loader(prepared, ranks), build_engine(config, prepared.kind, ranks)
     ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
     guard = Guard(config.guards, progress, lambda text: records.message(text))
     if checkpoint is not None:
@@ -96,8 +126,7 @@ def build_job(
     elif config.run.init_from:
         resume.weights_from(config.run.init_from, engine, ranks)
     records = Records(config, progress, first_rank=ranks.is_first)
-    origin = f"resumed from {checkpoint}" if checkpoint else "new run"
-    for line in (*notices, f"{_opening(prepared, ending.extra['params'])}; {origin}"):
+    for line in (*notices, _opening(prepared, ending.extra["params"], checkpoint)):
         records.message(line)
     stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
     stop.listen(lambda code: ending.write(code, "second signal"))
@@ -107,39 +136,21 @@ def build_job(
     records.message(dry_run(config, engine, ranks, saver))
     watchdog.extra_seconds["save"] = SAVES_WAITED * saver.seconds
     stop.save_seconds = saver.margin_seconds
-
-    def save_now(wait: bool) -> None:
-        faults.saving(progress.step)
-        save(prepared, engine, loader, ranks, progress, guard, saver, wait=wait)
-
     return Job(
-        config=config,
-        engine=engine,
-        ranks=ranks,
-        loader=loader,
-        validation=read_validation(prepared),
-        samples=build_samples(prepared, engine),
-        tasks=prepared.tasks,
-        progress=progress,
-        stop=stop,
-        guard=guard,
-        faults=faults,
-        watchdog=watchdog,
+        prepared, ranks, engine, loader, progress, guard, records, stop, faults, watchdog, saver,
+        validation=read_validation(prepared), samples=build_samples(prepared, engine),
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
         layers=_layers(prepared, engine, ranks, records),
-        records=records,
-        saver=saver,
-        save=save_now,
-        rewind=lambda spike: resume.rewind(spike, saver, engine, loader, ranks, progress, guard),
-    )
+    )  # fmt: skip
 
 
-def _opening(prepared: Prepared, parameters: int) -> str:
-    """One line: what trains on what."""
-    model = prepared.config.model
+def _opening(prepared: Prepared, parameters: int, checkpoint: CheckpointPath | None) -> str:
+    """One line: what trains on what, and from where."""
+    model, origin = prepared.config.model, f"resumed from {checkpoint}" if checkpoint else "new run"
     return (
         f"{model.method}, {model.n_layers} layers x {model.d_model}, {parameters / 1e6:.2f} M parameters, "
-        f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}"
+        f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}; "
+        f"{origin}"
     )
 
 
@@ -234,38 +245,6 @@ def build_saver(
         reached=marker.saved_part,
         retain=lambda: retention.retain(fence.root, checkpoint.keep, checkpoint.keep_permanent_every, best=best),
     )
-
-
-def save(
-    prepared: Prepared,
-    engine: Engine,
-    loader: Loader,
-    ranks: Ranks,
-    progress: Progress,
-    guard: Guard,
-    saver: Saver,
-    *,
-    wait: bool,
-) -> None:
-    """Saves the current step unless that is done; returns before the commit only without `wait`."""
-    saver.wait()
-    if progress.checkpointed_step == progress.step:
-        return
-    assert prepared.corpora is not None
-    lanes: dict[str, list[int]] = {}
-    for part in ranks.gather(loader.state()):
-        lanes |= part["lanes"]
-    state = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "skipped_rows": progress.skipped_rows,
-        "data": {"data_step": loader.state()["data_step"], "lanes": lanes},
-        "identity": prepared.corpora.identity,
-        "guards": guard.state(),
-        "evaluation_due": progress.evaluation_due,
-        "evaluations": to_state(progress.evaluations, progress.step, prepared.config.evaluate.best),
-    }
-    saver.save(progress.step, engine.tensors(), state, dump(prepared.asked), wait=wait)
 
 
 def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) -> LayerObserver:

@@ -88,6 +88,10 @@ def test_standard_input_is_a_prompt_and_stop_strings_end_it(trained: str):
         (["--prompt", "bato", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
         (["--prompt", "bato", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
         (["--prompt", "bato", "--samples", "0"], "samples=0 must be at least 1"),
+        (
+            ["--prompt", "bato", "--samples", "2", "--temperature", "0"],
+            "samples=2 texts of a prompt are equal with",
+        ),
         (["--prompt", "bato", "--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--prompt", "bato", "--device", "toaster"], "device=toaster is not one of this machine"),
         (["--prompt", "bato", "--precision", "fp8"], "unknown --precision fp8"),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.distributed import run_ranks
+from support.letters import LetterTokenizer
 from support.tiny import TinyCorpus
 
 from stablelm.config import rules
@@ -183,12 +184,8 @@ def test_context_and_continuation_are_cut_as_lm_eval_cuts_them(tiny_corpus: Tiny
         assert encode_pair(tokenizer, *pair) == (tuple(context), tuple(continuation))
 
 
-class Letters:
+class Letters(LetterTokenizer):
     """A token for each letter, and one for the pair 'ab'."""
-
-    eos: int = 0
-    bos: int | None = None
-    add_bos: bool = False
 
     def encode(self, text: str) -> list[int]:
         return [1 if piece == "\1" else ord(piece) for piece in text.replace("ab", "\1")]

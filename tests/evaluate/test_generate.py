@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from support.letters import LetterTokenizer
 from torch import Tensor
 
 from benchmarks.generate import language_of, llama_config, llama_of, ours, theirs
@@ -25,12 +26,10 @@ PROMPTS = [[5, 9, 2, 40, 7], [3, 3, 60], [11], [8, 20, 30, 40, 50, 60, 9, 1]]
 PIECES = 70
 
 
-class Words:
+class Words(LetterTokenizer):
     """A token a letter of the alphabet from ' '; the last one ends documents."""
 
     pieces, eos = PIECES, PIECES - 1
-    bos: int | None = None
-    add_bos = False
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - 32 for letter in text]

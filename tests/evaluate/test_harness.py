@@ -9,8 +9,7 @@ import pytest
 import torch
 from support.choices import TASK, write_items
 from support.distributed import run_ranks
-from support.programs import TINY, run
-from support.tiny import TinyCorpus
+from support.programs import run
 
 pytest.importorskip("lm_eval")
 
@@ -20,15 +19,6 @@ class Asked:
 
     def __init__(self, *args: Any):
         self.args = args
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    extra = ("train.steps=4", "train.lr=1e-2", "train.warmup_steps=1", f"run.dir={run_dir}")
-    done = run("pretrain", *TINY, *tiny_corpus.overrides(), *extra)
-    assert done.returncode == 0, done.stderr
-    return run_dir
 
 
 def texts() -> list[str]:

@@ -28,6 +28,14 @@ def random_logits(rows: int, seed: int = 0) -> Tensor:
     return 3 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
+def test_several_samples_need_chance():
+    for sampling in (Sampling(temperature=0), Sampling(top_k=1)):
+        sampling.check_samples(1)
+        with pytest.raises(ConfigError, match=r"^samples=3 texts of a prompt are equal with (temperature=0|top_k=1)"):
+            sampling.check_samples(3)
+    Sampling(temperature=0.1, top_k=2).check_samples(3)
+
+
 def seen_in(tokens: Tensor) -> Tensor:
     seen = torch.zeros(len(tokens), VOCABULARY, dtype=torch.bool)
     return seen.scatter(1, tokens, True)

@@ -7,23 +7,9 @@ from typing import Any
 
 import pytest
 from support.choices import TASK, write_items
-from support.programs import TINY, run
+from support.programs import run
 from support.samples import shared_data
-from support.tiny import TinyCorpus, make_tiny_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
-    return make_tiny_corpus(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def trained(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    extra = ("train.steps=4", "train.lr=1e-2", "train.warmup_steps=1", f"run.dir={run_dir}")
-    done = run("pretrain", *TINY, *corpus.overrides(), *extra)
-    assert done.returncode == 0, done.stderr
-    return run_dir
+from support.tiny import TinyCorpus
 
 
 def definition(folder: Path, name: str, path: Path) -> None:
@@ -69,10 +55,10 @@ def test_piqa_and_arc_easy_agree(trained: Path, tmp_path: Path):
     compare(trained, tmp_path, items, "--limit", "150", "--batch-size", "16")
 
 
-def test_text_and_tasks_together(trained: Path, corpus: TinyCorpus, tmp_path: Path):
+def test_text_and_tasks_together(trained: Path, tiny_corpus: TinyCorpus, tmp_path: Path):
     items = write_items(tmp_path / "words.jsonl", 5)
     out = tmp_path / "out.json"
-    arguments = ("--tasks", str(items), "--data", f"news={corpus.validation}", "--limit", "3", "--out", str(out))
+    arguments = ("--tasks", str(items), "--data", f"news={tiny_corpus.validation}", "--limit", "3", "--out", str(out))
     done = run("eval", "--checkpoint", str(trained), *arguments)
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text())

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from support import public_models, tokenizer_files
+from support.disks import small_files
 from support.public_models import KINDS, POSITIONS
 from support.tiny import TinyCorpus
 
 from stablelm.checkpoint.reader import Reader
 from stablelm.checkpoint.tensor_index import read_index
+from stablelm.errors import StorageError
 from stablelm.evaluate.trained_run import load_module, open_run
 from stablelm.export.importing import import_scales
 from stablelm.export.importing.import_model import import_model
@@ -90,6 +92,16 @@ def test_every_method_fits_or_says_why_not():
     for name in catalogue.METHODS:
         reasons = import_scales.obstacles(import_scales.for_import(model.changed(method=name)), norms_of_heads=False)
         assert bool(reasons) == (name not in fits), name
+
+
+@pytest.mark.parametrize("size", [100, 40_000])
+def test_a_full_disk_is_said_in_terms_of_an_import(size: int, tiny_corpus: TinyCorpus, tmp_path: Path):
+    folder = public_models.write_llama(tmp_path / "folder", tiny_corpus.tokenizer)
+    with pytest.raises(StorageError) as error, small_files(size):
+        import_model(folder, tmp_path / "run")
+    assert str(error.value).endswith("File too large): free space there or name another --out")
+    assert str(tmp_path / "run") in str(error.value) and "checkpoint.keep" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_small_eps_matters_and_is_kept(folders, tiny_corpus: TinyCorpus, tmp_path: Path):

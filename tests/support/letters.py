@@ -12,7 +12,9 @@ import numpy as np
 class LetterTokenizer:
     """One token a character; eos is 0. Enough to follow each token through packing."""
 
-    pieces, eos, bos, add_bos, unknown, sha256 = 1 << 16, 0, None, False, -1, "letters"
+    path, pieces, eos, unknown, sha256 = "letters", 1 << 16, 0, -1, "letters"
+    bos: int | None = None
+    add_bos: bool = False
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
@@ -22,6 +24,12 @@ class LetterTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(map(chr, ids))
+
+    def vocabulary(self) -> dict[str, int]:
+        return {chr(token): token for token in range(self.pieces)}
+
+    def files(self) -> dict[str, bytes]:
+        return {}
 
 
 def write_rows(path: Path, texts: list[str]) -> str:

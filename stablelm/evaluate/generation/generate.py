@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
+from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.evaluate.generation.growing_text import GrowingText
 from stablelm.evaluate.generation.next_token import choose
-from stablelm.evaluate.generation.prompts import Prompt, Vocabulary
+from stablelm.evaluate.generation.prompts import Prompt
 from stablelm.evaluate.generation.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
@@ -37,7 +38,7 @@ class Language:
 
     forward: Forward
     config: ModelConfig
-    tokenizer: Vocabulary
+    tokenizer: Tokenizer
     device: torch.device
 
 
@@ -86,7 +87,7 @@ class _Row:
 
     index: int
     prompt: Prompt
-    tokenizer: Vocabulary
+    tokenizer: Tokenizer
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)
     ended: str = ""

@@ -127,6 +127,7 @@ def write(
 ) -> list[Continuation]:
     """`samples` continuations of each text. Warns where positions go beyond those of training. Raises ConfigError."""
     check_counts(samples=samples, batch_size=batch_size)
+    sampling.check_samples(samples)
     language, new = model.language, sampling.max_new_tokens
     prompts = encode_prompts(texts, language.tokenizer, language.config, new_tokens=new, samples=samples)
     if notice := beyond_training(prompts, language.config, new):

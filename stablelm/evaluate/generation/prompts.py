@@ -2,29 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from stablelm.config.schema import ModelConfig
+from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
-from stablelm.evaluate.generation.growing_text import Decoding
-
-
-class Vocabulary(Decoding, Protocol):
-    """What generation needs of a tokenizer. Where `add_bos` is true, documents begin with the token `bos`."""
-
-    @property
-    def pieces(self) -> int: ...
-
-    @property
-    def eos(self) -> int: ...
-
-    @property
-    def bos(self) -> int | None: ...
-
-    @property
-    def add_bos(self) -> bool: ...
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +18,7 @@ class Prompt:
 
 def encode_prompts(
     texts: Sequence[str],
-    tokenizer: Vocabulary,
+    tokenizer: Tokenizer,
     model: ModelConfig,
     *,
     new_tokens: int,

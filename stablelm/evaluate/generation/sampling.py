@@ -41,6 +41,15 @@ class Sampling:
         if wrong:
             raise ConfigError("\n".join(wrong))
 
+    def check_samples(self, samples: int) -> None:
+        """Raises ConfigError for several samples of a prompt that would all be the same text."""
+        equal = "temperature=0" if self.temperature == 0 else "top_k=1" if self.top_k == 1 else ""
+        if equal and samples > 1:
+            raise ConfigError(
+                f"samples={samples} texts of a prompt are equal with {equal}, which always takes the likeliest token; "
+                "ask for samples=1, or draw tokens by temperature=1 and top_k=0"
+            )
+
 
 def uniforms(seed: int, prompt: list[int], number: int) -> np.random.Generator:
     """What draws the tokens of a prompt's sample number `number`, whatever else is in the batch or in the call."""

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
+from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
 from stablelm.json_text import Count, parse
 from stablelm.small_files import open_regular
@@ -40,21 +41,6 @@ class Request(NamedTuple):
     continuation: tuple[int, ...]
 
 
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer. Where `add_bos` is true, documents begin with its `bos`."""
-
-    @property
-    def eos(self) -> int: ...
-
-    @property
-    def bos(self) -> int | None: ...
-
-    @property
-    def add_bos(self) -> bool: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-
 @dataclass(frozen=True)
 class ChoiceTask:
     """Items as tokens: of each its requests, one for each choice, the lengths of these in characters, and the gold."""
@@ -66,7 +52,7 @@ class ChoiceTask:
     """Requests that are longer than a sequence, so that not all of their text is seen at once."""
 
 
-def read_task(path: str, tokenizer: TextEncoder, *, longest: int, items: int | None = None, key: str) -> ChoiceTask:
+def read_task(path: str, tokenizer: Tokenizer, *, longest: int, items: int | None = None, key: str) -> ChoiceTask:
     """The first `items` (None: all) of a file. `longest`: tokens of the longest sequence that the model takes.
 
     Raises ConfigError under `key`, with the number of the line where one is wrong.
@@ -82,7 +68,7 @@ def read_task(path: str, tokenizer: TextEncoder, *, longest: int, items: int | N
     return ChoiceTask(requests, lengths, gold, shortened)
 
 
-def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Request:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Tokens of a text, cut where the continuation begins.
 
     The rule of lm-evaluation-harness (`TemplateLM._encode_pair` and `loglikelihood`), so that figures agree: white
@@ -104,7 +90,7 @@ def encode_pair(tokenizer: TextEncoder, context: str, continuation: str) -> Requ
     return Request(tuple(tokens[:cut]), tuple(tokens[cut:]))
 
 
-def before_a_document(tokenizer: TextEncoder) -> int:
+def before_a_document(tokenizer: Tokenizer) -> int:
     """The token after which a document's text comes in training: its own bos, or the end of the one before."""
     return tokenizer.bos if tokenizer.add_bos and tokenizer.bos is not None else tokenizer.eos
 

@@ -23,6 +23,58 @@ from transformers.utils.generic import can_return_tuple
 # Versions before the rename call the cache past_key_values, in arguments and outputs.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "max_position_embeddings": 512,
+    "low_rank": None,
+    "bias": False,
+    "dropout": 0.0,
+    "rotary_base": None,
+    "position_table": False,
+    "alibi_slopes": None,
+    "logit_scale": None,
+    "logit_cap": None,
+    "qk_norm": False,
+    "first_value_share": None,
+    "document_end": None,
+    "attention_innovations": None,
+    "norm_embedding": False,
+    "norm_before_body": True,
+    "norm_before_output": False,
+    "norm_on_branch": False,
+    "norm_after_write": False,
+    "norm_final": True,
+    "norm_centred": False,
+    "norm_slope": None,
+    "norm_bias": False,
+    "norm_eps": 1e-5,
+    "norm_eps_scales": None,
+    "skip_gain": 1.0,
+    "branch_gain": 1.0,
+    "learned_gain": False,
+    "growth": None,
+    "mixes_outputs": False,
+    "embedding_scale": 1.0,
+    "head_scale": 1.0,
+    "hidden_act": "gelu",
+    "gated": False,
+    "negative_slope": None,
+    "activation_scale": 1.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""Settings of the model and their defaults; `StablelmDecoderConfig` says what they mean."""
+
 
 class StablelmDecoderConfig(PreTrainedConfig):
     """Settings of the model; x is the stream, f a sub-layer's body (attention or feed-forward).
@@ -45,68 +97,18 @@ class StablelmDecoderConfig(PreTrainedConfig):
     model_type = "stablelm_decoder"
     keys_to_ignore_at_inference = (CACHE,)
 
-    def __init__(
-        self,
-        vocab_size: int = 256,
-        hidden_size: int = 64,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        intermediate_size: int | None = None,
-        max_position_embeddings: int = 512,
-        low_rank: int | None = None,
-        bias: bool = False,
-        dropout: float = 0.0,
-        rotary_base: float | None = None,
-        position_table: bool = False,
-        alibi_slopes: list[float] | None = None,
-        logit_scale: float | None = None,
-        logit_cap: float | None = None,
-        qk_norm: bool = False,
-        first_value_share: float | None = None,
-        document_end: int | None = None,
-        attention_innovations: list[float] | None = None,
-        norm_embedding: bool = False,
-        norm_before_body: bool = True,
-        norm_before_output: bool = False,
-        norm_on_branch: bool = False,
-        norm_after_write: bool = False,
-        norm_final: bool = True,
-        norm_centred: bool = False,
-        norm_slope: float | None = None,
-        norm_bias: bool = False,
-        norm_eps: float = 1e-5,
-        norm_eps_scales: list[float] | None = None,
-        skip_gain: float = 1.0,
-        branch_gain: float = 1.0,
-        learned_gain: bool = False,
-        growth: int | None = None,
-        mixes_outputs: bool = False,
-        embedding_scale: float = 1.0,
-        head_scale: float = 1.0,
-        hidden_act: str = "gelu",
-        gated: bool = False,
-        negative_slope: float | None = None,
-        activation_scale: float = 1.0,
-        initializer_range: float = 0.02,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = False,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
-        **others: Any,
-    ):
-        own = {name: value for name, value in locals().items() if name not in ("self", "others", "__class__")}
+    def __init__(self, **settings: Any):
+        own = {name: settings.pop(name, default) for name, default in DEFAULTS.items()}
         for name, value in own.items():
             setattr(self, name, value)
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.intermediate_size = intermediate_size or 4 * hidden_size
-        self.logit_scale = self.head_dim**-0.5 if logit_scale is None else logit_scale
+        heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.logit_scale = self.head_dim**-0.5 if self.logit_scale is None else self.logit_scale
         # The base class sets these anew, some of them by defaults of its own.
         shared = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-        super().__init__(**{name: own[name] for name in shared}, **others)
+        super().__init__(**{name: own[name] for name in shared}, **settings)
 
 
 class Shared(NamedTuple):

@@ -242,8 +242,11 @@ def _staged(out: Path) -> "Iterator[Path]":
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+        fix = "free space there or name another --out"
+        if isinstance(error, StorageError):  # what to do about a run's checkpoints is another thing
+            raise StorageError(str(error.args[0]).replace(str(staging), str(out)), fix) from error
         if isinstance(error, OSError):
-            raise StorageError(f"--out {out} cannot be written ({error.strerror})") from error
+            raise StorageError(f"--out {out} cannot be written ({error.strerror})", fix) from error
         raise
 
 

@@ -1,7 +1,6 @@
 """tokenizer.json files of every form: the text comes back, batches equal single texts, special tokens stay apart."""
 
 import pickle
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -66,22 +65,6 @@ def test_many_long_texts_are_the_same_for_every_number_of_threads(made: dict[str
     alone, *shared = (made[name].encode_arrays(texts, threads=threads) for threads in (1, 2, 3, 64))
     for found in shared:
         assert [array.tolist() for array in found] == [array.tolist() for array in alone]
-
-
-def test_several_threads_may_encode_at_once(made: dict[str, Tokenizer]):
-    tokenizer, results = made["gpt2"], {}
-    texts = [f"{line} {number}" for number in range(60) for line in TEXT[:3]]
-    expected = [tokenizer.encode(text) for text in texts]
-
-    def work(index: int) -> None:
-        results[index] = [tokenizer.encode(text) for text in texts]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [results[index] for index in range(4)] == [expected] * 4
 
 
 @pytest.mark.parametrize(

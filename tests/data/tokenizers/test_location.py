@@ -1,6 +1,7 @@
 """From a file or a folder to a tokenizer; both kinds keep one contract."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_a_kind_is_known_by_its_content_too(model: bytes, tmp_path: Path):
     (tmp_path / "a").write_bytes(model)
     (tmp_path / "b").write_bytes(tokenizer_files.byte_level())
     assert [load_tokenizer(tmp_path / name).pieces for name in "ab"] == [300, 290]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+def test_several_threads_may_encode_at_once(kind: str, model: bytes, tmp_path: Path):
+    (tmp_path / "a").write_bytes(model if kind == "sentencepiece" else tokenizer_files.gpt2())
+    tokenizer = load_tokenizer(tmp_path / "a")
+    texts = [f"{line} {number}" for number in range(100) for line in TEXT[:3]]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [tokenizer.encode(text) for text in texts], range(4)))
+    assert found == [[tokenizer.encode(text) for text in texts]] * 4
 
 
 def test_folders_with_two_tokenizers_or_none(model: bytes, tmp_path: Path):

@@ -1,4 +1,3 @@
-import threading
 from pathlib import Path
 
 import pytest
@@ -113,23 +112,6 @@ def test_a_model_without_eos(tmp_path: Path):
     path.write_bytes(writer.getvalue())
     with pytest.raises(ConfigError, match=r"^data\.tokenizer: .* has no end-of-document piece; give a model"):
         load_tokenizer(path)
-
-
-def test_encode_from_several_threads(model: Path):
-    tokenizer = load_tokenizer(model)
-    texts = [f"{line} {n}" for n in range(200) for line in TEXT[:3]]
-    expected = [tokenizer.encode(text) for text in texts]
-    results: dict[int, list[list[int]]] = {}
-
-    def work(index: int) -> None:
-        results[index] = [tokenizer.encode(text) for text in texts]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [results[index] for index in range(4)] == [expected] * 4
 
 
 def test_the_draw_of_lines_is_uniform_and_repeatable():
