@@ -77,3 +77,7 @@ def start(
     from stablelm.train.run import run
 
     return run(prepared, source=resume, argv=argv, started=started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

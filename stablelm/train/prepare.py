@@ -4,14 +4,15 @@ Runs on every rank before any process group exists and without torch, so that a 
 second and not an allocation.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stablelm.checkpoint import selection
-from stablelm.checkpoint.remote_path import checkpoint_path
+from stablelm.checkpoint import saved_run, selection
+from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.config import identity as identities
 from stablelm.config import rules
 from stablelm.config.load import Loaded
@@ -21,7 +22,7 @@ from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
-from stablelm.errors import ConfigError, Problems
+from stablelm.errors import CheckpointError, ConfigError, Problems
 from stablelm.evaluate.generation.prompts import encode_prompts
 from stablelm.evaluate.tasks.choice_items import ChoiceTask, read_task
 from stablelm.evaluate.validation_text import validation_options, validation_paths
@@ -204,10 +205,7 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"its weights by run.init_from={run_dir} and another run.dir"
         )
     if not begun and not (run_dir / "identity.json").exists():
-        raise ConfigError(
-            f"checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than run.dir={run_dir}; "
-            "name another checkpoint.dir, or leave it out"
-        )
+        return _check_checkpoints_alone(config, identity, resume)
     if resume == "none":
         raise ConfigError(
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
@@ -223,6 +221,19 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
     refuse_other_run(saved, identity, f"run.dir={run_dir}")
 
 
+def _check_checkpoints_alone(config: Config, identity: dict[str, Any], resume: str) -> None:
+    """ConfigError where run.dir does not know the checkpoints, unless a store has kept them for a lost disk's run."""
+    newest = selection.step_directories(checkpoint_path(str(config.checkpoint.dir)))[0]
+    if resume == "none" or not isinstance(newest, RemotePath):
+        raise ConfigError(
+            f"checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than run.dir={config.run.dir}; "
+            "name another checkpoint.dir, or leave it out"
+        )
+    with contextlib.suppress(CheckpointError):  # a damaged one is reported, and an older one checked, by the resume
+        saved = dict(saved_run.read_state(newest)["identity"])
+        refuse_other_run(saved, identity, f"checkpoint.dir={config.checkpoint.dir}", key="checkpoint.dir")
+
+
 def _has_begun(config: Config) -> bool:
     """Whether there are checkpoints of the run."""
     return bool(selection.step_directories(checkpoint_path(str(config.checkpoint.dir))))
@@ -234,13 +245,15 @@ def _exists(path: str) -> bool:
     return found.exists() or selection.is_best(found)
 
 
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None) -> None:
+def refuse_other_run(
+    saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None, key: str = "run.dir"
+) -> None:
     """ConfigError naming the identity keys in which a saved run differs from this one."""
     different = identities.differences(saved, current, step=step)
     if different:
         listed = "\n  ".join(different)
         raise ConfigError(
-            f"{where} belongs to a run with other settings; set them back or name another run.dir:\n  {listed}"
+            f"{where} belongs to a run with other settings; set them back or name another {key}:\n  {listed}"
         )
 
 

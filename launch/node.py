@@ -1,0 +1,11 @@
+"""This host's share of a run on one or several hosts: `python launch/node.py --config FILE [key.path=value ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stablelm.programs.node import main
+
+if __name__ == "__main__":
+    sys.exit(main())
