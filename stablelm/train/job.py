@@ -17,7 +17,8 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.durations import parse_duration
 from stablelm.config.load import dump
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, TrainConfig
+from stablelm.config.segments import segments_of
 from stablelm.data import validation
 from stablelm.data.loader import Loader
 from stablelm.data.storage.options import SeenFiles
@@ -39,6 +40,7 @@ from stablelm.train import resume
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
 from stablelm.train.samples import Samples, build_samples
+from stablelm.train.schedule import TrainHistory
 from stablelm.train.step import seed_dropout
 from stablelm.train.stop import Outcome, Stop, deadline
 
@@ -68,6 +70,8 @@ class Job:
     saver: Saver
     save: Callable[[bool], None]
     """Saves the current state; with True it returns once that is committed, else as soon as training can continue."""
+    settings: Callable[[int], TrainConfig]
+    """Of each optimizer step: where the run changed at a checkpoint, earlier steps have what they had."""
     rewind: Callable[[Outcome], bool]
     """Returns to the newest checkpoint; False, and nothing is changed, if there is none."""
 
@@ -87,6 +91,8 @@ def build_job(
     `started`: seconds since 1970; `notices` go to the terminal first; `ending.extra` gets the number of parameters.
     """
     config, progress = prepared.config, ending.progress
+    assert prepared.corpora is not None
+    settings = TrainHistory(config.train, segments_of(prepared.corpora.identity)).at
     loader = build_loader(prepared, ranks)
     engine = build_engine(config, prepared.kind, ranks)
     ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
@@ -130,6 +136,7 @@ def build_job(
         records=records,
         saver=saver,
         save=save_now,
+        settings=settings,
         rewind=lambda spike: resume.rewind(spike, saver, engine, loader, ranks, progress, guard),
     )
 
@@ -150,7 +157,7 @@ def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     checkpoint directory cannot take a checkpoint.
     """
     started = time.perf_counter()
-    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
+    rows = config.train.micro_batch_size or config.train.batch_sizes.largest // ranks.world_size
     seed_dropout(config.run.seed, 0, 0, ranks.rank)
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
     sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
@@ -208,7 +215,7 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
             files,
             prepared.tokenizer,
             seq_len=config.data.seq_len,
-            sequences=config.evaluate.batches * config.train.global_batch_size,
+            sequences=config.evaluate.batches * config.train.batch_sizes.first,
             options=replace(validation_options(config, name), seen=seen),
         )
         for name, files in prepared.corpora.validation.items()

@@ -5,7 +5,7 @@ second and not an allocation.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from stablelm.checkpoint import selection
 from stablelm.checkpoint.remote_path import checkpoint_path
 from stablelm.config import identity as identities
-from stablelm.config import rules
+from stablelm.config import rules, segments
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
@@ -92,7 +92,7 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     corpora = None
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
-        check_run_dir(config, corpora.identity, resume)
+        check_run_dir(config, corpora.identity, resume, segments.allowed(loaded.asked))
         if config.run.init_from is not None and not _has_begun(config):
             check_tokenizer(config.run.init_from, config, tokenizer)
     return Prepared(
@@ -127,7 +127,7 @@ def read_tasks(config: Config, tokenizer: Tokenizer) -> dict[str, ChoiceTask]:
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
+    known, tokens = known_files(config), config.train.batch_sizes.largest * data.seq_len + 1
     problems, train, found = Problems(), {}, {}
     with problems.collecting():
         train = inspection.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
@@ -136,7 +136,7 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
             options = validation_options(config, name)
             found[name] = inspection.text(data, path, key=key, known=known, options=options)
             if all(map(corpus.is_local, found[name])):
-                needed = config.evaluate.batches * config.train.global_batch_size * data.seq_len + 1
+                needed = config.evaluate.batches * config.train.batch_sizes.first * data.seq_len + 1
                 for _ in validation.touched(found[name], tokenizer, tokens=needed, options=options):
                     pass
     problems.raise_any()
@@ -187,8 +187,11 @@ def _remote(config: Config) -> bool:
     return not all(corpus.is_local(item) for item in flat)
 
 
-def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
-    """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
+def check_run_dir(config: Config, identity: dict[str, Any], resume: str, allowed: Collection[str] = ()) -> None:
+    """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite.
+
+    `allowed`: identity keys that may differ.
+    """
     run_dir = Path(config.run.dir)
     run_directory.check(config)
     if config.run.init_from is not None and not _exists(config.run.init_from):
@@ -203,7 +206,7 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} holds an imported model, which has no optimizer state to resume from; start a run from "
             f"its weights by run.init_from={run_dir} and another run.dir"
         )
-    if not begun and not (run_dir / "identity.json").exists():
+    if not begun and not (run_dir / run_directory.IDENTITY).exists():
         raise ConfigError(
             f"checkpoint.dir={config.checkpoint.dir} holds checkpoints of another run than run.dir={run_dir}; "
             "name another checkpoint.dir, or leave it out"
@@ -213,14 +216,14 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
         )
     try:
-        saved = dict(parse(read_small(run_dir / "identity.json"), identities.Identity))
+        saved = run_directory.read_identity(run_dir)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"run.dir={run_dir} holds a run without a readable identity.json ({why}); put back the file, or name "
             "another run.dir"
         ) from error
-    refuse_other_run(saved, identity, f"run.dir={run_dir}")
+    refuse_other_run(saved, identity, f"run.dir={run_dir}", allowed=allowed)
 
 
 def _has_begun(config: Config) -> bool:
@@ -234,13 +237,18 @@ def _exists(path: str) -> bool:
     return found.exists() or selection.is_best(found)
 
 
-def refuse_other_run(saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None) -> None:
-    """ConfigError naming the identity keys in which a saved run differs from this one."""
-    different = identities.differences(saved, current, step=step)
+def refuse_other_run(
+    saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None, allowed: Collection[str] = ()
+) -> None:
+    """ConfigError naming the identity keys, but the allowed ones, in which a saved run differs from this one."""
+    different = identities.differences(saved, current, step=step, allowed=allowed)
     if different:
         listed = "\n  ".join(different)
+        names = [name for name in identities.changes(saved, current) if name not in allowed]
+        may = set(names) <= set(segments.CHANGEABLE)
+        fix = f", or give later steps the new values by run.allow=[{','.join(names)}]" if may else ""
         raise ConfigError(
-            f"{where} belongs to a run with other settings; set them back or name another run.dir:\n  {listed}"
+            f"{where} belongs to a run with other settings; set them back or name another run.dir{fix}:\n  {listed}"
         )
 
 
