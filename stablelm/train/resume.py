@@ -73,8 +73,12 @@ class Continued:
         """The change in a line."""
         if self.change is None:
             return []
-        listed = (f"{name} {json.dumps(old)} -> {json.dumps(new)}" for name, (old, new) in self.change["keys"].items())
+        listed = (f"{name} {_short(old)} -> {_short(new)}" for name, (old, new) in self.change["keys"].items())
         return [f"changed after step {self.change['step']}: {', '.join(listed)}"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 def continue_as(prepared: Prepared, found: CheckpointPath | None, resume: str, ranks: Ranks) -> Continued:

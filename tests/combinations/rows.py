@@ -15,6 +15,7 @@ from stablelm.config.load import load
 from stablelm.errors import ConfigError
 
 SEED = 11
+TASK = "words"
 QUICK, MORE = 6, 24
 """Rows of `make test` and of `make test-slow`."""
 STEPS, KILLED_AT = 6, 3
@@ -47,6 +48,7 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "document_mask": {"no": (), "yes": ("data.document_mask=true",)},
     "source": dict.fromkeys(("files", "shards", "datasets", "mixture"), ()),
+    "tokenizer": dict.fromkeys(("sentencepiece", "bpe-bytes"), ()),
     "packing": {kind: (f"data.packing={kind}",) for kind in ("split", "best_fit")},
     "workers": {
         "none": ("data.workers=0",),
@@ -55,9 +57,15 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "head": {"own": ("model.tie_embeddings=false",), "tied": ("model.tie_embeddings=true",)},
     "evaluate": {"at the end": ("evaluate.every=0",), "at the save": (f"evaluate.every={KILLED_AT}",)},
+    "tasks": dict.fromkeys(("none", "choices"), ()),
+    "samples": {"none": (), "yes": ("evaluate.samples=[ban, dero mi]", "evaluate.sample_tokens=4")},
+    "best": {"none": (), "loss": ("evaluate.best=val_loss/default",)},
     "layers": {"never": (), "at the save": (f"observe.layers_every={KILLED_AT}",)},
     "save": {"in the step": ("checkpoint.async=false",), "background": ("checkpoint.async=true",)},
     "accumulation": {"no": (), "yes": ("train.micro_batch_size=3",)},
+    # Sizes change before the kill and after it.
+    "batch": {"fixed": (), "ramp": (f"train.global_batch_size={{0: {BATCH // 2}, 2: {BATCH}, 5: {BATCH // 2}}}",)},
+    "rate": dict.fromkeys(("kept", "changed"), ()),
     "recompute": {"none": (), "full": ("engine.recompute=full",)},
     "dropout": {"no": (), "yes": ("model.dropout=0.1",)},
     "guards": {
@@ -72,6 +80,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "resume": tuple(ENGINES),
     **{axis: tuple(values) for axis, values in SETTINGS.items()},
 }
+CHANGED = ("train.lr=1e-4", "run.allow=[train.lr]")
+"""What the steps after the kill have besides, where the rate changes."""
 COMMON = (
     *("model.n_layers=3", "model.d_model=32", "model.n_heads=2", "data.seq_len=32", "data.lanes=24"),
     *(f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "train.lr=3e-4", "train.warmup_steps=100"),
@@ -82,18 +92,19 @@ NEUTRAL = {axis: values[0] for axis, values in AXES.items()}
 
 
 class Sources(NamedTuple):
-    """The same small corpus in each form, as arguments."""
+    """The same small corpus in each form and with each tokenizer, and a task of multiple choice, as arguments."""
 
-    arguments: Mapping[str, tuple[str, ...]]
-    common: tuple[str, ...]
+    texts: Mapping[tuple[str, str], tuple[str, ...]]
+    task: str
 
 
-def arguments(case: Mapping, engine: str, sources: Sources) -> list[str]:
-    """The command line of a row under one of its engines."""
+def arguments(case: Mapping, engine: str, sources: Sources, *, later: bool = False) -> list[str]:
+    """The command line of a row under one of its engines, `later` that from the kill on."""
     chosen = [item for axis, values in SETTINGS.items() for item in values[case[axis]]]
-    return [
-        *COMMON, *sources.common, *sources.arguments[case["source"]], *chosen, f"engine.kind={ENGINES[engine][0]}",
-    ]  # fmt: skip
+    task = [f"evaluate.tasks={{{TASK}: {sources.task}}}"] if case["tasks"] == "choices" else []
+    text = sources.texts[case["source"], case["tokenizer"]]
+    changed = CHANGED if later and case["rate"] == "changed" else ()
+    return [*COMMON, *text, *chosen, *task, *changed, f"engine.kind={ENGINES[engine][0]}"]
 
 
 def refusal(case: Mapping) -> str:
@@ -120,7 +131,8 @@ def _first_legal(chosen: tuple[str, ...]) -> str:
 
 @lru_cache(None)
 def _refusal(chosen: tuple[str, ...], engine: str) -> str:
-    nowhere = Sources({name: FORMS[name] for name in SETTINGS["source"]}, ())
+    texts = {(source, kind): FORMS[source] for source in SETTINGS["source"] for kind in SETTINGS["tokenizer"]}
+    nowhere = Sources(texts, "a.jsonl")
     line = arguments(dict(zip(SETTINGS, chosen, strict=True)), engine, nowhere)
     try:
         loaded = load([], line)
@@ -130,12 +142,15 @@ def _refusal(chosen: tuple[str, ...], engine: str) -> str:
     return ""
 
 
-# Arguments of the same forms that name no file: rules look at none.
+# Arguments of the same forms whose files do not exist: rules look at none.
 FORMS = {
-    "files": ("data.path=a.json.gz",),
-    "shards": ("data.source=shards", "data.path=a"),
-    "datasets": ("data.source=datasets", "data.path=a"),
-    "mixture": ("data.mixture={a: {path: a.json.gz, weight: 0.7}, b: {path: b.json.gz, weight: 0.3}}",),
+    "files": ("data.path=a.json.gz", "data.validation_path=v.json.gz"),
+    "shards": ("data.source=shards", "data.path=a", "data.validation_path=v.json.gz"),
+    "datasets": ("data.source=datasets", "data.path=a", "data.validation_path=v"),
+    "mixture": (
+        "data.mixture={a: {path: a.json.gz, weight: 0.7}, b: {path: b.json.gz, weight: 0.3}}",
+        "data.validation_path=v.json.gz",
+    ),
 }
 
 
