@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stablelm.errors import ConfigError
+
 Given = int | Mapping[int, int]
 """A value of `train.global_batch_size`."""
 
@@ -28,8 +30,11 @@ class BatchSizes:
 
     @classmethod
     def saved(cls, value: Any) -> "BatchSizes":
-        """Of what `plain` gave and JSON kept, whose names are strings."""
-        return cls.of({int(step): size for step, size in value.items()} if isinstance(value, Mapping) else value)
+        """Of what `plain` gave and JSON kept, whose names are strings. ConfigError if it is damaged."""
+        given = {int(step): size for step, size in value.items()} if isinstance(value, Mapping) else value
+        if words := problem(given):
+            raise ConfigError(f"in the run's identity {words}")
+        return cls.of(given)
 
     def plain(self) -> int | dict[int, int]:
         """The shortest value that means the same."""

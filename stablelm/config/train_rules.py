@@ -82,7 +82,8 @@ def _stage(
         )
     elif micro is not None and batch // world_size % micro:
         part = micro * world_size
-        fits = around(micro, lambda n: not any(size % (world_size * n) for size in sizes), batch)
+        divisible = [size for size in sizes if size % world_size == 0]
+        fits = around(micro, lambda n: not any(size % (world_size * n) for size in divisible), batch)
         others = around(batch, lambda n: n % part == 0, batch + part) if len(sizes) > 1 else []
         fix = f"use {either(fits)}" + (f", or {either(others)} sequences" if others else "")
         yield (

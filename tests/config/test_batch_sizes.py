@@ -3,13 +3,15 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablelm.config import rules
 from stablelm.config.batch_sizes import BatchSizes
 from stablelm.config.load import dump, load, loads
+from stablelm.config.trust import excesses
 from stablelm.errors import ConfigError
+from stablelm.plan.request import prepare
 
 BASE = ("train.steps=100", "data.lanes=24")
 RAMP = "train.global_batch_size={0: 32, 1000: 64}"
@@ -33,6 +35,7 @@ ramps = st.dictionaries(st.integers(1, 30), st.integers(1, 20), max_size=4).flat
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(ramps)
 def test_arithmetic_is_that_of_counting(ramp: dict[int, int]):
     sizes = BatchSizes.of(ramp)
@@ -107,6 +110,36 @@ def test_each_stage_must_be_divisible_and_is_named():
         f"or 16 or 20 sequences (argument train.micro_batch_size=4, argument {ramp})"
     )
     assert problems(ramp, "train.micro_batch_size=3", world_size=2) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(ramps, st.sampled_from([1, 2, 3, 4, 6]), st.none() | st.integers(1, 9))
+def test_a_ramp_passes_just_if_every_stage_can_be_shared_out(ramp: dict[int, int], world_size: int, micro: int | None):
+    lines = problems(
+        f"train.global_batch_size={ramp}", f"train.micro_batch_size={micro or 'null'}", world_size=world_size
+    )
+    part = world_size * (micro or 1)
+    assert len(lines) == sum(size % part > 0 for size in ramp.values())
+    for line in lines:
+        assert "must be divisible by" in line or "does not divide" in line
+
+
+def test_the_largest_size_of_a_checkpoint_is_what_is_believed_of_it():
+    assert excesses(of(RAMP)) == []
+    (line,) = excesses(of("train.global_batch_size={0: 32, 9: 2000000}"))
+    assert "is above 1048576, the most that is believed of a checkpoint" in line
+
+
+def test_a_damaged_ramp_of_an_identity_is_told():
+    with pytest.raises(ConfigError, match=r"in the run's identity train\.global_batch_size=\{5: 2\} lacks"):
+        BatchSizes.saved({"5": 2})
+
+
+def test_a_plan_is_that_of_the_largest_step():
+    ramp = ("train.global_batch_size={0: 4, 10: 8}", "data.seq_len=16", "data.lanes=8", "model.vocab_size=320")
+    loaded = load([], [*ramp, f"train.tokens={640 + 129}"])
+    config = prepare(loaded, 4, "h100-80", 8).config
+    assert (config.train.global_batch_size, config.train.steps) == (8, 12)
 
 
 def test_tokens_become_the_steps_that_see_them():

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_identity import make
 
@@ -89,6 +89,7 @@ def test_segments_are_told_and_not_compared():
 RATES = st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1e-3, 2e-3, 5e-3])), max_size=5)
 
 
+@settings(max_examples=40, deadline=None)
 @given(RATES)
 def test_the_settings_of_a_step_are_those_of_its_time(drawn: list[tuple[int, float]]):
     """Against a list that is written step by step."""

@@ -49,6 +49,7 @@ def changed(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -
     return run_dir
 
 
+@pytest.mark.slow
 def test_a_ramp_is_killed_and_goes_on_in_any_world_size(tiny_corpus: TinyCorpus, tmp_path: Path):
     train(tiny_corpus, tmp_path / "whole", *RAMP)
     tokens = [record["tokens"] for record in last_records(tmp_path / "whole" / "metrics.jsonl").values()]
@@ -80,6 +81,7 @@ def test_a_change_is_part_of_the_run_from_its_step_on(tiny_corpus: TinyCorpus, c
     assert "nothing to do" in again.stdout, "the change is not asked for twice"
 
 
+@pytest.mark.slow
 def test_a_changed_run_is_killed_and_goes_on_in_any_world_size(tiny_corpus: TinyCorpus, changed: Path, tmp_path: Path):
     kill(tiny_corpus, tmp_path / "cut", 4)
     kill(tiny_corpus, tmp_path / "cut", 6, *CHANGE, ALLOW)
@@ -92,6 +94,7 @@ def test_a_changed_run_is_killed_and_goes_on_in_any_world_size(tiny_corpus: Tiny
     assert near(changed, tmp_path / "cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "processes"), [("single", 1), ("zero1", 2)])
 def test_a_checkpoint_from_before_the_change_goes_through_it_again(
     tiny_corpus: TinyCorpus, changed: Path, tmp_path: Path, engine: str, processes: int
@@ -121,6 +124,7 @@ def test_what_is_not_allowed_is_named_with_what_would(tiny_corpus: TinyCorpus, c
     assert "step-00000008 is of a later step than the checkpoint from which the run would change" in told
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_run_begins_at_any_checkpoint_in_its_own_directory(
     tiny_corpus: TinyCorpus, changed: Path, tmp_path: Path
 ):
@@ -131,6 +135,7 @@ def test_a_branch_of_a_run_begins_at_any_checkpoint_in_its_own_directory(
     assert segments[1]["keys"] == {"train.lr": [1e-4, 1e-3], "train.min_lr": [1e-5, 1e-4]}
 
 
+@pytest.mark.slow
 def test_a_larger_batch_and_a_longer_run_from_a_checkpoint_on(tiny_corpus: TinyCorpus, tmp_path: Path):
     run_dir = tmp_path / "run"
     train(tiny_corpus, run_dir, "run.stop_after=4", code=75)
@@ -146,3 +151,20 @@ def test_a_larger_batch_and_a_longer_run_from_a_checkpoint_on(tiny_corpus: TinyC
     train(tiny_corpus, run_dir, allow, *ramp, "run.stop_after=6", code=75)
     train(tiny_corpus, run_dir, *ramp, processes=2)
     assert summary(run_dir)["tokens"] == 32 * (4 * 12 + 6 * 24)
+
+
+@pytest.mark.slow
+def test_a_rewind_to_before_a_change_has_the_former_rate_and_the_ramp_of_the_data(
+    tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    spike = ("faults.allow=true", "faults.bad_batch=8", "faults.spike=50")
+    guards = ("guards.spike=rewind", "guards.window=2", "guards.threshold=20", "guards.skip_data=10")
+    settings = (*guards, "train.global_batch_size={0: 12, 4: 24, 13: 36}", "train.steps=9", "train.schedule=constant")
+    train(tiny_corpus, tmp_path, *settings, "run.stop_after=4", code=75)
+    done = train(tiny_corpus, tmp_path, *settings, *spike, "train.lr=1e-4", "run.allow=[train.lr]")
+    assert "back to step 2; batches 3 to 12 are skipped" in done.stdout
+    records = last_records(tmp_path / "metrics.jsonl")
+    assert [records[step]["lr"] for step in range(2, 10)] == [3e-4] * 3 + [1e-4] * 5
+    assert summary(tmp_path)["tokens"] == 32 * (2 * 12 + 24 + 6 * 36)
+    state = json.loads((tmp_path / "checkpoints" / "step-00000009" / "state.json").read_text())
+    assert (state["data"]["data_step"], state["guards"]["jumps"]) == (19, [[2, 10]])
