@@ -32,6 +32,7 @@ python launch/pretrain.py --config configs/quickstart.yaml --config mine.yaml tr
   `'run.dir=runs/a #b'` names a folder with a `#`.
 - A default of `null` is derived from other keys, as the key's text says.
 - Keys marked **identity** make a run what it is: they must be equal on resume, and those that differ are named.
+  Some may have other values from a checkpoint on, by `run.allow`: [changing_a_run.md](changing_a_run.md).
   `data.path` counts by the files' base names and `data.tokenizer` by its contents. `train.steps` and `train.tokens` may
   grow where `train.schedule` is `constant`, or `wsd` before its cooldown. `model.method` counts by the axes it sets.
 """

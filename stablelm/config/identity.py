@@ -1,18 +1,19 @@
 """What a run is: the keys that must be equal on resume, and how they may grow."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from stablelm.config.keys import keys, values
 from stablelm.config.schema import Config
+from stablelm.config.segments import SEGMENTS, Segment
 from stablelm.json_text import Count
 
-# Told, not compared: the axes say what a method's name means, and the steps what the tokens come to.
-DESCRIPTIVE = ("model.method", "train.tokens")
+# Told, not compared: the axes say what a method's name means, the steps what the tokens come to, and segments what was.
+DESCRIPTIVE = ("model.method", "train.tokens", SEGMENTS)
 # How rows are dealt to lanes, see `data.lanes`; 1 in runs that do not say it.
 ORDER, ORDER_KEY = 2, "data.order"
 LENGTH = ("train.steps", "train.cooldown_steps")
@@ -27,6 +28,8 @@ Identity = TypedDict(
         "train.cooldown_steps": Count | None,
         "train.warmup_steps": Count,
         "data.tokenizer": str,
+        "train.global_batch_size": Count | dict[Annotated[str, Field(pattern="^[0-9]{1,18}$")], Count],
+        "run.segments": list[Segment],
     },
     total=False,
 )
@@ -47,22 +50,34 @@ def identity(
     )
     weights = {name: value for name, value in config.data.mixture.items() if not name.endswith(".path")}
     found |= {"data.path": names, "data.mixture": weights, "data.tokenizer": tokenizer_sha256, ORDER_KEY: ORDER}
+    found["train.global_batch_size"] = config.train.batch_sizes.plain()
     return json.loads(json.dumps(found))
 
 
-def differences(saved: dict[str, Any], current: dict[str, Any], step: int | None = None) -> list[str]:
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The values of two identities by each key in which they differ."""
+    saved = _whole(saved, current)
+    names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
+    return {name: (saved.get(name), current.get(name)) for name in names if saved.get(name) != current.get(name)}
+
+
+def differences(
+    saved: dict[str, Any], current: dict[str, Any], step: int | None = None, allowed: Collection[str] = ()
+) -> list[str]:
     """A sentence for each key in which two identities differ; none if one run can continue the other.
 
-    `step` is the finished step to continue from; None: not known yet, so the earliest.
+    `step` is the finished step to continue from; None: not known yet, so the earliest. `allowed` keys may differ.
     """
-    # A run saved before a key existed had what is the key's default now.
-    defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
-    saved = {ORDER_KEY: 1} | defaults | saved
-    names = [name for name in {**saved, **current} if name not in DESCRIPTIVE]
-    different = [name for name in names if saved.get(name) != current.get(name)]
-    if different and set(different) <= set(LENGTH) and may_extend(saved, current, step or 0):
+    different = {name: values for name, values in changes(saved, current).items() if name not in allowed}
+    if different and set(different) <= set(LENGTH) and may_extend(_whole(saved, current), current, step or 0):
         return []
-    return [_sentence(name, saved.get(name), current.get(name)) for name in different]
+    return [_sentence(name, *values) for name, values in different.items()]
+
+
+def _whole(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """A run saved before a key existed had what is the key's default now."""
+    defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
+    return {ORDER_KEY: 1} | defaults | saved
 
 
 def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:

@@ -1,6 +1,7 @@
 """The schema seen as a flat table: one entry for each dotted key, and its type in words."""
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -80,11 +81,11 @@ def _value(config: Config, name: str) -> Any:
 
 
 def find(name: str) -> tuple[Key | None, str]:
-    """The key that `name` sets, and the entry where that key is a mapping of the user's names."""
+    """The key that `name` sets, and the entry where that key is, or may be, a mapping of the user's names."""
     if name in keys():
         return keys()[name], ""
     for key in keys().values():
-        if is_mapping(key.type) and name.startswith(key.name + "."):
+        if takes_entries(key.type) and name.startswith(key.name + "."):
             return key, name[len(key.name) + 1 :]
     return None, ""
 
@@ -110,7 +111,14 @@ def _assemble(section: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def value_type(key: Key, entry: str) -> Any:
     """The type of a key's value, or of an entry's where one is named."""
-    return get_args(key.type)[1] if entry else key.type
+    return get_args(_mapping(key.type))[1] if entry else key.type
+
+
+def entry_name(key: Key, entry: str) -> str | int | None:
+    """An entry's name as the key's mapping holds it; None if it cannot be one."""
+    if get_args(_mapping(key.type))[0] is str:
+        return entry
+    return int(entry) if re.fullmatch("0|[1-9][0-9]{0,17}", entry) else None
 
 
 def takes_text(kind: Any) -> bool:
@@ -146,6 +154,15 @@ def is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict
 
 
+def takes_entries(kind: Any) -> bool:
+    """Whether a key of this type takes named entries, beside other values or not."""
+    return _mapping(kind) is not None
+
+
+def _mapping(kind: Any) -> Any:
+    return next((part for part in _parts(kind) if is_mapping(part)), None)
+
+
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
 
 
@@ -171,6 +188,8 @@ def describe(kind: Any) -> str:
             return f"a list of {' and '.join(describe(part) for part in arguments)}"
         return f"a list of {len(arguments)} {_plural(arguments[0])}"
     assert origin is dict, f"no words for the type {kind}"
+    if arguments[0] is int:
+        return f"a mapping of steps to {_plural(arguments[1])}"
     return f"a mapping of names to {describe(arguments[1])}"
 
 

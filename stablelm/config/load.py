@@ -11,10 +11,12 @@ from stablelm.config.keys import (
     assemble,
     describe,
     described,
+    entry_name,
     find,
     is_mapping,
     keys,
     sections,
+    takes_entries,
     takes_tuple,
     value_type,
     values,
@@ -109,15 +111,19 @@ def _validate(merged: dict[str, Given], problems: list[str]) -> tuple[dict[str, 
             unread |= {near} if near else set()
             problems.append(_unknown(name, near, given))
             continue
-        if given.value == {} and is_mapping(key.type):
+        if given.value == {} and takes_entries(key.type):
             leaves[key.name] = {}
+            continue
+        if entry and entry_name(key, entry) is None:
+            problems.append(f"{name}: {entry} must be a step, an integer from 0 up ({given.origin})")
+            unread.add(key.name)
             continue
         value, problem = _convert(name, given, key, entry)
         if problem:
             problems.append(problem)
             unread.add(name)
         elif entry:
-            leaves.setdefault(key.name, {})[entry] = value
+            leaves.setdefault(key.name, {})[entry_name(key, entry)] = value
         else:
             leaves[name] = value
     return leaves, unread

@@ -5,11 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from stablelm.config import (
+    batch_sizes,
     data_rules,
     engine_rules,
     evaluation_rules,
     guard_rules,
     secret_rules,
+    segments,
     train_rules,
     validation_sets,
 )
@@ -101,7 +103,7 @@ def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate
     return replace(
         train,
         steps=steps,
-        micro_batch_size=_or(train.micro_batch_size, train.global_batch_size // world_size),
+        micro_batch_size=_or(train.micro_batch_size, train.batch_sizes.largest // world_size),
         min_lr=_or(train.min_lr, train.lr / 10),
         cooldown_steps=_or(train.cooldown_steps, steps // 5 if train.schedule == "wsd" else 0),
         precision=_or(train.precision, accelerate_precision or "fp32"),
@@ -151,6 +153,7 @@ class _Rules:
         self.add(train_rules.length(self.config))
         self.model()
         self.add(train_rules.batches(self.config, world_size))
+        self.add(segments.problems(self.config))
         self.add(engine_rules.problems(self.config, world_size))
         return self
 
@@ -163,9 +166,14 @@ class _Rules:
         wrong: set[str] = set()
         config = values(self.config)
         for expected, holds, name in ranges():
-            if config[name] is not None and not holds(config[name]):
-                self.broken(f"{name}={_plain(config[name])} must be {expected}", name)
-                wrong.add(name)
+            for entry, value in _entries(name, config[name]).items():
+                if value is not None and not holds(value):
+                    self.broken(f"{entry}={_plain(value)} must be {expected}", entry)
+                    wrong.add(name)
+        if problem := batch_sizes.problem(self.config.train.global_batch_size):
+            entries = _entries("train.global_batch_size", self.config.train.global_batch_size)
+            self.broken(problem, "train.global_batch_size", *entries)
+            wrong.add("train.global_batch_size")
         try:
             parse_duration(self.config.run.time_limit)
         except ConfigError as error:
@@ -271,6 +279,11 @@ class _Rules:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _entries(name: str, value: Any) -> dict[str, Any]:
+    """A key's value by its name, or those of a mapping by theirs."""
+    return {f"{name}.{entry}": each for entry, each in value.items()} if isinstance(value, dict) else {name: value}
 
 
 def _same_or_inside(one: str, other: str) -> bool:

@@ -11,6 +11,7 @@ word of the language ends in an underscore: `checkpoint.async` is `async_`.
 from dataclasses import dataclass
 from typing import Literal
 
+from stablelm.config.batch_sizes import BatchSizes
 from stablelm.config.model_schema import AttentionConfig as AttentionConfig
 from stablelm.config.model_schema import ModelConfig
 from stablelm.key import key
@@ -27,6 +28,12 @@ class RunConfig:
         None, "start a new run from the weights of this run or checkpoint directory", identity=True, path=True
     )
     allow_foreign_dir: bool = key(False, "write to a run.dir that belongs to another user")
+    allow: list[str] = key(
+        list,
+        "identity keys that may differ from the checkpoint, as [train.lr]: later steps have the new values, which the "
+        "run remembers, see docs/changing_a_run.md",
+        path=False,
+    )
     time_limit: str | float | None = key(
         None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s", path=False
     )
@@ -135,7 +142,13 @@ class DataConfig:
 class TrainConfig:
     steps: int | None = key(None, "optimizer steps; exactly one of steps and tokens", identity=True)
     tokens: int | None = key(None, "training length; rounded up to whole steps", unit="tokens", identity=True)
-    global_batch_size: int = key(32, "sequences per step over all ranks", unit="sequences", identity=True)
+    global_batch_size: int | dict[int, int] = key(
+        32,
+        "sequences per step over all ranks; {0: 32, 1000: 64}: other sizes from data steps on, which count consumed "
+        "batches from 0",
+        unit="sequences",
+        identity=True,
+    )
     micro_batch_size: int | None = key(
         None, "sequences that a rank processes at once; None: no accumulation", unit="sequences"
     )
@@ -155,6 +168,11 @@ class TrainConfig:
         None, "arithmetic of the matrix products; None: accelerate's flag, else fp32", identity=True
     )
     compile: bool = key(False, "compile each layer with torch.compile")
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The sequences of each step."""
+        return BatchSizes.of(self.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -204,7 +222,7 @@ class ObserveConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     every: int = key(500, "steps between evaluations; 0: only at the end", unit="steps")
-    batches: int = key(8, "global batches of each validation set, the same ones every time")
+    batches: int = key(8, "global batches, of step 0's size, of each validation set, the same ones every time")
     micro_batch_size: int = key(
         8,
         "sequences that a rank processes at once; the same in any world size, so that the figures are",

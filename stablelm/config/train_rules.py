@@ -48,7 +48,7 @@ def length(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 def batches(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the number of processes does not divide."""
-    lanes, batch, micro = config.data.lanes, config.train.global_batch_size, config.train.micro_batch_size
+    lanes = config.data.lanes
     if lanes % world_size:
         worlds = around(world_size, lambda n: lanes % n == 0, lanes)
         others = around(lanes, lambda n: n % world_size == 0, lanes + world_size)
@@ -57,26 +57,45 @@ def batches(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, .
             f"start {either(worlds, 'process')}, or a new run with {either(others, 'lane')}",
             ("data.lanes",),
         )
+    given = config.train.global_batch_size
+    stages = (
+        {"train.global_batch_size": given}
+        if isinstance(given, int)
+        else {f"train.global_batch_size.{step}": size for step, size in sorted(given.items())}
+    )
+    for name, batch in stages.items():
+        yield from _stage(name, batch, list(stages.values()), config, world_size)
+
+
+def _stage(
+    name: str, batch: int, sizes: list[int], config: Config, world_size: int
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What does not divide one batch size, of the key `name`, of all the `sizes` of the run."""
+    lanes, micro = config.data.lanes, config.train.micro_batch_size
     if batch % world_size:
-        sizes = around(batch, lambda n: n % world_size == 0, batch + world_size)
-        worlds = around(world_size, lambda n: batch % n == 0 and lanes % n == 0, batch)
+        fits = around(batch, lambda n: n % world_size == 0, batch + world_size)
+        worlds = around(world_size, lambda n: lanes % n == 0 and not any(size % n for size in sizes), batch)
         yield (
-            f"train.global_batch_size={batch} must be divisible by the number of processes, {world_size}; "
-            f"use {either(sizes)}, or start {either(worlds, 'process')}",
-            ("train.global_batch_size",),
+            f"{name}={batch} must be divisible by the number of processes, {world_size}; "
+            f"use {either(fits)}, or start {either(worlds, 'process')}",
+            (name,),
         )
     elif micro is not None and batch // world_size % micro:
-        sizes = around(micro, lambda n: batch // world_size % n == 0, batch)
+        part = micro * world_size
+        divisible = [size for size in sizes if size % world_size == 0]
+        fits = around(micro, lambda n: not any(size % (world_size * n) for size in divisible), batch)
+        others = around(batch, lambda n: n % part == 0, batch + part) if len(sizes) > 1 else []
+        fix = f"use {either(fits)}" + (f", or {either(others)} sequences" if others else "")
         yield (
             f"train.micro_batch_size={micro} on {world_size} process{'es' * (world_size > 1)} does not divide "
-            f"train.global_batch_size={batch}; use {either(sizes)}",
-            ("train.micro_batch_size", "train.global_batch_size"),
+            f"{name}={batch}; {fix}",
+            ("train.micro_batch_size", name),
         )
 
 
 def steps_of(tokens: int, train: TrainConfig, seq_len: int) -> int:
-    """Whole steps that see at least `tokens` tokens."""
-    return -(-tokens // (train.global_batch_size * seq_len))
+    """Whole steps that see at least `tokens` tokens, if no batch is skipped."""
+    return train.batch_sizes.steps_for(-(-tokens // seq_len))
 
 
 def around(value: int, fits: Callable[[int], bool], highest: int) -> list[int]:

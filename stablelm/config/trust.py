@@ -95,7 +95,7 @@ def excesses(config: Config, given: Collection[str] = ()) -> list[str]:
     found = [
         f"{name}={value} is above {MOST[name]}, the most that is believed of a checkpoint"
         for name, value in values(config).items()
-        if name in MOST and name not in given and value is not None and value > MOST[name]
+        if name in MOST and name not in given and value is not None and _largest(value) > MOST[name]
     ]
     tokens = config.evaluate.micro_batch_size * config.data.seq_len
     both = {"evaluate.micro_batch_size", "data.seq_len"}
@@ -105,6 +105,10 @@ def excesses(config: Config, given: Collection[str] = ()) -> list[str]:
             f"above {MOST_AT_ONCE} tokens at once, the most that is believed of a checkpoint"
         )
     return found
+
+
+def _largest(value: int | Mapping[int, int]) -> int:
+    return value if isinstance(value, int) else max(value.values())
 
 
 def is_plain(path: str) -> bool:

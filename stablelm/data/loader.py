@@ -1,7 +1,8 @@
 """Batches of one rank, in an order that depends on neither world size nor workers.
 
-Sample n = data_step * global_batch_size + row comes from lane n mod Λ. Rank r of W owns the lanes ≡ r
-and so the rows ≡ r mod W. Workers, threads or processes, each serve some of the rank's lanes, so a lane has one reader.
+Sample n, counted over the batches of all data steps, comes from lane n mod Λ. Rank r of W owns the lanes ≡ r and so
+the rows ≡ r mod W, since W divides every batch. Workers, threads or processes, each serve some of the rank's lanes, so
+a lane has one reader.
 
 The path of a token, from the training loop to the file that opens a URL. Each function calls the next one, so that a
 debugger can step into it with data.workers=0; otherwise threads of `workers.RowProducer` call `LaneRows` ahead of time.
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stablelm.config.batch_sizes import BatchSizes, Given
 from stablelm.config.schema import DataConfig
 from stablelm.data.mixture import RunText, of_source
 from stablelm.data.order import Cursor, TokenPosition
@@ -62,7 +64,7 @@ class Batch:
 
 
 class Loader:
-    """Endless batches of a rank; `world_size` must divide `data.lanes` and `global_batch_size`.
+    """Endless batches of a rank; `world_size` must divide `data.lanes` and every global batch size.
 
     `files` are text, or all of them prepared shards; with `data.mixture` they are given by source.
     `documents`: number the documents in each batch. `seen`: the files that earlier attempts of the run read.
@@ -77,21 +79,22 @@ class Loader:
         data: DataConfig,
         *,
         seed: int,
-        global_batch_size: int,
+        global_batch_size: Given,
         rank: int = 0,
         world_size: int = 1,
         documents: bool = False,
         seen: SeenFiles | None = None,
     ):
         assert data.lanes % world_size == 0
-        assert global_batch_size % world_size == 0
+        sizes = BatchSizes.of(global_batch_size)
+        assert not any(size % world_size for _, size in sizes.stages)
         self.wait_seconds = 0.0
         self._data = data
         sources = dict(files) if isinstance(files, Mapping) else {"": files}
-        self._text = RunText(sources, tokenizer, data, seed, global_batch_size, seen)
+        self._text = RunText(sources, tokenizer, data, seed, sizes, seen)
         self._orders = self._text.orders()
         self._lanes = range(rank, data.lanes, world_size)
-        self._rows = global_batch_size // world_size
+        self._sizes, self._world_size = sizes, world_size
         self._documents = documents
         self._padding = self._given = 0  # tokens and windows
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -122,9 +125,8 @@ class Loader:
         if self._source is None:
             self._source = self._start()
         began = time.perf_counter()
-        first = self._data_step * self._rows
         try:
-            rows = self._source.take(range(first, first + self._rows))
+            rows = self._source.take(self._rows(self._data_step))
         except BaseException:
             self.close()
             raise
@@ -143,6 +145,11 @@ class Loader:
         self._given += len(rows)
         self._data_step += 1
         return batch
+
+    def _rows(self, data_step: int) -> range:
+        """Numbers of this rank's rows of a batch."""
+        ends = (self._sizes.before(step) // self._world_size for step in (data_step, data_step + 1))
+        return range(*ends)
 
     def _count(self, rows: list[BatchRow], tokens: np.ndarray) -> None:
         self._counts["skipped_rows"] += sum(row.skipped for row in rows)
@@ -192,10 +199,10 @@ class Loader:
         return RowProducer(
             self._processes(workers) if processes else self._threads(workers),
             len(self._lanes),
-            self._data_step * self._rows,
-            batch=self._rows,
+            self._data_step,
+            self._rows,
             # At least one batch ahead: with 0 no worker could start.
-            ahead=max(self._data.prefetch, 1) * self._rows,
+            ahead=max(self._data.prefetch, 1),
             # A process has the next request before its answer is taken, so that it does not stand idle.
             depth=2 if processes else 1,
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stablelm.config.batch_sizes import BatchSizes
 from stablelm.config.mixture import Source, weight_at
 from stablelm.config.mixture import sources as configured_sources
 from stablelm.config.schema import DataConfig
@@ -69,14 +70,14 @@ class Mixture:
 class MixedWindows:
     """Windows of one lane out of several sources; see `packing.LaneWindows`.
 
-    `given`: windows of this lane before the next one; `lanes`, `batch`: numbers of the whole run.
+    `given`: windows of this lane before the next one; `lanes`, `sizes`: of the whole run.
     """
 
     def __init__(
-        self, parts: dict[str, LaneWindows], mixture: Mixture, *, lane: int, lanes: int, batch: int, given: int
+        self, parts: dict[str, LaneWindows], mixture: Mixture, *, lane: int, lanes: int, sizes: BatchSizes, given: int
     ) -> None:
         self._parts, self._mixture = parts, mixture
-        self._lane, self._lanes, self._batch, self._given = lane, lanes, batch, given
+        self._lane, self._lanes, self._sizes, self._given = lane, lanes, sizes, given
         self._last = next(iter(parts.values()))
 
     @property
@@ -97,7 +98,7 @@ class MixedWindows:
 
     def next_window(self) -> np.ndarray:
         sample = self._given * self._lanes + self._lane
-        self._last = self._parts[self._mixture.source(sample, sample // self._batch)]
+        self._last = self._parts[self._mixture.source(sample, self._sizes.step_of(sample))]
         self._given += 1
         return self._last.next_window()
 
@@ -139,7 +140,7 @@ class RunText:
     tokenizer: Encoder
     data: DataConfig
     seed: int
-    global_batch_size: int
+    sizes: BatchSizes
     seen: SeenFiles | None = None
 
     def orders(self) -> dict[str, Order]:
@@ -179,9 +180,9 @@ class RunText:
         return made
 
     def _mixed(self, lane: int, parts: dict[str, LaneWindows], mixed: Mixture, data_step: int) -> MixedWindows:
-        lanes, batch = self.data.lanes, self.global_batch_size
-        given = max(0, -(-(data_step * batch - lane) // lanes))
-        return MixedWindows(parts, mixed, lane=lane, lanes=lanes, batch=batch, given=given)
+        lanes, sizes = self.data.lanes, self.sizes
+        given = max(0, -(-(sizes.before(data_step) - lane) // lanes))
+        return MixedWindows(parts, mixed, lane=lane, lanes=lanes, sizes=sizes, given=given)
 
 
 def of_source(cursor: Cursor | SourceCursors | None, name: str) -> Cursor | None:

@@ -17,7 +17,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -41,13 +41,22 @@ class RowProducer:
     """Rows of a rank by number.
 
     Maker i of T serves the rank's lanes ≡ i mod T, and so its rows ≡ i mod T within each turn of the lanes; a thread
-    each keeps it at work, at most `ahead` rows before the batch that was last asked for ends, with `depth` batches
-    asked for at a time.
+    each keeps it at work, from the batch `first` on, at most `ahead` batches beyond the one that was last asked for,
+    with `depth` of them asked for at a time. `numbers`: of the rows of a batch.
     """
 
-    def __init__(self, makers: Sequence[RowMaker], lanes: int, first: int, *, batch: int, ahead: int, depth: int):
+    def __init__(
+        self,
+        makers: Sequence[RowMaker],
+        lanes: int,
+        first: int,
+        numbers: Callable[[int], range],
+        *,
+        ahead: int,
+        depth: int,
+    ):
         self._makers, self._lanes = makers, lanes
-        self._batch, self._ahead, self._depth = batch, ahead, depth
+        self._numbers, self._depth = numbers, depth
         self._ready: dict[int, BatchRow | BaseException] = {}
         self._limit = first + ahead
         self._closed = False
@@ -61,10 +70,10 @@ class RowProducer:
             thread.start()
 
     def take(self, numbers: range) -> list[BatchRow]:
-        """The rows of these numbers; raises what their making raised."""
+        """The rows of the next batch, which have these numbers; raises what their making raised."""
         rows = []
         with self._filled:
-            self._limit = numbers.stop + self._ahead
+            self._limit += 1
             self._room.notify_all()
             for number in numbers:
                 while number not in self._ready:
@@ -88,17 +97,17 @@ class RowProducer:
             # One that waits for a store ends by itself later; a daemon does not keep the program alive.
             thread.join(timeout=1.0)
 
-    def _work(self, first: int, index: int) -> None:
+    def _work(self, batch: int, index: int) -> None:
         maker, asked = self._makers[index], deque[list[int]]()
         while True:
             with self._room:
-                while not asked and first >= self._limit and not self._closed:
+                while not asked and batch >= self._limit and not self._closed:
                     self._room.wait()
                 limit = self._limit
-            while len(asked) < self._depth and first < limit:
-                asked.append(self._share(range(first, first + self._batch), index))
+            while len(asked) < self._depth and batch < limit:
+                asked.append(self._share(self._numbers(batch), index))
                 maker.ask(asked[-1])
-                first += self._batch
+                batch += 1
             made = self._receive(maker, asked.popleft()) if asked else {}
             with self._filled:
                 if self._closed:

@@ -20,7 +20,7 @@ def settings(config: Config, stage: int, world_size: int, *, cuda: bool) -> dict
     embeddings and sigma are not rounded. ZeRO-3 pays for it with gathers of 4 bytes an element in place of 2.
     Micro-batches are driven by the caller, so DeepSpeed accumulates nothing by itself.
     """
-    rows = config.train.micro_batch_size or max(1, config.train.global_batch_size // world_size)
+    rows = config.train.micro_batch_size or max(1, config.train.batch_sizes.largest // world_size)
     return {
         "train_batch_size": rows * world_size,
         "train_micro_batch_size_per_gpu": rows,

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stablelm import private_names
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine import zero_shards
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.deepspeed_config import check, settings
-from stablelm.engine.optimizers import adamw, refused, set_learning_rate
+from stablelm.engine.optimizers import adamw, refused, set_learning_rate, set_weight_decay
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.tensor_parts import clean_name
@@ -124,6 +124,11 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks; the loss is already divided by the tokens of all ranks.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def use(self, train: TrainConfig) -> None:
+        assert self.optimizer is not None
+        self._z_loss, self._engine.optimizer.clip_grad = train.z_loss, train.grad_clip
+        set_weight_decay(self.optimizer, train.weight_decay)
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         """As in the protocol; DeepSpeed itself skips an update whose norm is not finite and gives infinity."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.config.engine_rules import ZERO
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
 from stablelm.model.cache import KeyValueCache
@@ -68,6 +68,10 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`, summed over ranks; `last` marks the step's last micro-batch."""
+        ...
+
+    def use(self, train: TrainConfig) -> None:
+        """Works with other settings of a resolved configuration from now on: of z_loss, grad_clip and weight_decay."""
         ...
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:

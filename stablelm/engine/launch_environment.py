@@ -214,9 +214,11 @@ def apply_flags(config: Config, flags: AccelerateFlags, world_size: int) -> Conf
     if flags.grad_clip is not None:
         _agreed("train.grad_clip", config.train.grad_clip, None, "gradient_clipping", flags.grad_clip)
     if flags.accumulation is not None and flags.accumulation > 1:
-        rows = config.train.micro_batch_size or config.train.global_batch_size // world_size
-        parts = -(-config.train.global_batch_size // (world_size * max(1, rows)))
-        _agreed("train.micro_batch_size", parts, None, "gradient_accumulation_steps", flags.accumulation)
+        sizes = [size for _, size in config.train.batch_sizes.stages]
+        rows = config.train.micro_batch_size or max(sizes, default=0) // world_size
+        for size in sizes:
+            parts = -(-size // (world_size * max(1, rows)))
+            _agreed("train.micro_batch_size", parts, None, "gradient_accumulation_steps", flags.accumulation)
     made: Any = replace(engine, kind=kind, replicas=replicas, offload=offload)
     return replace(config, engine=made)
 

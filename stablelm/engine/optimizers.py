@@ -109,8 +109,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Decoupled weight decay (Loshchilov and Hutter, 2019, alg. 2) on matrices, none on the rest.
 
-    A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`). Moments have the parameters'
-    dtype; `step` is a 0-dim float32 tensor for each parameter.
+    A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`), its `decay_scale` the decay
+    (`set_weight_decay`). Moments have the parameters' dtype; `step` is a 0-dim float32 tensor for each parameter.
     """
     groups: dict[tuple[Rates, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -123,6 +123,7 @@ def adamw(
             {
                 "params": members,
                 "lr_scale": factors.lr,
+                "decay_scale": factors.weight_decay * decayed,
                 "weight_decay": train.weight_decay * factors.weight_decay * decayed,
                 "eps": train.eps * factors.eps,
             }
@@ -146,3 +147,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the next step: `lr` times each group's scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """The decay from the next step on: `decay` times each group's scale."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay * group["decay_scale"]

@@ -10,9 +10,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.config.engine_rules import SHARDED
-from stablelm.config.schema import Config, ModelConfig
+from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.engine.after_step import Reparametrised, initial_tensors
-from stablelm.engine.optimizers import adamw, average, clip, norms, refused, set_learning_rate, total_norm
+from stablelm.engine.optimizers import (
+    adamw,
+    average,
+    clip,
+    norms,
+    refused,
+    set_learning_rate,
+    set_weight_decay,
+    total_norm,
+)
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
@@ -89,6 +98,11 @@ class TorchEngine:
         (loss * self._world_size).backward()
         if last and self._replicated:
             average(self._replicated, self._world_size)
+
+    def use(self, train: TrainConfig) -> None:
+        assert self.optimizer is not None
+        self._z_loss, self._grad_clip = train.z_loss, train.grad_clip
+        set_weight_decay(self.optimizer, train.weight_decay)
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"

@@ -45,7 +45,7 @@ def find_sets(
     run's.
     """
     if sequences is None:
-        sequences = config.evaluate.batches * config.train.global_batch_size
+        sequences = config.evaluate.batches * config.train.batch_sizes.first
     paths: dict[str, str | list[str]] = {}
     for item in data:
         named = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", item)

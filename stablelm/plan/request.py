@@ -46,6 +46,8 @@ def prepare(loaded: Loaded, world_size: int, gpu: str, gpus_per_node: int, *, si
     config = rules.resolve(
         config, pieces=_pieces(config), world_size=world_size, accelerate_precision=None, origins=loaded.origins
     )
+    # Memory and time are those of the largest step of a ramp.
+    config = replace(config, train=replace(config.train, global_batch_size=config.train.batch_sizes.largest))
     return PlanRequest(config, world_size, accelerator, gpus_per_node, simulated)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from stablelm.checkpoint.fence import Fence
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.durations import parse_duration
 from stablelm.config.load import dump
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, TrainConfig
+from stablelm.config.segments import segments_of
 from stablelm.data import validation
 from stablelm.data.loader import Loader
 from stablelm.data.storage.options import SeenFiles
@@ -39,6 +40,7 @@ from stablelm.train import resume
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
 from stablelm.train.samples import Samples, build_samples
+from stablelm.train.schedule import TrainHistory
 from stablelm.train.step import seed_dropout
 from stablelm.train.stop import Outcome, Stop, deadline
 
@@ -65,6 +67,8 @@ class Job:
     samples: Samples
     profiler: Profiler
     layers: LayerObserver
+    settings: Callable[[int], TrainConfig]
+    """Of each optimizer step: where the run changed at a checkpoint, earlier steps have what they had."""
 
     @property
     def config(self) -> Config:
@@ -118,6 +122,7 @@ def build_job(
     `started`: seconds since 1970; `notices` go to the terminal first; `ending.extra` gets the number of parameters.
     """
     config, progress = prepared.config, ending.progress
+    assert prepared.corpora is not None
     loader, engine = build_loader(prepared, ranks), build_engine(config, prepared.kind, ranks)
     ending.extra["params"] = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters())
     guard = Guard(config.guards, progress, lambda text: records.message(text))
@@ -141,6 +146,7 @@ def build_job(
         validation=read_validation(prepared), samples=build_samples(prepared, engine),
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
         layers=_layers(prepared, engine, ranks, records),
+        settings=TrainHistory(config.train, segments_of(prepared.corpora.identity)).at,
     )  # fmt: skip
 
 
@@ -161,7 +167,7 @@ def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     checkpoint directory cannot take a checkpoint.
     """
     started = time.perf_counter()
-    rows = config.train.micro_batch_size or config.train.global_batch_size // ranks.world_size
+    rows = config.train.micro_batch_size or config.train.batch_sizes.largest // ranks.world_size
     seed_dropout(config.run.seed, 0, 0, ranks.rank)
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
     sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
@@ -219,7 +225,7 @@ def read_validation(prepared: Prepared) -> dict[str, validation.ValidationSet]:
             files,
             prepared.tokenizer,
             seq_len=config.data.seq_len,
-            sequences=config.evaluate.batches * config.train.global_batch_size,
+            sequences=config.evaluate.batches * config.train.batch_sizes.first,
             options=replace(validation_options(config, name), seen=seen),
         )
         for name, files in prepared.corpora.validation.items()

@@ -19,10 +19,12 @@ from stablelm.train.stop import REASONS, Outcome, StepExchange
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
     config, progress, marker = job.config, job.progress, job.watchdog.marker
-    steps = config.train.steps
+    steps, sizes = config.train.steps, config.train.batch_sizes
     assert steps is not None
-    rate = partial(learning_rate, train=config.train)
-    interval = IntervalMetrics(job.engine.device, job.ranks, config, progress, job.records, rate, job.watchdog.hosts)
+    interval = IntervalMetrics(
+        job.engine.device, job.ranks, config, progress, job.records,
+        lambda step: learning_rate(step, job.settings(step)), job.watchdog.hosts,
+    )  # fmt: skip
     exchange = StepExchange(job.ranks)
     if progress.evaluation_due and not validate(job, exchange):
         return REASONS[exchange.known]
@@ -40,7 +42,7 @@ def train(job: Job) -> str:
         if config.guards.recheck:
             recheck(step, result, take, job.ranks, job.watchdog.hosts, job.records.message)
         progress.step = step
-        progress.tokens += config.train.global_batch_size * config.data.seq_len
+        progress.tokens += sizes.at(batch.data_step) * config.data.seq_len
         interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
         marker.finished(step)
         job.profiler.step(step)
@@ -78,7 +80,8 @@ def train(job: Job) -> str:
 
 def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
     """`train_step` of this batch, without its `largest_norm`."""
-    config = job.config
+    config, settings = job.config, job.settings(step)
+    job.engine.use(settings)
     return partial(
         train_step,
         job.engine,
@@ -86,7 +89,7 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
         batch.tokens,
         batch.targets,
         step=step,
-        lr=learning_rate(step, config.train),
+        lr=learning_rate(step, settings),
         seed=config.run.seed,
         micro=config.train.micro_batch_size or len(batch.tokens),
         loss_factor=job.faults.loss_factor(batch.data_step),

@@ -6,7 +6,7 @@ second and not an allocation.
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.config import identity as identities
-from stablelm.config import rules
+from stablelm.config import rules, segments
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
@@ -93,7 +93,7 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     corpora = None
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
-        check_run_dir(config, corpora.identity, resume)
+        check_run_dir(config, corpora.identity, resume, segments.allowed(loaded.asked))
         if config.run.init_from is not None and not _has_begun(config):
             check_tokenizer(config.run.init_from, config, tokenizer)
     return Prepared(
@@ -128,7 +128,7 @@ def read_tasks(config: Config, tokenizer: Tokenizer) -> dict[str, ChoiceTask]:
 def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
     """Lists and checks the training files and every validation set."""
     data = config.data
-    known, tokens = known_files(config), config.train.global_batch_size * data.seq_len + 1
+    known, tokens = known_files(config), config.train.batch_sizes.largest * data.seq_len + 1
     problems, train, found = Problems(), {}, {}
     with problems.collecting():
         train = inspection.find(data, tokenizer, tokens=tokens, lanes=data.lanes, known=known)
@@ -137,7 +137,7 @@ def find_corpora(config: Config, tokenizer: Tokenizer) -> Corpora:
             options = validation_options(config, name)
             found[name] = inspection.text(data, path, key=key, known=known, options=options)
             if all(map(corpus.is_local, found[name])):
-                needed = config.evaluate.batches * config.train.global_batch_size * data.seq_len + 1
+                needed = config.evaluate.batches * config.train.batch_sizes.first * data.seq_len + 1
                 for _ in validation.touched(found[name], tokenizer, tokens=needed, options=options):
                     pass
     problems.raise_any()
@@ -188,8 +188,11 @@ def _remote(config: Config) -> bool:
     return not all(corpus.is_local(item) for item in flat)
 
 
-def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None:
-    """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite."""
+def check_run_dir(config: Config, identity: dict[str, Any], resume: str, allowed: Collection[str] = ()) -> None:
+    """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite.
+
+    `allowed`: identity keys that may differ.
+    """
     run_dir = Path(config.run.dir)
     run_directory.check(config)
     if config.run.init_from is not None and not _exists(config.run.init_from):
@@ -204,24 +207,24 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str) -> None
             f"run.dir={run_dir} holds an imported model, which has no optimizer state to resume from; start a run from "
             f"its weights by run.init_from={run_dir} and another run.dir"
         )
-    if not begun and not (run_dir / "identity.json").exists():
-        return _check_checkpoints_alone(config, identity, resume)
+    if not begun and not (run_dir / run_directory.IDENTITY).exists():
+        return _check_checkpoints_alone(config, identity, resume, allowed)
     if resume == "none":
         raise ConfigError(
             f"run.dir={run_dir} already holds a run, which --resume none would overwrite; name another run.dir"
         )
     try:
-        saved = dict(parse(read_small(run_dir / "identity.json"), identities.Identity))
+        saved = run_directory.read_identity(run_dir)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"run.dir={run_dir} holds a run without a readable identity.json ({why}); put back the file, or name "
             "another run.dir"
         ) from error
-    refuse_other_run(saved, identity, f"run.dir={run_dir}")
+    refuse_other_run(saved, identity, f"run.dir={run_dir}", allowed=allowed)
 
 
-def _check_checkpoints_alone(config: Config, identity: dict[str, Any], resume: str) -> None:
+def _check_checkpoints_alone(config: Config, identity: dict[str, Any], resume: str, allowed: Collection[str]) -> None:
     """ConfigError where run.dir does not know the checkpoints, unless a store has kept them for a lost disk's run."""
     newest = selection.step_directories(checkpoint_path(str(config.checkpoint.dir)))[0]
     if resume == "none" or not isinstance(newest, RemotePath):
@@ -231,7 +234,8 @@ def _check_checkpoints_alone(config: Config, identity: dict[str, Any], resume: s
         )
     with contextlib.suppress(CheckpointError):  # a damaged one is reported, and an older one checked, by the resume
         saved = dict(saved_run.read_state(newest)["identity"])
-        refuse_other_run(saved, identity, f"checkpoint.dir={config.checkpoint.dir}", key="checkpoint.dir")
+        where = f"checkpoint.dir={config.checkpoint.dir}"
+        refuse_other_run(saved, identity, where, key="checkpoint.dir", allowed=allowed)
 
 
 def _has_begun(config: Config) -> bool:
@@ -246,14 +250,23 @@ def _exists(path: str) -> bool:
 
 
 def refuse_other_run(
-    saved: dict[str, Any], current: dict[str, Any], where: str, step: int | None = None, key: str = "run.dir"
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    where: str,
+    step: int | None = None,
+    *,
+    key: str = "run.dir",
+    allowed: Collection[str] = (),
 ) -> None:
-    """ConfigError naming the identity keys in which a saved run differs from this one."""
-    different = identities.differences(saved, current, step=step)
+    """ConfigError naming the identity keys, but the allowed ones, in which a saved run differs from this one."""
+    different = identities.differences(saved, current, step=step, allowed=allowed)
     if different:
         listed = "\n  ".join(different)
+        names = [name for name in identities.changes(saved, current) if name not in allowed]
+        may = set(names) <= set(segments.CHANGEABLE)
+        fix = f", or give later steps the new values by run.allow=[{','.join(names)}]" if may else ""
         raise ConfigError(
-            f"{where} belongs to a run with other settings; set them back or name another {key}:\n  {listed}"
+            f"{where} belongs to a run with other settings; set them back or name another {key}{fix}:\n  {listed}"
         )
 
 

@@ -1,6 +1,8 @@
 """Where a run begins: at step 0, at its newest valid checkpoint, or with another run's weights."""
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,10 @@ from stablelm.checkpoint.background import Saver
 from stablelm.checkpoint.best import from_state
 from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
+from stablelm.checkpoint.manifest import step_of
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
+from stablelm.config import identity as identities
+from stablelm.config import segments
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.engine.interface import Engine
@@ -18,8 +23,9 @@ from stablelm.engine.ranks import Ranks
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import last_records
+from stablelm.train import run_directory
 from stablelm.train.guards import Guard
-from stablelm.train.prepare import refuse_other_run
+from stablelm.train.prepare import Prepared, refuse_other_run
 from stablelm.train.stop import Outcome
 
 
@@ -31,12 +37,10 @@ def take_over(config: Config, ranks: Ranks, attempt: int) -> Fence:
     return ranks.consensus().first(lambda: take(checkpoint_path(str(config.checkpoint.dir)), str(attempt)))
 
 
-def find(
-    config: Config, identity: dict[str, Any], resume: str, ranks: Ranks, message: Callable[[str], None]
-) -> CheckpointPath | None:
+def find(config: Config, resume: str, ranks: Ranks, message: Callable[[str], None]) -> CheckpointPath | None:
     """The checkpoint to resume from, verified file by file by all ranks, or None for a new run. Collective.
 
-    Raises CheckpointError if the one asked for is damaged, ConfigError if it is another run's.
+    Raises CheckpointError if the one asked for is damaged.
     """
     if resume == "none":
         return None
@@ -54,16 +58,89 @@ def find(
                 f"no checkpoint in {root} is intact: {newest[0]}; restore one from a copy, or start a new "
                 "run under another run.dir"
             )
-    else:
-        found = selection.resolve_checkpoint(resume, consensus=consensus, lacks=contents.problems)
-    if found is not None:
-        consensus.first(lambda: _refuse_other_run(found, identity))
-    return found
+        return found
+    return selection.resolve_checkpoint(resume, consensus=consensus, lacks=contents.problems)
 
 
-def _refuse_other_run(found: CheckpointPath, identity: dict[str, Any]) -> None:
-    state = saved_run.read_state(found)
-    refuse_other_run(state["identity"], identity, str(found), step=state["step"])
+@dataclass(frozen=True)
+class Continued:
+    """What the run is from here on, and the change at this checkpoint, if there is one."""
+
+    identity: dict[str, Any]
+    change: segments.Segment | None = None
+
+    def words(self) -> list[str]:
+        """The change in a line."""
+        if self.change is None:
+            return []
+        listed = (f"{name} {_short(old)} -> {_short(new)}" for name, (old, new) in self.change["keys"].items())
+        return [f"changed after step {self.change['step']}: {', '.join(listed)}"]
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def continue_as(prepared: Prepared, found: CheckpointPath | None, resume: str, ranks: Ranks) -> Continued:
+    """The run's identity with its changes so far and a new one, written to its directory. Collective.
+
+    Raises ConfigError if the checkpoint is another run's, or differs in what may not change here.
+    """
+    assert prepared.corpora is not None
+    current, run_dir = prepared.corpora.identity, Path(prepared.config.run.dir)
+
+    def decide() -> Continued:
+        try:
+            known = run_directory.read_identity(run_dir)
+        except (OSError, ValueError):  # of a run that has not begun
+            known = {}
+        continued = _begun(known, current) if found is None else _continued(prepared, found, known, resume)
+        run_directory.write_identity(run_dir, continued.identity)
+        return continued
+
+    return ranks.consensus().first(decide)
+
+
+def _begun(known: dict[str, Any], current: dict[str, Any]) -> Continued:
+    """A run at its beginning; one that lost its checkpoints changes again where it did."""
+    same = known and not identities.differences(known, current)
+    return Continued(segments.with_segments(current, segments.segments_of(known) if same else []))
+
+
+def _continued(prepared: Prepared, found: CheckpointPath, known: dict[str, Any], resume: str) -> Continued:
+    """`known`: the identity of the run's last attempt, empty where the checkpoint is from another directory."""
+    assert prepared.corpora is not None
+    current, state = prepared.corpora.identity, saved_run.read_state(found)
+    saved, step = state["identity"], state["step"]
+    kept = segments.segments_of(saved)
+    all_known = segments.segments_of(known) if known else kept
+    whole = segments.with_segments(current, all_known)
+    later = all_known[len(kept) :]
+    same_past = all_known[: len(kept)] == kept and all(segment["step"] >= step for segment in later)
+    if same_past and not identities.differences(saved, segments.undone(whole, len(kept)), step=step):
+        return Continued(whole)
+    allowed = segments.allowed(prepared.asked)
+    refuse_other_run(saved, current, str(found), step=step, allowed=allowed)
+    if resume != "auto":
+        _refuse_later_steps(checkpoint_path(str(prepared.config.checkpoint.dir)), step)
+    differing = identities.changes(saved, current)
+    changes = {name: list(values) for name, values in differing.items() if name in allowed}
+    if wrong := segments.refused(changes, step, state["data"]["data_step"]):
+        raise ConfigError("\n".join(wrong))
+    if not changes:
+        return Continued(segments.with_segments(current, kept))
+    change: segments.Segment = {"step": step, "keys": changes}
+    return Continued(segments.with_segments(current, [*kept, change]), change)
+
+
+def _refuse_later_steps(root: CheckpointPath, step: int) -> None:
+    """Where a run changes at an earlier checkpoint than its newest: the later ones would belong to another run."""
+    newest = next(iter(selection.step_directories(root)), None)
+    if newest is not None and (step_of(newest) or 0) > step:
+        raise ConfigError(
+            f"{newest} is of a later step than the checkpoint from which the run would change; name another run.dir, "
+            "or resume from that one"
+        )
 
 
 def evaluation_due(config: Config, found: CheckpointPath | None) -> bool:

@@ -40,7 +40,6 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
         ending.progress.attempt = run_directory.create(
             config,
             prepared.asked,
-            prepared.corpora.identity,
             files_to_keep(config, prepared.corpora),
             prepared.tokenizer.files(),
             ranks,
@@ -84,11 +83,15 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
     assert corpora is not None and config.train.steps is not None
     notices: list[str] = []
     fence = resume.take_over(config, ranks, progress.attempt)
-    found = resume.find(config, corpora.identity, source, ranks, notices.append)
+    found = resume.find(config, source, ranks, notices.append)
+    continued = resume.continue_as(prepared, found, source, ranks)
+    prepared = dataclasses.replace(prepared, corpora=dataclasses.replace(corpora, identity=continued.identity))
     progress.evaluation_due = ranks.consensus().first(lambda: resume.evaluation_due(config, found))
     if found is not None and saved_run.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
-    job = build_job(prepared, ranks, ending, watchdog, fence, found, started, notices)
+    job = build_job(prepared, ranks, ending, watchdog, fence, found, started, [*notices, *continued.words()])
+    if continued.change is not None:
+        job.records.write({"step": progress.step, "tokens": progress.tokens, "changes": continued.change["keys"]})
     try:
         reason = train(job)
     except BaseException:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from stablelm.checkpoint.fence import FENCE
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.checkpoint.selection import CHECKPOINTS, is_link
+from stablelm.config.identity import Identity
 from stablelm.config.load import dump
 from stablelm.config.schema import Config
 from stablelm.data.storage.options import gather_seen
 from stablelm.errors import ConfigError
+from stablelm.json_text import parse
 from stablelm.new_files import replace_file
 from stablelm.observe import provenance
 from stablelm.observe.sinks import storage_error
+from stablelm.small_files import read_small
 from stablelm.supervise import attempts
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ FOLDERS = (
     "attempts",
     "data_seen",
 )
+IDENTITY = "identity.json"
 APPENDED = "metrics.jsonl"
 RESOLVED = (
     "# What the keys of config.yaml became in the last attempt. To start the run again, pass config.yaml to --config.\n"
@@ -82,17 +86,29 @@ def _through_a_link(folder: CheckpointPath) -> str:
     )
 
 
+def read_identity(run_dir: Path) -> dict[str, Any]:
+    """What the run was in its last attempt. Raises OSError or ValueError."""
+    return dict(parse(read_small(run_dir / IDENTITY), Identity))
+
+
+def write_identity(run_dir: Path, identity: dict[str, Any]) -> None:
+    """Keeps what the run is. Raises StorageError."""
+    try:
+        replace_file(run_dir / IDENTITY, json.dumps(identity, indent=1) + "\n")
+    except OSError as error:
+        raise storage_error(run_dir, error) from error
+
+
 def create(
     config: Config,
     asked: Config,
-    identity: dict[str, Any],
     files: dict[str, list[str]],
     tokenizer: Mapping[str, bytes],
     ranks: "Ranks",
     argv: list[str],
     attempt: int,
 ) -> int:
-    """Writes config.yaml, resolved.yaml, identity.json, the tokenizer and provenance; returns the attempt's number.
+    """Writes config.yaml, resolved.yaml, the tokenizer and provenance; returns the attempt's number.
 
     `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
     number that was free when this one began (see `attempts.take`).
@@ -113,7 +129,6 @@ def create(
             # Kept beside the checkpoints, so that a run that was moved can still be evaluated.
             for name, content in tokenizer.items():
                 replace_file(run_dir / name, content)
-            replace_file(run_dir / "identity.json", json.dumps(identity, indent=1) + "\n")
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             gather_seen(run_dir)
             return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)

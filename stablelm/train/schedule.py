@@ -1,8 +1,12 @@
-"""Learning rate as a pure function of the step, so that a resumed run cannot jump."""
+"""Learning rate and other settings as pure functions of the step, so that a resumed run cannot jump."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
+from stablelm.config.load import typed
 from stablelm.config.schema import TrainConfig
+from stablelm.config.segments import BATCH, CHANGEABLE, Segment
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -30,3 +34,29 @@ def cooldown_start(train: TrainConfig) -> int:
     """Last step of wsd at the full learning rate."""
     assert train.steps is not None and train.cooldown_steps is not None
     return max(train.warmup_steps, train.steps - train.cooldown_steps)
+
+
+class TrainHistory:
+    """The training settings of each optimizer step: those of now, and before each change what they were.
+
+    The batch sizes are those of now: they are a function of the data step in themselves. ConfigError if a change holds
+    values that its keys do not take.
+    """
+
+    def __init__(self, train: TrainConfig, segments: Sequence[Segment]):
+        self._last = train
+        self._earlier: list[tuple[int, TrainConfig]] = []  # until which step, the latest change first
+        for segment in reversed(segments):
+            before = {name: value for name, (value, _) in segment["keys"].items() if name in CHANGEABLE}
+            before.pop(BATCH, None)
+            values = typed(before, f"the identity's change at step {segment['step']}")
+            train = replace(train, **{name.removeprefix("train."): value for name, value in values.items()})
+            self._earlier.append((segment["step"], train))
+
+    def at(self, step: int) -> TrainConfig:
+        """The settings of an optimizer step, counted from 1."""
+        found = self._last
+        for last, train in self._earlier:
+            if step <= last:
+                found = train
+        return found

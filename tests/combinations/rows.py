@@ -63,6 +63,9 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "layers": {"never": (), "at the save": (f"observe.layers_every={KILLED_AT}",)},
     "save": {"in the step": ("checkpoint.async=false",), "background": ("checkpoint.async=true",)},
     "accumulation": {"no": (), "yes": ("train.micro_batch_size=3",)},
+    # Sizes change before the kill and after it.
+    "batch": {"fixed": (), "ramp": (f"train.global_batch_size={{0: {BATCH // 2}, 2: {BATCH}, 5: {BATCH // 2}}}",)},
+    "rate": dict.fromkeys(("kept", "changed"), ()),
     "recompute": {"none": (), "full": ("engine.recompute=full",)},
     "dropout": {"no": (), "yes": ("model.dropout=0.1",)},
     "guards": {
@@ -77,6 +80,8 @@ AXES: dict[str, tuple[str, ...]] = {
     "resume": tuple(ENGINES),
     **{axis: tuple(values) for axis, values in SETTINGS.items()},
 }
+CHANGED = ("train.lr=1e-4", "run.allow=[train.lr]")
+"""What the steps after the kill have besides, where the rate changes."""
 COMMON = (
     *("model.n_layers=3", "model.d_model=32", "model.n_heads=2", "data.seq_len=32", "data.lanes=24"),
     *(f"train.steps={STEPS}", f"train.global_batch_size={BATCH}", "train.lr=3e-4", "train.warmup_steps=100"),
@@ -93,12 +98,13 @@ class Sources(NamedTuple):
     task: str
 
 
-def arguments(case: Mapping, engine: str, sources: Sources) -> list[str]:
-    """The command line of a row under one of its engines."""
+def arguments(case: Mapping, engine: str, sources: Sources, *, later: bool = False) -> list[str]:
+    """The command line of a row under one of its engines, `later` that from the kill on."""
     chosen = [item for axis, values in SETTINGS.items() for item in values[case[axis]]]
     task = [f"evaluate.tasks={{{TASK}: {sources.task}}}"] if case["tasks"] == "choices" else []
     text = sources.texts[case["source"], case["tokenizer"]]
-    return [*COMMON, *text, *chosen, *task, f"engine.kind={ENGINES[engine][0]}"]
+    changed = CHANGED if later and case["rate"] == "changed" else ()
+    return [*COMMON, *text, *chosen, *task, *changed, f"engine.kind={ENGINES[engine][0]}"]
 
 
 def refusal(case: Mapping) -> str:

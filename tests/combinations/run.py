@@ -17,24 +17,25 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (1, 2)]
 
 from combinations import rows
-from combinations.rows import ENGINES, KILLED_AT, STEPS, TASK, Sources
+from combinations.rows import BATCH, ENGINES, KILLED_AT, STEPS, TASK, Sources
 from support.choices import write_items
-from support.forked import run_forked, start_ranks
+from support.forked import run_forked
+from support.killed import kill_after_save
 from support.pairwise import Case, pairs_of
-from support.programs import LAUNCH, environment, free_port, run, summary
+from support.programs import environment, run, summary
 from support.samples import REPOSITORY
 from support.tiny import TinyCorpus, make_tiny_corpus
 from support.tokenizer_files import byte_level
 
 from stablelm.checkpoint.best import BEST
 from stablelm.checkpoint.selection import resolve_checkpoint
+from stablelm.errors import EXIT_STOPPED_EARLY
 from stablelm.observe.sinks import SAMPLES, last_records
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 LOSSES = ("loss", "val_loss/default")
 CHOSEN = (f"task/{TASK}/acc", f"task/{TASK}/acc_norm", SAMPLES)
 """What comes of comparing logits: in bf16 another engine's rounding may decide otherwise."""
-SLOW = ("faults.allow=true", "faults.slow=[0,0.4]")  # so that a kill comes before the run is over
 PATIENCE = 240.0  # seconds for one of a row's runs
 
 
@@ -81,9 +82,12 @@ def run_row(case: Case, sources: Sources, folder: Path) -> float:
     """
     start, resumed = str(case["engine"]), str(case["resume"])
     folder.mkdir(parents=True)
-    _whole(rows.arguments(case, start, sources), ENGINES[start][1], folder / "whole")
-    _killed(rows.arguments(case, start, sources), ENGINES[start][1], folder / "cut")
-    _whole(rows.arguments(case, resumed, sources), ENGINES[resumed][1], folder / "cut", resumes=True)
+    first, later = (rows.arguments(case, start, sources, later=later) for later in (False, True))
+    if first != later:  # a change needs a stop, also in the run that is not killed
+        _whole([*first, f"run.stop_after={KILLED_AT}"], ENGINES[start][1], folder / "whole", code=EXIT_STOPPED_EARLY)
+    _whole(later, ENGINES[start][1], folder / "whole", resumes=first != later)
+    _killed(first, ENGINES[start][1], folder / "cut")
+    _whole(rows.arguments(case, resumed, sources, later=True), ENGINES[resumed][1], folder / "cut", resumes=True)
     worst = _difference(folder / "whole", folder / "cut", case)
     allowed = 0.0 if start == resumed else TOLERANCE[str(case["precision"])]
     if not worst <= allowed:
@@ -92,34 +96,19 @@ def run_row(case: Case, sources: Sources, folder: Path) -> float:
     return worst
 
 
-def _whole(line: list[str], processes: int, run_dir: Path, *, resumes: bool = False) -> None:
+def _whole(line: list[str], processes: int, run_dir: Path, *, resumes: bool = False, code: int = 0) -> None:
     done = run("pretrain", *line, f"run.dir={run_dir}", processes=processes, timeout=PATIENCE)
-    code = summary(run_dir)["exit_code"] if (run_dir / "summary.json").exists() else done.returncode
-    if code or done.returncode:
-        raise RowFailed(f"exit code {code}: {' '.join((done.stderr or done.stdout).split())[-600:]}")
+    found = summary(run_dir)["exit_code"] if (run_dir / "summary.json").exists() else done.returncode
+    if {found, done.returncode} != {code}:
+        raise RowFailed(f"exit code {found}: {' '.join((done.stderr or done.stdout).split())[-600:]}")
     if resumes and f"checkpoints/step-{KILLED_AT:08d}" not in done.stdout:
         raise RowFailed(f"did not resume from step {KILLED_AT}")
 
 
 def _killed(line: list[str], processes: int, run_dir: Path) -> None:
     """The run, killed with all its processes as soon as its checkpoint is committed."""
-    output = run_dir.with_name("output")
-    output.mkdir()
-    script, arguments = str(LAUNCH / "pretrain.py"), [*line, *SLOW, f"run.dir={run_dir}"]
-    ranks = start_ranks(script, arguments, environment(), processes=processes, port=free_port(), output=output)
-    committed = run_dir / "checkpoints" / f"step-{KILLED_AT:08d}" / "COMMITTED"
-    deadline = time.monotonic() + PATIENCE
-    try:
-        while not committed.exists() and time.monotonic() < deadline and any(r.exitcode is None for r in ranks):
-            time.sleep(0.01)
-        alive = all(rank.exitcode is None for rank in ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-    if not (committed.exists() and alive):
-        words = " ".join((output / "err").read_text().split())
-        raise RowFailed(f"was not killed after its save: {words[-600:] or 'it was over, or took too long'}")
+    if words := kill_after_save(line, run_dir, KILLED_AT, processes=processes, patience=PATIENCE):
+        raise RowFailed(f"was not killed after its save: {words}")
 
 
 def _difference(whole: Path, cut: Path, case: Case) -> float:
@@ -156,6 +145,8 @@ def _recorded_as_asked(found: dict[int, dict[str, Any]], case: Case) -> None:
         ("layers at the save", case["layers"] == "at the save", any(name.startswith("layer/") for name in saved)),
         ("evaluation at the save", evaluated, "val_loss/default" in saved),
         ("samples at the save", evaluated and case["samples"] == "yes", SAMPLES in saved),
+        ("another rate at the end", case["rate"] == "changed", last["lr"] < 3e-4 * STEPS / 100 - 1e-9),
+        ("tokens of a ramp", case["batch"] == "ramp", last["tokens"] < STEPS * BATCH * 32),
         ("samples at the end", case["samples"] == "yes", SAMPLES in last),
         ("tasks at the end", case["tasks"] == "choices", f"task/{TASK}/acc" in last),
     ):
