@@ -116,7 +116,7 @@ def test_a_mask_that_was_changed_is_not_believed(files, model, tmp_path):
     bits = bytearray(mask.read_bytes())
     for damage in (lambda: mask.write_bytes(bytes([bits[0] ^ 1, *bits[1:]])), mask.unlink):
         damage()
-        with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run data/prepare.py"):
+        with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run stablelm prepare"):
             shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
 
 
@@ -286,7 +286,7 @@ def test_a_filtered_document_hides_no_copy():
     ("path", "says"),
     [
         ("embedded", "is text, and data.source is shards"),
-        ("{folder}", "has no manifest.json, which data/prepare.py writes last"),
+        ("{folder}", "has no manifest.json, which stablelm prepare writes last"),
         ("{folder}/*.tokens", "no shard matches"),
         ([], "the list of shards is empty"),
     ],

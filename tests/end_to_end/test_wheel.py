@@ -27,7 +27,7 @@ def call(*words: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of an environment with the wheel, which finds its dependencies where these tests have them, but no checkout."""
+    """bin/ of an environment with the wheel, and the dependencies that these tests have, not the checkout."""
     pytest.importorskip("setuptools", minversion="77")
     source, place = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for part in PARTS:
