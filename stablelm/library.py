@@ -123,9 +123,8 @@ def evaluate(
     sets = [f"{name}={path}" for name, path in named.items()] if isinstance(named, Mapping) else [*named]
     asked = TaskOptions([*tasks], limit=limit, few_shot=few_shot) if tasks else None
     own = consent.own_configuration([os.fspath(file) for file in config])
-    request = prepare(
-        os.fspath(checkpoint), sets, tokenizer, sequences, reading, Launch(), own, trust_checkpoint, asked
-    )
+    place = expand(os.fspath(checkpoint), "checkpoint=")
+    request = prepare(place, sets, tokenizer, sequences, reading, Launch(), own, trust_checkpoint, asked)
     found, _ = figures(request, Launch(), lambda line: None)
     return found
 
@@ -183,9 +182,19 @@ def export(
     from stablelm.export.writer import ExportRequest
     from stablelm.export.writer import export as write
 
-    shard_bytes, place = round(shard_gb * 1e9), Path(out).expanduser()
-    options = {"tokenizer": tokenizer, "checked": check_tokenizer, "push": push, "trusted": trust_checkpoint}
-    return write(ExportRequest(os.fspath(checkpoint), place, format, dtype, shard_bytes, **options))
+    return write(
+        ExportRequest(
+            expand(os.fspath(checkpoint), "checkpoint="),
+            Path(expand(os.fspath(out), "out=")),
+            format,
+            dtype,
+            shard_bytes=round(shard_gb * 1e9),
+            tokenizer=tokenizer,
+            checked=check_tokenizer,
+            push=push,
+            trusted=trust_checkpoint,
+        )
+    )
 
 
 def _loaded(config: Config) -> Loaded:

@@ -63,7 +63,7 @@ def test_a_command_is_one_that_the_programs_take(command):
     if words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if "/" in word)
         return
-    if "stablelm" in words:  # `stablelm NAME` or `-m stablelm NAME`
+    if words[0] == "stablelm" or "-m stablelm" in command:
         at = words.index("stablelm") + 1
         module, _ = COMMAND_MODULES[words[at]]
         words[at] = next(file for file in (f"launch/{module}.py", f"data/{module}.py") if (ROOT / file).is_file())

@@ -1,6 +1,5 @@
 """The Python of docs/library.md, run block after block as in a notebook; the first is a whole run in 15 lines."""
 
-import ast
 import json
 from pathlib import Path
 

@@ -167,6 +167,9 @@ def test_mistakes_create_nothing(tiny_corpus: TinyCorpus, tmp_path: Path, monkey
         stablelm.train("quickstart")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"engine\.kind=zero2 keeps state"):
         stablelm.train(configure(tiny_corpus, tmp_path / "run", engine={"kind": "zero2"}))
+    for call in (stablelm.load_model, stablelm.evaluate, lambda run: stablelm.export(run, tmp_path / "out")):
+        with pytest.raises(ConfigError, match=r"checkpoint=\$HOME/run holds a \$"):
+            call("$HOME/run")
     with pytest.raises(ConfigError, match="evaluate has no argument text_colum;"):
         stablelm.evaluate("run", text_colum="text")
     with monkeypatch.context() as launcher:
