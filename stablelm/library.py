@@ -21,6 +21,7 @@ from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, detect
 from stablelm.errors import ConfigError
+from stablelm.paths import expand
 
 if TYPE_CHECKING:
     from stablelm.export.writer import Exported
