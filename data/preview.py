@@ -1,44 +1,11 @@
-"""Show what a run would read: its first documents, token statistics, and packed sequences with their borders.
+"""Shows what a run would read: `python data/preview.py --config FILE [key.path=value ...]`."""
 
-python data/preview.py --config FILE [key=value ...]
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.programs.arguments import Parser, path_or_url
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", action="append", default=[], type=path_or_url, metavar="FILE", help="YAML file; later ones win"
-    )
-    parser.add_argument("--documents", type=int, default=1000, help="documents to count; default: 1000")
-    parser.add_argument("--sequences", type=int, default=2, help="packed sequences to show; default: 2")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, which take precedence")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = arguments(argv)
-    # Imported here, so that --help answers at once.
-    from rich.console import Console
-
-    from stablelm.config.load import load
-    from stablelm.data.preview import prepare, preview
-    from stablelm.process_exit import exit_code_of
-
-    # A log has no width of its own: nothing is cut there.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    return exit_code_of(
-        lambda: prepare(load(options.config, options.overrides, world_size=1)),
-        lambda found: preview(*found, documents=options.documents, sequences=options.sequences, console=console),
-    )
-
+from stablelm.programs.preview import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,8 @@ same. Attributes of DeepSpeed's ZeRO optimizers without an underscore are no pub
 `engine.zero_shards` reads them, and its tests read everything back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ def configure_compilation(*, memory_budget: float, recompile_limit: int | None) 
     functorch_config.activation_memory_budget = memory_budget
     if recompile_limit is not None:
         torch._dynamo.config.recompile_limit = recompile_limit
+
+
+@contextmanager
+def compilation_settings_kept() -> Iterator[None]:
+    """Puts back what `configure_compilation` changes."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    ours = {name: getattr(dynamo, name) for name in ("fail_on_recompile_limit_hit", "recompile_limit")}
+    with dynamo.patch(ours), functorch.patch(activation_memory_budget=functorch.activation_memory_budget):
+        yield
 
 
 def record_memory_history(entries: int | None) -> None:

@@ -1,6 +1,8 @@
 """YAML files and `key.path=value` arguments become a `Config`; every mistake is named with its origin."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from stablelm.config import text
@@ -21,7 +23,7 @@ from stablelm.config.keys import (
     value_type,
     values,
 )
-from stablelm.config.read import Given, in_full, put, read_argument, read_content, read_file
+from stablelm.config.read import Given, in_full, put, read_argument, read_content, read_file, read_values
 from stablelm.config.schema import Config
 from stablelm.config.typed_values import adapter, show
 from stablelm.errors import ConfigError
@@ -42,8 +44,15 @@ class Loaded:
     asked: Config
 
 
-def load(files: list[str], overrides: list[str], *, world_size: int | None = None) -> Loaded:
-    """Merges `files` in order, then `overrides`; validates the result.
+def load(
+    files: list[str],
+    overrides: list[str],
+    *,
+    world_size: int | None = None,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    place: str = "",
+) -> Loaded:
+    """Merges `files` in order, then `overrides`, then the values `given` in Python at `place`; validates the result.
 
     Mappings are merged key by key, lists and scalars replaced; `data.validation={}` empties a
     mapping. Raises one ConfigError with a line for each problem; with `world_size` the rules between those keys that
@@ -52,6 +61,7 @@ def load(files: list[str], overrides: list[str], *, world_size: int | None = Non
     problems: list[str] = []
     layers = [read_file(file, problems) for file in files]
     layers += [read_argument(argument, problems) for argument in overrides]
+    layers.append(read_values(given, place))
     readable = not problems
     merged = _merge(layers, problems)
     origins = {name: given.origin for name, given in merged.items()}

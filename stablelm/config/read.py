@@ -1,14 +1,15 @@
 """YAML files and `key.path=value` arguments as flat values by dotted name, each with where it was given."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stablelm.config import text
+from stablelm.config import packaged, text
 from stablelm.config.keys import find, is_mapping, keys, sections, takes_list, takes_text, value_type
 from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
@@ -32,13 +33,16 @@ def in_full(name: str) -> str:
 
 
 def read_file(file: str, problems: list[str]) -> dict[str, Given]:
-    """Values of a YAML file by dotted name; what is wrong with it is added to `problems`."""
+    """Values of a YAML file, or else of a packaged configuration, by dotted name; problems are added to `problems`."""
     try:
-        content = Path(expand(file, "--config ")).read_text(encoding="utf-8")
+        path = Path(expand(file, "--config "))
+        found = None if path.is_file() else packaged.find(file)
+        content = (found or path).read_text(encoding="utf-8")
     except ConfigError as error:
         problems.append(str(error))
     except OSError as error:
-        problems.append(f"--config {file} cannot be read: {error.strerror}; name an existing YAML file")
+        fix = f"name an existing YAML file{packaged.instead(file)}"
+        problems.append(f"--config {file} cannot be read: {error.strerror}; {fix}")
     except UnicodeDecodeError:
         problems.append(f"--config {file} is not UTF-8 text; name a YAML file")
     else:
@@ -88,6 +92,25 @@ def read_argument(argument: str, problems: list[str]) -> dict[str, Given]:
     except RecursionError:
         problems.append(f"{origin} is nested too deeply")
     return {name: given for name, given in flat.items() if not _is_empty_section(name, given)}
+
+
+def read_values(tree: Mapping[str, Any], place: str, prefix: str = "") -> dict[str, Given]:
+    """Values of nested mappings, or of dotted names, by dotted name; `place` tells where they were given."""
+    flat: dict[str, Given] = {}
+    for name, value in tree.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            flat |= read_values(value, place, f"{full}.")
+        else:
+            flat[full] = Given(_plain(value), f"{place}: {full}")
+    return {name: given for name, given in flat.items() if not _is_empty_section(name, given)}
+
+
+def _plain(value: Any) -> Any:
+    """The text of a path, and Python's own numbers in place of NumPy's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_unicode(words: str) -> bool:

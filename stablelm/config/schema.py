@@ -44,7 +44,7 @@ class DataConfig:
     source: Literal["files", "datasets", "shards"] = key(
         "files",
         "what data.path holds: files of text, anything that datasets.load_dataset opens, or shards made by "
-        "data/prepare.py",
+        "stablelm prepare",
     )
     path: str | list[str] = key(
         "embedded",

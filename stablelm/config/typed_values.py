@@ -21,7 +21,8 @@ def adapter(kind: Any):
 
 def show(value: Any) -> str:
     """A value in YAML's own notation, shortened."""
-    words = text.write({"v": value})[2:].strip() if not isinstance(value, dict) else str(value)
+    in_yaml = value is None or isinstance(value, str | int | float | list | tuple)
+    words = text.write({"v": value})[2:].strip() if in_yaml else str(value)
     if isinstance(value, float) and not math.isfinite(value):
         words = str(value)
     return words if len(words) <= 80 else words[:77] + "..."

@@ -1,4 +1,4 @@
-"""The work of data/prepare.py: every source file becomes one shard, in as many processes as wanted.
+"""The work of stablelm prepare: every source file becomes one shard, in as many processes as wanted.
 
 What is written depends on the text, the tokenizer and the filters alone. A shard appears whole or not at
 all, masks come when all shards are there, and the manifest comes last: it marks the folder as complete.

@@ -102,6 +102,12 @@ def connect(launch: Launch, kind: str, *, collective_seconds: float | None = Non
     return Ranks(launch.rank, launch.world_size, device, *groups, nodes=nodes, store=shared)
 
 
+def close_groups() -> None:
+    """Leaves the process groups of a run of one process that has failed."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def disconnect(ranks: Ranks) -> None:
     """Leaves the process groups once every rank is ready to: one that goes early breaks its peers' last words."""
     if ranks.cpu_group is not None:

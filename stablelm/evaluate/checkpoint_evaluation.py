@@ -3,8 +3,10 @@
 import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from stablelm.config.load import Loaded
 from stablelm.engine.launch_environment import Launch, accelerate_flags, detect, engine_kind
@@ -15,6 +17,9 @@ from stablelm.evaluate.tasks.task_evaluation import TaskOptions, TaskRequest, fi
 from stablelm.evaluate.trained_run import TrainedRun, open_run
 from stablelm.out_file import check_out, write_out
 from stablelm.process_exit import OTHERS_WAIT_SECONDS, end_at_once, report
+
+if TYPE_CHECKING:
+    from stablelm.engine.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def evaluate_checkpoint(
         launch = detect()
         check_out(out)
         own = consent.own_configuration(config or [])
-        request = _prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted, tasks)
+        request = prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted, tasks)
     except UserError as error:
         report(error, launch.rank)
         return ConfigError.exit_code
@@ -67,7 +72,7 @@ def evaluate_checkpoint(
         return code
 
 
-def _prepare(
+def prepare(
     checkpoint: str,
     data: list[str],
     tokenizer: str | None,
@@ -78,6 +83,7 @@ def _prepare(
     trusted: bool,
     tasks: TaskOptions | None,
 ) -> EvaluationRequest:
+    """Opens and checks all that is asked for, as of `evaluate_checkpoint`. Raises CheckpointError and ConfigError."""
     named = named_tasks(tasks) if tasks is not None else None
     run = open_run(
         checkpoint,
@@ -95,16 +101,25 @@ def _prepare(
     )
 
 
-def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
-    from stablelm.engine.ranks import disconnect
+def figures(request: EvaluationRequest, launch: Launch, show: Callable[[str], None]) -> "tuple[dict[str, Any], Ranks]":
+    """What `--out` holds, complete on rank 0, where `show` gets a line for each set and task; and the ranks, connected.
+
+    Collective.
+    """
     from stablelm.evaluate.run_engine import load_engine
 
     run = request.run
     engine, ranks = load_engine(run, launch, request.kind)
-    sets = score_sets(request.sets, run, engine, ranks) if request.sets is not None else {}
-    tasks = score_tasks(request.tasks, run, engine, ranks) if request.tasks is not None else {}
+    sets = score_sets(request.sets, run, engine, ranks, show) if request.sets is not None else {}
+    tasks = score_tasks(request.tasks, run, engine, ranks, show) if request.tasks is not None else {}
+    return {"checkpoint": str(run.checkpoint), "step": run.step, "sets": sets, "tasks": tasks}, ranks
+
+
+def _run(request: EvaluationRequest, launch: Launch, out: str | None) -> int:
+    from stablelm.engine.ranks import disconnect
+
+    found, ranks = figures(request, launch, partial(print, flush=True))
     if ranks.is_first and out is not None:
-        figures_of = {"checkpoint": str(run.checkpoint), "step": run.step, "sets": sets, "tasks": tasks}
-        write_out(out, json.dumps(figures_of, indent=2) + "\n")
+        write_out(out, json.dumps(found, indent=2) + "\n")
     disconnect(ranks)
     return 0

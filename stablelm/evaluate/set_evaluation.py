@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,8 +71,10 @@ def find_sets(
     return SetRequest(sets, sequences or WHOLE)
 
 
-def score_sets(request: SetRequest, run: TrainedRun, engine: Engine, ranks: Ranks) -> dict[str, Any]:
-    """Figures of each set by name, the same on all ranks; rank 0 prints them. Collective."""
+def score_sets(
+    request: SetRequest, run: TrainedRun, engine: Engine, ranks: Ranks, show: Callable[[str], None]
+) -> dict[str, Any]:
+    """Figures of each set by name, the same on all ranks; `show` gets a line for each on rank 0. Collective."""
     figures = {}
     for name, texts in request.sets.items():
         windows = validation.read(
@@ -85,9 +87,8 @@ def score_sets(request: SetRequest, run: TrainedRun, engine: Engine, ranks: Rank
         scores = evaluate(engine, ranks, windows, run.config.evaluate.micro_batch_size)
         figures[name] = scores.as_dict()
         if ranks.is_first:
-            print(
+            show(
                 f"{name}: loss {scores.loss:.6f}  perplexity {scores.perplexity:.3f}  "
-                f"{in_words(scores.bits_per_byte)}  tokens {scores.tokens}",
-                flush=True,
+                f"{in_words(scores.bits_per_byte)}  tokens {scores.tokens}"
             )
     return figures

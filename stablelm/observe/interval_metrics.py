@@ -167,7 +167,7 @@ class IntervalMetrics:
             self._warned = True
             self._records.message(
                 f"warning: {unknown:.1%} of the tokens are unknown: the tokenizer has no pieces for this text; set "
-                "data.tokenizer to one with byte fallback, such as data/train_tokenizer.py makes"
+                "data.tokenizer to one with byte fallback, such as stablelm train-tokenizer makes"
             )
         return {"skipped_rows": self._progress.skipped_rows, "unknown_tokens": unknown}
 

@@ -102,7 +102,7 @@ def _run(request: ProbeRequest) -> None:
         f"{request.config.data.path}, {_precision(request.config)}{_instead(request.config)}",
         flush=True,
     )
-    made = _probe(request)
+    made = make(request)
     # A log has no width of its own: the table is not cut there.
     Console(width=None if sys.stdout.isatty() else 130).print(table(made))
     print(textwrap.fill(made.verdict, 110))
@@ -132,7 +132,8 @@ def _instead(config: Config) -> str:
     return " in place of bf16" if config.train.precision == "bf16" else ""
 
 
-def _probe(request: ProbeRequest) -> "Probe":
+def make(request: ProbeRequest) -> "Probe":
+    """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
     from stablelm.probe.measure import measure
     from stablelm.probe.predict import predict
     from stablelm.probe.probe_report import Probe

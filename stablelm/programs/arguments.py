@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from stablelm.command_names import typed
 from stablelm.errors import ConfigError, UserError
 from stablelm.paths import expand
 
@@ -72,19 +73,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a program and exits; a `UserError` is printed as one sentence and gives the exit code."""
+def run(work: Callable[[], None]) -> int:
+    """Does a program's work and returns its exit code; a `UserError` is printed as one sentence."""
     try:
-        main()
+        work()
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        return 130
+    return 0
 
 
-def refuse_several_processes(program: str) -> int | None:
+def refuse_several_processes(command: str) -> int | None:
     """The exit code, after a sentence, where a launcher started a program several times that runs in one process."""
     from stablelm.engine.launch_environment import Launch, detect
     from stablelm.process_exit import report
@@ -95,8 +96,8 @@ def refuse_several_processes(program: str) -> int | None:
         if launch.world_size == 1:
             return None
         raise ConfigError(
-            f"{program} runs in one process, and {launch.launcher} started {launch.world_size}; start it by python "
-            f"launch/{program}.py"
+            f"{command} runs in one process, and {launch.launcher} started {launch.world_size}; start it by "
+            f"{typed(command)}"
         )
     except ConfigError as error:
         report(error, launch.rank)
@@ -143,7 +144,7 @@ class Parser(argparse.ArgumentParser):
             return
         choices = [str(choice) for choice in action.choices]
         near = _nearest(str(value), choices)
-        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+        what = "/".join(action.option_strings) or action.dest
         self.error(f"unknown {what} {value}{f', did you mean {near}?' if near else ''} (one of {', '.join(choices)})")
 
     def _hint(self, option: str, found: argparse.Namespace) -> str:

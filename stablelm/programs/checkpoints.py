@@ -10,7 +10,7 @@ from stablelm.programs.arguments import Parser, local_path, path_or_url
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="checkpoints.py", description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     where = "a run, its checkpoints, or one step-...; a path or URL; nothing outside it is touched"
     elsewhere = "where the run has its checkpoints, if not in RUN_DIR"

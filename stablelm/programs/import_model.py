@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from stablelm.command_names import typed
 from stablelm.errors import UserError
 from stablelm.process_exit import report
 from stablelm.programs.arguments import Parser, path_or_url, refuse_several_processes
@@ -37,7 +38,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if code := refuse_several_processes("import_model"):
+    if code := refuse_several_processes("import"):
         return code
     from stablelm.export.importing.import_model import import_model
 
@@ -60,5 +61,5 @@ def main(argv: list[str] | None = None) -> int:
     if made.added:
         print(f"{len(made.added)} biases that the source lacks start at zero and are trained, such as {made.added[0]}")
     keys = "run.dir=... data.path=... train.steps=..."
-    print(f"train on: python launch/pretrain.py --config {made.path}/config.yaml {keys}")
+    print(f"train on: {typed('pretrain')} --config {made.path}/config.yaml {keys}")
     return 0

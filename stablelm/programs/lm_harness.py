@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import stablelm.evaluate.tasks.harness  # noqa: F401 - registers the model
 
-    sys.argv = ["lm_harness.py", *argv]
+    sys.argv = [sys.argv[0], *argv]
     try:
         cli_evaluate()
     except UserError as error:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from stablelm.command_names import typed
 from stablelm.errors import ConfigError, UserError
 from stablelm.process_exit import report, report_failed_thread
 from stablelm.programs.arguments import Parser, add_configuration, path_or_url
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides=arguments.overrides,
         resume=arguments.resume,
         print_config=arguments.print_config,
-        argv=["launch/pretrain.py", *argv],
+        argv=[*typed("pretrain").removeprefix("python ").split(), *argv],
         started=STARTED,
     )
 

@@ -28,6 +28,8 @@ class Ending:
     created: bool = False
     watchdog: Watchdog | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    process_goes_on: bool = False
+    """Whether the process is a notebook or another program, which outlives the run."""
 
     def write(self, code: int, reason: str) -> None:
         """Writes the summary, if there is a run directory to write it to."""
@@ -39,6 +41,12 @@ class Ending:
             write_summary(self.run_dir, summary)
         except OSError as error:
             print(f"warning: summary.json cannot be written ({error.strerror})", flush=True)
+
+    def at_once(self, code: int) -> None:
+        """Before a repeated signal ends the process; raises KeyboardInterrupt if the process is to go on."""
+        self.write(code, "second signal")
+        if self.process_goes_on:
+            raise KeyboardInterrupt
 
     def fail(self, error: Exception) -> int:
         """Reports why, unless another rank does, and makes all ranks end; returns the exit code of this one."""

@@ -134,7 +134,7 @@ def build_job(
     for line in (*notices, _opening(prepared, ending.extra["params"], checkpoint)):
         records.message(line)
     stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
-    stop.listen(lambda code: ending.write(code, "second signal"))
+    stop.listen(ending.at_once)
     faults = Faults(config, ranks, progress.attempt)
     saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
     watchdog.marker.at("dry run", progress.step)

@@ -1,16 +1,18 @@
 """One attempt at a run, from a prepared configuration to an exit code."""
 
 import dataclasses
+from contextlib import suppress
 from shlex import quote
 from socket import gethostname
 
 from stablelm.checkpoint import saved_run
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.checkpoint.selection import CHECKPOINTS
+from stablelm.command_names import typed
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
-from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError
+from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.observe.progress import Progress
 from stablelm.supervise.attempts import read_summary
@@ -27,33 +29,49 @@ LEAD_SECONDS = 60.0
 
 def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> int:
     """Runs to the end, an early stop or a failure; returns the exit code, which `summary.json` repeats."""
-    config, ending = prepared.config, Ending(prepared.config.run.dir, prepared.launch, Progress())
+    ending = Ending(prepared.config.run.dir, prepared.launch, Progress())
     try:
-        # Longer than the watchdog's time-out: it names the rank at fault, which a broken collective cannot.
-        timeout = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
-        # While a rank waits for a store the others wait for it.
-        timeout += config.data.retry_budget
-        ranks = connect(prepared.launch, prepared.kind, collective_seconds=timeout)
-        prepared = share_corpora(prepared, ranks)
-        check_precision(str(config.train.precision), ranks.device)
-        assert prepared.corpora is not None
-        ending.progress.attempt = run_directory.create(
-            config,
-            prepared.asked,
-            files_to_keep(config, prepared.corpora),
-            prepared.tokenizer.files(),
-            ranks,
-            argv,
-            prepared.attempt,
-        )
-        ending.created = True
-        ending.watchdog = Watchdog(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
-        ending.watchdog.start()
-        ranks = dataclasses.replace(ranks, passed=ending.watchdog.marker.passed)
-        reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
-        ending.watchdog.stop()
+        ranks, reason = attempt(prepared, ending, source=source, argv=argv, started=started)
     except Exception as error:
         return ending.fail(error)
+    return conclude(ending, ranks, reason)
+
+
+def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str], started: float) -> tuple[Ranks, str]:
+    """Runs to the end or an early stop; returns the ranks, still connected, and the reason of the stop, '' at the end.
+
+    Raises what it fails with.
+    """
+    config = prepared.config
+    # Longer than the watchdog's time-out: it names the rank at fault, which a broken collective cannot.
+    timeout = max(config.observe.first_step_seconds, config.observe.hang_seconds) + LEAD_SECONDS
+    # While a rank waits for a store the others wait for it.
+    timeout += config.data.retry_budget
+    ranks = connect(prepared.launch, prepared.kind, collective_seconds=timeout)
+    prepared = share_corpora(prepared, ranks)
+    check_precision(str(config.train.precision), ranks.device)
+    assert prepared.corpora is not None
+    ending.progress.attempt = run_directory.create(
+        config,
+        prepared.asked,
+        files_to_keep(config, prepared.corpora),
+        prepared.tokenizer.files(),
+        ranks,
+        argv,
+        prepared.attempt,
+    )
+    ending.created = True
+    ending.watchdog = Watchdog(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
+    if not ending.process_goes_on:  # a watchdog ends the process
+        ending.watchdog.start()
+    ranks = dataclasses.replace(ranks, passed=ending.watchdog.marker.passed)
+    reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
+    ending.watchdog.stop()
+    return ranks, reason
+
+
+def conclude(ending: Ending, ranks: Ranks, reason: str) -> int:
+    """Writes the summary and leaves the process groups; returns the exit code."""
     code = EXIT_STOPPED_EARLY if reason else EXIT_FINISHED
     if ranks.is_first:
         ending.write(code, reason or "finished")
@@ -96,6 +114,8 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
         reason = train(job)
     except BaseException:
         job.saver.settle()
+        if ranks.world_size == 1:  # no other rank waits, and what called `attempt` may go on
+            _close(job)
         raise
     _finish(prepared, job, ending, reason)
     return reason
@@ -114,6 +134,12 @@ def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
         ending.extra |= compare_with_unigram(prepared, job, records.message)
     records.message(where_to_look(config))
     records.close()
+
+
+def _close(job: Job) -> None:
+    for part in (job.loader, job.profiler, job.records):
+        with suppress(UserError):  # what failed first is reported
+            part.close()
 
 
 def _nothing_to_do(config: Config, ranks: Ranks, ending: Ending, found: CheckpointPath) -> str:
@@ -142,5 +168,5 @@ def where_to_look(config: Config) -> str:
     return (
         f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
-        f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}{own}"
+        f"evaluate: {typed('eval')} --checkpoint {quote(run_dir)}{own}"
     )

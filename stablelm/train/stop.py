@@ -2,7 +2,7 @@
 
 import os
 import signal
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from stablelm.engine.ranks import Ranks
 
 SAME_REQUEST_SECONDS = 2.0
 LEAST_MARGIN_SECONDS = 5.0  # a save of a tenth of a second takes seconds when its disk or core is busy elsewhere
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REASONS = ("", "signal", "time limit", "failed save")
 
 
@@ -49,10 +50,13 @@ class Stop:
         """Takes over SIGTERM, SIGINT, SIGHUP and SIGUSR1: the first asks for a checkpoint, a second ends the process.
 
         Launchers pass a terminal's Ctrl-C on to workers that already got it, so a repeat within
-        `SAME_REQUEST_SECONDS` is the same request. `at_once` runs just before the process ends.
+        `SAME_REQUEST_SECONDS` is the same request. `at_once` runs just before the process ends. Signals come to a
+        process's main thread; in another one nothing is taken over.
         """
         self._at_once = at_once
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
             # nohup has SIGHUP ignored.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -63,9 +67,7 @@ class Stop:
             self._first_signal, self._request = now, 1
             if self._ranks.is_first:
                 name = signal.Signals(number).name
-                os.write(
-                    sys.stderr.fileno(), f"{name}: saving a checkpoint, then ending; once more ends now\n".encode()
-                )
+                os.write(2, f"{name}: saving a checkpoint, then ending; once more ends now\n".encode())
         elif now - self._first_signal > SAME_REQUEST_SECONDS:
             self._at_once(128 + number)
             os._exit(128 + number)

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -28,7 +27,8 @@ from stablelm.data.shards.row_filters import RowFilters
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.tokenizers import load_tokenizer, training
-from stablelm.errors import ConfigError, UserError
+from stablelm.errors import ConfigError
+from stablelm.programs.prepare import main
 
 PROGRAM = REPOSITORY / "data" / "prepare.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch", "loss", "step"]
@@ -40,17 +40,10 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
 
 def call_here(*words: str) -> subprocess.CompletedProcess[str]:
     """The same in this process, which saves the start of another."""
-    spec = importlib.util.spec_from_file_location("prepare_program", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    out, code, error = io.StringIO(), 0, ""
-    with contextlib.redirect_stdout(out):
-        try:
-            program.main(list(words))
-        except UserError as mistake:
-            code, error = mistake.exit_code, str(mistake)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), error)
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main(list(words))
+    return subprocess.CompletedProcess(words, code, out.getvalue(), error.getvalue())
 
 
 def texts_of(seed: int, count: int) -> list[str]:
@@ -123,7 +116,7 @@ def test_a_mask_that_was_changed_is_not_believed(files, model, tmp_path):
     bits = bytearray(mask.read_bytes())
     for damage in (lambda: mask.write_bytes(bytes([bits[0] ^ 1, *bits[1:]])), mask.unlink):
         damage()
-        with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run data/prepare.py"):
+        with pytest.raises(ConfigError, match=f"{mask.name}' is not the one that was written; run stablelm prepare"):
             shard_files.resolve(str(out), key="data.path", options=ReadOptions(retry_budget=0))
 
 
@@ -293,7 +286,7 @@ def test_a_filtered_document_hides_no_copy():
     ("path", "says"),
     [
         ("embedded", "is text, and data.source is shards"),
-        ("{folder}", "has no manifest.json, which data/prepare.py writes last"),
+        ("{folder}", "has no manifest.json, which stablelm prepare writes last"),
         ("{folder}/*.tokens", "no shard matches"),
         ([], "the list of shards is empty"),
     ],

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from support.pages import KEY, commands
 
+from stablelm.config import packaged
 from stablelm.config.load import load
+from stablelm.programs.command import COMMANDS as COMMAND_MODULES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "data" / "README.md"]
@@ -61,6 +63,10 @@ def test_a_command_is_one_that_the_programs_take(command):
     if words[1:3] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words[3:] if "/" in word)
         return
+    if words[0] == "stablelm" or "-m stablelm" in command:
+        at = words.index("stablelm") + 1
+        module, _ = COMMAND_MODULES[words[at]]
+        words[at] = next(file for file in (f"launch/{module}.py", f"data/{module}.py") if (ROOT / file).is_file())
     at = next(i for i, word in enumerate(words) if re.fullmatch(r"\w+/[\w/]+\.(py|sh)", word))
     program, arguments = words[at], words[at + 1 :]
     assert (ROOT / program).is_file()
@@ -69,9 +75,11 @@ def test_a_command_is_one_that_the_programs_take(command):
         assert not [word for word in arguments if OPTION.fullmatch(word) and word not in help_of(program, *subcommand)]
     if Path(program).name in CONFIGURED:
         files = [
-            word for word in arguments if word.endswith(".yaml") and not KEY.match(word) and not is_placeholder(word)
+            str(ROOT / word)
+            for word in arguments
+            if word.endswith(".yaml") and not KEY.match(word) and not is_placeholder(word)
         ]
-        load([str(ROOT / file) for file in files], [word for word in arguments if KEY.match(word)])
+        load([*files, *filter(packaged.find, arguments)], [word for word in arguments if KEY.match(word)])
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS)

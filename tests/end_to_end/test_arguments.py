@@ -70,8 +70,6 @@ def begin(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
             code = main(list(arguments))
         except SystemExit as end:
             code = end.code
-        except Exception as error:  # data/prepare.py and its like turn these into exit codes where they are started
-            return getattr(error, "exit_code", code), str(error)
         told = capsys.readouterr()
         return code, told.out + told.err
 
@@ -178,7 +176,7 @@ def test_one_rank_tells(begin: Begin, monkeypatch: pytest.MonkeyPatch):
     [
         ("generate", ["--checkpoint", "x", "--prompt", "y"]),
         ("export", ["--checkpoint", "x", "--out", "y"]),
-        ("import_model", ["--from", "x", "--out", "y"]),
+        ("import", ["--from", "x", "--out", "y"]),
     ],
 )
 def test_programs_of_one_process_refuse_a_launcher(
@@ -186,8 +184,9 @@ def test_programs_of_one_process_refuse_a_launcher(
 ):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    code, said = begin(f"launch/{program}.py", *arguments)
-    assert code == 78
-    assert said == (
-        f"error: {program} runs in one process, and torchrun started 2; start it by python launch/{program}.py\n"
-    )
+    script = {"import": "launch/import_model.py"}.get(program, f"launch/{program}.py")
+    for started, shown in {str(REPOSITORY / script): f"python {script}", "stablelm": f"stablelm {program}"}.items():
+        monkeypatch.setattr("sys.argv", [started])
+        code, said = begin(script, *arguments)
+        assert code == 78
+        assert said == f"error: {program} runs in one process, and torchrun started 2; start it by {shown}\n"

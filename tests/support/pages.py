@@ -22,7 +22,9 @@ def commands(page: Path) -> list[str]:
     blocks = [*re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL), *re.findall(r"^ {4}.*$", text, re.M)]
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [
-        line for line in lines if re.match(r"(\S+=\S+ )*(make|python|\S*/python|accelerate|torchrun|sbatch)\s", line)
+        line
+        for line in lines
+        if re.match(r"(\S+=\S+ )*(make|python|\S*/python|accelerate|torchrun|sbatch|stablelm)\s", line)
     ]
 
 

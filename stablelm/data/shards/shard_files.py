@@ -35,13 +35,13 @@ class ShardManifest(TypedDict):
     files: list[ShardEntry]
 
 
-FORM = f"the folder that data/prepare.py wrote, or its *{SUFFIX} files"
+FORM = f"the folder that stablelm prepare wrote, or its *{SUFFIX} files"
 
 
 def resolve(path: str | list[str], *, key: str, options: ReadOptions) -> list[str]:
     """Shards of `path`, sorted by the base name of their sources.
 
-    Each entry is a folder that data/prepare.py finished, anywhere, or names *.tokens files, with globs where the
+    Each entry is a folder that stablelm prepare finished, anywhere, or names *.tokens files, with globs where the
     store can list them, and braces everywhere. Raises ConfigError under `key` when an entry matches nothing, a
     folder is unfinished, or two shards are of the same source.
     """
@@ -106,7 +106,7 @@ def identity_names(files: list[str], *, options: ReadOptions) -> list[str]:
 
 
 def read_manifest(folder: str, *, options: ReadOptions) -> "ShardManifest | None":
-    """The manifest of a folder that data/prepare.py finished; None for other folders. Raises DataError."""
+    """The manifest of a folder that stablelm prepare finished; None for other folders. Raises DataError."""
     url = f"{folder.rstrip('/')}/{MANIFEST}"
     path = local_path(url)
     try:
@@ -121,7 +121,7 @@ def read_manifest(folder: str, *, options: ReadOptions) -> "ShardManifest | None
     try:
         return None if content is None else parse(content, ShardManifest)
     except ValueError as error:
-        raise DataError(f"{url}: not a manifest of prepared shards ({error}); run data/prepare.py again") from None
+        raise DataError(f"{url}: not a manifest of prepared shards ({error}); run stablelm prepare again") from None
 
 
 def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
@@ -139,7 +139,7 @@ def _expand(entry: str, key: str, options: ReadOptions) -> Iterable[str]:
     except DataError as error:
         raise ConfigError(f"{key}: {error}") from None
     if manifest is None:
-        raise ConfigError(f"{key}: {entry!r} has no {MANIFEST}, which data/prepare.py writes last; give {FORM}")
+        raise ConfigError(f"{key}: {entry!r} has no {MANIFEST}, which stablelm prepare writes last; give {FORM}")
     folder = (os.path.expanduser(entry) if local_path(entry) else entry).rstrip("/")
     masks = {f"{folder}/{each['name']}{SUFFIX}": each.get("mask_sha256") for each in manifest["files"]}
     _check_masks({file: sha256 for file, sha256 in masks.items() if sha256 and local_path(file)}, key, options)
@@ -154,7 +154,7 @@ def _check_masks(sha256: dict[str, str], key: str, options: ReadOptions) -> None
         except DataError as error:
             raise ConfigError(f"{key}: {error}") from None
         if hashlib.sha256(mask).hexdigest() != expected:
-            raise ConfigError(f"{key}: {mask_url(file)!r} is not the one that was written; run data/prepare.py again")
+            raise ConfigError(f"{key}: {mask_url(file)!r} is not the one that was written; run stablelm prepare again")
 
 
 def _matching(pattern: str, key: str) -> list[str]:

@@ -45,7 +45,7 @@ TAIL = struct.Struct("<Q8s")
 BLOCK = 1 << 16  # bytes of a checksum
 LONGEST_FOOTER = 1 << 16
 LARGEST_SMALL = 65_535  # pieces whose ids fit 16 bits
-MAKE = "make it again with data/prepare.py"
+MAKE = "make it again with stablelm prepare"
 
 
 class ShardContent(Protocol):

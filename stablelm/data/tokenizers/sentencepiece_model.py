@@ -13,7 +13,7 @@ from stablelm.errors import ConfigError
 FILE = "tokenizer.model"
 # Texts from which on one call for all of them costs less than one for each.
 FEW = 16
-MAKE = "data/train_tokenizer.py"
+MAKE = "stablelm train-tokenizer"
 
 
 class SentencePieceTokenizer:

@@ -1,5 +1,6 @@
 """A trained model in one process, ready to write: the functions `stablelm.load_model` and `stablelm.generate`."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from stablelm.evaluate.generation.sampling import Sampling, check_counts
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Sublayer
+from stablelm.paths import expand
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 
@@ -50,7 +52,7 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: str,
+    checkpoint: str | os.PathLike[str],
     *,
     tokenizer: str | None = None,
     trust_checkpoint: bool = False,
@@ -63,7 +65,8 @@ def load_model(
     by import path is imported. `device`: as torch names it; None: a GPU if there is one. `precision`: fp32, bf16 or
     fp64; None: the run's, but fp32 on a GPU without bfloat16. Raises CheckpointError and ConfigError.
     """
-    return load(open_run(checkpoint, tokenizer=tokenizer, trusted=trust_checkpoint), device, precision)
+    place = expand(os.fspath(checkpoint), "checkpoint=")
+    return load(open_run(place, tokenizer=tokenizer, trusted=trust_checkpoint), device, precision)
 
 
 def load(run: TrainedRun, device: str | None = None, precision: str | None = None) -> LoadedModel:

@@ -155,7 +155,7 @@ class StableLM(TemplateLM):
         if new >= self.max_length:
             raise ConfigError(
                 f"a task generates up to {new} tokens, but the model takes {self.max_length} (model.max_seq_len); "
-                "give launch/lm_harness.py a smaller one by --gen_kwargs max_gen_toks=N"
+                "give stablelm lm-harness a smaller one by --gen_kwargs max_gen_toks=N"
             )
         begin = [self.prefix_token_id] if self.run.tokenizer.add_bos else []
         room = self.max_length - new
@@ -204,7 +204,7 @@ def load_tasks(names: list[str], folder: str | None) -> list[Any]:
         for task in loaded["tasks"].values():
             if getattr(task, "UNSAFE_CODE", False):
                 raise ConfigError(
-                    f"--tasks {name} runs code that the model writes; use launch/lm_harness.py with "
+                    f"--tasks {name} runs code that the model writes; use stablelm lm-harness with "
                     "--confirm_run_unsafe_code"
                 )
         found += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()

@@ -7,15 +7,15 @@ multiplies every position by the head, not only those that are asked for.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stablelm.config.schema import Config
-from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.tasks.choice_items import Request
+from stablelm.model.loss import TokenScores
 
 PADDING = 0
 """Token after the end of a shorter sequence, which no earlier position sees."""
@@ -26,6 +26,18 @@ class Likelihood(NamedTuple):
 
     log_probability: float
     greedy: bool
+
+
+class Scorer(Protocol):
+    """What is needed of an `Engine`."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class _Batch:
 
 
 def loglikelihoods(
-    engine: Engine,
+    engine: Scorer,
     ranks: Ranks,
     requests: Sequence[Request],
     shapes: Shapes,
@@ -109,7 +121,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
-def _score(engine: Engine, batch: _Batch, *, counts: bool) -> list[tuple[Request, float, bool]]:
+def _score(engine: Scorer, batch: _Batch, *, counts: bool) -> list[tuple[Request, float, bool]]:
     end = None if counts else 0
     device = engine.device
     scores = engine.scores(batch.tokens.to(device), batch.places[:end].to(device), batch.targets[:end].to(device))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,20 @@ def find_tasks(named: NamedTasks, run: TrainedRun) -> TaskRequest:
     return TaskRequest(choices, found, options.limit, options.few_shot, options.batch_size)
 
 
-def score_tasks(request: TaskRequest, run: TrainedRun, engine: Engine, ranks: Ranks) -> dict[str, Any]:
-    """Figures of each task by name, on rank 0, which prints them. Collective."""
+def score_tasks(
+    request: TaskRequest, run: TrainedRun, engine: Engine, ranks: Ranks, show: Callable[[str], None]
+) -> dict[str, Any]:
+    """Figures of each task by name, on rank 0, where `show` gets a line for each. Collective."""
     figures: dict[str, Any] = {}
     for name, task in request.choices.items():
         scores = evaluate_choices(engine, ranks, task, Shapes.of(run.config, request.batch_size))
         figures[name] = scores.as_dict()
         if ranks.is_first:
-            print(in_words(name, figures[name]), flush=True)
+            show(in_words(name, figures[name]))
             if task.shortened:
-                print(
+                show(
                     f"{name}: {task.shortened} choices with their query do not fit into the model's "
-                    f"{run.config.model.max_seq_len} tokens; of these it sees the end",
-                    flush=True,
+                    f"{run.config.model.max_seq_len} tokens; of these it sees the end"
                 )
     if request.harness:
         from stablelm.evaluate.tasks.harness import StableLM, run_tasks
@@ -128,7 +130,7 @@ def score_tasks(request: TaskRequest, run: TrainedRun, engine: Engine, ranks: Ra
         others = run_tasks(model, request.harness, limit=request.limit, few_shot=request.few_shot)
         figures |= others
         for name in others if ranks.is_first else ():
-            print(in_words(name, others[name]), flush=True)
+            show(in_words(name, others[name]))
     return figures
 
 

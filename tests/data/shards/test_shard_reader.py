@@ -195,7 +195,7 @@ def test_a_missing_row_is_a_changed_file(tmp_path):
 def test_damage_is_told_when_a_shard_is_opened(tmp_path, damage, says):
     (path,) = write_shards(write_corpus(tmp_path, [9]), tmp_path)
     Path(path).write_bytes(damage(Path(path).read_bytes()))
-    with pytest.raises(DataError, match=rf"part-00000\.json\.tokens: .*{says}.*data/prepare\.py"):
+    with pytest.raises(DataError, match=rf"part-00000\.json\.tokens: .*{says}.*stablelm prepare"):
         open_shard(path)
 
 
@@ -219,7 +219,7 @@ def test_a_flipped_bit_anywhere_is_found_when_it_is_read(tmp_path, seed, monkeyp
         if found == expected:  # of the footer, some is only told
             assert position > open_shard(path).footer.start
         else:
-            assert "data/prepare.py" in str(found), found
+            assert "stablelm prepare" in str(found), found
 
 
 def rows_or_error(path: str) -> list[list[int]] | str:
