@@ -10,6 +10,7 @@ from stablelm.programs.arguments import Parser
 
 COMMANDS = {
     "pretrain": ("pretrain", "trains a model, or resumes a run"),
+    "node": ("node", "this host's share of a run: starts its ranks by torchrun and passes signals on"),
     "eval": ("eval", "loss, perplexity, bits per byte and tasks of a checkpoint"),
     "probe": ("probe", "signal and gradient of every layer at initialisation, predicted and measured"),
     "plan": ("plan", "memory, collectives and step time on any accelerators, without one"),
