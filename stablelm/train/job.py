@@ -28,6 +28,7 @@ from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
+from stablelm.observe.own_metrics import OwnMetrics
 from stablelm.observe.profile import Profiler
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import Records
@@ -64,6 +65,7 @@ class Job:
     watchdog: Watchdog
     profiler: Profiler
     layers: LayerObserver
+    own_metrics: OwnMetrics
     records: Records
     saver: Saver
     save: Callable[[bool], None]
@@ -103,8 +105,10 @@ def build_job(
     stop.listen(lambda code: ending.write(code, "second signal"))
     faults = Faults(config, ranks, progress.attempt)
     saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
+    own_metrics = OwnMetrics(config, engine, ranks)
     watchdog.marker.at("dry run", progress.step)
-    records.message(dry_run(config, engine, ranks, saver))
+    records.message(dry_run(config, engine, ranks, saver, own_metrics.before_update(progress.step, progress.tokens)))
+    own_metrics.take()
     watchdog.extra_seconds["save"] = SAVES_WAITED * saver.seconds
     stop.save_seconds = saver.margin_seconds
 
@@ -127,6 +131,7 @@ def build_job(
         watchdog=watchdog,
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
         layers=_layers(prepared, engine, ranks, records),
+        own_metrics=own_metrics,
         records=records,
         saver=saver,
         save=save_now,
@@ -143,7 +148,9 @@ def _opening(prepared: Prepared, parameters: int) -> str:
     )
 
 
-def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
+def dry_run(
+    config: Config, engine: Engine, ranks: Ranks, saver: Saver, before_update: Callable[[], None] | None = None
+) -> str:
     """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
 
     Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
@@ -155,6 +162,8 @@ def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
     sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
     engine.backward(sums.total / sums.valid, last=True)
+    if before_update is not None:
+        before_update()
     engine.clear_gradients()
     computed = time.perf_counter() - started
     saved = saver.dry_run(engine.tensors())
