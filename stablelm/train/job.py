@@ -29,7 +29,8 @@ from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.own_metrics import OwnMetrics
-from stablelm.observe.profile import Profiler
+from stablelm.observe.profile.parts import calls
+from stablelm.observe.profile.profiler import Profiler, tabulator
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import Records
 from stablelm.supervise.faults import Faults
@@ -129,7 +130,7 @@ def build_job(
         guard=guard,
         faults=faults,
         watchdog=watchdog,
-        profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
+        profiler=_profiler(config, engine, loader, ranks, records, progress.step),
         layers=_layers(prepared, engine, ranks, records),
         own_metrics=own_metrics,
         records=records,
@@ -285,4 +286,18 @@ def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) 
         batch=lambda: layers_batch(prepared),
         pieces=prepared.tokenizer.pieces,
         record=records.write,
+    )
+
+
+def _profiler(
+    config: Config, engine: Engine, loader: Loader, ranks: Ranks, records: Records, finished: int
+) -> Profiler:
+    return Profiler(
+        Path(config.run.dir),
+        config.observe,
+        ranks.rank,
+        finished,
+        calls=lambda: calls(engine, loader, compiled=config.train.compile),
+        tabulate=tabulator(config, engine.device, ranks.rank, ranks.world_size),
+        tell=records.message,
     )
