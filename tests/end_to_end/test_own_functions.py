@@ -83,6 +83,12 @@ def test_a_metric_that_fails_ends_the_run_before_its_first_step(tiny_corpus: Tin
     assert not records(tmp_path / "run")
 
 
+def test_updates_whose_own_loss_is_not_finite_are_skipped(tiny_corpus: TinyCorpus, tmp_path: Path):
+    done = train(tiny_corpus, tmp_path / "run", "train.loss=support.own_hooks:overflows_later", "guards.max_skips=2")
+    assert done.returncode == 76, done.stderr
+    assert all(record["skipped_steps"] == step for step, record in records(tmp_path / "run").items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["label_smoothing", "focal"])
 def test_a_loss_of_the_users_own_is_the_same_on_every_engine(loss: str):
