@@ -1,5 +1,7 @@
 """The table of a profile: seconds of a step by part and by operator, how near to the limit, and what to try."""
 
+import textwrap
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +97,6 @@ def limit_of(device: torch.device, config: Config) -> Limit:
     """The data sheet's bf16 peak of a known GPU; else the best of three matmuls in the run's own precision, now."""
     if peak := peak_flops(device):
         return Limit(peak, f"{peak / 1e12:.0f} TFLOP/s of the data sheet")
-    import time
-
     a = torch.ones(MEASURED, MEASURED, dtype=make_dtypes(str(config.train.precision), "fp32").compute, device=device)
     best = float("inf")
     for _ in range(3):
@@ -130,7 +130,7 @@ def as_text(profile: Profile, suggestions: list[str]) -> str:
         "A trace slows small operators down: compare shares, and take speeds from a run without one.",
         "",
         "What to try:",
-        *(f"- {sentence}" for sentence in suggestions),
+        *(textwrap.fill(f"- {sentence}", width=110, subsequent_indent="  ") for sentence in suggestions),
     ]
     return "\n".join(lines) + "\n"
 
