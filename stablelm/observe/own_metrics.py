@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -118,7 +119,7 @@ class OwnMetrics:
                     f"observe.metrics: {path} names a metric {name!r}; use letters, digits, '_', '-' and "
                     "'.', with '/' between groups"
                 )
-            if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+            if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
                 raise ConfigError(f"observe.metrics: {path} returns {_shown(value)} as {name}; return a number")
             if PREFIX + name in self._found:
                 raise ConfigError(

@@ -17,7 +17,7 @@ UPDATE = 0.15
 HEAD = 0.3
 """Above this the vocabulary, not the layers, decides the time of a step."""
 SMALL_OPERATORS = 0.35
-"""Norms, residual adds and the host's time between operators are a tenth to a third of a step of usual width."""
+"""Norms, and what autograd and Python do between the parts, are a tenth to a third of a step of usual width."""
 IDLE = 0.15
 """A GPU that idles for longer waits for the host to launch its operators."""
 BETWEEN = 0.1
@@ -86,7 +86,7 @@ def _small(profile: Profile, config: Config) -> Iterator[str]:
     share = profile.share(parts.NORMS, parts.OTHER)
     if share > SMALL_OPERATORS and not config.train.compile:
         yield (
-            f"norms, residual adds and the time between operators take {share:.0%} of the step: train.compile=true "
+            f"norms and what lies between the parts take {share:.0%} of the step: train.compile=true "
             "joins small operators, and larger micro-batches make them count less"
         )
 
