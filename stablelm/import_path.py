@@ -38,3 +38,12 @@ def function(path: str) -> Callable[..., Any]:
         _, _, attribute = path.partition(":")
         raise ConfigError(f"{attribute} is a {type(found).__name__}, not a function; name a function")
     return found
+
+
+def failure(error: Exception) -> str:
+    """What a user's function raised and where, for the caller that caught it: `ValueError: no (own.py, line 3)`."""
+    raised = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    if raised is None:  # called with the wrong arguments, or not written in Python
+        return f"{type(error).__name__}: {error}"
+    file = raised.tb_frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+    return f"{type(error).__name__}: {error} ({file}, line {raised.tb_lineno})"

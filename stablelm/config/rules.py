@@ -151,6 +151,7 @@ class _Rules:
         self.add(guard_rules.problems(self.config, world_size))
         self.add(evaluation_rules.problems(self.config))
         self.add(train_rules.length(self.config))
+        self.add(train_rules.functions(self.config))
         self.model()
         self.add(train_rules.batches(self.config, world_size))
         self.add(segments.problems(self.config))

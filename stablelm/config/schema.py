@@ -164,6 +164,13 @@ class TrainConfig:
     eps: float = key(1e-8, "Adam's epsilon", identity=True)
     grad_clip: float = key(1.0, "largest global gradient norm; 0: no clipping", identity=True)
     z_loss: float = key(0.0, "weight of log(Z)^2, which keeps logits from drifting", identity=True)
+    loss: str | None = key(
+        None,
+        "package.module:function from logits and targets to the loss of each token, which is minimised in place of the "
+        "cross-entropy",
+        identity=True,
+        path=False,
+    )
     precision: Literal["fp32", "bf16", "fp64"] | None = key(
         None, "arithmetic of the matrix products; None: accelerate's flag, else fp32", identity=True
     )
@@ -211,6 +218,12 @@ class CheckpointConfig:
 class ObserveConfig:
     every: int = key(10, "steps between records", unit="steps")
     layers_every: int = key(0, "steps between measurements of every layer on a fixed batch; 0: never", unit="steps")
+    metrics: list[str] = key(
+        list,
+        "functions package.module:function of a step before its update, whose figures are recorded every observe.every "
+        "steps as custom/<name>",
+        path=False,
+    )
     profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
     memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
     hang_seconds: float = key(

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from stablelm.config.schema import Config, TrainConfig
+from stablelm.errors import ConfigError
+from stablelm.import_path import function
 
 LONGEST_SEARCH = 100_000
 
@@ -44,6 +46,17 @@ def length(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
             "lower it or leave it out",
             ("train.cooldown_steps",),
         )
+
+
+def functions(config: Config) -> Iterator[tuple[str, str]]:
+    """What cannot be imported of the user's own loss and metrics."""
+    named = [("train.loss", config.train.loss), *(("observe.metrics", path) for path in config.observe.metrics)]
+    for key, path in named:
+        try:
+            if path is not None:
+                function(path)
+        except ConfigError as error:
+            yield f"{key}={path}: {error}", key
 
 
 def batches(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -26,6 +26,7 @@ from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
+from stablelm.model.token_loss import TokenLoss
 
 
 class DeepSpeedEngine:
@@ -39,6 +40,7 @@ class DeepSpeedEngine:
         self.kind, self.device = kind, ranks.device
         self._stage, self._world_size = int(kind.removeprefix("zero")), ranks.world_size
         self._z_loss, self._compiled = config.train.z_loss, config.train.compile
+        self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self.optimizer = _optimizer(self.module, config) if train else None
@@ -108,7 +110,7 @@ class DeepSpeedEngine:
 
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
         call = self.module if self._engine is None else self._engine
-        return call(tokens, targets, z_loss=self._z_loss)
+        return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         call = self.module if self._engine is None else self._engine
@@ -185,15 +187,18 @@ class DeepSpeedEngine:
         elif self._stage == 3:
             self._engine.optimizer.partition_all_parameters()
 
-    def gradient_shards(self) -> dict[str, zero_shards.FlatShard]:
+    def _gradient_parts(self) -> dict[str, zero_shards.FlatShard]:
         """This rank's part of every gradient by name, before `step`; parts may be empty."""
         return zero_shards.gradient_shards(self._engine.optimizer, self._stage, self._slices)
 
+    def gradient_shards(self) -> dict[str, Tensor]:
+        return dict(self._gradient_parts())
+
     def gradients(self) -> dict[str, Tensor]:
-        return gather(self.gradient_shards(), self.device)
+        return gather(self._gradient_parts(), self.device)
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        shards = self.gradient_shards()
+        shards = self._gradient_parts()
         squares = torch.stack([shard.local.double().square().sum() for shard in shards.values()]).to(self.device)
         dist.all_reduce(squares)
         return dict(zip(shards, squares.sqrt().cpu().unbind(), strict=True))

@@ -27,6 +27,8 @@ class StepResult:
     """Global norm before clipping; 0-dim, the same on all ranks."""
     skipped: Tensor
     """Whether nothing was updated because of it; 0-dim bool."""
+    objective: Tensor | None = None
+    """Sum of `train.loss` over this rank's valid targets, the cross-entropy without one; 0-dim."""
 
 
 class Engine(Protocol):
@@ -101,6 +103,10 @@ class Engine(Protocol):
 
     def gradients(self) -> dict[str, Tensor]:
         """Whole gradients by parameter name, on every rank, before `step`; a collective, for small models."""
+        ...
+
+    def gradient_shards(self) -> dict[str, Tensor]:
+        """Live gradients by parameter name before `step`, not clipped; each as the ones of `tensors`."""
         ...
 
     def gradient_norms(self) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.sublayer import Layer, Sublayer
+from stablelm.model.token_loss import TokenLoss
 from stablelm.private_names import configure_compilation
 
 
@@ -39,6 +40,7 @@ class TorchEngine:
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
         self.kind, self.device = kind, ranks.device
         self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
+        self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
         self._compiled = config.train.compile
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
@@ -80,7 +82,7 @@ class TorchEngine:
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
         # DDP arranges the reduction of gradients in the forward pass.
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
-            return self._call(tokens, targets, z_loss=self._z_loss)
+            return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         with uncompiled(self._compiled):
@@ -141,10 +143,13 @@ class TorchEngine:
             self.module.reshard()
 
     def gradients(self) -> dict[str, Tensor]:
-        return {name: _whole(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+        return {name: _whole(gradient) for name, gradient in self.gradient_shards().items()}
+
+    def gradient_shards(self) -> dict[str, Tensor]:
+        return {name: p.grad.detach() for name, p in self.parameters().items() if p.grad is not None}
 
     def gradient_norms(self) -> dict[str, Tensor]:
-        return norms({name: p.grad for name, p in self.parameters().items() if p.grad is not None})
+        return norms(self.gradient_shards())
 
     def whole(self, name: str) -> Tensor:
         return _whole(self.parameters()[name])

@@ -15,6 +15,7 @@ from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, to
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
+from stablelm.model.token_loss import TokenLoss
 
 Tap = Callable[[int, Chunks], Chunks]
 """Sees the stream after the embedding (0) and after each layer (1 ...), and returns the stream to continue with."""
@@ -61,13 +62,15 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         logits_at: Tensor | None = None,
         places: Tensor | None = None,
+        token_loss: TokenLoss | None = None,
     ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
-        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`. `cache`: of the
-        tokens before these, to which these are added. `logits_at`: (batch,) int64, a column of each row, whose logits
-        (batch, vocab_size) in the parameter dtype are returned in place of hidden states. With places (n,), indices
-        into batch * seq, targets (n,) are tokens to score after each of them.
+        targets: (batch, seq) int64, -100 = ignored; `z_loss` weighs log(Z)^2 in `LossSums.total`, in which `token_loss`
+        takes the cross-entropy's place. `cache`: of the tokens before these, to which these are added. `logits_at`:
+        (batch,) int64, a column of each row, whose logits (batch, vocab_size) in the parameter dtype are returned in
+        place of hidden states. With places (n,), indices into batch * seq, targets (n,) are tokens to score after each
+        of them.
         Call the module, not this method: sharding engines hook the call.
         """
         hidden = self._hidden(tokens, cache)
@@ -77,7 +80,12 @@ class Decoder(nn.Module):
             return hidden
         if places is not None:
             return token_scores(hidden.flatten(0, 1)[places], self.head_weight(), targets)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.head_weight(), targets.flatten(), z_loss=z_loss)
+        return self.sums(hidden, targets, z_loss, token_loss)
+
+    def sums(self, hidden: Tensor, targets: Tensor, z_loss: float, token_loss: TokenLoss | None) -> LossSums:
+        """hidden: (batch, seq, d_model) in the compute dtype; the rest as of `forward`."""
+        flat, weight = hidden.flatten(0, 1), self.head_weight()
+        return chunked_cross_entropy(flat, weight, targets.flatten(), z_loss=z_loss, token_loss=token_loss)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., d_model) in the compute dtype -> (..., vocab_size) in the parameter dtype."""

@@ -1,7 +1,7 @@
 """From steps to records: sums of the current interval, one reduction over ranks and one host sync a record."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +92,7 @@ class IntervalMetrics:
         self._device, self._learning_rate, self._hosts = device, learning_rate, hosts
         self._warned = False
         self._watches_spikes = config.guards.spike != "none"
+        self._summed = ("cross_entropy", "valid", "grad_norm", *(("objective",) if config.train.loss else ()))
         self._peak = peak_flops(device) * ranks.world_size
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
         self.slowest = 0.0
@@ -110,7 +111,7 @@ class IntervalMetrics:
         Loss and norm of a step whose update was skipped do not count.
         """
         counts = ~result.skipped
-        for name in ("cross_entropy", "valid", "grad_norm"):
+        for name in self._summed:
             value = getattr(result, name)
             self._interval.add(name, torch.where(counts.to(value.device), value, 0))
         self._interval.add("steps", counts)
@@ -119,10 +120,11 @@ class IntervalMetrics:
         self._own_seconds += own
         self.slowest = max(self.slowest, seconds)
 
-    def write(self, loader: DataCounts) -> None:
+    def write(self, loader: DataCounts, own: Mapping[str, float] | None = None) -> None:
         """Records the interval and starts the next; nothing if no step was made since the last record.
 
-        `loader` says what was read. An interval of which no update was made has NaN for its loss and norm.
+        `loader` says what was read; `own`: metrics of the user's. An interval of which no update was made has
+        NaN for its loss and norm.
         """
         progress = self._progress
         if progress.tokens == self._tokens_before:
@@ -134,7 +136,8 @@ class IntervalMetrics:
         seconds = sums["seconds"] / ranks
         made = sums["steps"] / ranks
         progress.skipped_steps += steps - round(made)
-        loss = sums["cross_entropy"] / max(1.0, sums["valid"]) if made else math.nan
+        means = {name: sums[name] / max(1.0, sums["valid"]) if made else math.nan for name in self._summed}
+        loss = means["cross_entropy"]
         progress.loss = loss if made else progress.loss
         progress.tokens_per_second = (progress.tokens - self._tokens_before) / seconds
         self._tokens_before = progress.tokens
@@ -144,6 +147,7 @@ class IntervalMetrics:
                 "step": progress.step,
                 "tokens": progress.tokens,
                 "loss": loss,
+                **({"objective": means["objective"]} if "objective" in means else {}),
                 "grad_norm": sums["grad_norm"] / ranks / made if made else math.nan,
                 "lr": self._learning_rate(progress.step),
                 "tokens_per_second": progress.tokens_per_second,
@@ -156,6 +160,7 @@ class IntervalMetrics:
                 "skipped_steps": progress.skipped_steps,
                 **({"spikes": progress.spikes, "rewinds": progress.rewinds} if self._watches_spikes else {}),
                 **self._of_each_rank(self._own_seconds / steps, seconds / steps),
+                **(own or {}),
             }
         )
         self._own_seconds, self._waited_before = 0.0, waited_seconds()

@@ -29,7 +29,9 @@ from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
-from stablelm.observe.profile import Profiler
+from stablelm.observe.own_metrics import OwnMetrics
+from stablelm.observe.profile.parts import calls
+from stablelm.observe.profile.profiler import Profiler, tabulator
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import Records
 from stablelm.supervise.faults import Faults
@@ -67,6 +69,7 @@ class Job:
     samples: Samples
     profiler: Profiler
     layers: LayerObserver
+    own_metrics: OwnMetrics
     settings: Callable[[int], TrainConfig]
     """Of each optimizer step: where the run changed at a checkpoint, earlier steps have what they had."""
 
@@ -137,15 +140,17 @@ def build_job(
     stop.listen(ending.at_once)
     faults = Faults(config, ranks, progress.attempt)
     saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
+    own_metrics = OwnMetrics(config, engine, ranks)
     watchdog.marker.at("dry run", progress.step)
-    records.message(dry_run(config, engine, ranks, saver))
+    records.message(dry_run(config, engine, ranks, saver, own_metrics.before_update(progress.step, progress.tokens)))
+    own_metrics.take()
     watchdog.extra_seconds["save"] = SAVES_WAITED * saver.seconds
     stop.save_seconds = saver.margin_seconds
     return Job(
         prepared, ranks, engine, loader, progress, guard, records, stop, faults, watchdog, saver,
         validation=read_validation(prepared), samples=build_samples(prepared, engine),
-        profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
-        layers=_layers(prepared, engine, ranks, records),
+        profiler=_profiler(config, engine, loader, ranks, records, progress.step),
+        layers=_layers(prepared, engine, ranks, records), own_metrics=own_metrics,
         settings=TrainHistory(config.train, segments_of(prepared.corpora.identity)).at,
     )  # fmt: skip
 
@@ -160,7 +165,9 @@ def _opening(prepared: Prepared, parameters: int, checkpoint: CheckpointPath | N
     )
 
 
-def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
+def dry_run(
+    config: Config, engine: Engine, ranks: Ranks, saver: Saver, before_update: Callable[[], None] | None = None
+) -> str:
     """Runs one full micro-batch forward and backward and writes a sample of a checkpoint; changes nothing.
 
     Returns a line with time and memory; `saver` knows about how long a save takes. Raises StorageError if the
@@ -172,6 +179,8 @@ def dry_run(config: Config, engine: Engine, ranks: Ranks, saver: Saver) -> str:
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
     sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
     engine.backward(sums.total / sums.valid, last=True)
+    if before_update is not None:
+        before_update()
     engine.clear_gradients()
     computed = time.perf_counter() - started
     saved = saver.dry_run(engine.tensors())
@@ -261,4 +270,18 @@ def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) 
         batch=lambda: layers_batch(prepared),
         pieces=prepared.tokenizer.pieces,
         record=records.write,
+    )
+
+
+def _profiler(
+    config: Config, engine: Engine, loader: Loader, ranks: Ranks, records: Records, finished: int
+) -> Profiler:
+    return Profiler(
+        Path(config.run.dir),
+        config.observe,
+        ranks.rank,
+        finished,
+        calls=lambda: calls(engine, loader, compiled=config.train.compile),
+        tabulate=tabulator(config, engine.device, ranks.rank, ranks.world_size),
+        tell=records.message,
     )

@@ -48,7 +48,7 @@ def train(job: Job) -> str:
         job.profiler.step(step)
 
         if due(step, config.observe.every, steps):
-            interval.write(job.loader)
+            interval.write(job.loader, job.own_metrics.take())
         job.layers.step(step, progress.tokens)
         if due(step, config.evaluate.every, steps):
             validate(job, exchange)
@@ -94,6 +94,9 @@ def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
         micro=config.train.micro_batch_size or len(batch.tokens),
         loss_factor=job.faults.loss_factor(batch.data_step),
         mark=job.watchdog.marker.in_step,
+        before_update=job.own_metrics.before_update(step, job.progress.tokens)
+        if due(step, config.observe.every, config.train.steps or 0)
+        else None,
     )
 
 

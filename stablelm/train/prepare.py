@@ -80,6 +80,11 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
         accelerate_precision=flags.precision,
         origins=loaded.origins,
     )
+    if config.train.loss is not None:
+        from stablelm.model.token_loss import try_token_loss  # imports torch
+
+        assert config.model.vocab_size is not None
+        try_token_loss(config.train.loss, config.model.vocab_size)
     evaluate = config.evaluate
     encode_prompts(
         evaluate.samples,

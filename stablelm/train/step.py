@@ -26,13 +26,14 @@ def train_step(
     largest_norm: float = math.inf,
     loss_factor: float = 1.0,
     mark: Callable[[str, str], None] = lambda phase, place: None,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Runs step number `step` on this rank's (rows, seq) batch, `micro` rows at a time.
 
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
     so that accumulation and world size do not change the gradient. If any micro-batch's loss or the gradient norm is
     not finite, or the norm exceeds `largest_norm`, no rank updates. `loss_factor` is for fault injection; `mark` is
-    called with each phase and place that begins.
+    called with each phase and place that begins, `before_update` once all gradients are there.
     """
     mark("forward", "target counts")
     valid = (targets >= 0).sum().to(engine.device)
@@ -41,8 +42,8 @@ def train_step(
         dist.all_reduce(valid_global)
     valid_global = valid_global.clamp(min=1)
     parts = list(zip(tokens.split(micro), targets.split(micro), strict=True))
-    cross_entropy = torch.zeros((), dtype=torch.float64 if engine.device.type == "cpu" else torch.float32)
-    cross_entropy = cross_entropy.to(engine.device)
+    dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
+    cross_entropy, objective = torch.zeros(2, dtype=dtype, device=engine.device)
     for index, (part_tokens, part_targets) in enumerate(parts):
         part = f"micro-batch {index + 1} of {len(parts)}"
         mark("forward", part)
@@ -56,9 +57,13 @@ def train_step(
         mark("backward", part)
         engine.backward(sums.total / valid_global * nan_if_bad, last=last)
         cross_entropy += sums.cross_entropy
+        objective += sums.objective
+    if before_update is not None:
+        mark("backward", "observe.metrics")
+        before_update()
     mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)
-    return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm))
+    return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm), objective)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:

@@ -172,3 +172,18 @@ def test_a_method_by_import_path_is_imported_by_the_users_word_alone(place: Path
         assert outcome.code != 78 or "own_method" not in outcome.err, outcome
         assert (place / "made-by-a-method").exists()
         (place / "made-by-a-method").unlink()
+
+
+def test_a_loss_and_metrics_that_a_checkpoint_names_are_not_imported(place: Path):
+    """Whatever reads a checkpoint trains nothing, so that they are not even imported for --trust-checkpoint."""
+    run = place / "run"
+    (place / "own_loss.py").write_text(
+        "import pathlib\npathlib.Path('made-by-a-loss').touch()\nloss = figures = print\n"
+    )
+    set_keys(run, train__loss="own_loss:loss", observe__metrics=["own_loss:figures"])
+    beside: dict = {"fresh": True, "seconds": 60, "PYTHONPATH": str(place)}
+    for line in (["eval", "--checkpoint", str(run)], ["checkpoints", "verify", str(run)]):
+        for consent in ([], ["--trust-checkpoint"]):
+            outcome = tried(place, *line, *consent, **beside)
+            assert outcome.faults({0}) == [], outcome
+            assert not (place / "made-by-a-loss").exists()

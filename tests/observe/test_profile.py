@@ -7,7 +7,7 @@ import torch
 
 from stablelm.config.schema import ObserveConfig
 from stablelm.errors import StorageError
-from stablelm.observe.profile import Profiler
+from stablelm.observe.profile.profiler import Profiler
 
 
 def traces(folder):

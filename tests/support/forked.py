@@ -42,6 +42,8 @@ def adopt(environ: dict[str, str]) -> None:
     """Makes `environ` this process's variables: the server's are those of the first launch."""
     os.environ.clear()
     os.environ.update(environ)
+    # Python reads it once, when the server starts.
+    sys.path += [folder for folder in environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
 def run_forked(
