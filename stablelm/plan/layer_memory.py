@@ -140,8 +140,9 @@ def _extended_alike(few: "_Pass", n_layers: int) -> LayerMemory:
         return sum(few.layers(kind)) + missing * few.layers(kind)[-1]
 
     outside = [few.outside(kind) for kind in KINDS]
-    backward, last = (few.temporary, few.recomputed_copies), (few.layers(kind)[-1] for kind in KINDS)
-    return LayerMemory(layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, *last, few.alike)
+    backward, last = (few.temporary, few.recomputed_copies), tuple(few.layers(kind)[-1] for kind in KINDS)
+    figures = (layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, *last)
+    return LayerMemory(**dict(zip(FIGURES, figures, strict=True)), alike=few.alike)
 
 
 @lru_cache(maxsize=8)

@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stablelm.config.engine_rules import SHARDED
@@ -12,12 +13,13 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.observe.accelerators import chosen
 from stablelm.out_file import check_out, write_out
-from stablelm.plan.request import PlanRequest, prepare, prepare_each
+from stablelm.plan.request import PlanRequest, prepare_each
 from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
     from stablelm.plan.output.figures import Comparison, Plan
     from stablelm.plan.rank_memory import Layout, Parameter
+    from stablelm.plan.remedies import Remedy
     from stablelm.plan.simulate import Simulation
 
 
@@ -27,7 +29,7 @@ def plan(
     *,
     world_sizes: tuple[int, ...],
     gpu: str | None = None,
-    figures: Mapping[str, float | None] | None = None,
+    figures: dict[str, float | None] | None = None,
     gpus_per_node: int = 8,
     price: float | None = None,
     out: str | None = None,
@@ -41,14 +43,9 @@ def plan(
 
     def check() -> tuple[dict[int, PlanRequest], dict[int, str]]:
         accelerator = chosen(gpu, figures or {})
-        if len(world_sizes) > 1:
-            found = prepare_each(
-                load(files, overrides), world_sizes, accelerator, gpus_per_node, simulated=simulated, price=price
-            )
-        else:
-            loaded = load(files, overrides, world_size=max(1, world_sizes[0]))
-            request = prepare(loaded, world_sizes[0], accelerator, gpus_per_node, simulated=simulated, price=price)
-            found = {world_sizes[0]: request}, {}
+        first, *others = world_sizes
+        loaded = load(files, overrides, world_size=None if others else max(1, first))
+        found = prepare_each(loaded, world_sizes, accelerator, gpus_per_node, simulated=simulated, price=price)
         check_out(out)
         return found
 
@@ -64,7 +61,8 @@ def _run(
         compared = compare(world_sizes, requests, problems)
         shown, found = world_size_table.table(compared), figures.comparison_json(compared)
     else:
-        made = make(requests[world_sizes[0]])
+        (request,) = requests.values()
+        made = make(request)
         shown, found = plan_text.text(made), figures.as_json(made)
     print(shown, end="", flush=True)
     if out is not None:
@@ -92,19 +90,14 @@ def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] =
 
     `near`: plans of the same run on other numbers of ranks, whose dry runs may serve.
     """
-    from stablelm.plan import estimate, rank_memory, remedies
+    from stablelm.plan import estimate, rank_memory
     from stablelm.plan.collectives import collectives
     from stablelm.plan.largest_depth import largest_depth
     from stablelm.plan.output.figures import Plan
     from stablelm.plan.step_time import step_time
 
-    started = time.perf_counter()
-    config, world = request.config, request.world_size
-
-    def layout_of(of: Config, ranks: int) -> rank_memory.Layout:
-        return rank_memory.make_layout(of, of.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
-
-    listed, layout = rank_memory.parameters(config), layout_of(config, world)
+    started, config = time.perf_counter(), request.config
+    listed, layout = rank_memory.parameters(config), _layout(request, config, request.world_size)
     with warnings.catch_warnings():
         # FSDP and the hooks of a dry run warn about what the real engine does on purpose.
         warnings.simplefilter("ignore")
@@ -119,14 +112,25 @@ def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] =
         operations=None if simulation is None else simulation.operations,
     )  # fmt: skip
     scale = peak.total() / estimated.total()
-    remedy = None
-    if peak.total() > request.usable:
-        remedy = remedies.first_that_fits(config, listed, world, request.usable, scale, layout_of)
+    remedy = _remedy(request, listed, scale) if peak.total() > request.usable else None
     deepest = largest_depth(request, layout, peak.total(), scale) if depth else None
     return Plan(
         request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy, deepest,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _layout(request: PlanRequest, config: Config, ranks: int) -> "Layout":
+    from stablelm.plan.rank_memory import make_layout
+
+    return make_layout(config, config.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
+
+
+def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "Remedy | None":
+    from stablelm.plan.remedies import first_that_fits
+
+    layout_of = partial(_layout, request)
+    return first_that_fits(request.config, listed, request.world_size, request.usable, scale, layout_of)
 
 
 def _dry_run(

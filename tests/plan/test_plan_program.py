@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planned import SHAPE, planned
@@ -26,8 +27,9 @@ RUNS = sorted((REPOSITORY / "configs" / "runs").glob("c4-*b-*.yaml"))
 SMALL = [*SHAPE, "model.vocab_size=320", "train.global_batch_size=8", "train.precision=bf16", "data.seq_len=32"]
 
 
-def planned_text(capsys: pytest.CaptureFixture[str], *overrides: str, world_size: int = 4, **options) -> str:
-    assert plan([], [*SMALL, *overrides], world_sizes=(world_size,), **({"simulated": False} | options)) == 0
+def planned_text(capsys: pytest.CaptureFixture[str], *overrides: str, world_size: int = 4, **options: Any) -> str:
+    options = {"simulated": False} | options
+    assert plan([], [*SMALL, *overrides], world_sizes=(world_size,), **options) == 0
     return capsys.readouterr().out
 
 
