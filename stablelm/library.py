@@ -147,21 +147,29 @@ def probe(config: Config, *, sequences: int = 2, seq_len: int | None = None) -> 
 
 
 def plan(
-    config: Config, *, world_size: int, gpu: str = "h100-80", gpus_per_node: int = 8, quick: bool = False
+    config: Config,
+    *,
+    world_size: int,
+    gpu: str | None = None,
+    figures: Mapping[str, float] | None = None,
+    gpus_per_node: int = 8,
+    price: float | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """Memory, collectives and step time of a run on `world_size` accelerators: what `stablelm plan --out` writes.
+    """Memory, collectives, step time, hours and cost of a run on `world_size` GPUs: what `stablelm plan --out` writes.
 
-    `quick`: no engine is simulated. Raises ConfigError.
+    `gpu`: a name in the table of accelerators, or of one that `figures` describe, by the names of the command's flags
+    (`{"peak_tflops": 990, ...}`). `price`: dollars per GPU-hour. `quick`: no dry run. Raises ConfigError.
     """
+    from stablelm.observe.accelerators import chosen
     from stablelm.plan.planner import make
     from stablelm.plan.request import prepare
 
-    request = prepare(_loaded(config), world_size, gpu, gpus_per_node, simulated=not quick)
-    from stablelm.plan.plan_report import as_json
+    flags = {f"--{name.replace('_', '-')}": value for name, value in (figures or {}).items()}
+    request = prepare(_loaded(config), world_size, chosen(gpu, flags), gpus_per_node, simulated=not quick, price=price)
+    from stablelm.plan.output.figures import as_json
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of FSDP and hooks, about what the real engine does on purpose
-        return as_json(make(request))
+    return as_json(make(request))
 
 
 def export(

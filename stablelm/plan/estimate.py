@@ -10,13 +10,17 @@ from collections import Counter
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config
 from stablelm.plan import layer_memory, rank_memory
+from stablelm.plan.layer_memory import LayerMemory
 from stablelm.plan.rank_memory import Layout, Parameter, group_units
 
 TOKEN_BYTES = 8
 
 
-def peak(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str]:
-    """Peak bytes by kind on rank 0's device; what is offloaded does not count."""
+def peak(config: Config, listed: list[Parameter], layout: Layout, measured: LayerMemory | None = None) -> Counter[str]:
+    """Peak bytes by kind on rank 0's device; what is offloaded does not count.
+
+    `measured`: what the layers need, if that is known already.
+    """
     held = rank_memory.resting(config, listed, layout)
     held.subtract(rank_memory.on_host(config, listed, layout, held))
     rest = Counter({kind: held[kind] for kind in ("weights", "masters", "moments")})
@@ -25,8 +29,8 @@ def peak(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str
         rest["reduced"] = held["gradients"]  # its buckets stay
     if layout.kind in ("zero2", "zero3") and rank_memory.micro_batches(config, layout.world_size) > 1:
         rest["gradients"] = held["gradients"]
-    rest["inputs"] = 2 * TOKEN_BYTES * config.train.global_batch_size // layout.world_size * config.data.seq_len
-    layers, (loss, held_by_loss) = layer_memory.measure(config), layer_memory.loss(config)
+    rest["inputs"] = 2 * TOKEN_BYTES * config.train.batch_sizes.largest // layout.world_size * config.data.seq_len
+    layers, (loss, held_by_loss) = measured or layer_memory.measure(config), layer_memory.loss(config)
     sharded = layout.kind in SHARDED
     units = group_units(config, listed)[:-1]
     kept = Counter(activations=layers.kept, weight_copies=layers.weight_copies(sharded=sharded))

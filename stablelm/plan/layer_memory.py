@@ -32,7 +32,10 @@ LAYERS = 6
 DIFFERENT_LAYERS = (8, 16, 24)  # a stream that merges its tensors does so every eight layers
 SEQUENCES = (2, 3)
 KINDS = ("activations", "weight_copies")
-FIGURES = ("layers", "outside", "layer_copies", "other_copies", "temporary", "recomputed_copies")
+FIGURES = (
+    *("layers", "outside", "layer_copies", "other_copies", "temporary", "recomputed_copies"),
+    *("last_layer", "last_layer_copies"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class LayerMemory:
     """What the backward pass of the last layers holds beside all that was kept, without gradients of parameters."""
     recomputed_copies: int
     """Copies of matrices that it makes again to recompute a layer."""
+    last_layer: int
+    """What the last layer adds to `layers`."""
+    last_layer_copies: int
     alike: bool
     """Whether all layers but the first have the same parameters and keep the same bytes."""
 
@@ -62,6 +68,14 @@ class LayerMemory:
     def weight_copies(self, *, sharded: bool) -> int:
         """Bytes of the copies kept: none of the layers' matrices where an engine gathers these in the compute dtype."""
         return self.other_copies + (0 if sharded else self.layer_copies)
+
+    def with_more(self, layers: int) -> "LayerMemory":
+        """Of a model with that many layers more (fewer if negative), all like the last one."""
+        return replace(
+            self,
+            layers=self.layers + layers * self.last_layer,
+            layer_copies=self.layer_copies + layers * self.last_layer_copies,
+        )
 
 
 def measure(config: Config) -> LayerMemory:
@@ -103,7 +117,7 @@ def on_meta(model: ModelConfig, precision: str) -> Decoder:
 @lru_cache(maxsize=64)
 def _measure(model: ModelConfig, precision: str, seq_len: int, recompute: bool, sequences: int) -> LayerMemory:
     def run(layers: int) -> _Pass:
-        return _Pass(with_layers(model, layers), precision, recompute, sequences, seq_len)
+        return _pass(with_layers(model, layers), precision, recompute, sequences, seq_len)
 
     if _same_parameters(model, precision):
         few = run(LAYERS)
@@ -126,8 +140,9 @@ def _extended_alike(few: "_Pass", n_layers: int) -> LayerMemory:
         return sum(few.layers(kind)) + missing * few.layers(kind)[-1]
 
     outside = [few.outside(kind) for kind in KINDS]
-    backward = few.temporary, few.recomputed_copies
-    return LayerMemory(layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, few.alike)
+    backward, last = (few.temporary, few.recomputed_copies), tuple(few.layers(kind)[-1] for kind in KINDS)
+    figures = (layers(KINDS[0]), outside[0], layers(KINDS[1]), outside[1], *backward, *last)
+    return LayerMemory(**dict(zip(FIGURES, figures, strict=True)), alike=few.alike)
 
 
 @lru_cache(maxsize=8)
@@ -198,6 +213,10 @@ class _Pass:
     def outside(self, kind: str) -> int:
         """Bytes that all else keeps."""
         return self._kept[kind] - sum(self.layers(kind))
+
+
+_pass = lru_cache(maxsize=16)(_Pass)
+"""Models that differ in depth alone are measured by the same few layers."""
 
 
 def loss(config: Config) -> tuple[Counter[str], Counter[str]]:

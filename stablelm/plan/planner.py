@@ -1,95 +1,149 @@
-"""From a configuration to a plan of its run on any number of accelerators, in one CPU process and without data."""
+"""From a configuration to plans of its run on any number of accelerators, in one CPU process and without data."""
 
 import json
 import sys
+import time
+import warnings
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
+from stablelm.config.engine_rules import SHARDED
 from stablelm.config.load import load
 from stablelm.config.schema import Config
+from stablelm.observe.accelerators import chosen
 from stablelm.out_file import check_out, write_out
-from stablelm.plan.request import PlanRequest, prepare
+from stablelm.plan.request import PlanRequest, prepare_each
 from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
-    from stablelm.plan.plan_report import Plan
+    from stablelm.plan.output.figures import Comparison, Plan
+    from stablelm.plan.rank_memory import Layout, Parameter
+    from stablelm.plan.remedies import Remedy
+    from stablelm.plan.simulate import Simulation
 
 
 def plan(
     files: list[str],
     overrides: list[str],
     *,
-    world_size: int,
-    gpu: str,
-    gpus_per_node: int,
+    world_sizes: tuple[int, ...],
+    gpu: str | None = None,
+    figures: dict[str, float | None] | None = None,
+    gpus_per_node: int = 8,
+    price: float | None = None,
     out: str | None = None,
     simulated: bool = True,
 ) -> int:
-    """Prints the plan and writes it as JSON to `out`; returns the exit code.
+    """Prints the plan, of several numbers of ranks a table, and writes it as JSON to `out`; returns the exit code.
 
-    Without `simulated` no engine is simulated: quicker, less exact.
+    `gpu` and `figures`: as `observe.accelerators.chosen` takes them. Without `simulated` there is no dry run of the
+    engine: quicker, less exact.
     """
 
-    def check() -> PlanRequest:
-        loaded = load(files, overrides, world_size=max(1, world_size))
-        request = prepare(loaded, world_size, gpu, gpus_per_node, simulated=simulated)
+    def check() -> tuple[dict[int, PlanRequest], dict[int, str]]:
+        accelerator = chosen(gpu, figures or {})
+        first, *others = world_sizes
+        loaded = load(files, overrides, world_size=None if others else max(1, first))
+        found = prepare_each(loaded, world_sizes, accelerator, gpus_per_node, simulated=simulated, price=price)
         check_out(out)
-        return request
+        return found
 
-    return exit_code_of(check, lambda request: _run(request, out))
+    return exit_code_of(check, lambda found: _run(world_sizes, *found, out))
 
 
-def _run(request: PlanRequest, out: str | None) -> None:
-    import warnings
+def _run(
+    world_sizes: tuple[int, ...], requests: dict[int, PlanRequest], problems: dict[int, str], out: str | None
+) -> None:
+    from stablelm.plan.output import figures, plan_text, world_size_table
 
-    from stablelm.plan.plan_report import as_json, text
-
-    with warnings.catch_warnings():
-        # FSDP and the hooks of a simulation warn about what the real engine does on purpose.
-        warnings.simplefilter("ignore")
+    if len(world_sizes) > 1:
+        compared = compare(world_sizes, requests, problems)
+        shown, found = world_size_table.table(compared), figures.comparison_json(compared)
+    else:
+        (request,) = requests.values()
         made = make(request)
-    print(text(made), end="", flush=True)
+        shown, found = plan_text.text(made), figures.as_json(made)
+    print(shown, end="", flush=True)
     if out is not None:
-        write_out(out, json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
+        write_out(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
         print(f"written: {out}", file=sys.stderr)
 
 
-def make(request: PlanRequest) -> "Plan":
-    """The plan of a checked request."""
-    import time
+def compare(
+    world_sizes: tuple[int, ...], requests: Mapping[int, PlanRequest], problems: Mapping[int, str]
+) -> "Comparison":
+    """The plans of the requests, as `request.prepare_each` gives them, without a search of the largest depth.
 
-    from stablelm.config.engine_rules import SHARDED
-    from stablelm.plan import estimate, rank_memory, remedies
+    One dry run serves all numbers of ranks whose steps do the same.
+    """
+    from stablelm.plan.output.figures import Comparison
+
+    started, plans = time.perf_counter(), {}
+    for ranks, request in requests.items():
+        plans[ranks] = make(request, depth=False, near=tuple(plans.values()))
+    return Comparison(world_sizes, plans, dict(problems), time.perf_counter() - started)
+
+
+def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] = ()) -> "Plan":
+    """The plan of a checked request, without `depth` not the largest depth that fits.
+
+    `near`: plans of the same run on other numbers of ranks, whose dry runs may serve.
+    """
+    from stablelm.plan import estimate, rank_memory
     from stablelm.plan.collectives import collectives
-    from stablelm.plan.plan_report import RESERVE, Plan
+    from stablelm.plan.largest_depth import largest_depth
+    from stablelm.plan.output.figures import Plan
     from stablelm.plan.step_time import step_time
 
-    started = time.perf_counter()
-    config, world = request.config, request.world_size
-
-    def layout_of(of: Config, ranks: int) -> rank_memory.Layout:
-        return rank_memory.make_layout(of, of.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
-
-    listed, layout = rank_memory.parameters(config), layout_of(config, world)
-    simulation = None
-    if request.simulated and config.engine.kind in ("single", *SHARDED):
-        from stablelm.plan.simulate import simulate
-
-        simulation = simulate(config, listed, layout, nodes=request.nodes)
+    started, config = time.perf_counter(), request.config
+    listed, layout = rank_memory.parameters(config), _layout(request, config, request.world_size)
+    with warnings.catch_warnings():
+        # FSDP and the hooks of a dry run warn about what the real engine does on purpose.
+        warnings.simplefilter("ignore")
+        simulation, moved = _dry_run(request, listed, layout, near), collectives(config, listed, layout)
     held = rank_memory.resting(config, listed, layout)
     host = rank_memory.on_host(config, listed, layout, held)
-    # The simulation offloads nothing, its only device being the CPU.
-    peak = estimate.peak(config, listed, layout) if simulation is None else simulation.peak - host
-    moved = collectives(config, listed, layout)
+    estimated = estimate.peak(config, listed, layout)
+    # The dry run offloads nothing, its only device being the CPU.
+    peak = estimated if simulation is None else simulation.peak - host
     time_of_step = step_time(
         config, listed, layout, moved, request.accelerator, gpus_per_node=request.gpus_per_node,
         operations=None if simulation is None else simulation.operations,
     )  # fmt: skip
-    limit = request.accelerator.memory - RESERVE
-    remedy = None
-    if peak.total() > limit:
-        scale = peak.total() / estimate.peak(config, listed, layout).total()
-        remedy = remedies.first_that_fits(config, listed, world, limit, scale, layout_of)
+    scale = peak.total() / estimated.total()
+    remedy = _remedy(request, listed, scale) if peak.total() > request.usable else None
+    deepest = largest_depth(request, layout, peak.total(), scale) if depth else None
     return Plan(
-        request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy,
+        request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy, deepest,
         time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _layout(request: PlanRequest, config: Config, ranks: int) -> "Layout":
+    from stablelm.plan.rank_memory import make_layout
+
+    return make_layout(config, config.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
+
+
+def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "Remedy | None":
+    from stablelm.plan.remedies import first_that_fits
+
+    layout_of = partial(_layout, request)
+    return first_that_fits(request.config, listed, request.world_size, request.usable, scale, layout_of)
+
+
+def _dry_run(
+    request: PlanRequest, listed: "list[Parameter]", layout: "Layout", near: tuple["Plan", ...]
+) -> "Simulation | None":
+    """None for engines that have no dry run, and where none was asked for."""
+    if not request.simulated or layout.kind not in ("single", *SHARDED):
+        return None
+    from stablelm.plan.simulate import on_other_ranks, simulate
+
+    for plan in near:
+        if plan.simulation is not None:
+            found = on_other_ranks(plan.simulation, (plan.request.config, plan.layout), request.config, listed, layout)
+            if found is not None:
+                return found
+    return simulate(request.config, listed, layout, nodes=request.nodes)

@@ -7,14 +7,14 @@ Trillion Parameter Models, 2020, section 5, with fp32 working parameters beside 
 updates (`engine.deepspeed_config`).
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from stablelm.config.engine_rules import SHARDED, ZERO
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.deepspeed_config import PERSISTENT
 from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped
 from stablelm.model.initialise import decays, roles
@@ -35,7 +35,7 @@ class Parameter(NamedTuple):
 
     @property
     def elements(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
@@ -67,16 +67,27 @@ def make_layout(config: Config, kind: str, world_size: int, nodes: int) -> Layou
 
 def parameters(config: Config) -> list[Parameter]:
     """Every parameter of the real model, built on the meta device."""
-    decoder = on_meta(config.model, str(config.train.precision))
+    return list(_parameters(config.model, str(config.train.precision)))
+
+
+@lru_cache(maxsize=4)
+def _parameters(model: ModelConfig, precision: str) -> tuple[Parameter, ...]:
+    decoder = on_meta(model, precision)
     found = roles(decoder)
     listed = []
     for name, parameter in decoder.named_parameters():
         role = found[name]
-        factors = config.model.axes.init.rates(
-            config.model, in_layer=role.layer is not None, matrix=parameter.ndim == 2
-        )
+        factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
         listed.append(Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role))))
-    return listed
+    return tuple(listed)
+
+
+def at_depth(listed: list[Parameter], n_layers: int) -> list[Parameter]:
+    """The parameters with another number of layers, of which the new ones are like the last; names are not renewed."""
+    last = max(parameter.layer or 0 for parameter in listed)
+    kept = [parameter for parameter in listed if parameter.layer is None or parameter.layer < n_layers]
+    again = [parameter for parameter in listed if parameter.layer == last]
+    return kept + [parameter._replace(layer=layer) for layer in range(last + 1, n_layers) for parameter in again]
 
 
 def width(config: Config) -> int:
@@ -165,7 +176,7 @@ def micro_batches(config: Config, world_size: int) -> int:
     """Micro-batches per rank and step."""
     micro = config.train.micro_batch_size
     assert micro is not None
-    return config.train.global_batch_size // world_size // micro
+    return config.train.batch_sizes.largest // world_size // micro
 
 
 def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]]:

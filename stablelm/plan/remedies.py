@@ -50,7 +50,7 @@ def first_that_fits(
 
 
 def _changes(config: Config, ranks: int) -> Iterator[Config]:
-    rows = config.train.global_batch_size // ranks
+    rows = config.train.batch_sizes.largest // ranks
     micro = min(config.train.micro_batch_size or rows, rows)
     sizes = [size for size in range(micro, 0, -1) if rows % size == 0]
     engine = config.engine
@@ -72,7 +72,7 @@ def _with(config: Config, engine: EngineConfig, micro: int) -> Config:
 
 
 def _legal(config: Config, ranks: int) -> bool:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    batch, micro = config.train.batch_sizes.largest, config.train.micro_batch_size
     if config.engine.kind in (*SHARDED, *ZERO) and ranks == 1:
         return False
     divides = batch >= ranks and micro and batch % (ranks * micro) == 0 and config.data.lanes % ranks == 0

@@ -55,9 +55,44 @@ def simulate(
     assert layout.kind in ("single", *SHARDED), "DDP and DeepSpeed have no simulation"
     micro = rank_memory.micro_batches(config, layout.world_size)
     few_micro = min(micro, MICRO_BATCHES)
-    train = replace(config.train, global_batch_size=config.train.global_batch_size // micro * few_micro)
+    train = replace(config.train, global_batch_size=config.train.batch_sizes.largest // micro * few_micro)
     few = replace(shortened(config, listed, layers), train=train)
     return _extended(_run(few, layout, nodes, few_micro), few, config, listed, layout)
+
+
+def on_other_ranks(
+    found: Simulation, before: tuple[Config, Layout], config: Config, listed: list[Parameter], layout: Layout
+) -> Simulation | None:
+    """The simulation of `before` on another number of ranks: what changes of the estimate changes of it.
+
+    Ranks change the sizes of shards and their padding, but not what a step does, if engine, micro-batch and whether
+    there are several micro-batches stay. None if they do not, or if the estimate's peak is at another point of the
+    step: then only a simulation of its own can tell.
+    """
+    config_before, layout_before = before
+    if _step(config, layout) != _step(*before):
+        return None
+    there, here = (estimate.peak(c, listed, at) for c, at in ((config, layout), before))
+    if set(+there) != set(+here):
+        return None
+    change, held = Counter(there), rank_memory.resting(config, listed, layout)
+    change.subtract(here)
+    held.subtract(rank_memory.resting(config_before, listed, layout_before))
+    micro, micro_before = (rank_memory.micro_batches(c, at.world_size) for c, at in ((config, layout), before))
+    return replace(
+        found,
+        peak=Counter({kind: found.peak[kind] + change[kind] for kind in change.keys() | found.peak.keys()}),
+        resting=Counter({kind: size + held[kind] for kind, size in found.resting.items()}),
+        gradients=found.gradients + held["gradients"],
+        operations=found.operations * micro // micro_before,
+        exact=False,
+    )
+
+
+def _step(config: Config, layout: Layout) -> tuple[str, int | None, int]:
+    """What decides which operations a step repeats."""
+    micro = min(rank_memory.micro_batches(config, layout.world_size), MICRO_BATCHES)
+    return layout.kind, config.train.micro_batch_size, micro
 
 
 def shortened(config: Config, listed: list[Parameter], layers: int | None) -> Config:

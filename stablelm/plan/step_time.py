@@ -62,7 +62,7 @@ def step_time(
     operations: int | None,
 ) -> StepTime:
     """The estimate for a resolved config; `operations`: how many the host starts in a step, None if unknown."""
-    tokens = config.train.global_batch_size * config.data.seq_len
+    tokens = config.train.batch_sizes.largest * config.data.seq_len
     local_tokens, micro = tokens / layout.world_size, rank_memory.micro_batches(config, layout.world_size)
     flops = flops_per_token(config.model, config.data.seq_len)
     matmul = local_tokens * _computed(config, flops) / (accelerator.peak * ATTAINABLE)

@@ -248,6 +248,10 @@ def test_probe_and_plan_are_the_programs(tiny_corpus: TinyCorpus, tmp_path: Path
     assert done.returncode == 0, done.stderr
     planned = stablelm.plan(config, world_size=2, quick=True)
     assert {**planned, "seconds": 0} == {**json.loads(out.read_text()), "seconds": 0}
+    own = {"peak_tflops": 100, "memory_gb": 40, "bandwidth": 1000}
+    assert stablelm.plan(config, world_size=2, gpu="mine", figures=own, quick=True)["accelerator"] == "mine"
+    with pytest.raises(ConfigError, match="--peak-flops does not describe an accelerator"):
+        stablelm.plan(config, world_size=2, figures={"peak_flops": 100}, quick=True)
     assert not (tmp_path / "run").exists()
 
 

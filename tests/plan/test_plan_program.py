@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from planned import SHAPE, planned
@@ -18,18 +19,17 @@ from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.observe.accelerators import ACCELERATORS
 from stablelm.plan import estimate, rank_memory, remedies
 from stablelm.plan.collectives import collectives
-from stablelm.plan.plan_report import RESERVE
 from stablelm.plan.planner import make, plan
-from stablelm.plan.request import prepare
+from stablelm.plan.request import RESERVE, prepare
 from stablelm.plan.step_time import step_time
 
 RUNS = sorted((REPOSITORY / "configs" / "runs").glob("c4-*b-*.yaml"))
 SMALL = [*SHAPE, "model.vocab_size=320", "train.global_batch_size=8", "train.precision=bf16", "data.seq_len=32"]
 
 
-def planned_text(capsys: pytest.CaptureFixture[str], *overrides: str, world_size: int = 4, **options) -> str:
-    given = {"gpu": "h100-80", "gpus_per_node": 8, "simulated": False} | options
-    assert plan([], [*SMALL, *overrides], world_size=world_size, **given) == 0
+def planned_text(capsys: pytest.CaptureFixture[str], *overrides: str, world_size: int = 4, **options: Any) -> str:
+    options = {"simulated": False} | options
+    assert plan([], [*SMALL, *overrides], world_sizes=(world_size,), **options) == 0
     return capsys.readouterr().out
 
 
@@ -45,8 +45,9 @@ def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["collectives"]["reduce_scatter"]["count"] == 2
     assert found["simulated_layers"] == 4 and found["exact"] and found["fits"]
     assert found["estimated"]["flops"] == flops_per_token(config.model, 32) * 8 * 32
-    for words in ("4 x h100-80 on 1 node, fsdp2", "embedding", "all-gather", "MFU", "fits:", "simulated"):
+    for words in ("4 x h100-80 on 1 node", "fsdp2", "embedding", "all-gather", "MFU", "fits          yes", "dry run"):
         assert words in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
@@ -58,16 +59,15 @@ def test_what_does_not_fit_is_shown_with_what_would(capsys: pytest.CaptureFixtur
     large = ["model.method=deepscalelm_pre", "model.n_layers=96", "model.d_model=4096", "model.n_heads=32"]
     large += ["data.seq_len=2048", "train.global_batch_size=1024", "train.micro_batch_size=2", "train.precision=bf16"]
     arguments = ["train.steps=5", "model.vocab_size=32000", "data.lanes=1024", *large]
-    assert plan([], arguments, world_size=8, gpu="h100-80", gpus_per_node=8, simulated=False) == 0
+    assert plan([], arguments, world_sizes=(8,), simulated=False) == 0
     shown = capsys.readouterr().out
-    assert "does not fit" in shown
-    assert "would fit: " in shown
-    changes = shown.split("would fit: ")[1].split(" (")[0].split()
+    assert "fits          no" in shown
+    changes = shown.split("would fit")[1].split(" (about")[0].split()
     world_size = 8
     if changes[0] == "--world-size":
         world_size, changes = int(changes[1]), changes[2:]
-    assert plan([], [*arguments, *changes], world_size=world_size, gpu="h100-80", gpus_per_node=8, simulated=False) == 0
-    assert "does not fit" not in capsys.readouterr().out
+    assert plan([], [*arguments, *changes], world_sizes=(world_size,), simulated=False) == 0
+    assert "fits          yes" in capsys.readouterr().out
 
 
 def test_remedies_come_in_order_and_may_be_none():
@@ -113,18 +113,10 @@ def test_estimated_time_adds_up(kind: str):
     assert slower.total > found.total
 
 
-def test_the_table_is_of_plausible_devices():
-    for name, accelerator in ACCELERATORS.items():
-        assert accelerator.name == name
-        assert 1e14 < accelerator.peak < 1e16
-        assert 80e9 <= accelerator.memory < 1e12
-        assert accelerator.network < accelerator.link < accelerator.memory_bandwidth
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--world-size", "8", "--gpu", "h1000"], "--gpu h1000 is not in the table; choose one of a100-80"),
+        (["--world-size", "8", "--gpu", "h1000"], "--gpu h1000 is not in the table, did you mean h100-80?"),
         (["--world-size", "0"], "--world-size 0 must be at least 1"),
         (["--world-size", "8", "--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1"),
         (["--world-size", "12"], "--world-size 12 does not fill nodes of --gpus-per-node 8; use 8 or 16"),

@@ -1,0 +1,1 @@
+"""What a plan says: its figures, as text and as JSON."""
