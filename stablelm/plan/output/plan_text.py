@@ -47,7 +47,7 @@ def _run(plan: Plan) -> list[str]:
             "rates": f"{gpu.peak / 1e12:g} TFLOPS bf16; GB/s: memory {gpu.memory_bandwidth / 1e9:,g}, "
             f"links {gpu.link / 1e9:,g}, network {gpu.network / 1e9:,g}",
             "engine": f"{engine.kind}{copies}, recompute {engine.recompute}, offload {engine.offload}, "
-            f"units of {size(engine.unit_bytes)}, prefetch {engine.prefetch}",
+            f"{size(engine.unit_bytes)} units, prefetch {engine.prefetch}",
             "batch": f"{train.global_batch_size:,} sequences of {config.data.seq_len:,} tokens; per GPU {micro:,} "
             f"micro-batch{'es' * (micro > 1)} of {train.micro_batch_size:,}",
         }
