@@ -39,7 +39,7 @@ def estimated(made: Plan, n_layers: int) -> int:
         ("hsdp", (), 16),
         ("zero1", ("engine.unit_bytes=1000000",), 8),
         ("zero3", ("engine.recompute=full", "engine.unit_bytes=1000000"), 16),
-        ("fsdp2", ("model.method=catformer",), 8),
+        pytest.param("fsdp2", ("model.method=catformer",), 8, marks=pytest.mark.slow),
         pytest.param("fsdp2", ("model.method=denseformer",), 8, marks=pytest.mark.slow),
     ],
 )

@@ -33,7 +33,7 @@ def test_figures_on_the_page(command: str):
     page = shown(command)
     assert max(map(len, page.splitlines())) <= 80
     for ranks in arguments.world_sizes or (arguments.world_size,):
-        if f"{ranks}   not possible" in page:
+        if f"{ranks:,}   not possible" in page:
             continue
         made = make(prepare(load(files, arguments.overrides), ranks, gpu, 8, simulated=False), depth=False)
         assert f"{sum(p.elements for p in made.listed):,}" in page

@@ -45,7 +45,7 @@ def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["collectives"]["reduce_scatter"]["count"] == 2
     assert found["simulated_layers"] == 4 and found["exact"] and found["fits"]
     assert found["estimated"]["flops"] == flops_per_token(config.model, 32) * 8 * 32
-    for words in ("4 x h100-80 on 1 node", "fsdp2", "embedding", "all-gather", "MFU", "fits          yes", "dry run"):
+    for words in ("4 x h100-80 on 1 node", "fsdp2", "embedding", "all-gather", "MFU", "fits           yes", "dry run"):
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 80
 
@@ -61,13 +61,13 @@ def test_what_does_not_fit_is_shown_with_what_would(capsys: pytest.CaptureFixtur
     arguments = ["train.steps=5", "model.vocab_size=32000", "data.lanes=1024", *large]
     assert plan([], arguments, world_sizes=(8,), simulated=False) == 0
     shown = capsys.readouterr().out
-    assert "fits          no" in shown
+    assert "fits           no" in shown
     changes = shown.split("would fit")[1].split(" (about")[0].split()
     world_size = 8
     if changes[0] == "--world-size":
         world_size, changes = int(changes[1]), changes[2:]
     assert plan([], [*arguments, *changes], world_sizes=(world_size,), simulated=False) == 0
-    assert "fits          yes" in capsys.readouterr().out
+    assert "fits           yes" in capsys.readouterr().out
 
 
 def test_remedies_come_in_order_and_may_be_none():
@@ -117,6 +117,11 @@ def test_estimated_time_adds_up(kind: str):
     ("arguments", "words"),
     [
         (["--world-size", "8", "--gpu", "h1000"], "--gpu h1000 is not in the table, did you mean h100-80?"),
+        (["--world-size", "8", "--peak-tflops", "312"], "also needs --memory-gb and --bandwidth"),
+        (
+            ["--world-size", "8", "--gpu", "h200", "--peak-tflops", "1", "--memory-gb", "9", "--bandwidth", "99"],
+            "--gpu h200 is in the table, so --peak-tflops and --memory-gb and --bandwidth cannot describe it",
+        ),
         (["--world-size", "0"], "--world-size 0 must be at least 1"),
         (["--world-size", "8", "--gpus-per-node", "0"], "--gpus-per-node 0 must be at least 1"),
         (["--world-size", "12"], "--world-size 12 does not fill nodes of --gpus-per-node 8; use 8 or 16"),

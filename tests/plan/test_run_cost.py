@@ -9,6 +9,7 @@ from planned import SHAPE
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
+from stablelm.plan.output.units import duration, money, number
 from stablelm.plan.planner import compare, make
 from stablelm.plan.request import prepare, prepare_each
 
@@ -22,6 +23,7 @@ def run(*arguments: str) -> int:
 def test_hours_cost_and_energy_follow_from_the_rate(capsys: pytest.CaptureFixture[str]):
     made = make(prepare(load([], SMALL), 8, "h100-80", 8, simulated=False, price=2.49), depth=False)
     cost = made.cost
+    assert cost.dollars is not None and cost.kilowatt_hours is not None
     assert cost.tokens == 7000 * 48 * 64 and cost.steps == 7000
     assert cost.hours == cost.tokens / made.time.tokens_per_second / 3600
     assert cost.hours == pytest.approx(7000 * made.time.total / 3600, rel=1e-12)
@@ -30,8 +32,20 @@ def test_hours_cost_and_energy_follow_from_the_rate(capsys: pytest.CaptureFixtur
     assert cost.kilowatt_hours == cost.gpu_hours * 0.7  # 700 W each
     assert run("--world-size", "8", "--quick", "--price", "2.49") == 0
     shown = capsys.readouterr().out
-    assert f"${cost.dollars:,.2f} at $2.49 per GPU-hour" in shown
-    assert f"at most {cost.kilowatt_hours:,.1f} kWh (700 W per GPU" in shown
+    assert f"{number(cost.gpu_hours)} GPU-hours; {money(cost.dollars)} at $2.49 per GPU-hour" in shown
+    assert f"at most {number(cost.kilowatt_hours)} kWh (700 W per GPU" in shown
+
+
+@pytest.mark.parametrize(
+    ("hours", "words"),
+    [
+        (0.004, "14.4 seconds"), (0.5, "30.0 minutes"), (5.25, "5.25 hours"), (26.48, "26.5 hours"),
+        (96, "96.0 hours (4.0 days)"), (4380, "4,380 hours (182.5 days)"),
+    ],
+)  # fmt: skip
+def test_durations_and_money(hours: float, words: str):
+    assert duration(hours) == words
+    assert (money(0.001), money(1234.567), number(0.012345)) == ("less than $0.01", "$1,234.57", "0.0123")
 
 
 def test_a_ramp_costs_the_tokens_of_its_steps(capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,7 @@
 from stablelm.methods.sizes import flops_per_token
 from stablelm.plan import layer_memory, rank_memory
 from stablelm.plan.output.figures import Plan, by_role
-from stablelm.plan.output.units import duration, folded, money, seconds, size
+from stablelm.plan.output.units import duration, folded, money, number, seconds, size
 from stablelm.plan.request import RESERVE
 
 LABELS = {
@@ -47,7 +47,7 @@ def _run(plan: Plan) -> list[str]:
             "rates": f"{gpu.peak / 1e12:g} TFLOPS bf16; GB/s: memory {gpu.memory_bandwidth / 1e9:,g}, "
             f"links {gpu.link / 1e9:,g}, network {gpu.network / 1e9:,g}",
             "engine": f"{engine.kind}{copies}, recompute {engine.recompute}, offload {engine.offload}, "
-            f"units of {size(engine.unit_bytes)}, prefetch {engine.prefetch}",
+            f"{size(engine.unit_bytes)} units, prefetch {engine.prefetch}",
             "batch": f"{request.batch} of {config.data.seq_len:,} tokens; per GPU {micro:,} "
             f"micro-batch{'es' * (micro > 1)} of {train.micro_batch_size:,}",
         }
@@ -62,7 +62,7 @@ def _answers(plan: Plan) -> list[str]:
     if plan.depth is not None:
         found["largest depth"] = _depth(plan)
     found["time"] = f"{duration(cost.hours)} for {cost.tokens:,} tokens in {cost.steps:,} steps (estimate)"
-    found["cost"] = f"{cost.gpu_hours:,.1f} GPU-hours; "
+    found["cost"] = f"{number(cost.gpu_hours)} GPU-hours; "
     if request.price is None or cost.dollars is None:
         found["cost"] += "in dollars with --price"
     else:
@@ -70,7 +70,7 @@ def _answers(plan: Plan) -> list[str]:
     found["energy"] = "unknown without --watts"
     if cost.kilowatt_hours is not None:
         watts = f"{request.accelerator.power:,.0f} W per GPU"
-        found["energy"] = f"at most {cost.kilowatt_hours:,.1f} kWh ({watts}; host and cooling not counted)"
+        found["energy"] = f"at most {number(cost.kilowatt_hours)} kWh ({watts}; host and cooling not counted)"
     return _fields(found)
 
 
@@ -95,7 +95,7 @@ def _depth(plan: Plan) -> str:
     assert depth is not None
     if depth.layers == 0:
         return f"not one layer fits at this width, engine and batch; limit: {depth.limit}"
-    return f"at most {depth.layers:,} layers at this width, engine and batch; limit: {depth.limit}"
+    return f"{depth.layers:,} layers at this width, engine and batch; limit: {depth.limit}"
 
 
 def _table(rows: list[tuple[str, str, str]], width: int = 40) -> list[str]:

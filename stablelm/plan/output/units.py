@@ -19,15 +19,24 @@ def seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
+def number(value: float) -> str:
+    """Three digits or more, without decimals from 1,000 on."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
 def duration(hours: float) -> str:
-    """Hours, from four days on with the days beside them, below an hour in minutes."""
+    """Hours, from four days on with the days beside them, below an hour minutes or seconds."""
+    if hours < 1 / 60:
+        return f"{number(3600 * hours)} seconds"
     if hours < 1:
-        return f"{60 * hours:.1f} minutes"
-    return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 96 else "")
+        return f"{number(60 * hours)} minutes"
+    return f"{number(hours)} hours" + (f" ({hours / 24:,.1f} days)" if hours >= 96 else "")
 
 
 def money(dollars: float) -> str:
-    return f"${dollars:,.2f}"
+    return f"${dollars:,.2f}" if dollars >= 0.01 else "less than $0.01"
 
 
 def folded(line: str, indent: int) -> list[str]:

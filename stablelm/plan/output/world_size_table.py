@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from stablelm.methods.sizes import parameter_counts
 from stablelm.plan.output.figures import Comparison, Plan
-from stablelm.plan.output.units import folded, money, seconds, size
+from stablelm.plan.output.units import folded, money, number, seconds, size
 
 COLUMNS = (("GPUs", 6), ("memory", 10), ("step", 9), ("tokens/s", 11), ("MFU", 7), ("hours", 9), ("GPU-hours", 10))
 COST = ("cost", 12)
@@ -57,9 +57,9 @@ def _cells(plan: Plan) -> list[str]:
         seconds(time.total),
         f"{time.tokens_per_second:,.0f}",
         f"{time.mfu:.1%}",
-        f"{cost.hours:,.1f}",
-        f"{cost.gpu_hours:,.0f}",
-        "" if cost.dollars is None else money(cost.dollars).partition(".")[0],
+        number(cost.hours),
+        number(cost.gpu_hours),
+        "" if cost.dollars is None else f"${number(cost.dollars)}",
     ]
 
 
