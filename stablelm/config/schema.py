@@ -32,7 +32,6 @@ class RunConfig:
         list,
         "identity keys that may differ from the checkpoint, as [train.lr]: later steps have the new values, which the "
         "run remembers, see docs/changing_a_run.md",
-        path=False,
     )
     time_limit: str | float | None = key(
         None, "stop in time with exit code 75; seconds, MM:SS, HH:MM:SS or D-HH:MM:SS", unit="s", path=False
