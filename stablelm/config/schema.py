@@ -221,7 +221,6 @@ class ObserveConfig:
         list,
         "functions package.module:function of a step before its update, whose figures are recorded every observe.every "
         "steps as custom/<name>",
-        path=False,
     )
     profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
     memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
