@@ -28,6 +28,7 @@ from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
+from stablelm.observe.page.run_page import RunPage
 from stablelm.observe.profile import Profiler
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import Records
@@ -65,6 +66,7 @@ class Job:
     profiler: Profiler
     layers: LayerObserver
     records: Records
+    page: RunPage
     saver: Saver
     save: Callable[[bool], None]
     """Saves the current state; with True it returns once that is committed, else as soon as training can continue."""
@@ -102,6 +104,8 @@ def build_job(
     stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
     stop.listen(lambda code: ending.write(code, "second signal"))
     faults = Faults(config, ranks, progress.attempt)
+    page = RunPage(config.run.dir, enabled=config.observe.page and ranks.is_first, message=records.message)
+    ending.closing = page.finish
     saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
     watchdog.marker.at("dry run", progress.step)
     records.message(dry_run(config, engine, ranks, saver))
@@ -128,6 +132,7 @@ def build_job(
         profiler=Profiler(Path(config.run.dir), config.observe, ranks.rank, progress.step),
         layers=_layers(prepared, engine, ranks, records),
         records=records,
+        page=page,
         saver=saver,
         save=save_now,
         rewind=lambda spike: resume.rewind(spike, saver, engine, loader, ranks, progress, guard),

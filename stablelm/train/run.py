@@ -59,6 +59,7 @@ def run(prepared: Prepared, *, source: str, argv: list[str], started: float) -> 
     if ranks.is_first:
         ending.write(code, reason or "finished")
     disconnect(ranks)
+    ending.closing()
     return code
 
 
@@ -136,8 +137,9 @@ def where_to_look(config: Config) -> str:
     elsewhere = config.checkpoint.dir not in (None, f"{run_dir}/{CHECKPOINTS}")
     # What is not done for any checkpoint is done by the word of whoever pastes this.
     own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
+    page = f"page:     {run_dir}/report.html\n" if config.observe.page else ""
     return (
-        f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
+        f"{page}curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
         f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}{own}"
     )
