@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write_long_run(folder: Path, *, steps: int, layers: int, layers_every: int, 
 def _records(steps: int, layers: int, layers_every: int, evaluate_every: int) -> Iterator[dict[str, Any]]:
     drawn = np.random.default_rng(0)
     starts = [round(share * steps) for share, _ in ATTEMPTS] + [steps]
-    for attempt, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True), 1):
+    for attempt, (start, end) in enumerate(pairwise(starts), 1):
         world = ATTEMPTS[attempt - 1][1]
         for step in range(max(1, start - REPEATED + 1), end + 1):
             counters = {"step": step, "tokens": step * TOKENS, "attempt": attempt}
@@ -88,6 +89,9 @@ def _of_layers(step: int, steps: int, layers: int, drawn: np.random.Generator) -
         "token_correlation": np.clip(0.05 + 0.5 * depth * (1 - 0.6 * done) + 0.03 * wave, 0, 1),
     }
     found = {f"layer/{i:04d}/{name}": float(v) for name, column in columns.items() for i, v in enumerate(column)}
-    for name, column in {"entropy": 5.2 - 2.5 * done + wave * (1 + depth), "logit_max": np.exp(1 + 2 * done + wave)}.items():
+    for name, column in {
+        "entropy": 5.2 - 2.5 * done + wave * (1 + depth),
+        "logit_max": np.exp(1 + 2 * done + wave),
+    }.items():
         found |= {f"attention/{i:04d}/{name}": float(column[i]) for i in range(1, layers + 1)}
     return found | {"embedding/tev_mean": 0.02 + 0.01 * done, "embedding/tev_std": 0.004, "layers_seconds": 1.9}

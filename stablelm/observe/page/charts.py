@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stablelm.observe.page.axes import Axis, Tick, axis, label
+from stablelm.observe.page.axes import Axis, Tick, axis, figure, label
 from stablelm.observe.page.curves import Curve, LayerMap, Point
 
 SIZE = 10_000
@@ -74,7 +74,6 @@ class Chart:
     log: bool = False
     marks: list[Mark] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,22 @@ def chart(
     wide: bool = False,
     marks: Sequence[Mark] = (),
     level: tuple[str, float] | None = None,
-    note: str = "",
+    means_only: bool = False,
 ) -> Chart | None:
     """A chart of points by name; values are multiplied by `scale`. None where nothing is finite.
 
-    `level`: name and value of a horizontal line.
+    `level`: name and value of a horizontal line. `means_only`: extremes may lie beyond the y axis.
     """
     scaled = [(name, [_scaled(point, scale) for point in points]) for name, points in curves]
-    values = [v for _, points in scaled for point in points if point.count for v in (point.low, point.high)]
-    values = [value for value in values if abs(value) < 1e300]
+    finite = [point for _, points in scaled for point in points if point.count]
+    values = [v for p in finite for v in ((p.mean,) if means_only else (p.low, p.high)) if abs(v) < 1e300]
     if not values:
         return None
     y = axis(values + ([level[1]] if level else []), log_from=log_from, zero=zero)
     lines = [_line(name, number % COLOURS, points, x, y, x_name) for number, (name, points) in enumerate(scaled)]
     levels = [Level(y.share(level[1]), f"{level[0]} {label(level[1])}")] if level else []
     return Chart(
-        title, unit, x.ticks(), y.ticks(7), lines, x_name, wide, y.log, list(marks), levels, note
+        title, unit, x.ticks(), y.ticks(7), lines, x_name, wide, y.log, list(marks), levels
     )  # fmt: skip
 
 
@@ -145,7 +144,11 @@ def _line(name: str, colour: int, points: list[Point], x: Axis, y: Axis, x_name:
     )
     finite = [point for run in runs for point in run]
     dots = [
-        Dot(round(x.share(p.middle) * SIZE), round((1 - y.share(p.mean)) * SIZE), f"{x_name} {p.last:,}: {p.mean:.5g}")
+        Dot(
+            round(x.share(p.middle) * SIZE),
+            round((1 - y.share(p.mean)) * SIZE),
+            f"{x_name} {p.last:,}: {figure(p.mean)}",
+        )
         for p in (finite if len(finite) <= DOTS else [])
     ]
     return Line(name, colour, path, band, dots, _words(name, finite, x_name))
@@ -170,19 +173,20 @@ def _words(name: str, finite: list[Point], x_name: str) -> str:
     high = max(finite, key=lambda point: point.high)
     first, last = finite[0], finite[-1]
     return (
-        f"{name}: {first.mean:.5g} at {x_name} {first.first:,}, {last.mean:.5g} at {x_name} {last.last:,}; lowest "
-        f"{low.low:.5g} at {low.low_at:,}, highest {high.high:.5g} at {high.high_at:,}"
+        f"{name}: {figure(first.mean)} at {x_name} {first.first:,}, {figure(last.mean)} at {x_name} {last.last:,}; "
+        f"lowest {figure(low.low)} at {low.low_at:,}, highest {figure(high.high)} at {high.high_at:,}"
     )
 
 
 def heatmap(title: str, note: str, layers: LayerMap, first_layer: int) -> Heatmap | None:
     """None where nothing is finite."""
     means, columns = layers.means(), layers.columns
-    finite = means[np.isfinite(means)]
+    inner = means[1:] if first_layer == 0 and len(means) > 2 else means  # the embedding is of another size
+    finite = inner[np.isfinite(inner)]
     if not finite.size:
         return None
     low, high = np.percentile(finite, (0.5, 99.5))
-    scale = Axis(float(low), float(high), log=bool(low > 0 and high / low > 20))
+    scale = Axis(float(low), float(high), log=bool(finite.min() > 0 and high / low > 20))
     if high <= low:
         scale = Axis(float(low) - 1, float(low) + 1)
     names = [f"{column.last:,}" for column in columns]
@@ -222,9 +226,13 @@ def _extremes(means: np.ndarray, names: list[str], first: int) -> str:
 
 
 def _column_ticks(steps: list[int]) -> list[Tick]:
-    """At the middles of up to six columns."""
-    every = max(1, math.ceil(len(steps) / 6))
-    return [Tick((number + 0.5) / len(steps), label(steps[number])) for number in range(0, len(steps), every)]
+    """At round steps, where columns of equal width have them."""
+    if len(steps) == 1:
+        return [Tick(0.5, label(steps[0]))]
+    places = (np.arange(len(steps)) + 0.5) / len(steps)
+    x = Axis(steps[0], steps[-1])
+    ticks = [(steps[0] + tick.at * (steps[-1] - steps[0]), tick.label) for tick in x.ticks()]
+    return [Tick(float(np.interp(step, steps, places)), words) for step, words in ticks]
 
 
 def _profile(title: str, means: np.ndarray, names: list[str], first: int) -> Chart:
@@ -244,11 +252,11 @@ def _png(means: np.ndarray, scale: Axis) -> str:
     """A data URI; a pixel for each value, the last layer at the top."""
     from PIL import Image
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        place, edges = (
-            (np.log(means), np.log([scale.low, scale.high])) if scale.log else (means, [scale.low, scale.high])
-        )
-        shares = np.clip((place - edges[0]) / (edges[1] - edges[0]), 0, 1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        low, high, places = scale.low, scale.high, means
+        if scale.log:
+            low, high, places = math.log(low), math.log(high), np.log(means)
+        shares = np.clip((places - low) / (high - low), 0, 1)
     levels = np.where(np.isfinite(means), np.nan_to_num(shares) * (LEVELS - 1), LEVELS).round().astype(np.uint8)
     image = Image.fromarray(np.ascontiguousarray(levels[::-1]))
     image.putpalette(palette().tobytes())

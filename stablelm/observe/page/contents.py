@@ -164,7 +164,7 @@ def _losses(files: RunFiles, curves: Mapping[str, Curve], x: Axis, marks: list[M
     whole = chart("Loss", found, x, unit=unit, log_from=LOSS_LOG, wide=True, marks=_on(x, marks), level=level)
     late = Axis((x.low + x.high) / 2, x.high)
     halves = [(name, [point for point in points if point.first >= late.low]) for name, points in found]
-    half = chart("Loss, second half", halves, late, unit=unit, marks=_on(late, marks))
+    half = chart("Loss, second half", halves, late, unit=unit, marks=_on(late, marks), means_only=True)
     longest = max((len(points) for _, points in halves), default=0)
     return [found for found in (whole, half if longest >= 50 else None) if found]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stablelm.observe.console import short_number, short_time
+from stablelm.observe.page.axes import figure
 from stablelm.observe.page.curves import Curve
 from stablelm.observe.page.metrics_reader import Event, MetricsReader
 from stablelm.observe.page.run_files import RunFiles
@@ -72,13 +73,13 @@ def _named(curves: Mapping[str, Curve], prefix: str) -> list[str]:
 
 
 def _best(title: str, name: str, curves: Mapping[str, Curve], prefix: str) -> Tile:
-    best = curves[name].lowest()
-    words = f", best {_value(best.low)} at step {best.low_at:,}" if best else ""
-    return Tile(title, _value(curves[name].latest), cut(name.removeprefix(prefix) + words))
+    best, of = curves[name].lowest(), name.removeprefix(prefix)
+    words = f"best {_value(best.low)} at step {best.low_at:,}" if best else ""
+    return Tile(title if of == "default" else cut(f"{title}, {of}", 40), _value(curves[name].latest), words)
 
 
 def _value(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.5g}"
+    return f"{value:.4f}" if abs(value) < 100 else figure(value)
 
 
 def problems(reader: MetricsReader) -> list[str]:
@@ -141,8 +142,8 @@ def figures(name: str, curve: Curve) -> list[str]:
     low, high = curve.lowest(), curve.highest()
     if low is None or high is None:
         return [cut(name), "–", "not finite", "–", "–"]
-    extremes = [f"{low.low:.5g} ({low.low_at:,})", f"{high.high:.5g} ({high.high_at:,})"]
-    return [cut(name), f"{curve.points[0].mean:.5g}", f"{curve.latest:.5g}", *extremes]
+    extremes = [f"{figure(low.low)} ({low.low_at:,})", f"{figure(high.high)} ({high.high_at:,})"]
+    return [cut(name), figure(curve.points[0].mean), figure(curve.latest), *extremes]
 
 
 def evaluations(curves: Mapping[str, Curve]) -> list[list[str]]:
@@ -153,7 +154,7 @@ def evaluations(curves: Mapping[str, Curve]) -> list[list[str]]:
         for point in curves[name].points:
             values.setdefault(point.last, {})[name] = point.mean
     rows = [
-        [f"{step:,}", *(f"{values[step][name]:.5g}" if name in values[step] else "–" for name in names)]
+        [f"{step:,}", *(figure(values[step][name]) if name in values[step] else "–" for name in names)]
         for step in sorted(values)[-MOST_ROWS:]
     ]
     return [["step", *map(cut, names)], *rows] if rows else []
