@@ -13,7 +13,7 @@ from stablelm.programs.arguments import Parser, local_path
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        description="Makes one self-contained HTML page of a run, finished or going on: loss, validation sets, "
+        description="Makes one self-contained HTML page of a run, finished or running: loss, validation sets, "
         "throughput, memory, events, layers, samples, configuration and origin. It needs no network and no JavaScript.",
         epilog="Exit codes: 0 done, 74 the page cannot be written, 78 bad input.",
     )

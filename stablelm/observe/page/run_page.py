@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stablelm.new_files import replace_file
+from stablelm.observe.provenance import versions
 from stablelm.printable import printable
 
 NAME = "report.html"
@@ -73,7 +74,9 @@ class RunPage:
             _write(self._run_dir, self._records(), self._run_dir / NAME, running=running)
         except Exception as error:  # whatever it is, the run matters more
             if not self._failed:
-                self._message(f"warning: {self._run_dir / NAME} cannot be made ({error}); training goes on without it")
+                self._message(
+                    f"warning: {self._run_dir / NAME} cannot be made ({error}); training continues without it"
+                )
             self._failed = True
         self._made = self._clock()
         self._seconds = self._made - started
@@ -96,11 +99,9 @@ def _write(run_dir: Path, reader: Any, out: Path, *, running: bool) -> int:
 
 
 def _rendered(shown: Any) -> str:
-    from stablelm import __version__
-
     template, style, policy = _template()
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return template.render(run=shown, style=style, policy=policy, made=made, version=__version__)
+    return template.render(run=shown, style=style, policy=policy, made=made, version=versions()["stablelm"] or "")
 
 
 @cache

@@ -28,6 +28,7 @@ def test_a_curve_keeps_extremes_and_mean_in_bounded_memory(count):
     curve = curve_of(values.tolist())
     assert min(count, POINTS) <= len(curve.points) <= 2 * POINTS
     low, high = curve.lowest(), curve.highest()
+    assert low and high
     assert (low.low, low.low_at) == (values.min(), values.argmin() + 1)
     assert (high.high, high.high_at) == (values.max(), values.argmax() + 1)
     assert sum(point.count for point in curve.points) == count
@@ -48,14 +49,16 @@ def test_the_last_value_of_a_step_counts(added):
 def test_what_is_not_finite_breaks_the_line_and_is_noted():
     curve = curve_of([3.0, math.nan, math.inf, 2.0, 1.0])
     drawn = chart("Loss", [("training", curve.points)], Axis(0, 5))
-    assert curve.not_finite == [2, 3]
+    low, high = curve.lowest(), curve.highest()
+    assert drawn and low and high and curve.not_finite == [2, 3]
     assert drawn.lines[0].path.count("M") == 2
-    assert (curve.lowest().low, curve.highest().high) == (1.0, 3.0)
+    assert (low.low, high.high) == (1.0, 3.0)
     assert chart("Loss", [("training", curve_of([math.nan]).points)], Axis(0, 1)) is None
 
 
 def test_a_path_goes_through_the_values():
     drawn = chart("Loss", [("training", curve_of([4.0, 1.0, 2.0], first=0).points)], Axis(0, 2))
+    assert drawn
     places = [tuple(map(int, place.split())) for place in drawn.lines[0].path[1:].split("L")]
     margin = 0.04 / 1.08 * 10_000  # the axis goes a little beyond the values
     assert [x for x, _ in places] == [0, 5000, 10_000]
@@ -91,6 +94,7 @@ def test_a_heatmap_has_a_pixel_for_each_value(log):
     for step, column in enumerate(values.T, 1):
         layers.add(step, column)
     found = heatmap("Stream RMS", "", layers, first_layer=0)
+    assert found
     picture = Image.open(io.BytesIO(base64.b64decode(found.png.partition(",")[2])))
     pixels = np.asarray(picture.convert("RGB"))[::-1]  # the last layer is at the top
     low, high = np.nanpercentile(values, (0.5, 99.5))
