@@ -224,6 +224,7 @@ class ObserveConfig:
     )
     profile: tuple[int, int] | None = key(None, "first and last step of a profiler trace", unit="steps")
     memory_snapshot: bool = key(False, "write CUDA's allocation history when the run ends")
+    page: bool = key(True, "make the page run.dir/report.html at evaluations, as often as costs below 1 % of the time")
     hang_seconds: float = key(
         600.0, "a rank that gets no further for this long is hung: the run ends with 80", unit="s"
     )

@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("plan", "memory, collectives and step time on any accelerators, without one"),
     "export": ("export", "a checkpoint for transformers, vLLM or llama.cpp"),
     "import": ("import_model", "a model of another program as a run"),
+    "report": ("report", "one HTML page of a run"),
     "generate": ("generate", "continues prompts"),
     "checkpoints": ("checkpoints", "lists, verifies, prunes or consolidates a run's checkpoints"),
     "prepare": ("prepare", "tokenizes text into shards"),

@@ -30,6 +30,8 @@ class Ending:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     process_goes_on: bool = False
     """Whether the process is a notebook or another program, which outlives the run."""
+    closing: Callable[[], None] = lambda: None
+    """What this rank does once summary.json is written."""
 
     def write(self, code: int, reason: str) -> None:
         """Writes the summary, if there is a run directory to write it to."""
@@ -52,6 +54,7 @@ class Ending:
         """Reports why, unless another rank does, and makes all ranks end; returns the exit code of this one."""
         if isinstance(error, UserError):
             self._report_once(error.exit_code, str(error), lambda: self._print(error))
+            self.closing()
             return self._leave(error.exit_code)
         if lost_a_peer(error):
             # The rank that failed reports why; its peers only end with it.

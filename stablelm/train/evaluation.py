@@ -59,6 +59,7 @@ def validate(job: Job, exchange: StepExchange) -> bool:
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
     if samples:
         job.records.write({"step": progress.step, "tokens": progress.tokens, SAMPLES: samples})
+    job.page.refresh()
     return True
 
 

@@ -30,6 +30,7 @@ from stablelm.evaluate.validation_text import validation_options
 from stablelm.observe.interval_metrics import peak_memory
 from stablelm.observe.layers import LayerObserver, rows_for
 from stablelm.observe.own_metrics import OwnMetrics
+from stablelm.observe.page.run_page import RunPage
 from stablelm.observe.profile.parts import calls
 from stablelm.observe.profile.profiler import Profiler, tabulator
 from stablelm.observe.progress import Progress
@@ -70,6 +71,7 @@ class Job:
     profiler: Profiler
     layers: LayerObserver
     own_metrics: OwnMetrics
+    page: RunPage
     settings: Callable[[int], TrainConfig]
     """Of each optimizer step: where the run changed at a checkpoint, earlier steps have what they had."""
 
@@ -139,6 +141,8 @@ def build_job(
     stop = Stop(ranks, deadline=deadline(parse_duration(config.run.time_limit), started))
     stop.listen(ending.at_once)
     faults = Faults(config, ranks, progress.attempt)
+    page = RunPage(config.run.dir, enabled=config.observe.page and ranks.is_first, message=records.message)
+    ending.closing = page.finish
     saver = build_saver(prepared, fence, ranks, progress, faults, watchdog.marker)
     own_metrics = OwnMetrics(config, engine, ranks)
     watchdog.marker.at("dry run", progress.step)
@@ -150,7 +154,7 @@ def build_job(
         prepared, ranks, engine, loader, progress, guard, records, stop, faults, watchdog, saver,
         validation=read_validation(prepared), samples=build_samples(prepared, engine),
         profiler=_profiler(config, engine, loader, ranks, records, progress.step),
-        layers=_layers(prepared, engine, ranks, records), own_metrics=own_metrics,
+        layers=_layers(prepared, engine, ranks, records), own_metrics=own_metrics, page=page,
         settings=TrainHistory(config.train, segments_of(prepared.corpora.identity)).at,
     )  # fmt: skip
 

@@ -76,6 +76,7 @@ def conclude(ending: Ending, ranks: Ranks, reason: str) -> int:
     if ranks.is_first:
         ending.write(code, reason or "finished")
     disconnect(ranks)
+    ending.closing()
     return code
 
 
@@ -165,8 +166,9 @@ def where_to_look(config: Config) -> str:
     elsewhere = config.checkpoint.dir not in (None, f"{run_dir}/{CHECKPOINTS}")
     # What is not done for any checkpoint is done by the word of whoever pastes this.
     own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
+    page = f"page:     {run_dir}/report.html\n" if config.observe.page else ""
     return (
-        f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
+        f"{page}curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
         f"evaluate: {typed('eval')} --checkpoint {quote(run_dir)}{own}"
     )

@@ -8,6 +8,7 @@ small=(model.n_layers=3 model.d_model=32 evaluate.batches=2)
 "$stablelm" pretrain --config quickstart train.steps=6 observe.every=2 "${small[@]}"
 "$stablelm" checkpoints verify runs/quickstart
 "$stablelm" eval --checkpoint runs/quickstart --out figures.json
+"$stablelm" report runs/quickstart --out page.html
 "$stablelm" generate --checkpoint runs/quickstart --prompt "The function returns" --max-new-tokens 8
 "$stablelm" export --checkpoint runs/quickstart --out exported
 "$stablelm" probe --config quickstart "${small[@]}" --out probe

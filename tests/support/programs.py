@@ -72,6 +72,7 @@ TINY = (
     "train.lr=3e-4",
     "train.warmup_steps=100",
     "observe.every=1",
+    "observe.page=false",
     "evaluate.every=0",
     "evaluate.batches=2",
     "checkpoint.every=0",

@@ -1,0 +1,1 @@
+"""The page of a run: one HTML file, made of what the run directory holds."""
