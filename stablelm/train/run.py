@@ -13,6 +13,7 @@ from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.observe.progress import Progress
+from stablelm.observe.sinks.loggers import where_curves_are
 from stablelm.supervise.attempts import read_summary
 from stablelm.supervise.heartbeat import Watchdog
 from stablelm.supervise.shutdown import Ending
@@ -93,6 +94,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
         reason = train(job)
     except BaseException:
         job.saver.settle()
+        job.records.close(failed=True)
         raise
     _finish(prepared, job, ending, reason)
     return reason
@@ -136,8 +138,9 @@ def where_to_look(config: Config) -> str:
     elsewhere = config.checkpoint.dir not in (None, f"{run_dir}/{CHECKPOINTS}")
     # What is not done for any checkpoint is done by the word of whoever pastes this.
     own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
+    curves = "".join(f"curves:   {command}\n" for command in where_curves_are(config))
     return (
-        f"curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
+        f"{curves}"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
         f"evaluate: python launch/eval.py --checkpoint {quote(run_dir)}{own}"
     )
