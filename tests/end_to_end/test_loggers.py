@@ -17,7 +17,6 @@ from stablelm.observe.sinks import last_records, read_metrics
 NAMES = ("wandb", "mlflow", "trackio")
 MISSING = [name for name in NAMES if importlib.util.find_spec(name) is None]
 needs_all = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-OFFLINE = {"WANDB_MODE": "offline"}
 SMALL = (*TINY, "train.steps=7", "model.n_layers=2", "observe.layers_every=2", "evaluate.every=3", "evaluate.batches=1")
 
 
@@ -60,9 +59,9 @@ def test_they_hold_the_same_figures_over_a_crash_and_a_resume(tiny_corpus: TinyC
     crash = ("faults.allow=true", "faults.crash=[0,6]", "checkpoint.every=3")
     line = (*SMALL, *tiny_corpus.overrides(), f"run.dir={run_dir}", "observe.sinks=[wandb,mlflow,trackio]", *crash)
     secret = "hf_" + "s3cr3t" * 5
-    first = run("pretrain", *line, launcher="python", HF_TOKEN=secret, **OFFLINE)
+    first = run("pretrain", *line, launcher="python", HF_TOKEN=secret, WANDB_MODE="offline")
     assert (first.returncode, first.stdout.count("step 5/7")) == (1, 1), first.stderr
-    second = run("pretrain", *line, launcher="python", HF_TOKEN=secret, **OFFLINE)
+    second = run("pretrain", *line, launcher="python", HF_TOKEN=secret, WANDB_MODE="offline")
     assert second.returncode == 0, second.stderr
     assert "warning" not in second.stdout + second.stderr
     assert "resumed from" in second.stdout
@@ -97,10 +96,10 @@ def check_facts(found: dict, records: list[dict]) -> None:
 @pytest.mark.slow
 def test_a_logger_added_later_gets_what_was_before(tiny_corpus: TinyCorpus, tmp_path: Path):
     line = (*SMALL, *tiny_corpus.overrides(), f"run.dir={tmp_path / 'deep'}")
-    first = run("pretrain", *line, "run.stop_after=4", "observe.sinks=[]", launcher="python", **OFFLINE)
+    first = run("pretrain", *line, "run.stop_after=4", "observe.sinks=[]", launcher="python", WANDB_MODE="offline")
     assert first.returncode == 75, first.stderr
     assert "curves:" not in first.stdout
-    second = run("pretrain", *line, "observe.sinks=[wandb,mlflow,trackio]", launcher="python", **OFFLINE)
+    second = run("pretrain", *line, "observe.sinks=[wandb,mlflow,trackio]", launcher="python", WANDB_MODE="offline")
     assert second.returncode == 0, second.stderr
     expected, found = first_figures(tmp_path / "deep"), read_back(tmp_path / "deep")
     for name in NAMES:
@@ -115,7 +114,7 @@ def test_one_that_is_not_installed_is_bad_input(name: str, tiny_corpus: TinyCorp
         f"u.find_spec = lambda name, package=None: None if name == {name!r} else find(name, package)\n"
     )
     path = f"{tmp_path}:{REPOSITORY}"
-    done = run("pretrain", *line, launcher="python", **{**OFFLINE, "PYTHONPATH": path})
+    done = run("pretrain", *line, launcher="python", PYTHONPATH=path)
     assert (done.returncode, done.stderr) == (
         78,
         f'error: observe.sinks: {name} is not installed; pip install "stablelm[{name}]", or take {name} out of '
@@ -127,8 +126,7 @@ def test_one_that_is_not_installed_is_bad_input(name: str, tiny_corpus: TinyCorp
 @pytest.mark.skipif("wandb" in MISSING, reason="wandb is not installed")
 def test_wandb_without_a_login_is_bad_input(tiny_corpus: TinyCorpus, tmp_path: Path):
     line = (*SMALL, *tiny_corpus.overrides(), f"run.dir={tmp_path / 'run'}", "observe.sinks=[wandb]")
-    nobody = {**OFFLINE, "WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    done = run("pretrain", *line, launcher="python", **nobody)
+    done = run("pretrain", *line, launcher="python", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
     assert done.returncode == 78
     assert "observe.sinks: wandb is not logged in; run wandb login, set WANDB_API_KEY, or set WANDB_MODE" in done.stderr
     assert "Traceback" not in done.stderr
@@ -138,8 +136,8 @@ def test_wandb_without_a_login_is_bad_input(tiny_corpus: TinyCorpus, tmp_path: P
 @pytest.mark.skipif("mlflow" in MISSING, reason="mlflow is not installed")
 def test_an_mlflow_server_that_does_not_answer_is_bad_input(tiny_corpus: TinyCorpus, tmp_path: Path):
     line = (*SMALL, *tiny_corpus.overrides(), f"run.dir={tmp_path / 'run'}", "observe.sinks=[mlflow]")
-    nowhere = {**OFFLINE, "MLFLOW_TRACKING_URI": "http://user:passw0rd@127.0.0.1:9"}
-    done = run("pretrain", *line, launcher="python", **nowhere)
+    nowhere = "http://user:passw0rd@127.0.0.1:9"
+    done = run("pretrain", *line, launcher="python", MLFLOW_TRACKING_URI=nowhere)
     assert done.returncode == 78
     assert "observe.sinks: mlflow gets no answer from http://***@127.0.0.1:9; start the server" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -112,6 +112,5 @@ def _public(name: str, value: Any) -> Any:
         return {key: _public(f"{name}.{key}", inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_public(name, inner) for inner in value]
-    if is_secret(name, value):
-        return HIDDEN
-    return redacted(value) if isinstance(value, str) else value
+    shown = redacted(value) if isinstance(value, str) else value
+    return HIDDEN if is_secret(name, shown) else shown

@@ -68,7 +68,7 @@ def test_layers_are_images_and_no_scalars(tmp_path: Path):
         sink.write({**layers(step), "embedding/tev_mean": 0.5})
     sink.close()
     found = events(tmp_path / "deep").Tags()
-    assert set(found["images"]) == {"7_layers/stream_rms", "7_layers/grad_norm", "7_layers/sigma/query"}
+    assert set(found["images"]) == {"7_layers/layer/stream_rms", "7_layers/layer/grad_norm", "7_layers/sigma/query"}
     assert found["scalars"] == ["7_layers/embedding/tev_mean"]
 
 
@@ -77,7 +77,7 @@ def test_the_images_of_a_long_run_are_few(tmp_path: Path):
     for step in range(1, 101):
         sink.write({"step": step, "layer/0000/stream_rms": 1.0, "layer/0001/stream_rms": 2.0})
     sink.close()
-    steps = [image.step for image in events(tmp_path / "deep").Images("7_layers/stream_rms")]
+    steps = [image.step for image in events(tmp_path / "deep").Images("7_layers/layer/stream_rms")]
     assert steps[0] == 1 and steps[-1] == 100
     assert len(steps) < 20
 

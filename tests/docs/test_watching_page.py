@@ -1,0 +1,36 @@
+"""The commands of docs/watching.md, run on a small model."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from support.pages import DOCS, commands, run_command
+from support.tiny import TinyCorpus
+
+PAGE = DOCS / "watching.md"
+LINES = [line for line in commands(PAGE) if "launch/pretrain.py" in line]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_does_what_the_page_says(
+    line: str, tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("wandb is not installed")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    line = line.removeprefix("WANDB_MODE=offline ")
+    done = run_command(line, tmp_path, tiny_corpus, "train.steps=2", "run.dir=runs/watched", WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs" / "watched"
+    assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+    assert (run_dir / "tensorboard").is_dir() == ("tensorboard" in line)
+
+
+def test_the_page_names_every_logger_and_group():
+    from stablelm.config.keys import keys
+    from stablelm.observe.sinks.tensorboard_sink import GROUPS
+
+    text = PAGE.read_text(encoding="utf-8")
+    (kind,) = keys()["observe.sinks"].type.__args__
+    assert all(f"| `{name}`" in text for name in kind.__args__)
+    assert all(f"`{group}`" in text for group in GROUPS)
