@@ -194,6 +194,8 @@ def describe(kind: Any) -> str:
 
 
 def _plural(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return describe(kind)
     return {int: "integers", float: "numbers", str: "strings"}[kind]
 
 

@@ -216,6 +216,9 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class ObserveConfig:
     every: int = key(10, "steps between records", unit="steps")
+    sinks: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = key(
+        ["tensorboard"], "loggers that get the records of metrics.jsonl, which is always written; []: none"
+    )
     layers_every: int = key(0, "steps between measurements of every layer on a fixed batch; 0: never", unit="steps")
     metrics: list[str] = key(
         list,

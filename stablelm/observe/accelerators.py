@@ -32,7 +32,7 @@ class Accelerator:
 
 
 # Data sheets give tensor-core rates with 2:4 sparsity and links as the sum of both directions: both are halved here.
-# Figures are those of the data sheets named, read at second hand; the network is what the vendor's own server, or a usual one, has.
+# Figures are those of the data sheets named, read at second hand; the network is what the vendor's own server has.
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (

@@ -28,6 +28,7 @@ from stablelm.evaluate.tasks.choice_items import ChoiceTask, read_task
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.json_text import parse
 from stablelm.observe import provenance
+from stablelm.observe.sinks.loggers import check_loggers
 from stablelm.small_files import read_small
 from stablelm.supervise import attempts
 from stablelm.train import run_directory
@@ -95,6 +96,8 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
         limit="evaluate.sample_tokens",
     )
     tasks = read_tasks(config, tokenizer)
+    if launch.rank == 0:
+        check_loggers(config)
     corpora = None
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)

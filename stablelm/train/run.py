@@ -15,6 +15,7 @@ from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.observe.progress import Progress
+from stablelm.observe.sinks.loggers import where_curves_are
 from stablelm.supervise.attempts import read_summary
 from stablelm.supervise.heartbeat import Watchdog
 from stablelm.supervise.shutdown import Ending
@@ -115,6 +116,7 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
         reason = train(job)
     except BaseException:
         job.saver.settle()
+        job.records.close(failed=True)
         if ranks.world_size == 1:  # no other rank waits, and what called `attempt` may go on
             _close(job)
         raise
@@ -138,7 +140,7 @@ def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:
 
 
 def _close(job: Job) -> None:
-    for part in (job.loader, job.profiler, job.records):
+    for part in (job.loader, job.profiler):
         with suppress(UserError):  # what failed first is reported
             part.close()
 
@@ -167,8 +169,9 @@ def where_to_look(config: Config) -> str:
     # What is not done for any checkpoint is done by the word of whoever pastes this.
     own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
     page = f"page:     {run_dir}/report.html\n" if config.observe.page else ""
+    curves = "".join(f"curves:   {command}\n" for command in where_curves_are(config))
     return (
-        f"{page}curves:   tensorboard --logdir {quote(f'{run_dir}/tensorboard')}\n"
+        f"{page}{curves}"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
         f"evaluate: {typed('eval')} --checkpoint {quote(run_dir)}{own}"
     )

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 FOLDERS = (
     CHECKPOINTS,
     "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
     "heartbeat",
     "stacks",
     "profile",

@@ -61,7 +61,7 @@ def test_run_directory_tells_the_whole_story(tiny_corpus: TinyCorpus, tmp_path: 
     assert told["params"] > 0
     assert told["unigram_loss"]["default"] > 0
     assert "bits per byte " in done.stdout and " the unigram baseline (" in done.stdout
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert list((tmp_path / "tensorboard" / tmp_path.name).glob("events*"))
     assert list((tmp_path / "profile").glob("trace-rank0-steps-3-4.json"))
     attempt = json.loads((tmp_path / "provenance.json").read_text())[0]
     assert attempt["world_size"] == 1

@@ -20,7 +20,7 @@ def test_the_module_gives_the_validation_loss_of_the_run(method: str, tiny_corpu
     assert done.returncode == 0, done.stderr
     opened = open_run(str(tmp_path / "run"))
     config = opened.config
-    sequences = config.evaluate.batches * config.train.global_batch_size
+    sequences = config.evaluate.batches * config.train.batch_sizes.first
     path = config.data.validation_path
     assert isinstance(path, str)
     options = ReadOptions.of(config.data)

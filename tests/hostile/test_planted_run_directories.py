@@ -17,7 +17,17 @@ REPLACED = (
     "tokenizer.model", ".config.yaml.new", ".provenance.json.new", "heartbeat/rank-0.json", "stacks/rank-0.txt",
 )  # fmt: skip
 """Names at which a link is replaced by the run's own file, or not touched."""
-FOLDERS = ("checkpoints", "tensorboard", "heartbeat", "stacks", "profile", "checkpoints/fence")
+FOLDERS = (
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "heartbeat",
+    "stacks",
+    "profile",
+    "checkpoints/fence",
+)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_matmuls_count_the_flops_of_the_model(tmp_path: Path):
     """2 m n k of each, three passes: 6 a parameter of a matrix and token, beside the embedding's."""
     timeline = read(traced(tmp_path / "trace.json", steps=2), 2)
     config = configuration("model.method=pre_ln", "model.n_layers=2", "model.activation=gelu")
-    model, tokens = config.model, config.train.global_batch_size * config.data.seq_len
+    model, tokens = config.model, config.train.batch_sizes.first * config.data.seq_len
     assert model.d_ff is not None and model.vocab_size is not None
     matrices = (
         model.n_layers * (4 * model.d_model**2 + 2 * model.d_model * model.d_ff) + model.vocab_size * model.d_model

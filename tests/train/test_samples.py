@@ -79,7 +79,7 @@ def test_tensorboard_has_the_texts(tiny_corpus: TinyCorpus, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = trained(tmp_path, tiny_corpus, *SAMPLED)
-    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(tmp_path / "tensorboard" / tmp_path.name), size_guidance={"tensors": 0})
     events.Reload()
     for number, prompt in enumerate(PROMPTS, 1):
         shown = events.Tensors(f"samples/{number}/text_summary")

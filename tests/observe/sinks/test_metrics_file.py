@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard."""
+"""metrics.jsonl."""
 
 import errno
 import json
@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from stablelm.errors import StorageError
 from stablelm.new_files import open_to_append
-from stablelm.observe import sinks
-from stablelm.observe.sinks import MetricsFile, TensorBoardSink, last_records, read_metrics
+from stablelm.observe.sinks import MetricsFile, last_records, metrics_file, read_metrics
 
 
 def write(path, *records):
@@ -121,7 +120,7 @@ def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch):
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sinks, "open_to_append", lambda path: Disk(path, full))
+    monkeypatch.setattr(metrics_file, "open_to_append", lambda path: Disk(path, full))
     file = MetricsFile(tmp_path / "m.jsonl")
     with pytest.raises(StorageError, match=r"m\.jsonl cannot be written \(No space left on device\); free some space"):
         file.write({"step": 1})
@@ -129,7 +128,9 @@ def test_a_full_disk_is_a_storage_error(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_takes_a_part_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks, "open_to_append", lambda path: Disk(path, lambda file, data: file.write(data[:3])))
+    monkeypatch.setattr(
+        metrics_file, "open_to_append", lambda path: Disk(path, lambda file, data: file.write(data[:3]))
+    )
     file = MetricsFile(tmp_path / "m.jsonl")
     file.write({"step": 1, "loss": 2.0})
     file.close()
@@ -147,42 +148,6 @@ def test_a_read_only_file_system(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(sinks, "open", refuse, raising=False)
+    monkeypatch.setattr(metrics_file, "open", refuse, raising=False)
     with pytest.raises(StorageError, match="Read-only file system"):
         MetricsFile(tmp_path / "m.jsonl")
-
-
-def scalars(directory):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_tensorboard_has_a_scalar_for_each_metric(tmp_path):
-    sink = TensorBoardSink(tmp_path)
-    sink.write({"step": 1, "tokens": 100, "attempt": 1, "loss": 2.5, "val_loss/default": 2.25, "note": "x"})
-    sink.close()
-    assert scalars(tmp_path) == {"loss": [(1, 2.5)], "val_loss/default": [(1, 2.25)]}
-
-
-def test_tensorboard_forgets_what_is_done_again(tmp_path, monkeypatch):
-    import tensorboard.summary.writer.event_file_writer as writer
-
-    first = TensorBoardSink(tmp_path)
-    for step in (1, 2, 3):
-        first.write({"step": step, "loss": float(step)})
-    first.close()
-    # File names hold the second they were made in, and TensorBoard reads them in the order of names.
-    monkeypatch.setattr(writer.time, "time", lambda now=writer.time.time: now() + 10)
-    second = TensorBoardSink(tmp_path, purge_step=3)
-    second.write({"step": 3, "loss": 30.0})
-    second.close()
-    assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 2.0), (3, 30.0)]}
-
-
-def test_tensorboard_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
-        TensorBoardSink(tmp_path / "file" / "tb")

@@ -1,4 +1,4 @@
-"""Where records go: `metrics.jsonl` (the truth), TensorBoard (derived from it) and the console.
+"""`metrics.jsonl`: every record of a run, always written, from which all other sinks are derived.
 
 A record is a flat dict: `step`, other counters, and metrics by name; or `step`, counters and `samples`, a list of
 `prompt` and `text`.
@@ -8,20 +8,18 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from stablelm.config.schema import Config
 from stablelm.errors import ConfigError, StorageError
 from stablelm.json_text import Count, as_number, parse
-from stablelm.new_files import make_folder, open_to_append
-from stablelm.observe.console import Console as Console  # the third sink
-from stablelm.observe.progress import Progress
+from stablelm.new_files import open_to_append
 
+METRICS = "metrics.jsonl"
 COUNTERS = ("step", "tokens", "attempt")
 SAMPLES = "samples"
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -108,89 +106,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def last_records(path: str | Path) -> dict[int, dict[str, Any]]:
-    """What counts of each step, in the order of steps.
+    """What counts of each step, in the order of steps (see `what_counts`)."""
+    return what_counts(read_metrics(path))
+
+
+def what_counts(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """One record a step, in the order of steps, from all that were written.
 
     An attempt may write several records of a step (training, validation), which add up; a later
     attempt that trains a step again replaces it, one that only evaluates it adds to it, and an attempt's
     own later records replace its earlier ones, name by name.
     """
     steps: dict[int, dict[str, Any]] = {}
-    for record in read_metrics(path):
+    for record in records:
         earlier = steps.get(record["step"], {})
         same = earlier.get("attempt") == record.get("attempt") or "loss" not in record
         steps[record["step"]] = {**earlier, **record} if same else record
     return dict(sorted(steps.items()))
-
-
-class TensorBoardSink:
-    """One scalar for each metric, under its own name, and a text for each sample.
-
-    `purge_step` makes TensorBoard forget that step and later ones of earlier attempts in the same
-    directory. Raises StorageError.
-    """
-
-    def __init__(self, directory: str | Path, purge_step: int | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self._directory = Path(directory)
-        self._guard(lambda: make_folder(self._directory))
-        self._writer = self._guard(lambda: SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10))
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name not in COUNTERS and isinstance(value, int | float):
-                self._guard(lambda name=name, value=value: self._writer.add_scalar(name, value, record["step"]))
-        for number, sample in enumerate(record.get(SAMPLES, ()), 1):
-            # As Markdown takes it: a block of code, whose lines are shown as they are.
-            lines = (sample["prompt"] + sample["text"]).splitlines()
-            block = "\n".join(f"    {line}" for line in lines)
-            self._guard(
-                lambda name=f"{SAMPLES}/{number}", block=block: self._writer.add_text(name, block, record["step"])
-            )
-
-    def close(self) -> None:
-        self._guard(self._writer.close)
-
-    def _guard(self, act: Callable[[], Any]) -> Any:
-        try:
-            return act()
-        except OSError as error:
-            raise storage_error(self._directory, error) from error
-
-
-class Records:
-    """Writes each record to every sink; silent on ranks above 0."""
-
-    def __init__(self, config: Config, progress: Progress, *, first_rank: bool):
-        self._progress, self._run_dir = progress, Path(config.run.dir)
-        self._sinks: list[MetricsFile | TensorBoardSink | Console] = []
-        self._console: Console | None = None
-        if first_rank:
-            self._console = Console(total_steps=config.train.steps or 0, first_step=progress.step)
-            self._sinks = [
-                MetricsFile(self._run_dir / "metrics.jsonl"),
-                TensorBoardSink(self._run_dir / "tensorboard", purge_step=progress.step + 1 if progress.step else None),
-                self._console,
-            ]
-
-    def write(self, record: dict[str, Any]) -> None:
-        """`record` holds `step` and metrics by name; the attempt's number is added."""
-        for sink in self._sinks:
-            sink.write({**record, "attempt": self._progress.attempt})
-
-    def rewound(self) -> None:
-        """The run is at an earlier step again: TensorBoard forgets what came after it."""
-        self._sinks = [self._reopened(sink) if isinstance(sink, TensorBoardSink) else sink for sink in self._sinks]
-
-    def _reopened(self, sink: TensorBoardSink) -> TensorBoardSink:
-        sink.close()
-        return TensorBoardSink(self._run_dir / "tensorboard", purge_step=self._progress.step + 1)
-
-    def message(self, text: str) -> None:
-        """A line for the reader at the terminal."""
-        if self._console is not None:
-            self._console.message(text)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
