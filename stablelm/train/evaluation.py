@@ -16,6 +16,7 @@ from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
 from stablelm.evaluate.tasks.choices import evaluate_choices
 from stablelm.evaluate.tasks.likelihood import Shapes
 from stablelm.observe.sinks import SAMPLES
+from stablelm.printable import printable
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
 from stablelm.train.stop import StepExchange
@@ -28,7 +29,7 @@ class _CutShort(Exception):
 
 
 def validate(job: Job, exchange: StepExchange) -> bool:
-    """Scores every validation set and task at the current step, and writes samples.
+    """Scores every validation set and task at the current step, and writes samples, at the end to the terminal too.
 
     Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is recorded,
     and the evaluation stays due.
@@ -59,6 +60,8 @@ def validate(job: Job, exchange: StepExchange) -> bool:
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
     if samples:
         job.records.write({"step": progress.step, "tokens": progress.tokens, SAMPLES: samples})
+        for sample in samples if progress.step == job.config.train.steps else ():
+            job.records.message(f"sample:   {printable(' '.join((sample['prompt'] + sample['text']).split()))}")
     job.page.refresh()
     return True
 

@@ -169,9 +169,11 @@ def where_to_look(config: Config) -> str:
     # What is not done for any checkpoint is done by the word of whoever pastes this.
     own = f" --config {quote(f'{run_dir}/config.yaml')}" if elsewhere or needs_consent(believed(config)) else ""
     page = f"page:     {run_dir}/report.html\n" if config.observe.page else ""
+    # Its --config says it for eval; generate has none.
+    generate = "" if own else f"\ngenerate: {typed('generate')} --checkpoint {quote(run_dir)} --prompt TEXT"
     curves = "".join(f"curves:   {command}\n" for command in where_curves_are(config))
     return (
         f"{page}{curves}"
         f"records:  {run_dir}/metrics.jsonl, {run_dir}/summary.json\n"
-        f"evaluate: {typed('eval')} --checkpoint {quote(run_dir)}{own}"
+        f"evaluate: {typed('eval')} --checkpoint {quote(run_dir)}{own}{generate}"
     )

@@ -11,6 +11,7 @@ from support.programs import TINY, run, summary
 from support.tiny import TinyCorpus
 
 from stablelm.observe.sinks import SAMPLES, last_records
+from stablelm.printable import printable
 
 PROMPTS = ["bato", "de fin hu"]
 SAMPLED = ('evaluate.samples=["bato", "de fin hu"]', "evaluate.sample_tokens=12")
@@ -18,11 +19,16 @@ OPTIONS = ("train.steps=4", "train.lr=1e-2", "train.warmup_steps=0", "evaluate.e
 
 
 def trained(folder: Path, corpus: TinyCorpus, *options: str, processes: int = 1, code: int = 0) -> dict[int, dict]:
-    """The records of a run, by step."""
+    """The records of a run, by step; the samples of the last one are on the terminal too."""
     line = (*TINY, *corpus.overrides(), *OPTIONS, f"run.dir={folder}", *options)
     done = run("pretrain", *line, processes=processes)
     assert done.returncode == code, done.stderr
-    return last_records(folder / "metrics.jsonl")
+    records = last_records(folder / "metrics.jsonl")
+    texts = [sample["prompt"] + sample["text"] for sample in records.get(4, {}).get(SAMPLES, [])]
+    said = [line.removeprefix("sample:   ") for line in done.stdout.splitlines() if line.startswith("sample: ")]
+    assert said == [printable(" ".join(text.split())) for text in texts]
+    assert code or f"generate: python launch/generate.py --checkpoint {folder} --prompt TEXT" in done.stdout
+    return records
 
 
 def weights(folder: Path) -> list[bytes]:

@@ -31,7 +31,7 @@ class Event:
     """Something that happened between records: `kind` at steps `first` to `last`, `count` times.
 
     Kinds: attempt (`count`: its number; `reached`: the step that the run had reached before), rewind (`reached`
-    too), skipped, spike, not_finite.
+    too), changed (`what`: keys with their values before and after), skipped, spike, not_finite.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Event:
     last: int
     count: int
     reached: int = 0
+    what: str = ""
 
 
 class MetricsReader:
@@ -105,6 +106,8 @@ class MetricsReader:
             self._note_training(record, step)
         if isinstance(samples := record.get(SAMPLES), list):
             self._keep_samples(step, samples)
+        if isinstance(changes := record.get("changes"), dict):
+            self._event(Event("changed", step, step, len(changes), what=_in_words(changes)))
         self._add(record, step)
 
     def _note_attempt(self, record: Mapping[str, Any], step: int) -> None:
@@ -140,7 +143,7 @@ class MetricsReader:
 
     def _event(self, event: Event) -> None:
         last = self.events[-1] if self.events else None
-        if last and last.kind == event.kind != "attempt" and last.last == self.step <= event.first:
+        if last and last.kind == event.kind not in ("attempt", "changed") and last.last == self.step <= event.first:
             last.last, last.count = event.last, last.count + event.count
         elif len(self.events) < MOST_EVENTS:
             self.events.append(event)
@@ -209,6 +212,12 @@ def _line(file: BinaryIO) -> bytes:
     while line and not line.endswith(b"\n"):
         line, kept = file.readline(LONGEST_LINE), b"too long"
     return kept if line else b""
+
+
+def _in_words(changes: Mapping[str, Any]) -> str:
+    """`train.lr 0.004 -> 0.001, ...` of values before and after by key."""
+    pairs = {name: values for name, values in changes.items() if isinstance(values, list) and len(values) == 2}
+    return ", ".join(f"{name} {before} → {after}" for name, (before, after) in pairs.items())
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

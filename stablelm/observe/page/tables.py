@@ -37,8 +37,9 @@ def subtitle(files: RunFiles) -> str:
         f"{layers} layers × {width}" if layers and width else "",
         f"{short_number(params)} parameters" if params else "",
         str(files.key("train.precision") or ""),
-        f"engine {files.key('engine.kind')}" if files.key("engine.kind") else "",
     ]
+    if files.key("engine.kind") not in (None, "auto"):
+        parts.append(f"engine {files.key('engine.kind')}")
     if files.attempts and isinstance(files.attempts[-1].get("world_size"), int):
         world = files.attempts[-1]["world_size"]
         parts.append(f"{world} process{'es' if world != 1 else ''}")
@@ -101,6 +102,7 @@ def events(files: RunFiles, reader: MetricsReader) -> list[tuple[str, str]]:
     words: dict[str, Callable[[Event], str]] = {
         "attempt": lambda event: _began(event, known),
         "rewind": lambda event: f"Rewound from step {event.reached:,} because of a spike.",
+        "changed": lambda event: cut(f"Changed by run.allow: {event.what}.", 600),
         "skipped": lambda event: f"{event.count:,} update{'s' * (event.count > 1)} skipped.",
         "spike": lambda event: f"{event.count:,} spike{'s' * (event.count > 1)} of loss or gradient norm.",
         "not_finite": lambda event: f"Loss not finite in {event.count:,} record{'s' * (event.count > 1)}.",

@@ -156,6 +156,7 @@ def test_events(tmp_path):
         training(2, skipped_steps=3, spikes=1, rewinds=1),
         training(3, loss=math.nan, skipped_steps=3, spikes=1, rewinds=1),
         training(3, attempt=2),
+        {"step": 3, "attempt": 2, "changes": {"train.lr": [0.004, 0.001], "bad": 1}},
     )
     assert [(event.kind, event.first, event.last, event.count, event.reached) for event in read(path).events] == [
         ("attempt", 1, 1, 1, 0),
@@ -164,7 +165,9 @@ def test_events(tmp_path):
         ("rewind", 2, 2, 1, 3),
         ("not_finite", 3, 3, 1, 0),
         ("attempt", 3, 3, 2, 3),
+        ("changed", 3, 3, 2, 0),
     ]
+    assert read(path).events[-1].what == "train.lr 0.004 → 0.001"
 
 
 def test_time_in_steps(tmp_path):

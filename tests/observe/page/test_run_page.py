@@ -78,7 +78,14 @@ def test_what_a_file_holds_is_text(run, name):
         run = run.rename(run.with_name(HOSTILE.replace("/", "|")))
     else:
         named = {f"val_loss/{HOSTILE}": 1.0, f"mine/{HOSTILE}": 2.0, f"layer/0001/{HOSTILE}": 3.0}
-        record = named if name == "metrics" else {"samples": [{"prompt": HOSTILE, "text": HOSTILE}]}
+        record = (
+            named
+            if name == "metrics"
+            else {
+                "samples": [{"prompt": HOSTILE, "text": HOSTILE}],
+                "changes": {HOSTILE: [HOSTILE, HOSTILE]},
+            }
+        )
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": 200, "tokens": 1, "attempt": 3} | record) + "\n")
     page = page_of(run)
