@@ -21,7 +21,17 @@ COMMANDS = {
     "launch/checkpoints.py": ["list", "verify", "prune", "consolidate"],
     "slurm/attempt.py": ["where", "unfinished", "line", "begin", "end", "tell", "state", "unevaluated"],
 }
-WORDS = {"--text-column", "--eos-token", "--part", "--gpu", "--reason", "--launcher", "--method", "--keep-best"}
+WORDS = {
+    "--text-column",
+    "--eos-token",
+    "--part",
+    "--gpu",
+    "--world-sizes",
+    "--reason",
+    "--launcher",
+    "--method",
+    "--keep-best",
+}
 """Options that take words of the user's own which are no path."""
 HOME_PATHS = [
     ("launch/checkpoints.py", ["list", "~/run"]),

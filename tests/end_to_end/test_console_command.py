@@ -50,7 +50,7 @@ def test_mistakes_and_version(begin):
     assert begin("--version") == (0, f"{stablelm.__version__}\n")
     code, said = begin("pretrian", "--config", "x")
     assert code == 78
-    assert said.startswith("error: unknown command pretrian, did you mean pretrain? (one of pretrain, eval, ")
+    assert said.startswith("error: unknown command pretrian, did you mean pretrain? (one of pretrain, node, eval, ")
     assert said.count("\n") == 1
     code, said = begin()
     assert (code, said.count("\n")) == (78, 1)

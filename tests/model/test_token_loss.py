@@ -48,7 +48,7 @@ def test_equals_a_float64_reference(name: str, rows: int, z_loss: float, dtype: 
     own, size = TokenLoss(f"support.own_hooks:{name}"), rows * VOCAB * dtype.itemsize
     sums = chunked_cross_entropy(hidden, weight, targets, z_loss=z_loss, token_loss=own, chunk_bytes=size)
     found = torch.autograd.grad(0.3 * sums.total, (hidden, weight))
-    assert float(sums.total) == pytest.approx(float(objective + z_loss * z), rel=tolerance)
+    assert sums.total.item() == pytest.approx(float(objective + z_loss * z), rel=tolerance)
     assert float(sums.objective) == pytest.approx(float(objective), rel=tolerance)
     assert float(sums.cross_entropy) == pytest.approx(float(cross_entropy), rel=tolerance)
     assert not sums.objective.requires_grad and not sums.cross_entropy.requires_grad
@@ -80,7 +80,7 @@ def test_padding_alone_has_no_loss_and_no_gradient():
         hidden, weight, torch.full_like(targets, -100), token_loss=TokenLoss("support.own_hooks:focal")
     )
     sums.total.backward()
-    assert float(sums.total) == 0 and hidden.grad is not None and not hidden.grad.any()
+    assert sums.total.item() == 0 and hidden.grad is not None and not hidden.grad.any()
 
 
 @pytest.mark.parametrize(
