@@ -8,7 +8,7 @@ from combinations.rows import MORE, QUICK
 from combinations.run import make_sources, run_row
 from support.pairwise import pairs_of
 
-FAST = 3
+FAST = 2
 """Rows that `make test` runs."""
 
 

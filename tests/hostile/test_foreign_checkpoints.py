@@ -154,6 +154,7 @@ METHOD = Method("own", "a paper", {"placement": "post"})
 """
 
 
+@pytest.mark.slow
 def test_a_method_by_import_path_is_imported_by_the_users_word_alone(place: Path):
     """Refused where a checkpoint names it; imported for --config that names it, and for --trust-checkpoint."""
     run = place / "run"
@@ -174,6 +175,7 @@ def test_a_method_by_import_path_is_imported_by_the_users_word_alone(place: Path
         (place / "made-by-a-method").unlink()
 
 
+@pytest.mark.slow
 def test_a_loss_and_metrics_that_a_checkpoint_names_are_not_imported(place: Path):
     """Whatever reads a checkpoint trains nothing, so that they are not even imported for --trust-checkpoint."""
     run = place / "run"

@@ -74,6 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "inputs"
 
 
+@pytest.mark.slow
 def test_a_few(healthy: Path, resume: list[str], folder: Path):
     made = inputs(healthy, folder, seed=0, count=60, resume=resume)
     assert "\n".join(faults(made, folder)) == ""

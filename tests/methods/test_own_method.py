@@ -216,6 +216,7 @@ def test_what_is_wrong_is_said(override: str, words: str):
     assert words in str(error.value)
 
 
+@pytest.mark.slow
 def test_it_trains_and_resumes_on_every_engine(tiny_corpus: TinyCorpus, tmp_path: Path):
     """fsdp2 on two ranks, zero3 on two, then one process; the same losses as an undisturbed run."""
     from stablelm.observe.sinks import last_records

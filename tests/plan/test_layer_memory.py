@@ -28,7 +28,7 @@ COMBINATIONS = [(name, "bf16", "none") for name in CASES] + [
 COMBINATIONS += [("magneto", "fp32", "none"), ("denseformer", "bf16", "full")]
 
 
-SLOW = {("catformer_sigma", "bf16", "none"), ("catformer", "bf16", "full"), ("catformer", "fp32", "full")}
+SLOW = {each for each in COMBINATIONS if each[0] in ("catformer", "catformer_sigma")}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,12 @@ def test_recompute_keeps_a_layers_input_only():
 
 
 @pytest.mark.parametrize(
-    "method", ["pre_ln", "value_residual", "denseformer", pytest.param("catformer", marks=pytest.mark.slow)]
+    "method",
+    [
+        "pre_ln",
+        "value_residual",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("denseformer", "catformer")),
+    ],
 )
 def test_few_layers_and_sequences_stand_for_many(method: str):
     sizes = ("model.n_layers=72", "train.global_batch_size=5", "train.micro_batch_size=5", "data.seq_len=32")

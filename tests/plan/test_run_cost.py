@@ -101,6 +101,7 @@ def test_a_table_has_the_plans_of_its_world_sizes(tmp_path: Path, capsys: pytest
     assert all(" ".join(problem.split()) in folded for problem in problems.values())
 
 
+@pytest.mark.slow
 def test_a_table_of_dry_runs_has_the_figures_of_single_ones():
     """One dry run serves several numbers of GPUs: its operations are theirs, and the peak within half a percent."""
     loaded = load([], [*SMALL, "engine.kind=fsdp2", "train.micro_batch_size=1", "model.d_model=72", "data.seq_len=32"])

@@ -50,6 +50,7 @@ def attempts(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_survives_preemption_and_a_dead_node(slurm: Cluster, tiny_corpus, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     job, log = submit(slurm, tmp_path, [], *settings(tiny_corpus, "engine.kind=ddp", f"run.dir={run_dir}"))

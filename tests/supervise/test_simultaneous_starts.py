@@ -107,6 +107,7 @@ def test_one_of_two_starts_holds_the_run_each_time(line: list[str], tmp_path: Pa
     pair(line, tmp_path, 2 if number % 4 == 3 else 1)
 
 
+@pytest.mark.slow
 def test_what_a_killed_attempt_left_refuses_nobody(line: list[str], tmp_path: Path):
     line = [*line, "train.steps=100000", f"run.dir={tmp_path / 'run'}"]
     (process,) = begin(line, tmp_path / "first")

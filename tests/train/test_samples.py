@@ -45,7 +45,7 @@ def weights(folder: Path) -> list[bytes]:
         ("fsdp2", 2, ["engine.unit_bytes=1", "model.tie_embeddings=true"]),
         pytest.param("fsdp2", 2, ["train.precision=bf16"], marks=pytest.mark.slow),
         pytest.param("zero1", 2, [], marks=pytest.mark.slow),
-        ("zero3", 2, []),
+        pytest.param("zero3", 2, [], marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_bit_for_bit(
@@ -65,6 +65,7 @@ def test_training_goes_on_bit_for_bit(
         assert all(isinstance(sample["text"], str) for sample in sampled[step][SAMPLES])
 
 
+@pytest.mark.slow
 def test_engines_write_the_same_texts_and_so_does_the_program(tiny_corpus: TinyCorpus, tmp_path: Path):
     found = {}
     for kind, processes in (("single", 1), ("fsdp2", 2), ("zero3", 2)):
