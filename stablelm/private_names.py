@@ -66,6 +66,7 @@ def configure_compilation(*, memory_budget: float, recompile_limit: int | None) 
     functorch_config.activation_memory_budget = memory_budget
     if recompile_limit is not None:
         torch._dynamo.config.recompile_limit = recompile_limit
+        torch._dynamo.config.accumulated_recompile_limit = max(256, recompile_limit)
 
 
 @contextmanager
@@ -74,7 +75,10 @@ def compilation_settings_kept() -> Iterator[None]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
-    ours = {name: getattr(dynamo, name) for name in ("fail_on_recompile_limit_hit", "recompile_limit")}
+    ours = {
+        name: getattr(dynamo, name)
+        for name in ("fail_on_recompile_limit_hit", "recompile_limit", "accumulated_recompile_limit")
+    }
     with dynamo.patch(ours), functorch.patch(activation_memory_budget=functorch.activation_memory_budget):
         yield
 

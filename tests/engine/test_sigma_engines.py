@@ -103,6 +103,23 @@ def compiled(method: str, precision: str) -> None:
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["denseformer", "pre_ln"])
+def test_compiled_layers_take_batches_of_several_sizes(method: str, monkeypatch: pytest.MonkeyPatch):
+    """As a ramp, an evaluation and a task give them; where layers differ each has graphs of its own."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    engine = TorchEngine(make_config(method, "train.compile=true"), "single", SINGLE)
+    text = torch.randint(PIECES, (ROWS, 17), generator=torch.Generator().manual_seed(0))
+    for rows, length in ((ROWS, 16), (6, 16), (5, 16), (4, 8), (1, 16)):
+        tokens, targets = text[:rows, :length], text[:rows, 1 : length + 1].contiguous()
+        trained = engine.loss(tokens, targets)
+        engine.backward(trained.total / trained.valid, last=True)
+        with torch.no_grad():
+            scored = engine.loss(tokens, targets)
+        assert scored.cross_entropy.item() == pytest.approx(trained.cross_entropy.item(), rel=1e-5)
+
+
 def test_vectors_move_once_a_step_whatever_runs_twice(monkeypatch: pytest.MonkeyPatch):
     calls, refresh = [], spectral.refresh
     monkeypatch.setattr(spectral, "refresh", lambda *arguments: (calls.append(1), refresh(*arguments)))
