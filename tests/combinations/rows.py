@@ -16,7 +16,7 @@ from stablelm.errors import ConfigError
 
 SEED = 11
 TASK = "words"
-QUICK, MORE = 6, 8
+QUICK, MORE = 6, 4
 """Rows of `make test` and of `make test-slow`."""
 STEPS, KILLED_AT = 6, 3
 BATCH = 24  # sequences: two micro-batches of 3 on each of four processes

@@ -63,7 +63,8 @@ def test_planned_at_its_largest_depth_a_run_fits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+# Widths of a concatenated stream follow depth, so each depth tried is solved anew: one such method stands for both.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "catformer_sigma"])
 def test_every_method_has_a_largest_depth(method: str):
     request = requested(5.1, f"model.method={method}", "model.n_layers=12", "engine.kind=fsdp2")
     found = make(request).depth
