@@ -101,22 +101,22 @@ def profiled(corpus: TinyCorpus, folder: Path, *extra: str, processes: int = 1) 
     return [json.loads(path.read_text()) for path in tables], done.stdout
 
 
-def sums_up(table: dict, recorded: list[float]) -> None:
-    """The parts are the step; without what comes between steps, the seconds that were recorded of steps 3 and 4."""
+def sums_up(table: dict) -> None:
+    """The parts are the step, and so are the operators."""
     found = table["parts"]
     assert sum(found.values()) == pytest.approx(table["step_seconds"], rel=1e-6)
     assert sum(each["seconds"] for each in table["operators"].values()) == pytest.approx(
         table["step_seconds"], rel=1e-6
     )
-    step = table["step_seconds"] - found[parts.BETWEEN]
-    # Two clocks, which part where other programs take the processor in between.
-    assert step == pytest.approx(sum(recorded) / 2, rel=0.25, abs=0.02)
 
 
 def test_a_run_writes_the_table_and_prints_it_once(tiny_corpus: TinyCorpus, tmp_path: Path):
     (table,), out = profiled(tiny_corpus, tmp_path / "run")
     records = last_records(tmp_path / "run" / "metrics.jsonl")
-    sums_up(table, [records[step]["step_seconds"] for step in (3, 4)])
+    sums_up(table)
+    # Two clocks, which part where other programs take the processor in between.
+    recorded = sum(records[step]["step_seconds"] for step in (3, 4)) / 2
+    assert table["step_seconds"] - table["parts"][parts.BETWEEN] == pytest.approx(recorded, rel=0.25, abs=0.02)
     text = (tmp_path / "run" / "profile" / "table-rank0-steps-3-4.txt").read_text()
     assert out.count("profile of steps 3 to 4, rank 0 of 1, cpu:") == 1 and "What to try:" in text
     for line in filter(None, text.splitlines()):
@@ -130,10 +130,9 @@ def test_a_run_writes_the_table_and_prints_it_once(tiny_corpus: TinyCorpus, tmp_
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_every_rank_of_an_engine_has_its_table(kind: str, tiny_corpus: TinyCorpus, tmp_path: Path):
     tables, out = profiled(tiny_corpus, tmp_path / "run", f"engine.kind={kind}", processes=2)
-    records = last_records(tmp_path / "run" / "metrics.jsonl")
     for rank, table in enumerate(tables):
         assert table["rank"] == rank and table["parts"][parts.COMMUNICATION] > 0
-        sums_up(table, [records[step]["step_seconds"] for step in (3, 4)])
+        sums_up(table)
     assert out.count("profile of steps") == 1
 
 
