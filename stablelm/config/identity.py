@@ -12,7 +12,7 @@ from stablelm.config.schema import Config
 from stablelm.config.segments import SEGMENTS, Segment
 from stablelm.json_text import Count
 
-# Told, not compared: the axes say what a method's name means, the steps what the tokens come to, and segments what was.
+# Not compared: the axes say what a method's name means, the steps what the tokens come to, and segments what was.
 DESCRIPTIVE = ("model.method", "train.tokens", SEGMENTS)
 # How rows are dealt to lanes, see `data.lanes`; 1 in runs that do not say it.
 ORDER, ORDER_KEY = 2, "data.order"
