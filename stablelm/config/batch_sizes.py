@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stablelm.errors import ConfigError
@@ -54,18 +55,30 @@ class BatchSizes:
         """Sequences of a data step."""
         return next(size for first, size in reversed(self.stages) if first <= step)
 
+    @cached_property
+    def _begun(self) -> tuple[tuple[int, int, int], ...]:
+        """(first data step, its first sample, sequences of each step) of each stage, the last stage first."""
+        begun, samples = [], 0
+        for (first, size), (stop, _) in zip(self.stages, (*self.stages[1:], (0, 0)), strict=True):
+            begun.append((first, samples, size))
+            samples += size * (stop - first)
+        return tuple(reversed(begun))
+
+    def samples(self, step: int) -> range:
+        """The samples that a data step takes, by number."""
+        for first, sample, size in self._begun:
+            if first <= step:
+                sample += (step - first) * size
+                return range(sample, sample + size)
+        raise AssertionError(f"step {step} is negative")
+
     def before(self, step: int) -> int:
-        """Sequences of all earlier data steps: the number of the first sample of this one."""
-        ends = [first for first, _ in self.stages[1:]] + [step]
-        return sum(size * max(0, min(end, step) - first) for (first, size), end in zip(self.stages, ends, strict=True))
+        """Sequences of all earlier data steps."""
+        return self.samples(step).start
 
     def step_of(self, sample: int) -> int:
         """The data step that takes this sample, both counted from 0."""
-        for first, size in reversed(self.stages):
-            begun = self.before(first)
-            if begun <= sample:
-                return first + (sample - begun) // size
-        raise AssertionError(f"sample {sample} is negative")
+        return next(first + (sample - begun) // size for first, begun, size in self._begun if begun <= sample)
 
     def steps_for(self, samples: int) -> int:
         """Steps that take at least so many samples, which are at least 1."""

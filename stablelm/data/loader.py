@@ -114,7 +114,7 @@ class Loader:
     def next(self) -> Batch:
         """The batch of the next data step that is not skipped."""
         batch = self._batch()
-        while any(first <= batch.data_step < stop for first, stop in self._skipped):
+        while self._skipped and any(first <= batch.data_step < stop for first, stop in self._skipped):
             batch = self._batch()
         return batch
 
@@ -148,8 +148,8 @@ class Loader:
 
     def _rows(self, data_step: int) -> range:
         """Numbers of this rank's rows of a batch."""
-        ends = (self._sizes.before(step) // self._world_size for step in (data_step, data_step + 1))
-        return range(*ends)
+        samples = self._sizes.samples(data_step)
+        return range(samples.start // self._world_size, samples.stop // self._world_size)
 
     def _count(self, rows: list[BatchRow], tokens: np.ndarray) -> None:
         self._counts["skipped_rows"] += sum(row.skipped for row in rows)

@@ -172,7 +172,7 @@ class LaneEntries:
 
     def __init__(self, order: Order, lane: int, start: Cursor):
         self._order, self._lane = order, lane
-        self._start: Cursor | None = replace(start, offset=0)
+        self._start: Cursor | None = Cursor(start.epoch, start.entry, start.block, start.index, 0)
         self._epoch, self._entry = start.epoch, start.entry
         self._barren = 0  # entries in a row without a document
         self.found = is_inside(start)

@@ -41,12 +41,12 @@ class Reparametrised:
         if not self._maps:
             return {}
         buffers = [buffer for part in self._maps.values() for buffer in part.buffers(recurse=False)]
-        kept = [buffer.clone() for buffer in buffers]
+        kept = _joined(buffers) if buffers else None
         reparam = next(iter(self._maps.values())).reparam
         assert reparam is not None
         factors = reparam.update(self._matrices(), self._reduce)
-        if buffers:
-            wanted = torch.where(skipped.to(buffers[0].device), _joined(kept), _joined(buffers))
+        if kept is not None:
+            wanted = torch.where(skipped.to(kept.device), kept, _joined(buffers))
             parts = wanted.split([buffer.numel() for buffer in buffers])
             copy_all(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
         if factors is None:
