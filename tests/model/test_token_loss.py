@@ -48,9 +48,9 @@ def test_equals_a_float64_reference(name: str, rows: int, z_loss: float, dtype: 
     own, size = TokenLoss(f"support.own_hooks:{name}"), rows * VOCAB * dtype.itemsize
     sums = chunked_cross_entropy(hidden, weight, targets, z_loss=z_loss, token_loss=own, chunk_bytes=size)
     found = torch.autograd.grad(0.3 * sums.total, (hidden, weight))
-    assert sums.total.item() == pytest.approx(float(objective + z_loss * z), rel=tolerance)
-    assert float(sums.objective) == pytest.approx(float(objective), rel=tolerance)
-    assert float(sums.cross_entropy) == pytest.approx(float(cross_entropy), rel=tolerance)
+    assert sums.total.item() == pytest.approx((objective + z_loss * z).item(), rel=tolerance)
+    assert float(sums.objective) == pytest.approx(objective.item(), rel=tolerance)
+    assert float(sums.cross_entropy) == pytest.approx(cross_entropy.item(), rel=tolerance)
     assert not sums.objective.requires_grad and not sums.cross_entropy.requires_grad
     for gradient, target in zip(found, wanted, strict=True):
         assert (gradient - target).norm() <= tolerance * target.norm()
@@ -62,7 +62,7 @@ def test_the_cross_entropy_written_out_is_the_built_in_one():
     own = chunked_cross_entropy(hidden, weight, targets, z_loss=0.1, token_loss=TokenLoss("support.own_hooks:plain"))
     assert torch.equal(built_in.objective, built_in.cross_entropy)
     for one, other in ((built_in.total, own.total), (built_in.cross_entropy, own.objective)):
-        assert float(one) == pytest.approx(float(other), rel=1e-13)
+        assert one.item() == pytest.approx(other.item(), rel=1e-13)
     expected, found = (torch.autograd.grad(each.total, (hidden, weight)) for each in (built_in, own))
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-14) for a, b in zip(expected, found, strict=True))
 

@@ -113,8 +113,10 @@ class MetricsReader:
     def _note_attempt(self, record: Mapping[str, Any], step: int) -> None:
         attempt = record.get("attempt")
         if _is_count(attempt) and attempt != self.attempt:
+            # The run begins at step 0, not at the step of its first record.
+            first = step if self.step else 0
             self.attempt = attempt
-            self._event(Event("attempt", step, step, attempt, reached=self.step))
+            self._event(Event("attempt", first, first, attempt, reached=self.step))
 
     def _note_training(self, record: Mapping[str, Any], step: int) -> None:
         """Advances counters; a step that was made before replaces what came after it."""

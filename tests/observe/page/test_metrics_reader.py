@@ -159,7 +159,7 @@ def test_events(tmp_path):
         {"step": 3, "attempt": 2, "changes": {"train.lr": [0.004, 0.001], "bad": 1}},
     )
     assert [(event.kind, event.first, event.last, event.count, event.reached) for event in read(path).events] == [
-        ("attempt", 1, 1, 1, 0),
+        ("attempt", 0, 0, 1, 0),
         ("skipped", 2, 3, 3, 0),
         ("spike", 3, 3, 1, 0),
         ("rewind", 2, 2, 1, 3),
