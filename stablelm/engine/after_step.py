@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import clean_name, local_part, part_of
+from stablelm.engine.tensor_parts import clean_name, local_part, part_of, to_device
 from stablelm.methods import spectral
 from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
@@ -135,7 +135,7 @@ def _reducer(weights: list[Any]) -> spectral.Reduce | None:
 
 
 def _beside(part: Tensor, like: Tensor) -> Tensor:
-    return part if like.is_meta else part.to(like.device)
+    return part if like.is_meta else to_device(part, like.device)
 
 
 def _is_flat(weight: Any) -> bool:

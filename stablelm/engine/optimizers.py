@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
-from stablelm.engine.tensor_parts import local_part
+from stablelm.engine.tensor_parts import local_part, to_device
 from stablelm.methods.axes import Rates, Role
 from stablelm.model.initialise import decays
 from stablelm.private_names import multiply_all, norms_of
@@ -35,7 +35,7 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     if whole:
         parts.append(squared_norm(whole))
     # Offloaded shards have theirs in host memory.
-    together = torch.stack([part.to(parts[-1].device) for part in parts])
+    together = torch.stack([to_device(part, parts[-1].device) for part in parts])
     return together.sum().sqrt().to((split or whole)[0].dtype)
 
 
@@ -61,19 +61,21 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for kind in filter(None, _kinds(parameters)):
         gradients = [local_part(gradient) for gradient in kind]
-        multiply_all(gradients, factor.to(gradients[0].device))
+        multiply_all(gradients, to_device(factor, gradients[0].device))
 
 
 def norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """The norm of each gradient, 0-dim fp64 on the CPU, equal on all ranks; one collective if there are split ones."""
-    split = {name: gradient for name, gradient in gradients.items() if isinstance(gradient, DTensor)}
-    squares = {name: local_part(gradient).double().square().sum() for name, gradient in gradients.items()}
-    if split:
-        # Copies of the model hold the same parts, so only one copy's are added up.
-        summed = torch.stack([squares[name] for name in split])
-        dist.all_reduce(summed, group=_shard_group(next(iter(split.values()))))
-        squares |= dict(zip(split, summed.unbind(), strict=True))
-    return {name: square.sqrt().cpu() for name, square in squares.items()}
+    found: dict[str, Tensor] = {}
+    for is_split in (True, False):
+        kind = {name: gradient for name, gradient in gradients.items() if isinstance(gradient, DTensor) == is_split}
+        if kind:
+            squares = torch.stack([local_part(gradient).double().square().sum() for gradient in kind.values()])
+            if is_split:
+                # Copies of the model hold the same parts, so only one copy's are added up.
+                dist.all_reduce(squares, group=_shard_group(next(iter(kind.values()))))
+            found |= dict(zip(kind, squares.sqrt().cpu().unbind(), strict=True))
+    return {name: found[name] for name in gradients}
 
 
 def average(parameters: list[nn.Parameter], world_size: int) -> None:

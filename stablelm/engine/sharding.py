@@ -88,8 +88,9 @@ def allocate(module: nn.Module, device: torch.device, *, offloaded: bool) -> Non
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 setattr(part, name, buffer.to(device))
-        for parameter in replicated(module):
-            parameter.data = parameter.data.to(device)
+            for name, parameter in part.named_parameters(recurse=False):
+                if parameter.ndim < 2:
+                    setattr(part, name, nn.Parameter(parameter.detach().to(device)))
 
 
 def _prefetch(firsts: list[nn.Module], depth: int) -> None:

@@ -24,7 +24,7 @@ from stablelm.engine.optimizers import (
 )
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
-from stablelm.engine.tensor_parts import clean_name
+from stablelm.engine.tensor_parts import clean_name, to_device
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import roles
@@ -42,6 +42,7 @@ class TorchEngine:
         self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
         self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
         self._compiled = config.train.compile
+        self._offloaded = kind in SHARDED and offloads(config, self.device)
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self._roles = roles(self.module)
@@ -61,7 +62,7 @@ class TorchEngine:
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
-        allocate(self.module, self.device, offloaded=self.kind in SHARDED and offloads(config, self.device))
+        allocate(self.module, self.device, offloaded=self._offloaded)
         self._hold_parameters()
         tensors = self.parameters() | self.buffers()
         for name, whole in initial_tensors(self.module, config, ranks):
@@ -109,15 +110,18 @@ class TorchEngine:
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"
         parameters = self._parameters.values()
-        norm = total_norm(parameters)
+        norm = to_device(total_norm(parameters), self.device)
+        # The host updates offloaded shards, so it waits here for the norm.
+        seen = norm.cpu() if self._offloaded else norm
         if self._grad_clip > 0:
-            clip(parameters, self._grad_clip, norm)
+            clip(parameters, self._grad_clip, seen)
         set_learning_rate(self.optimizer, lr)
-        skipped = refused(norm, largest_norm)
-        # The fused kernel reads it on the device, leaves weights and moments alone and takes the count back.
-        setattr(self.optimizer, "found_inf", skipped.float())  # noqa: B010 - torch declares no such attribute
+        skipped = refused(seen, largest_norm).float()
+        # The fused kernels read it beside the parameters, leave weights and moments alone and take the count back.
+        found_inf = skipped.pin_memory() if self._offloaded else skipped
+        setattr(self.optimizer, "found_inf", found_inf)  # noqa: B010 - torch declares no such attribute
         self.optimizer.step()
-        self.matrices.scale_rows(self.matrices.update(skipped))
+        self.matrices.scale_rows(self.matrices.update(refused(norm, largest_norm)))
         self.clear_gradients()
         return norm.detach()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from stablelm.engine.interface import Engine, StepResult
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import to_device
 from stablelm.seeds import seed_from
 
 
@@ -33,10 +34,12 @@ def train_step(
     Every micro-batch's summed loss is divided by the valid targets of all ranks and micro-batches,
     so that accumulation and world size do not change the gradient. If any micro-batch's loss or the gradient norm is
     not finite, or the norm exceeds `largest_norm`, no rank updates. `loss_factor` is for fault injection; `mark` is
-    called with each phase and place that begins, `before_update` once all gradients are there.
+    called with each phase and place that begins, `before_update` once all gradients are there. The host waits for the
+    GPU nowhere, but where `engine.offload` has it make the update.
     """
     mark("forward", "target counts")
-    valid = (targets >= 0).sum().to(engine.device)
+    tokens, targets = to_device(tokens, engine.device), to_device(targets, engine.device)
+    valid = (targets >= 0).sum()
     valid_global = valid.clone()
     if ranks.world_size > 1:
         dist.all_reduce(valid_global)
@@ -49,7 +52,7 @@ def train_step(
         mark("forward", part)
         seed_dropout(seed, step, index, ranks.rank)
         last = index == len(parts) - 1
-        sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device), last=last)
+        sums = engine.loss(part_tokens, part_targets, last=last)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
         # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.

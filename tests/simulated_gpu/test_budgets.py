@@ -1,0 +1,32 @@
+"""Kernels and bytes of a layer on a GPU, eager and bf16 at d_model 1,024: the figures of `count.py` do not grow."""
+
+from typing import NamedTuple
+
+import pytest
+from simulated_gpu.conftest import Simulator
+
+
+class Budget(NamedTuple):
+    """Of both passes together, of the update, and kB a token (1,024 bytes) of pointwise traffic of both passes."""
+
+    launches: float
+    update: float
+    traffic: float
+
+
+# What is measured, and what is to be reached.
+LAYERS = {
+    "pre_ln": (Budget(90, 0, 407), Budget(60, 0, 300)),
+    "magneto": (Budget(102, 0, 627), Budget(102, 0, 400)),
+    "deepscalelm_sigma": (Budget(204, 60, 629), Budget(90, 8, 380)),
+}
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_a_layer_stays_within_its_budget(simulator: Simulator, method: str):
+    from simulated_gpu import count
+
+    found, tokens = simulator(count.of_layers, f"model.method={method}")
+    launches, update = (found.count(*phases) / count.LAYERS for phases in (count.BOTH, ("update",)))
+    used = Budget(launches, update, found.pointwise_bytes(*count.BOTH) / 1024 / tokens)
+    assert all(here <= most for here, most in zip(used, LAYERS[method][0], strict=True)), used
