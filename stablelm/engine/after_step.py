@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import clean_name, local_part, part_of, to_device
+from stablelm.engine.tensor_parts import clean_name, local_part, part_of
 from stablelm.methods import spectral
+from stablelm.model.devices import to_device
 from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
 from stablelm.private_names import copy_all

@@ -108,9 +108,9 @@ class DeepSpeedEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         call = self.module if self._engine is None else self._engine
-        return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss)
+        return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         call = self.module if self._engine is None else self._engine

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.ranks import Ranks
 from stablelm.model.cache import KeyValueCache
+from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums, TokenScores
 
 
@@ -43,14 +44,14 @@ class Engine(Protocol):
     """Refreshed by `step`; its norms and tracking errors are collectives on sharded weights."""
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Decoder:
         """The decoder; its parameters may be shards."""
         ...
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
 
-        `last` as its `backward` will say.
+        `last` as its `backward` will say; `boundaries`: of `Decoder.boundaries`.
         """
         ...
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
-from stablelm.engine.tensor_parts import local_part, to_device
+from stablelm.engine.tensor_parts import local_part
 from stablelm.methods.axes import Rates, Role
+from stablelm.model.devices import to_device
 from stablelm.model.initialise import decays
 from stablelm.private_names import multiply_all, norms_of
 

@@ -28,14 +28,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; the host does not wait for a copy to a GPU, and may drop the tensor at once."""
-    if device.type != "cuda" or not tensor.is_cpu:
-        return tensor.to(device)
-    # Only from pinned memory, and without gaps, is a copy asynchronous; torch keeps that memory until it is done.
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-
-
 class Rectangle(NamedTuple):
     """A block of a tensor: its corner and sizes, and where it begins in the row-major order."""
 

@@ -24,9 +24,10 @@ from stablelm.engine.optimizers import (
 )
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
-from stablelm.engine.tensor_parts import clean_name, to_device
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
+from stablelm.model.devices import to_device
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.sublayer import Layer, Sublayer
@@ -80,10 +81,10 @@ class TorchEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True) -> LossSums:
+    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         # DDP arranges the reduction of gradients in the forward pass.
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
-            return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss)
+            return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         with uncompiled(self._compiled):

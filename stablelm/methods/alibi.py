@@ -26,6 +26,15 @@ def alibi_slopes(n_heads: int) -> list[float]:
     return slopes + between[: n_heads - power]
 
 
+def _slopes(n_heads: int, device: "torch.device") -> "Tensor":
+    """`alibi_slopes` as float64, made on the device: a copy to it would wait."""
+    import torch
+
+    power = 2 ** math.floor(math.log2(n_heads))
+    head = torch.arange(n_heads, dtype=torch.float64, device=device)
+    return torch.exp2(torch.where(head < power, -8 * (head + 1), -4 * (2 * (head - power) + 1)) / power)
+
+
 def alibi_bias(seq_len: int, n_heads: int, *, dtype: "torch.dtype", device: "torch.device") -> "Tensor":
     """(n_heads, seq_len, seq_len): -slope (i - j) for keys j up to query i, -inf after it."""
     import torch
@@ -37,9 +46,8 @@ def _bias(places: "Tensor", length: int, n_heads: int, dtype: "torch.dtype") -> 
     """(..., n_heads, queries, length) for queries at `places`, (..., queries)."""
     import torch
 
-    slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float64, device=places.device)
     distance = places.double()[..., None, :, None] - torch.arange(length, dtype=torch.float64, device=places.device)
-    bias = -slopes[:, None, None] * distance
+    bias = -_slopes(n_heads, places.device)[:, None, None] * distance
     return bias.masked_fill(distance < 0, -torch.inf).to(dtype)
 
 
@@ -70,6 +78,9 @@ class Alibi(Position):
 
     def bias(self, model: Model, seq_len: int, **where: Any) -> "Tensor":
         return alibi_bias(seq_len, model.n_heads, **where)
+
+    def slopes(self, model: Model, **where: Any) -> "Tensor":
+        return _slopes(model.n_heads, where["device"]).to(where["dtype"])
 
     def bias_at(self, model: Model, places: "Tensor", length: int, **where: Any) -> "Tensor":
         return _bias(places, length, model.n_heads, where["dtype"])

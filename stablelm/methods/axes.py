@@ -475,6 +475,10 @@ class Position(Value):
         """(heads, seq, seq), added to the logits, -inf after the query."""
         return None
 
+    def slopes(self, model: Model, **where: Any) -> "Tensor | None":
+        """(heads,), where `bias` is -slope x distance: kernels make it on the fly; None: it is something else."""
+        return None
+
     def bias_at(self, model: Model, places: "Tensor", length: int, **where: Any) -> "Tensor | None":
         """The rows of `bias` for queries at `places`, (batch, new) int64: (batch, heads, new, length)."""
         bias = self.bias(model, length, **where)

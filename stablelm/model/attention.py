@@ -10,11 +10,12 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
 from stablelm.methods.sizes import d_head, d_key_value
-from stablelm.model import documents
+from stablelm.model import attention_kernels, documents
 from stablelm.model.cache import LayerCache
+from stablelm.model.devices import to_device
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions, bias_of
+from stablelm.model.positions import Positions
 
 
 class Attention(nn.Module):
@@ -75,7 +76,8 @@ class Attention(nn.Module):
         key = products[1].unflatten(-1, (-1, self.d_head))
         if self.norm_query is not None and self.norm_key is not None:
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
-        query, key = self.position.turn(query, positions), self.position.turn(key, positions)
+        tables = positions.tables
+        query, key = self.position.turn(query, tables), self.position.turn(key, tables)
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
@@ -98,7 +100,9 @@ class Attention(nn.Module):
 
     def _bias(self, positions: Positions, query: Tensor, cache: LayerCache | None) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
-        return self._shaped(query, cache)[0] if self.shaping.active else bias_of(positions)
+        if self.shaping.active:
+            return self._shaped(query, cache)[0]
+        return positions.dense_bias(query.shape[-2], torch.promote_types(query.dtype, torch.float32))
 
     @torch.compiler.disable()
     def _shaped(self, query: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
@@ -108,8 +112,8 @@ class Attention(nn.Module):
         key = (query.shape[-2], query.device, torch.promote_types(query.dtype, torch.float32))
         if self._kept is None or self._kept[0] != key:
             both = self.shaping.bias_and_scale(self.layer, self.config.n_layers, key[0])
-            bias, rows = (torch.from_numpy(each).to(query.device, key[2]) for each in both)
-            self._kept = key, (bias, rows[:, None])
+            bias, rows = (to_device(torch.from_numpy(each).to(key[2]), query.device) for each in both)
+            self._kept = key, (bias[None, None], rows[:, None])
         return self._kept[1]
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
@@ -120,21 +124,15 @@ class Attention(nn.Module):
     def _average(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None
     ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if self.config.attention.logit_cap:
-            # No fused kernel caps logits.
+        dropout, cap = self.dropout if self.training else 0.0, self.config.attention.logit_cap
+        if positions.boundaries is not None:
+            return documents.average(query, key, value, positions.boundaries, self.scale)
+        if positions.blocks is not None:
+            bias = self._shaped(query, cache)[0] if self.shaping.active else positions.bias
+            changes = {"cap": cap, "slopes": positions.slopes, "bias": bias}
+            return attention_kernels.flex(query, key, value, positions.blocks, scale=self.scale, **changes)
+        if cap:
             weights = F.dropout(self.logits(query, key, positions, cache).softmax(dim=-1).to(value.dtype), dropout)
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         bias = self._bias(positions, query, cache)
-        if bias is not None and bias.dtype == torch.int32:
-            return documents.average(query, key, value, bias, self.scale)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if bias is None else bias.to(query.dtype),
-            dropout_p=dropout,
-            is_causal=bias is None and query.shape[2] == key.shape[2],
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        return attention_kernels.sdpa(query, key, value, bias, scale=self.scale, dropout=dropout)

@@ -95,9 +95,7 @@ class KeyValueCache:
         if self.config.attention.document_end is not None:
             self._tokens = _with_columns(self._tokens, tokens, 1, self.columns)
             self._tokens[self.rows, self.places] = tokens
-        bias = self._bias(new, **where)
-        tables = tuple(self._rows_of(table) for table in self._tables)
-        return tables if bias is None else (*tables, bias)
+        return Positions(tuple(self._rows_of(table) for table in self._tables), self._bias(new, **where))
 
     def leave(self, new: int) -> None:
         """The tokens of the call are kept."""
@@ -131,7 +129,7 @@ class KeyValueCache:
         end = self.config.attention.document_end
         if end is not None:
             assert self._tokens is not None
-            number = documents.starts(self._tokens[:, : self.end], end).cumsum(dim=1)
+            number = documents.numbers(self._tokens[:, : self.end], end)
             hidden = self._later() | (number[self.rows, self.places][:, :, None] != number[:, None, :])
         elif bias is not None or self.config.axes.shaping.active or self.start == 0:
             return bias

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.sizes import d_head, stream_width
-from stablelm.model import documents
+from stablelm.methods.sizes import stream_width
+from stablelm.model import attention_kernels, documents
 from stablelm.model.cache import KeyValueCache
+from stablelm.model.devices import to_device
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions
+from stablelm.model.positions import Positions, positions_of
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.model.token_loss import TokenLoss
 
@@ -63,6 +64,7 @@ class Decoder(nn.Module):
         logits_at: Tensor | None = None,
         places: Tensor | None = None,
         token_loss: TokenLoss | None = None,
+        boundaries: Tensor | None = None,
     ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
@@ -70,10 +72,10 @@ class Decoder(nn.Module):
         takes the cross-entropy's place. `cache`: of the tokens before these, to which these are added. `logits_at`:
         (batch,) int64, a column of each row, whose logits (batch, vocab_size) in the parameter dtype are returned in
         place of hidden states. With places (n,), indices into batch * seq, targets (n,) are tokens to score after each
-        of them.
+        of them. `boundaries`: of `Decoder.boundaries`; without them a GPU is waited for where its kernel takes them.
         Call the module, not this method: sharding engines hook the call.
         """
-        hidden = self._hidden(tokens, cache)
+        hidden = self._hidden(tokens, cache, boundaries)
         if logits_at is not None:
             return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
         if targets is None:
@@ -91,8 +93,8 @@ class Decoder(nn.Module):
         """hidden: (..., d_model) in the compute dtype -> (..., vocab_size) in the parameter dtype."""
         return F.linear(hidden, self.head_weight().to(hidden.dtype)).to(self.dtypes.parameter)
 
-    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
-        positions = self.positions(tokens) if cache is None else cache.enter(tokens, self.dtypes)
+    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None) -> Tensor:
+        positions = self.positions(tokens, boundaries) if cache is None else cache.enter(tokens, self.dtypes)
         chunks = self._tapped(0, self.stream.start(self.embed(tokens, cache)))
         values: Chunks = ()
         for index, layer in enumerate(self.layers):
@@ -140,21 +142,21 @@ class Decoder(nn.Module):
         scale = self.config.axes.init.head_scale(self.config)
         return x if scale == 1 else x * scale
 
-    def positions(self, tokens: Tensor) -> Positions:
-        """Tables and biases of positions and the borders of documents, shared by all layers.
+    def positions(self, tokens: Tensor, boundaries: Tensor | None = None) -> Positions:
+        """Of whole rows of tokens, (batch, seq), shared by all layers; `boundaries`: what the method of that name gave
+        for them, if it was called."""
+        return positions_of(self.config, self.dtypes, tokens, self.kernel(tokens.device), boundaries)
 
-        Rotary positions and ALiBi depend on differences of positions alone, so they need not restart with a document.
-        """
-        config, seq_len = self.config, tokens.shape[1]
-        where = {"dtype": self.dtypes.parameter, "device": tokens.device}
-        position, end = config.axes.position, config.attention.document_end
-        tables = position.tables(config, seq_len, d_head(config), **where)
-        bias = position.bias(config, seq_len, **where)
-        if end is not None:
-            kernel = documents.has_kernel(config, self.dtypes.compute, tokens.device)
-            borders = documents.boundaries(tokens, end) if kernel else documents.bias(tokens, end, dtype=where["dtype"])
-            bias = borders if bias is None else bias + borders
-        return tables if bias is None else (*tables, bias)
+    def boundaries(self, tokens: Tensor, device: torch.device) -> Tensor | None:
+        """For `forward` on a GPU whose kernel takes them, of tokens (batch, seq) still on the CPU; nothing waits."""
+        end = self.config.attention.document_end
+        if end is None or self.kernel(device) != "varlen":
+            return None
+        return to_device(documents.boundaries(tokens, end), device)
+
+    def kernel(self, device: torch.device) -> attention_kernels.Kernel:
+        """What averages values by attention on this device."""
+        return attention_kernels.choose(self.config, self.dtypes.compute, attention_kernels.gpu_of(device))
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

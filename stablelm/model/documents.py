@@ -1,13 +1,14 @@
 """Attention within documents: where each begins in a row of tokens, and what hides the others.
 
-A document ends with its end token. One kernel for unequal lengths serves GPUs, where it exists; elsewhere a mask does,
-with the same numbers.
+A document ends with its end token. `numbers` say which document each token belongs to, from which masks are made;
+`boundaries` are what the kernel for unequal lengths takes.
 """
 
 import torch
 from torch import Tensor
 
-from stablelm.config.schema import ModelConfig
+SHORT_DOCUMENT = 64
+"""Tokens; text whose documents are longer on average always gets equally many boundaries."""
 
 
 def starts(tokens: Tensor, end: int) -> Tensor:
@@ -16,32 +17,36 @@ def starts(tokens: Tensor, end: int) -> Tensor:
     return torch.cat((first, tokens[:, :-1] == end), dim=1)
 
 
+def numbers(tokens: Tensor, end: int) -> Tensor:
+    """(batch, seq) int32: the document of its row to which each token belongs, from 1."""
+    return starts(tokens, end).cumsum(dim=1, dtype=torch.int32)
+
+
 def places(tokens: Tensor, end: int) -> Tensor:
     """(batch, seq) int64: how many tokens of its document, in this row, come before each."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return index - (index * starts(tokens, end)).cummax(dim=1).values
 
 
-def bias(tokens: Tensor, end: int, *, dtype: torch.dtype) -> Tensor:
+def bias(numbers: Tensor, *, dtype: torch.dtype) -> Tensor:
     """(batch, 1, seq, seq), to be added to logits: 0 for keys of the query's document up to the query, else -inf."""
-    number = starts(tokens, end).cumsum(dim=1)
-    seen = (number[:, :, None] == number[:, None, :]).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=tokens.device).masked_fill(~seen, -torch.inf)[:, None]
+    hidden = (numbers[:, :, None] == numbers[:, None, :]).tril_().logical_not_()
+    return torch.zeros(hidden.shape, dtype=dtype, device=numbers.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 def boundaries(tokens: Tensor, end: int) -> Tensor:
-    """(documents + 1,) int32: where each document of the rows laid end to end begins, then their length."""
+    """int32: where each document of the rows laid end to end begins, then their length, repeated to a fixed count.
+
+    The count depends on the number of tokens alone, but for text of documents shorter than `SHORT_DOCUMENT` on average:
+    there it doubles until they fit. On a GPU this waits for the device; it is meant for tokens before they get there.
+    """
     at = starts(tokens, end).flatten().nonzero().flatten()
-    return torch.cat((at, at.new_tensor([tokens.numel()]))).to(torch.int32)
-
-
-def has_kernel(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `average` can do what this model's attention asks for: a GPU with flash attention, half precision,
-    and nothing on the logits or the weights."""
-    plain = not config.axes.position.biases_logits and not config.attention.logit_cap and config.dropout == 0
-    if device.type != "cuda" or dtype != torch.bfloat16 or not plain:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
+    count = max(len(tokens), tokens.numel() // SHORT_DOCUMENT) + 1
+    while count <= len(at):
+        count *= 2
+    bounds = torch.full((count,), tokens.numel(), dtype=torch.int32, device=tokens.device)
+    bounds[: len(at)] = at
+    return bounds
 
 
 def average(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float) -> Tensor:

@@ -32,7 +32,7 @@ class FeedForward(nn.Module):
         return (self.fc1, self.gate) if self.activation.gated else (self.fc1,)
 
     def forward(
-        self, products: tuple[Tensor, ...], positions: Positions = (), *, cache: LayerCache | None = None
+        self, products: tuple[Tensor, ...], positions: Positions | None = None, *, cache: LayerCache | None = None
     ) -> Tensor:
         """products: (batch, seq, d_ff) each -> (batch, seq, branch); every body is called with the same arguments."""
         hidden = self.activation.apply(products[0], products[1] if self.activation.gated else None, self.n_layers)

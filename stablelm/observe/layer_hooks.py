@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablelm.model.attention import Attention
-from stablelm.model.positions import Positions, of_part
+from stablelm.model.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
 
 LOGITS = 2**20
@@ -99,7 +99,7 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
     for begin, queries, keys in zip(range(0, batch, rows), query.split(rows), key.split(rows), strict=True):
         for first in range(0, heads, some):
             part = slice(first, first + some)
-            places = of_part(positions, slice(begin, begin + rows), part)
+            places = positions.part(slice(begin, begin + rows), part)
             logits = attention.logits(queries[:, part], keys[:, part], places)
             # A hidden key's logarithm is made finite, for its weight is 0.
             logs = logits.log_softmax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)

@@ -13,8 +13,9 @@ from torch import Tensor
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import clean_name, to_device
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.model.decoder import Decoder
+from stablelm.model.devices import to_device
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 
@@ -89,7 +90,9 @@ def measure(engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor) -> In
     decoder.eval()
     devices = [engine.device] if engine.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), Recorder(decoder) as recorder:
-        sums = engine.loss(to_device(tokens, engine.device), to_device(targets, engine.device))
+        boundaries = engine.module.boundaries(tokens, engine.device)
+        tokens, targets = to_device(tokens, engine.device), to_device(targets, engine.device)
+        sums = engine.loss(tokens, targets, boundaries=boundaries)
         # The engine adds up over ranks, and all run the same rows.
         engine.backward(sums.total / (sums.valid * ranks.world_size), last=True)
         found = internals(recorder.rows(), recorder.gradients, weight_gradient_norms(engine))

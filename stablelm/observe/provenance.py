@@ -33,12 +33,18 @@ class Attempt(TypedDict):
 
 
 def write(
-    run_dir: str | Path, argv: list[str], world_size: int, hosts: list[str] | None = None, *, attempt: int = 0
+    run_dir: str | Path,
+    argv: list[str],
+    world_size: int,
+    hosts: list[str] | None = None,
+    *,
+    attempt: int = 0,
+    attention: str | None = None,
 ) -> int:
     """Adds this attempt to `run_dir/provenance.json` and returns its number, from 1; 0: one more than the last.
 
     Uncommitted changes of the program go to `provenance-<attempt>.diff`. `hosts` default to this
-    one. Works without git. Raises OSError where the directory cannot be written.
+    one; `attention`: the kernel that it uses. Works without git. Raises OSError where the directory cannot be written.
     """
     run_dir = Path(run_dir)
     attempts = read(run_dir)
@@ -59,6 +65,7 @@ def write(
             "python": platform.python_version(),
             "system": platform.platform(),
             "versions": versions(),
+            "attention_kernel": attention,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )

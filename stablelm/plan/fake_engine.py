@@ -64,11 +64,11 @@ class FakeEngine(TorchEngine):
             self.module.to_empty(device=self.device)
         self._hold_parameters()
 
-    def loss(self, tokens, targets, *, last: bool = True):
+    def loss(self, tokens, targets, *, last: bool = True, boundaries=None):
         self.tracker.backward = False
         self._micro += 1
         self._start("forward")
-        sums = super().loss(tokens, targets, last=last)
+        sums = super().loss(tokens, targets, last=last, boundaries=boundaries)
         self.kept = self.kept or self.tracker.current["activations"]
         return sums
 

@@ -14,6 +14,8 @@ from stablelm.config.trust import believed
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
+from stablelm.model.attention_kernels import described, gpu_of, order, preferred
+from stablelm.model.linear import make_dtypes
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks.loggers import where_curves_are
 from stablelm.supervise.attempts import read_summary
@@ -52,6 +54,7 @@ def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str],
     prepared = share_corpora(prepared, ranks)
     check_precision(str(config.train.precision), ranks.device)
     assert prepared.corpora is not None
+    dtype = make_dtypes(str(config.train.precision), config.model.stream_dtype).compute
     ending.progress.attempt = run_directory.create(
         config,
         prepared.asked,
@@ -60,13 +63,15 @@ def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str],
         ranks,
         argv,
         prepared.attempt,
+        attention=described(config.model, dtype, ranks.device),
     )
     ending.created = True
     ending.watchdog = Watchdog(config, ranks, ranks.gather(gethostname()), ending.progress.attempt, ending.write)
     if not ending.process_goes_on:  # a watchdog ends the process
         ending.watchdog.start()
     ranks = dataclasses.replace(ranks, passed=ending.watchdog.marker.passed)
-    reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
+    with preferred(order(config.model, dtype, gpu_of(ranks.device))):
+        reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
     ending.watchdog.stop()
     return ranks, reason
 

@@ -110,13 +110,14 @@ def create(
     ranks: "Ranks",
     argv: list[str],
     attempt: int,
+    attention: str | None = None,
 ) -> int:
     """Writes config.yaml, resolved.yaml, the tokenizer and provenance; returns the attempt's number.
 
     `asked` is written as config.yaml, the resolved `config` beside it. Attempts are counted from 1; `attempt` is the
     number that was free when this one began (see `attempts.take`).
     `files` are the lists of remote files by asked path, which data_files.json keeps for the next attempt;
-    `tokenizer`: content of its files by name.
+    `tokenizer`: content of its files by name; `attention`: the kernel, for the provenance.
     Raises StorageError on every rank if rank 0 cannot write, ConfigError if another start holds the run.
     """
     run_dir = Path(config.run.dir)
@@ -134,7 +135,7 @@ def create(
                 replace_file(run_dir / name, content)
             replace_file(run_dir / "data_files.json", json.dumps(files, indent=1) + "\n")
             gather_seen(run_dir)
-            return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number)
+            return provenance.write(run_dir, argv, ranks.world_size, hosts, attempt=number, attention=attention)
         except OSError as error:
             raise storage_error(run_dir, error) from error
 

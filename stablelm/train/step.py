@@ -10,7 +10,7 @@ from torch import Tensor
 from stablelm.engine.interface import Engine, StepResult
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.tensor_parts import to_device
+from stablelm.model.devices import to_device
 from stablelm.seeds import seed_from
 
 
@@ -38,6 +38,7 @@ def train_step(
     GPU nowhere, but where `engine.offload` has it make the update.
     """
     mark("forward", "target counts")
+    boundaries = [engine.module.boundaries(part, engine.device) for part in tokens.split(micro)]
     tokens, targets = to_device(tokens, engine.device), to_device(targets, engine.device)
     valid = (targets >= 0).sum()
     valid_global = valid.clone()
@@ -52,7 +53,7 @@ def train_step(
         mark("forward", part)
         seed_dropout(seed, step, index, ranks.rank)
         last = index == len(parts) - 1
-        sums = engine.loss(part_tokens, part_targets, last=last)
+        sums = engine.loss(part_tokens, part_targets, last=last, boundaries=boundaries[index])
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
         # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.

@@ -67,6 +67,7 @@ def test_run_directory_tells_the_whole_story(tiny_corpus: TinyCorpus, tmp_path: 
     assert attempt["world_size"] == 1
     assert "train.steps=6" in attempt["argv"]
     assert attempt["versions"]["torch"]
+    assert attempt["attention_kernel"] == "sdpa"
 
 
 @pytest.mark.slow

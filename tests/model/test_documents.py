@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.model import documents
+from stablelm.model.attention_kernels import choose, gpu_of
 
 END = 1
 ROW = [5, 9, END, 7, 3, 8, END, END, 4, 6, 2]
@@ -41,11 +42,31 @@ def rows() -> Tensor:
 def test_places_bias_and_boundaries():
     tokens = torch.tensor([ROW])
     assert documents.places(tokens, END).tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2]]
-    assert documents.boundaries(rows(), END).tolist() == [0, 3, 7, 8, 11, 14, 15, 21, 22]
-    seen = documents.bias(tokens, END, dtype=torch.float32)[0, 0] == 0
+    numbers = documents.numbers(tokens, END)
+    assert numbers.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3, 4, 4, 4]]
+    found = documents.boundaries(rows(), END).tolist()
+    assert found[:9] == [0, 3, 7, 8, 11, 14, 15, 21, 22]
+    assert set(found[9:]) <= {22}
+    seen = documents.bias(numbers, dtype=torch.float32)[0, 0] == 0
     for query in range(len(ROW)):
         (own,) = (part for part in DOCUMENTS if part.start <= query < part.stop)
         assert seen[query].nonzero().flatten().tolist() == list(range(own.start, query + 1))
+
+
+def test_the_number_of_boundaries_depends_on_the_size_of_a_batch_alone():
+    """Unless documents are shorter than 64 tokens on average: then it is larger, and every boundary is there."""
+    counts = {len(documents.boundaries(text_of(documents_in_row), END)) for documents_in_row in (1, 2, 7, 15)}
+    assert counts == {4 * 1024 // 64 + 1}
+    many = documents.boundaries(text_of(200), END)
+    assert len(many) > len(many.unique()) == 4 * 201 + 1
+    assert many[-1] == 4 * 1024
+
+
+def text_of(ends: int) -> Tensor:
+    """(4, 1024) with that many ends of documents in each row, none in the last place."""
+    tokens = torch.full((4, 1024), 5)
+    tokens[:, 1 : 5 * ends : 5] = END
+    return tokens
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -77,16 +98,15 @@ def test_gradients_are_those_of_each_by_itself(name: str):
 def test_the_kernel_for_unequal_lengths_gives_what_the_mask_gives(kv_heads: int):
     config = within(small_config("pre_ln", kv_heads=kv_heads, d_model=128))
     device = torch.device("cuda")
-    if not documents.has_kernel(config, torch.bfloat16, device):
+    if choose(config, torch.bfloat16, gpu_of(device)) != "varlen":
         pytest.skip("this GPU has no flash attention")
     draw = torch.Generator(device).manual_seed(0)
     query = torch.randn(2, 4, len(ROW), 32, generator=draw, device=device, dtype=torch.bfloat16)
     key, value = (
         torch.randn(2, kv_heads, len(ROW), 32, generator=draw, device=device, dtype=torch.bfloat16) for _ in range(2)
     )
-    tokens = rows().to(device)
-    found = documents.average(query, key, value, documents.boundaries(tokens, END), 0.2)
-    mask = documents.bias(tokens, END, dtype=torch.float32)
+    found = documents.average(query, key, value, documents.boundaries(rows(), END).to(device), 0.2)
+    mask = documents.bias(documents.numbers(rows().to(device), END), dtype=torch.float32)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query.float(), key.float(), value.float(), attn_mask=mask, scale=0.2, enable_gqa=kv_heads != 4
     )

@@ -26,10 +26,11 @@ def entries(run_dir):
 
 def test_attempts_add_up(tmp_path, checkout):
     assert provenance.write(tmp_path, ["launch/pretrain.py", "train.lr=1"], 4) == 1
-    assert provenance.write(tmp_path, ["launch/pretrain.py"], 2, hosts=["a", "b"]) == 2
+    assert provenance.write(tmp_path, ["launch/pretrain.py"], 2, hosts=["a", "b"], attention="flex") == 2
     first, second = entries(tmp_path)
     assert (first["attempt"], first["argv"], first["world_size"]) == (1, ["launch/pretrain.py", "train.lr=1"], 4)
     assert (second["attempt"], second["hosts"], second["world_size"]) == (2, ["a", "b"], 2)
+    assert (first["attention_kernel"], second["attention_kernel"]) == (None, "flex")
     assert len(first["hosts"]) == 1
     assert first["versions"]["torch"]
     assert first["python"].startswith("3.")

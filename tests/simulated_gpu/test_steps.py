@@ -39,7 +39,6 @@ OPTIONS = {
     "fsdp2 with recompute": ["engine.kind=fsdp2", "ranks=4", "engine.recompute=full"],
     "hsdp": ["engine.kind=hsdp", "ranks=8"],
 }
-WAITS = pytest.mark.xfail(strict=True, reason="slopes and tables are copied, boundaries counted on the device")
 BIASED = {
     "alibi": ["model.attention.position=alibi"],
     "alibi and grouped queries": ["model.attention.position=alibi", "model.kv_heads=1"],
@@ -86,7 +85,7 @@ def test_options(record, option: str):
     check(record(*OPTIONS[option]))
 
 
-@pytest.mark.parametrize("option", [name if "cap" in name else pytest.param(name, marks=WAITS) for name in BIASED])
+@pytest.mark.parametrize("option", BIASED)
 def test_biases_and_documents(record, option: str):
     """Borders of documents may come from the host with each micro-batch."""
     found: Record = record(*BIASED[option])
