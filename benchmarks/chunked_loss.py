@@ -1,9 +1,11 @@
 """What the chunked cross-entropy saves: peak memory and time of a training step against whole logits.
 
     python benchmarks/chunked_loss.py [--rounds 5] [--precision bf16] [--recompute full] [--out FILE.json]
+    python benchmarks/chunked_loss.py --rows 512,1024,4096 [--compile] [--vocab 128256]
 
-Both variants are the same model, weights and optimizer; they take turns in one process. Peak memory is what a step
-holds above weights, gradients and moments, which exist before it. On the CPU it is the largest running sum of the
+All variants are the same model, weights and optimizer; they take turns in one process. With `--rows` each is a number
+of tokens whose logits are held at once, beside the one that the model takes by itself (`stablelm`). Peak memory is what
+a step holds above weights, gradients and moments, which exist before it. On the CPU it is the largest sum of the
 allocator's own events (torch.profiler): exact to the byte, temporaries inside operations included, and unlike the
 resident size of the process blind to what the C library keeps back.
 """
@@ -26,14 +28,28 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.loss import chunked_cross_entropy
 
 OURS, PLAIN = "stablelm", "plain-whole-logits"
+Loss = Callable[[Decoder, Tensor, Tensor], Tensor]
 UNITS = {"peak_memory_bytes": "bytes", "tokens_per_second": "tokens/s"}
 
 
 def chunked(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
     sums = decoder(tokens, targets)
     return sums.total / sums.valid
+
+
+def chunks_of(rows: int, compiled: bool) -> Loss:
+    """The loss with the logits of so many tokens held at once."""
+
+    def loss(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden, weight = decoder(tokens).flatten(0, 1), decoder.head_weight()
+        size = rows * len(weight) * hidden.element_size()
+        sums = chunked_cross_entropy(hidden, weight, targets.flatten(), chunk_bytes=size, compiled=compiled)
+        return sums.total / sums.valid
+
+    return loss
 
 
 def whole(decoder: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -61,6 +77,7 @@ def build(shape: tuple[int, int, int, int], vocab_size: int, options: argparse.N
     decoder = Decoder(config, options.precision)
     initialise(decoder, config, 0)
     decoder.to(device)
+    decoder.compiled_loss = options.compile
     if options.recompute == "full":
         for layer in decoder.layers:
             layer.forward = _recomputed(layer.forward)
@@ -108,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     decoder, optimizer = build(shape, options.vocab, options, device)
     text = torch.randint(options.vocab, (shape[2], shape[3] + 1), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def make_step(loss: Callable[[Decoder, Tensor, Tensor], Tensor]) -> Callable[[], None]:
+    def make_step(loss: Loss) -> Callable[[], None]:
         def step() -> None:
             optimizer.zero_grad(set_to_none=False)
             loss(decoder, text[:, :-1], text[:, 1:]).backward()
@@ -116,7 +133,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
         return step
 
-    steps = {OURS: make_step(chunked), PLAIN: make_step(whole)}
+    losses = {f"{rows} rows": chunks_of(rows, options.compile) for rows in options.rows} or {PLAIN: whole}
+    steps = {name: make_step(loss) for name, loss in ({OURS: chunked} | losses).items()}
     values: dict[str, dict[str, list[float]]] = {name: {metric: [] for metric in UNITS} for name in steps}
     for name, step in steps.items():  # also warms up, once the moments exist
         step()
@@ -128,12 +146,13 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
 
 
 def summarise(values: dict[str, dict[str, list[float]]], shape: str) -> list[dict[str, Any]]:
-    """The records of both variants and of their ratio (ours over whole logits, round by round)."""
+    """The records of all variants and of their ratios (ours over the others, round by round)."""
     records = []
     for metric, unit in UNITS.items():
-        ours, plain = values[OURS][metric], values[PLAIN][metric]
-        ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-        rows = ((OURS, ours, unit), (PLAIN, plain, unit), (f"{OURS} / {PLAIN}", ratios, "ratio"))
+        rows = [(name, found[metric], unit) for name, found in values.items()]
+        for name, numbers, _ in rows[1:]:
+            ratios = [a / b for a, b in zip(values[OURS][metric], numbers, strict=True)]
+            rows.append((f"{OURS} / {name}", ratios, "ratio"))
         for name, numbers, its_unit in rows:
             spread = {"median": statistics.median(numbers), "low": min(numbers), "high": max(numbers)}
             records.append({"name": name, "shape": shape, "metric": metric, **spread, "unit": its_unit})
@@ -145,6 +164,10 @@ def _parse_shape(text: str) -> tuple[int, int, int, int]:
     return layers, width, batch, seq_len
 
 
+def _sizes(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", default="12x384x8x512", help="layers x width x batch x sequence length")
@@ -152,6 +175,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
+    parser.add_argument("--rows", type=_sizes, default=[], help="tokens of a chunk to compare, separated by commas")
+    parser.add_argument("--compile", action="store_true", help="compile what follows the logits, as on a GPU")
     parser.add_argument("--out", help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     records = summarise(measure(options), options.shape)

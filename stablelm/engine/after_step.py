@@ -1,7 +1,7 @@
 """Reparametrised matrices over ranks: their initial values, and their updates after an optimizer step."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import clean_name, local_part, part_of
 from stablelm.methods import spectral
-from stablelm.model.devices import to_device
 from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear
 from stablelm.private_names import copy_all
@@ -33,6 +32,13 @@ class Reparametrised:
         self._weights: list[Any] = [part.weight for part in self._maps.values()]
         self._starts = [_start(weight) for weight in self._weights]
         self._reduce = _reducer(self._weights)
+        pairs = map(_vectors, self._maps.values(), self._weights)
+        self._vectors = [vector for pair in pairs for vector in pair]
+        self._tracked = bool(self._vectors) and not self._vectors[0].is_meta
+        if self._tracked:
+            # Kept from step to step: an update that must not be made is undone without asking the device.
+            self._old, self._new = (torch.cat(self._vectors) for _ in range(2))
+            self._new_vectors = self._new.split([len(vector) for vector in self._vectors])
 
     def update(self, skipped: Tensor) -> dict[str, Tensor]:
         """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
@@ -41,15 +47,16 @@ class Reparametrised:
         """
         if not self._maps:
             return {}
-        buffers = [buffer for part in self._maps.values() for buffer in part.buffers(recurse=False)]
-        kept = _joined(buffers) if buffers else None
         reparam = next(iter(self._maps.values())).reparam
         assert reparam is not None
-        factors = reparam.update(self._matrices(), self._reduce)
-        if kept is not None:
-            wanted = torch.where(skipped.to(kept.device), kept, _joined(buffers))
-            parts = wanted.split([buffer.numel() for buffer in buffers])
-            copy_all(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        if not self._tracked:
+            factors = reparam.update(self._matrices(self._vectors), self._reduce)
+        else:
+            torch.cat(self._vectors, out=self._old)
+            self._new.copy_(self._old)
+            factors = reparam.update(self._matrices(self._new_vectors), self._reduce)
+            torch.where(skipped.to(self._old.device), self._old, self._new, out=self._new)
+            copy_all(self._vectors, self._new_vectors)
         if factors is None:
             return {}
         factors = [torch.where(skipped.to(factor.device), 1.0, factor) for factor in factors]
@@ -72,19 +79,16 @@ class Reparametrised:
         return self._by_name(spectral.tracking_errors)
 
     def _by_name(self, measure) -> dict[str, float]:
-        if not self._maps or not hasattr(next(iter(self._maps.values())), "u"):
+        if not self._tracked:
             return {}
-        return dict(zip(self._maps, measure(self._matrices(), self._reduce).tolist(), strict=True))
+        return dict(zip(self._maps, measure(self._matrices(self._vectors), self._reduce).tolist(), strict=True))
 
-    def _matrices(self) -> list[spectral.Matrix] | list[spectral.Slice]:
-        held = [
-            (weight, start, *_vectors(part, weight))
-            for weight, start, part in zip(self._weights, self._starts, self._maps.values(), strict=True)
-        ]
+    def _matrices(self, vectors: Sequence[Tensor]) -> list[spectral.Matrix] | list[spectral.Slice]:
+        """This rank's parts, with u and v of each in turn from `vectors`."""
+        held = list(zip(self._weights, self._starts, vectors[::2], vectors[1::2], strict=True))
         if any(map(_is_flat, self._weights)):
-            return [spectral.Slice(_local_range(weight, u), start, u, v) for weight, start, u, v in held]
-        rows = [_beside(local_part(weight).detach(), u) for weight, _, u, _ in held]
-        return [spectral.Matrix(own, start, u, v) for own, (_, start, u, v) in zip(rows, held, strict=True)]
+            return [spectral.Slice(_local_range(weight), start, u, v) for weight, start, u, v in held]
+        return [spectral.Matrix(local_part(weight).detach(), start, u, v) for weight, start, u, v in held]
 
 
 def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
@@ -93,10 +97,6 @@ def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
         return part.u, part.v
     d_out, d_in = weight.ds_shape if _is_flat(weight) else weight.shape
     return torch.empty(d_in, device="meta"), torch.empty(d_out, device="meta")
-
-
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def initial_tensors(module: nn.Module, config: Config, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
@@ -135,19 +135,15 @@ def _reducer(weights: list[Any]) -> spectral.Reduce | None:
     return partial(dist.all_reduce, group=meshes[0].get_group("shard"))
 
 
-def _beside(part: Tensor, like: Tensor) -> Tensor:
-    return part if like.is_meta else to_device(part, like.device)
-
-
 def _is_flat(weight: Any) -> bool:
     """Whether DeepSpeed's ZeRO-3 split the parameter, whose part on this rank is its `ds_tensor`."""
     return hasattr(weight, "ds_tensor")
 
 
-def _local_range(weight: Any, like: Tensor) -> Tensor:
-    """This rank's elements, without padding, beside `like` unless that is empty."""
+def _local_range(weight: Any) -> Tensor:
+    """This rank's elements, without padding."""
     size = max(0, min(weight.ds_tensor.ds_numel, weight.ds_numel - _start(weight)))
-    return _beside(weight.ds_tensor.detach()[:size], like)
+    return weight.ds_tensor.detach()[:size]
 
 
 def _start(weight: Any) -> int:

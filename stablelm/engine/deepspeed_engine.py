@@ -49,6 +49,7 @@ class DeepSpeedEngine:
             recompute_layers(self.module.layers)
         if config.train.compile:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)
+            self.module.compiled_loss = ranks.device.type == "cuda"
         self._engine: Any = None
         if train or self._stage == 3:
             deepspeed = import_deepspeed(ranks)

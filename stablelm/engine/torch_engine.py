@@ -51,6 +51,7 @@ class TorchEngine:
             recompute_layers(self.module.layers)
         if config.train.compile:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)
+            self.module.compiled_loss = ranks.device.type == "cuda"
         if kind in SHARDED:
             shard(self.module, self.module.layers, config, make_mesh(kind, ranks, config.engine.replicas))
         self._materialise(config, ranks)

@@ -4,16 +4,26 @@ Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Co
 that a sharded refresh needs live in the engine: it passes a `reduce`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from stablelm.private_names import copy_all
 
 LARGEST_SVD = 128
 RESIDUAL = 1e-5
 LONGEST, CHECK_EVERY = 300, 10
 TINY = 1e-30
+STACKED_BYTES = {"cpu": 0, "cuda": 32 * 2**20}
+"""How much of equal matrices is copied side by side for one batched product, by type of device.
+
+A GPU then launches a few kernels for dozens of small matrices, and finds the copy in its cache; a matrix that is half
+as large is multiplied where it lies. A CPU multiplies one matrix after another several times faster.
+"""
 
 
 class Start(NamedTuple):
@@ -107,119 +117,173 @@ class Slice(NamedTuple):
     u: Tensor
     v: Tensor
 
-    def times(self, u: Tensor) -> Tensor:
-        """This rank's part of the sum W u, (d_out,)."""
-        found = torch.zeros_like(self.v)
-        for row, column, block in self.blocks():
-            found[row : row + len(block)] += block @ u[column : column + block.shape[1]]
-        return found
 
-    def transposed_times(self, v: Tensor) -> Tensor:
-        """This rank's part of the sum W^T v, (d_in,)."""
-        found = torch.zeros_like(self.u)
-        for row, column, block in self.blocks():
-            found[column : column + block.shape[1]] += v[row : row + len(block)] @ block
-        return found
-
-    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(row, column, block) of a partial first row, whole rows and a partial last row, of those there are."""
-        width, begin, size = len(self.u), 0, len(self.values)
-        while begin < size:
-            row, column = divmod(self.start + begin, width)
-            rows = 0 if column else (size - begin) // width
-            end = begin + rows * width if rows else min(begin + width - column, size)
-            yield row, column, self.values[begin:end].view(max(rows, 1), -1)
-            begin = end
-
-
+Part = Matrix | Slice
 Reduce = Callable[[Tensor], object]
 
 
 @torch.no_grad()
-def squared_rows(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> list[Tensor]:
+def squared_rows(matrices: Sequence[Part], reduce: Reduce | None = None) -> list[Tensor]:
     """Squared length of each row of every whole matrix, (d_out,) each; at most one call of `reduce`."""
-    found = []
-    for part in matrices:
-        held = part.values if isinstance(part, Slice) else part.rows
-        squares = held.new_zeros(len(part.v))
-        if isinstance(part, Slice):
-            for row, _, block in part.blocks():
-                squares[row : row + len(block)] += block.square().sum(dim=1)
-        else:
-            squares[part.first_row : part.first_row + len(held)] = held.square().sum(dim=1)
-        found.append(squares)
-    flat = torch.cat(found)
-    if reduce is not None:
-        reduce(flat)
-    return list(flat.split([len(part.v) for part in matrices]))
+    return _by_group(_squares, matrices, reduce)
 
 
-@torch.no_grad()
-def refresh(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> None:
-    """One power iteration for every matrix, in place: v <- W u / |W u|, u <- W^T v / |W^T v|.
-
-    Where ranks hold different parts, `reduce` sums a flat tensor over ranks in place: one call for all matrices if
-    the parts are rows, as W^T (W u) is a sum over rows and v only needs the others' rows; two calls for slices.
-    """
-    slices = [matrix for matrix in matrices if isinstance(matrix, Slice)]
-    rows = [matrix for matrix in matrices if isinstance(matrix, Matrix)]
-    if slices:
-        assert reduce is not None
-        _refresh_slices(slices, reduce)
-    if rows:
-        _refresh_rows(rows, reduce)
-
-
-def _refresh_slices(slices: list[Slice], reduce: Reduce) -> None:
-    left = torch.cat([part.times(part.u) for part in slices])
-    reduce(left)
-    for part, found in zip(slices, left.split([len(part.v) for part in slices]), strict=True):
-        part.v.copy_(found / found.norm().clamp(min=TINY))
-    right = torch.cat([part.transposed_times(part.v) for part in slices])
-    reduce(right)
-    for part, found in zip(slices, right.split([len(part.u) for part in slices]), strict=True):
-        part.u.copy_(found / found.norm().clamp(min=TINY))
-
-
-def _refresh_rows(matrices: list[Matrix], reduce: Reduce | None) -> None:
-    parts = []
-    for rows, first_row, u, v in matrices:
-        product = rows @ u
-        if reduce is not None:
-            whole = torch.zeros_like(v)
-            whole[first_row : first_row + len(rows)] = product
-            parts.append(whole)
-        else:
-            parts.append(product)
-        parts.append(rows.t() @ product)
-    if reduce is not None:
-        flat = torch.cat(parts)
-        reduce(flat)
-        parts = flat.split([len(part) for part in parts])
-    for (_, _, u, v), left, right in zip(matrices, parts[::2], parts[1::2], strict=True):
-        v.copy_(left / left.norm().clamp(min=TINY))
-        u.copy_(right / right.norm().clamp(min=TINY))
-
-
-@torch.no_grad()
-def estimates(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None) -> Tensor:
-    """sigma = v^T W u of every matrix, (matrices,): what the forward pass divides by."""
-    found = torch.stack([_own_estimate(matrix) for matrix in matrices])
-    if reduce is not None:
-        reduce(found)
+def _squares(group: Sequence[Part]) -> Tensor:
+    found = _held(group[0]).new_zeros(len(group), len(group[0].v))
+    for places, held in _batches(group):
+        for row, _, block in _blocks(group[0], held):
+            found[places, row : row + block.shape[-2]] += block.square().sum(dim=-1)
     return found
 
 
-def _own_estimate(matrix: Matrix | Slice) -> Tensor:
-    """This rank's part of the sum v^T W u."""
-    if isinstance(matrix, Slice):
-        return torch.dot(matrix.v, matrix.times(matrix.u))
-    rows, first_row, u, v = matrix
-    return torch.dot(v[first_row : first_row + len(rows)], rows @ u)
+@torch.no_grad()
+def refresh(matrices: Sequence[Part], reduce: Reduce | None = None) -> None:
+    """One power iteration for every matrix, in place: v <- W u / |W u|, u <- W^T v / |W^T v|.
+
+    Where ranks hold different parts, `reduce` sums a flat tensor over ranks in place: one call for all matrices if
+    the parts are rows, as W^T (W u) is a sum over rows and v only needs the others' rows; two calls for slices. All
+    matrices are held in the same way, those of one shape in the same part of it.
+    """
+    if not matrices:
+        return
+    groups, _ = _by_shape(matrices)
+    us = [torch.stack([part.u for part in group]) for group in groups]
+    if isinstance(matrices[0], Slice):
+        lefts = _summed(map(_times, groups, us), reduce)
+        vs = [_unit(left) for left in lefts]
+        rights = _summed(map(_transposed_times, groups, vs), reduce)
+    else:
+        pairs = map(_times_there_and_back, groups, us)
+        both = _summed((product for pair in pairs for product in pair), reduce)
+        vs, rights = [_unit(left) for left in both[::2]], both[1::2]
+    vectors, found = [], []
+    for group, v, right in zip(groups, vs, rights, strict=True):
+        vectors += [*(part.v for part in group), *(part.u for part in group)]
+        found += [*v, *_unit(right)]
+    copy_all(vectors, found)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=1, eps=TINY)
+
+
+def _summed(parts: Iterable[Tensor], reduce: Reduce | None) -> list[Tensor]:
+    """The sums of tensors over ranks, in one collective."""
+    parts = list(parts)
+    if reduce is None:
+        return parts
+    flat = _flat(parts)
+    reduce(flat)
+    found = flat.split([part.numel() for part in parts])
+    return [one.view_as(part) for one, part in zip(found, parts, strict=True)]
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _by_shape(matrices: Sequence[Part]) -> tuple[list[list[Part]], list[int]]:
+    """The matrices of each shape, in an order that is the same on all ranks, and the place there of each matrix."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for place, part in enumerate(matrices):
+        found.setdefault((len(part.v), len(part.u)), []).append(place)
+    order = list(chain.from_iterable(found.values()))
+    groups = [[matrices[place] for place in places] for places in found.values()]
+    return groups, sorted(range(len(order)), key=order.__getitem__)
+
+
+def _by_group(
+    measure: Callable[[Sequence[Part]], Tensor], matrices: Sequence[Part], reduce: Reduce | None
+) -> list[Tensor]:
+    """A row of `measure` for each matrix, summed over ranks."""
+    groups, places = _by_shape(matrices)
+    rows = list(chain.from_iterable(_summed(map(measure, groups), reduce)))
+    return [rows[place] for place in places]
+
+
+def _held(part: Part) -> Tensor:
+    """What this rank holds, beside the vectors."""
+    held = part.values if isinstance(part, Slice) else part.rows
+    return held if part.u.is_meta else held.to(part.u.device, non_blocking=True)
+
+
+def _batches(group: Sequence[Part]) -> Iterator[tuple[int | slice, Tensor]]:
+    """(place in the group, what this rank holds) of a matrix, or of several, stacked."""
+    held = _held(group[0])
+    size = max(1, STACKED_BYTES.get(held.device.type, STACKED_BYTES["cuda"]) // max(1, held.nbytes))
+    for first in range(0, len(group), size):
+        batch = [_held(part) for part in group[first : first + size]]
+        yield (first, batch[0]) if len(batch) == 1 else (slice(first, first + size), torch.stack(batch))
+
+
+def _blocks(part: Part, held: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """(row, column, (..., rows, columns)) of what is held of matrices, cut as `part` is.
+
+    held: (..., rows, d_in), or (..., elements), which are a partial first row, rows and a partial last row.
+    """
+    if isinstance(part, Matrix):
+        yield part.first_row, 0, held
+        return
+    width, begin, size = len(part.u), 0, len(part.values)
+    while begin < size:
+        row, column = divmod(part.start + begin, width)
+        rows = 0 if column else (size - begin) // width
+        end = begin + rows * width if rows else min(begin + width - column, size)
+        yield row, column, held[..., begin:end].unflatten(-1, (max(rows, 1), -1))
+        begin = end
+
+
+def _times(group: Sequence[Part], u: Tensor) -> Tensor:
+    """This rank's part of the sums W u, (n, d_out); u: (n, d_in)."""
+    found = u.new_zeros(len(group), len(group[0].v))
+    for places, held in _batches(group):
+        for row, column, block in _blocks(group[0], held):
+            rows, columns = block.shape[-2:]
+            found[places, row : row + rows] += _products(block, u[places, column : column + columns])
+    return found
+
+
+def _transposed_times(group: Sequence[Part], v: Tensor) -> Tensor:
+    """This rank's part of the sums W^T v, (n, d_in); v: (n, d_out)."""
+    found = v.new_zeros(len(group), len(group[0].u))
+    for places, held in _batches(group):
+        for row, column, block in _blocks(group[0], held):
+            rows, columns = block.shape[-2:]
+            found[places, column : column + columns] += _products(block.mT, v[places, row : row + rows])
+    return found
+
+
+def _times_there_and_back(group: Sequence[Any], u: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's part of the sums W u, zeros where it has no rows, and W^T W u, reading a `Matrix` once."""
+    there, back = [], []
+    for places, held in _batches(group):
+        there.append(_products(held, u[places]))
+        back.append(_products(held.mT, there[-1]))
+    (part, *_), count = group, len(group)
+    rows, d_out, d_in = len(part.rows), len(part.v), len(part.u)
+    left, right = _flat(there).view(count, rows), _flat(back).view(count, d_in)
+    return F.pad(left, (part.first_row, d_out - part.first_row - rows)), right
+
+
+def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """matrices: (..., rows, columns), vectors: (..., columns) -> (..., rows)."""
+    return matrices.mv(vectors) if vectors.ndim == 1 else matrices.bmm(vectors[..., None])[..., 0]
 
 
 @torch.no_grad()
-def tracking_errors(matrices: Sequence[Matrix | Slice], reduce: Reduce | None = None, iterations: int = 20) -> Tensor:
+def estimates(matrices: Sequence[Part], reduce: Reduce | None = None) -> Tensor:
+    """sigma = v^T W u of every matrix, (matrices,): what the forward pass divides by."""
+    return torch.stack(_by_group(_dots, matrices, reduce))
+
+
+def _dots(group: Sequence[Part]) -> Tensor:
+    """This rank's part of the sums v^T W u, (n,)."""
+    u, v = torch.stack([part.u for part in group]), torch.stack([part.v for part in group])
+    return (v * _times(group, u)).sum(dim=1)
+
+
+@torch.no_grad()
+def tracking_errors(matrices: Sequence[Part], reduce: Reduce | None = None, iterations: int = 20) -> Tensor:
     """How far the tracked sigma lies below the one after `iterations` more, relative, (matrices,); nothing changes."""
     copies = [matrix._replace(u=matrix.u.clone(), v=matrix.v.clone()) for matrix in matrices]
     for _ in range(iterations):

@@ -1,6 +1,7 @@
 """The decoder-only language model: embedding, layers, final norm, head and loss."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         axes = config.axes
         self.stream = axes.stream.at(config)
         self.tap: Tap | None = None
+        self.compiled_loss = False
         self.embedding = _table(config.vocab_size, config.d_model, dtypes.parameter)
         rows = config.max_seq_len if axes.position.adds_table else None
         self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
@@ -87,7 +89,8 @@ class Decoder(nn.Module):
     def sums(self, hidden: Tensor, targets: Tensor, z_loss: float, token_loss: TokenLoss | None) -> LossSums:
         """hidden: (batch, seq, d_model) in the compute dtype; the rest as of `forward`."""
         flat, weight = hidden.flatten(0, 1), self.head_weight()
-        return chunked_cross_entropy(flat, weight, targets.flatten(), z_loss=z_loss, token_loss=token_loss)
+        options: dict[str, Any] = {"z_loss": z_loss, "token_loss": token_loss, "compiled": self.compiled_loss}
+        return chunked_cross_entropy(flat, weight, targets.flatten(), **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., d_model) in the compute dtype -> (..., vocab_size) in the parameter dtype."""

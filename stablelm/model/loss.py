@@ -1,5 +1,7 @@
 """Cross-entropy that never holds all logits: gradients are taken chunk by chunk in the forward pass."""
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,13 @@ from torch.autograd.function import once_differentiable
 from stablelm.model.targets import IGNORED
 from stablelm.model.token_loss import TokenLoss
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
+"""Logits in the compute dtype that are held at once on a CPU."""
+GPU_ROWS, GPU_CHUNK_BYTES = 4096, 2**30
+"""Tokens of a chunk on a GPU, fewer where their logits in the compute dtype exceed so many bytes."""
+EXACT_BYTES = {"cpu": 2**20, "cuda": 128 * 2**20}
+"""Logits that the softmax has in the parameter dtype at once: for each thread of a CPU, where they stay in its cache;
+on a GPU."""
 
 
 class LossSums(NamedTuple):
@@ -32,19 +40,22 @@ def chunked_cross_entropy(
     *,
     z_loss: float = 0.0,
     token_loss: TokenLoss | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
+    compiled: bool = False,
 ) -> LossSums:
     """The loss of logits hidden weight^T without keeping them.
 
     hidden: (n, d) in the compute dtype; weight: (vocab, d) in the parameter dtype; targets: (n,) int64, -100 =
-    ignored; `chunk_bytes` bounds the logits held at once. Matrix products run in hidden's dtype, softmax and
-    sums in weight's. The gradients are computed here and only scaled in the backward pass, in place, so that
-    `total` can be differentiated once. z-loss: Chowdhery et al. 2022, section 5. `token_loss` takes the cross-entropy's
-    place in `total` where gradients are taken; it may keep a few times `chunk_bytes`.
+    ignored; `chunk_bytes` bounds the logits held at once, in hidden's dtype (None: `chunk_rows` of them). Matrix
+    products run in hidden's dtype, softmax and sums in weight's, of `EXACT_BYTES` of logits at a time. The gradients
+    are computed here and only scaled in the backward pass, in place, so that `total` can be differentiated once.
+    z-loss: Chowdhery et al. 2022, section 5. `token_loss` takes the cross-entropy's place in `total` where gradients
+    are taken; it may keep a few times `EXACT_BYTES`. `compiled`: what follows the logits is one graph of torch.compile,
+    which on a GPU reads and writes a chunk in its own dtype only; Liger's fused kernel keeps no more, and is not used.
     """
     grad = torch.is_grad_enabled()
     total, cross_entropy, *objective = _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, z_loss, token_loss if grad else None, chunk_bytes, grad
+        hidden, weight, targets, z_loss, token_loss if grad else None, chunk_bytes, compiled, grad
     )
     return LossSums(total, cross_entropy, (targets != IGNORED).sum(), *objective or (cross_entropy,))
 
@@ -56,24 +67,58 @@ class TokenScores(NamedTuple):
     greedy: Tensor
 
 
-def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> TokenScores:
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes: int | None = None) -> TokenScores:
     """Scores of targets (n,) int64 after hidden (n, d), under the softmax that the loss uses: over all rows of weight.
 
     Matrix products run in hidden's dtype, the softmax in weight's (vocab, d). Without gradients.
     """
-    n, vocab = hidden.shape[0], weight.shape[0]
-    rows = max(1, chunk_bytes // (vocab * weight.element_size()))
-    scores, greedy = weight.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=weight.device)
+    exact = _exact(weight)
+    scores = weight.new_zeros(len(hidden), dtype=exact)
+    greedy = torch.zeros(len(hidden), dtype=torch.bool, device=weight.device)
     with torch.no_grad():
         matrix = weight.to(hidden.dtype)
-        for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            x = hidden[part]
-            logits = _product(x, matrix, weight.new_empty(x.shape[0], vocab))
-            chosen = logits.gather(1, targets[part, None]).squeeze(1)
-            greedy[part] = logits.argmax(dim=1) == targets[part]
-            scores[part] = chosen - logits.logsumexp(dim=1)
+        for places, chunk in _chunks(hidden, matrix, chunk_bytes):
+            for part, logits in _parts(places, chunk, exact):
+                logits = logits.to(exact)
+                chosen = logits.gather(1, targets[part, None]).squeeze(1)
+                greedy[part] = logits.argmax(dim=1) == targets[part]
+                scores[part] = chosen - logits.logsumexp(dim=1)
     return TokenScores(scores, greedy)
+
+
+def chunk_rows(vocab: int, dtype: torch.dtype, device: str = "cpu") -> int:
+    """Tokens whose logits in the compute dtype `dtype` are held at once on a type of device.
+
+    Each chunk reads and writes the whole gradient of `weight` once, so a GPU takes thousands: below that, this traffic
+    and the launches are most of the loss's time (`benchmarks/chunked_loss.py --rows` measures it).
+    """
+    if device == "cpu":
+        return max(1, CHUNK_BYTES // (vocab * dtype.itemsize))
+    return max(1, min(GPU_ROWS, GPU_CHUNK_BYTES // (vocab * dtype.itemsize)))
+
+
+def _chunks(hidden: Tensor, matrix: Tensor, chunk_bytes: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(places in hidden (n, d), their logits in its dtype) of chunks; the logits are overwritten by the next."""
+    (n, _), vocab = hidden.shape, len(matrix)
+    most = chunk_rows(vocab, hidden.dtype, hidden.device.type)
+    if chunk_bytes is not None:
+        most = max(1, chunk_bytes // (vocab * hidden.element_size()))
+    logits = hidden.new_empty(min(most, n), vocab)
+    for start in range(0, n, most):
+        chunk = logits[: n - start]
+        torch.mm(hidden[start : start + most], matrix.t(), out=chunk)
+        yield slice(start, start + len(chunk)), chunk
+
+
+def _parts(places: slice, chunk: Tensor, exact: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(places, logits) of parts of a chunk that fill `EXACT_BYTES` in dtype `exact`."""
+    most = EXACT_BYTES["cuda"]
+    if chunk.device.type == "cpu":
+        most = EXACT_BYTES["cpu"] * torch.get_num_threads()
+    start = places.start
+    for part in chunk.split(max(1, most // (chunk.shape[1] * exact.itemsize))):
+        yield slice(start, start + len(part)), part
+        start += len(part)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -85,31 +130,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         z_loss: float,
         token_loss: TokenLoss | None,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
+        compiled: bool,
         grad: bool,
     ):
         grad_hidden = torch.empty_like(hidden) if grad and ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if grad and ctx.needs_input_grad[1] else None
-        n, vocab = hidden.shape[0], weight.shape[0]
-        rows = max(1, min(n, chunk_bytes // (vocab * weight.element_size())))
-        matrix = weight.to(hidden.dtype)
-        logits = weight.new_empty(rows, vocab)
-        own = token_loss is not None
-        losses = weight.new_zeros(2 + own, n)  # cross-entropy and log(Z)^2 of each token, and its own loss
-        for start in range(0, n, rows):
-            part = slice(start, min(start + rows, n))
-            x = hidden[part]
-            chunk = _product(x, matrix, logits[: x.shape[0]])
-            added = None
-            if token_loss is not None:
-                losses[2, part], added = token_loss.with_slopes(chunk, targets[part], targets[part] != IGNORED)
-            _losses_and_slopes(chunk, targets[part], z_loss, losses[:2, part], grad, cross_entropy=not own)
-            slopes = (chunk if added is None else chunk.add_(added)).to(x.dtype)
+        matrix, exact, own = weight.to(hidden.dtype), _exact(weight), token_loss is not None
+        start = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk sets it
+        grad_weight = start(weight, dtype=exact) if grad and ctx.needs_input_grad[1] else None
+        losses = weight.new_zeros(
+            2 + own, len(hidden), dtype=exact
+        )  # cross-entropy and log(Z)^2 of each token, and its own loss
+        for places, chunk in _chunks(hidden, matrix, chunk_bytes):
+            whole = compiled and not own  # then nothing is kept of the exact logits
+            for part, rows in [(places, chunk)] if whole else _parts(places, chunk, exact):
+                logits, added = rows, None
+                if token_loss is not None:
+                    logits = rows.to(exact)
+                    losses[2, part], added = token_loss.with_slopes(logits, targets[part], targets[part] != IGNORED)
+                work = _compiled() if whole else _losses_and_slopes
+                losses[:2, part] = work(logits, targets[part], exact, z_loss, slopes=grad, cross_entropy=not own)
+                if added is not None:
+                    rows.copy_(logits.add_(added))
             if grad_hidden is not None:
-                torch.mm(slopes, matrix, out=grad_hidden[part])
+                torch.mm(chunk, matrix, out=grad_hidden[places])
             if grad_weight is not None:
-                _accumulate(grad_weight, slopes, x)
-        ctx.grads = (grad_hidden, grad_weight)
+                _accumulate(grad_weight, chunk, hidden[places], first=places.start == 0)
+        ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         cross_entropy, z, *objective = losses.sum(dim=1)
         ctx.mark_non_differentiable(cross_entropy, *objective)
         return (*objective, cross_entropy)[0] + z_loss * z, cross_entropy, *objective
@@ -120,43 +167,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         assert ctx.grads is not None, "the chunked loss can be differentiated once"
         grads, ctx.grads = ctx.grads, None
         scaled = (None if grad is None else grad.mul_(grad_total) for grad in grads)
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
-def _product(x: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
-    """x matrix^T into `out`, whose dtype is at least that of x."""
-    if x.dtype == out.dtype:
-        return torch.mm(x, matrix.t(), out=out)
-    return out.copy_(torch.mm(x, matrix.t()))
+def _exact(weight: Tensor) -> torch.dtype:
+    """The dtype of softmax and sums: the parameters', also where a sharding engine gathers them in bf16."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _accumulate(total: Tensor, slopes: Tensor, x: Tensor) -> None:
-    """total += slopes^T x, added up in total's dtype."""
+def _accumulate(total: Tensor, slopes: Tensor, x: Tensor, *, first: bool) -> None:
+    """total += slopes^T x, added up in total's dtype; at `first` total, of any values, becomes the product."""
     if x.dtype == total.dtype:
-        torch.addmm(total, slopes.t(), x, out=total)
+        torch.addmm(total, slopes.t(), x, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(slopes.t(), x))
     else:
         total.add_(torch.mm(slopes.t(), x))
 
 
 def _losses_and_slopes(
-    logits: Tensor, targets: Tensor, z_loss: float, losses: Tensor, slopes: bool, *, cross_entropy: bool
-) -> None:
-    """Writes (cross-entropy, log(Z)^2) of each row into `losses` and, with `slopes`, d total/d logits into `logits`.
+    chunk: Tensor, targets: Tensor, exact: torch.dtype, z_loss: float, *, slopes: bool, cross_entropy: bool
+) -> Tensor:
+    """(cross-entropy, log(Z)^2) of each row, (2, rows); with `slopes` logits become d total/d logits, else any value.
 
-    logits: (rows, vocab), overwritten in any case; targets: (rows,); losses: (2, rows). Ignored rows get zeros.
+    chunk: (rows, vocab), the logits; targets: (rows,). Ignored rows get zeros. Computed in dtype `exact`.
     `cross_entropy`: whether it is part of the total.
     """
-    valid = targets != IGNORED
-    index = targets.clamp(min=0)[:, None]
-    chosen = logits.gather(1, index).squeeze(1)
-    largest = logits.amax(dim=1)
-    powers = logits.sub_(largest[:, None]).exp_()
-    sums = powers.sum(dim=1)
+    logits, valid, index = chunk.to(exact), targets != IGNORED, targets.clamp(min=0)[:, None]
+    chosen = logits.gather(1, index)
+    largest = logits.amax(dim=1, keepdim=True)
+    powers = logits.sub_(largest).exp_()
+    sums = powers.sum(dim=1, keepdim=True)
     log_z = sums.log() + largest
-    losses[0] = torch.where(valid, log_z - chosen, 0)
-    losses[1] = torch.where(valid, log_z.square(), 0)
     if slopes:
         # d(log Z)/d logits is the softmax, so z_loss log(Z)^2 adds 2 z_loss log(Z) softmax.
-        powers.mul_(torch.where(valid, (cross_entropy + 2 * z_loss * log_z) / sums, 0)[:, None])
+        factor = torch.where(valid[:, None], (cross_entropy + 2 * z_loss * log_z) / sums, 0)
+        powers.mul_(factor)
         if cross_entropy:
-            powers.scatter_add_(1, index, -valid.to(logits.dtype)[:, None])
+            at_target = factor * (chosen - largest).exp() - valid[:, None].to(exact)
+            if torch.compiler.is_compiling():  # one kernel with the rest
+                powers = torch.where(torch.arange(len(powers[0]), device=chunk.device) == index, at_target, powers)
+            else:
+                powers.scatter_(1, index, at_target)
+        if powers is not chunk:
+            chunk.copy_(powers)
+    return torch.where(valid, torch.cat((log_z - chosen, log_z.square()), dim=1).t(), 0)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """`_losses_and_slopes` in two kernels that read the logits and write the slopes in their own dtype."""
+    return torch.compile(_losses_and_slopes)

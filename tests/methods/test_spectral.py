@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.sigma import gaussian, make_linear, make_matrix, spectral_norm
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stablelm.methods import spectral
 
@@ -111,6 +113,14 @@ class _Ranks:
         return results
 
 
+@pytest.fixture(params=[0, 24 * 40 * 8 * 2], ids=["alone", "stacked"])
+def stacked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many bytes of matrices are multiplied together, as on a GPU."""
+    monkeypatch.setitem(spectral.STACKED_BYTES, "cpu", request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("stacked")
 @pytest.mark.parametrize("splits", [(13, 11), (8, 8, 8), (20, 4, 0)], ids=str)
 def test_a_refresh_of_shards_equals_that_of_the_whole_in_one_sum(splits):
     whole = [make_matrix(make_linear(24, 16)), make_matrix(make_linear(24, 40))]
@@ -133,6 +143,90 @@ def test_a_refresh_of_shards_equals_that_of_the_whole_in_one_sum(splits):
                 )  # a shard's own norm would not do
     for found in ranks.run(spectral.estimates, shards):
         torch.testing.assert_close(found, spectral.estimates(whole), rtol=1e-12, atol=0)
+
+
+def several_layers(layers: int) -> list[spectral.Matrix]:
+    """Matrices of two shapes in turn, each of other values."""
+    shapes = [(24, 16), (24, 40), (24, 16)] * layers
+    found = [make_matrix(make_linear(*shape)) for shape in shapes]
+    for seed, matrix in enumerate(found):
+        matrix.rows.add_(gaussian(*matrix.rows.shape, seed=seed))
+    return found
+
+
+@pytest.mark.usefixtures("stacked")
+def test_every_matrix_is_refreshed_by_its_own_values():
+    matrices = several_layers(3)
+    wanted = []
+    for rows, _, u, _ in matrices:
+        v = rows @ u / (rows @ u).norm()
+        wanted.append((rows.T @ v / (rows.T @ v).norm(), v))
+    squares = spectral.squared_rows(matrices)
+    spectral.refresh(matrices)
+    sigmas = spectral.estimates(matrices).tolist()
+    for matrix, (u, v), sigma, square in zip(matrices, wanted, sigmas, squares, strict=True):
+        torch.testing.assert_close(matrix.u, u, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(matrix.v, v, rtol=1e-12, atol=1e-14)
+        assert sigma == pytest.approx((v @ matrix.rows @ u).item(), rel=1e-12)
+        torch.testing.assert_close(square, matrix.rows.square().sum(dim=1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("stacked")
+@pytest.mark.parametrize("ends", [(0.3, 1), (0.01, 0.32, 1), (0.5, 1, 1)], ids=str)
+def test_a_refresh_of_flat_ranges_equals_that_of_the_whole_in_two_sums(ends):
+    """Ranges that begin and end within rows, as ZeRO-3 cuts a matrix; the last rank may have none."""
+    whole = several_layers(2)
+    shards, begin = [], 0.0
+    for end in ends:
+        cuts = [(int(begin * m.rows.numel()), int(end * m.rows.numel())) for m in whole]
+        held = [m.rows.flatten()[start:stop] for m, (start, stop) in zip(whole, cuts, strict=True)]
+        parts = zip(held, cuts, whole, strict=True)
+        shards.append([spectral.Slice(values, start, m.u.clone(), m.v.clone()) for values, (start, _), m in parts])
+        begin = end
+    ranks = _Ranks(len(ends))
+    squares = ranks.run(spectral.squared_rows, shards)
+    assert ranks.calls == 1
+    ranks.run(spectral.refresh, shards)
+    assert ranks.calls == 3
+    spectral.refresh(whole)
+    for held, lengths in zip(shards, squares, strict=True):
+        for one, other, length in zip(held, whole, lengths, strict=True):
+            torch.testing.assert_close(one.u, other.u, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(one.v, other.v, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(length, other.rows.square().sum(dim=1), rtol=1e-12, atol=0)
+    for found in ranks.run(spectral.estimates, shards):
+        torch.testing.assert_close(found, spectral.estimates(whole), rtol=1e-12, atol=0)
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the operations that compute, and the elements of the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view and func.overloadpacket.__name__ != "_unsafe_view":
+            self.count += 1
+            self.largest = max(
+                [self.largest, *(each.numel() for each in tree_leaves(found) if isinstance(each, Tensor))]
+            )
+        return found
+
+
+def test_a_gpu_launches_by_shape_and_copies_a_few_matrices_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    counts, largest = [], 0
+    monkeypatch.setitem(spectral.STACKED_BYTES, "cpu", 10 * 24 * 40 * 8)
+    for layers in (4, 6, 40):
+        several = several_layers(layers)
+        with _Launches() as seen:
+            spectral.refresh(several)
+        counts.append(seen.count)
+        largest = max(largest, seen.largest)
+    assert counts[0] == counts[1] <= 2 * 14 + 1
+    assert counts[2] <= counts[0] + 3 * (40 // 10 + 80 // 25)  # three for each further copy
+    assert largest == 10 * 24 * 40 < sum(matrix.rows.numel() for matrix in several) / 5
 
 
 def test_nothing_to_refresh_asks_for_no_sum():

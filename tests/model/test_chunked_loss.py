@@ -1,5 +1,7 @@
 """The chunked loss against whole logits: values, gradients, masks, precision, memory."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from stablelm.model.loss import chunked_cross_entropy
+from stablelm.model.loss import EXACT_BYTES, chunk_rows, chunked_cross_entropy
 
 N, D, VOCAB = 37, 12, 101
 
@@ -33,10 +35,11 @@ def _rows(rows: int, dtype: torch.dtype = torch.float64) -> int:
     return rows * VOCAB * dtype.itemsize
 
 
-@pytest.mark.parametrize("rows", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize(("rows", "part"), [(1, 1), (5, 2), (36, 7), (37, 5), (37, 100), (1000, 1000)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_equals_the_whole_loss_and_its_gradients(rows, z_loss, dtype, tolerance):
+def test_equals_the_whole_loss_and_its_gradients(rows, part, z_loss, dtype, tolerance, monkeypatch):
+    monkeypatch.setitem(EXACT_BYTES, "cpu", _rows(part, dtype) // torch.get_num_threads())
     hidden, weight, targets = _inputs(dtype)
     expected = _whole(hidden, weight, targets, z_loss)
     wanted = torch.autograd.grad(0.3 * expected, (hidden, weight))
@@ -48,6 +51,53 @@ def test_equals_the_whole_loss_and_its_gradients(rows, z_loss, dtype, tolerance)
     assert sums.valid.item() == N - 4
     for gradient, target in zip(gradients, wanted, strict=True):
         assert (gradient - target).norm() <= tolerance * target.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_compiled_it_is_the_same(dtype):
+    hidden, weight, targets = _inputs(torch.float64 if dtype == torch.float64 else torch.float32)
+    hidden, found = hidden.detach().to(dtype).requires_grad_(), []
+    for compiled in (False, True):
+        sums = chunked_cross_entropy(
+            hidden, weight, targets, z_loss=0.01, chunk_bytes=_rows(15, dtype), compiled=compiled
+        )
+        found.append((sums.total, sums.cross_entropy, *torch.autograd.grad(sums.total, (hidden, weight))))
+        with torch.no_grad():
+            scored = chunked_cross_entropy(hidden, weight, targets, compiled=compiled)
+        assert scored.cross_entropy.item() == pytest.approx(sums.cross_entropy.item(), rel=1e-6)
+    for one, other in zip(*found, strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-2 if one.ndim else 1e-6
+        assert (one - other).norm() <= tolerance * one.norm()
+
+
+def test_a_weight_gathered_in_bf16_has_its_softmax_and_sums_in_fp32():
+    hidden, weight, targets = _inputs(torch.float32)
+    hidden, weight = (each.detach().bfloat16().requires_grad_() for each in (hidden, weight))
+    expected = _whole(hidden.float(), weight.float(), targets, 0.01)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    sums = chunked_cross_entropy(hidden, weight, targets, z_loss=0.01, chunk_bytes=_rows(7, torch.bfloat16))
+    assert sums.total.dtype == torch.float32
+    assert sums.total.item() == pytest.approx(expected.item(), rel=5e-3)
+    for gradient, target in zip(torch.autograd.grad(sums.total, (hidden, weight)), wanted, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.float() - target.float()).norm() <= 0.02 * target.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "device", "rows"),
+    [
+        (32000, torch.bfloat16, "cuda", 4096),
+        (128256, torch.bfloat16, "cuda", 4096),
+        (262144, torch.bfloat16, "cuda", 2048),
+        (32000, torch.bfloat16, "cpu", 1048),
+        (32000, torch.float32, "cpu", 524),
+        (10**9, torch.float32, "cpu", 1),
+    ],
+)
+def test_rows_of_a_chunk(vocab, dtype, device, rows):
+    assert chunk_rows(vocab, dtype, device) == rows
 
 
 def test_the_chunk_size_does_not_change_the_loss_of_a_token():
@@ -75,6 +125,14 @@ def test_no_valid_target_gives_zero_loss_and_zero_gradients():
     for leaf in (hidden, weight):
         assert leaf.grad is not None
         assert not leaf.grad.any()
+
+
+def test_no_tokens_give_zero_loss_and_zero_gradients():
+    hidden, weight, targets = _inputs(torch.float32)
+    hidden = hidden.detach()[:0].requires_grad_()
+    sums = chunked_cross_entropy(hidden, weight, targets[:0])
+    found, _ = torch.autograd.grad(sums.total, (weight, hidden))
+    assert (sums.total.item(), sums.valid.item(), found.abs().max().item()) == (0, 0, 0)
 
 
 def test_ignored_rows_get_no_gradient():
