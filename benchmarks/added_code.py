@@ -11,6 +11,7 @@ from stablelm.engine.torch_engine import TorchEngine
 from stablelm.model.attention import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
+from stablelm.model.products import Vectors, one_matrix
 from stablelm.model.sublayer import Chunks, Sublayer, named_parameters_of
 
 Work = Callable[[], None]
@@ -92,21 +93,20 @@ def inner_norms(engine: TorchEngine, shape: Shape) -> Work:
 
 
 def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
-    """gamma / sigma of every matrix and its product with what the matrix gave, forward and backward.
+    """gamma / sigma of every matrix and the cast of what it multiplies, forward and backward.
 
-    The rank-one gradient of sigma is added to a gradient that is there, as the step's own is.
+    The gradient is added to one that is there. Plain maps need the cast alone.
     """
     maps = [part for part in _parts(engine, Linear) if part.reparam is not None]
-    products = {len(part.weight): _features(engine, shape, len(part.weight), part.compute_dtype) for part in maps}
-    gradients = {width: torch.randn_like(product) for width, product in products.items()}
+    gradients = {part.weight.shape: torch.randn_like(part.weight, dtype=part.compute_dtype) for part in maps}
     held = [torch.zeros_like(part.weight) for part in maps]
 
     def work() -> None:
         for part, gradient in zip(maps, held, strict=True):
             part.weight.grad = gradient
-            width = len(part.weight)
-            part.complete(products[width]).backward(gradients[width])
-        _forget(*engine.parameters().values(), *products.values())
+            matrix = one_matrix([part.weight], [part.gamma], [Vectors(part.v, part.u)], part.compute_dtype)
+            matrix.backward(gradients[part.weight.shape])
+        _forget(*engine.parameters().values())
 
     return work
 
@@ -139,9 +139,9 @@ def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
     """The input of a sub-layer's first product and, where they are made for it, its matrices."""
     x = part.stream.read(chunks, named_parameters_of(part, part.added))
     x = x if part.norm_in is None else part.norm_in(x)
-    weights = [linear.weight for linear in part.body.first_maps]
+    weights = [linear.first.weight for linear in part.body.first_maps]
     if part.frees_input:
-        return x.to(part.compute_dtype), torch.cat(weights).to(part.compute_dtype)
+        return x.to(part.compute_dtype), torch.cat([*weights]).to(part.compute_dtype)
     made = [weight.to(part.compute_dtype) for weight in weights if weight.dtype != part.compute_dtype]
     return x.to(part.compute_dtype), *made
 

@@ -187,10 +187,12 @@ class Stream(Value):
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         """The new tensors that a sub-layer's branch makes of the stream, in the stream's dtype."""
-        x, branch = chunks[0], branch.to(chunks[0].dtype)
+        from stablelm.methods.kernels import weighted_sum
+
+        x = chunks[0]
         if self.skip == 0:
-            return (branch * self.branch,)
-        return ((x if self.skip == 1 else x * self.skip).add(branch, alpha=self.branch),)
+            return (branch.to(x.dtype) * self.branch,)
+        return (weighted_sum(x, branch, self.skip, self.branch),)
 
     def join(self, chunks: "Chunks", new: "Chunks") -> "Chunks":
         """The stream after `new` was written onto `chunks`."""
@@ -264,13 +266,16 @@ class NormKind(Value):
     """Whether it has a bias where the model has biases."""
     has_slope: ClassVar[bool] = False
     """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+    wide_inside: ClassVar[bool] = False
+    """Whether `apply` computes in at least fp32 whatever the dtype of x, its weight and its bias."""
     standard: ClassVar[str | None] = None
     """What standard architectures know it as, for export: `layer`, mean and variance divided out, or `rms`, the root
     mean square alone; None: they have none that computes the same. A subclass that computes something else sets its
     own."""
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
-        """x: (..., width) in the parameters' dtype -> the same shape; `alpha`: (1,) if `has_slope`."""
+        """x: (..., width) -> the same shape and dtype: the parameters', or a lower one if `wide_inside`; `alpha`: (1,)
+        if `has_slope`."""
         raise NotImplementedError
 
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
@@ -372,9 +377,16 @@ class Reparam(Value):
         return {}
 
     def factor(self, linear: Any) -> "Tensor | None":
-        """What multiplies the product with a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.
+        """What multiplies the rows of a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.
 
         The gradient passes through it. It must have no side effects: recompute calls it twice.
+        """
+        return None
+
+    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor] | None":
+        """(gain, v, u), (1,), (d_out,) and (d_in,), if `factor` is gain / (v^T W u) with v and u constant.
+
+        Then its gradient needs no matrix beside the weight's gradient. None: it is differentiated as it is written.
         """
         return None
 
@@ -468,7 +480,7 @@ class Position(Value):
         return ()
 
     def turn(self, x: "Tensor", tables: "Chunks") -> "Tensor":
-        """Queries or keys (batch, seq, heads, d_head) with their positions."""
+        """Heads of queries or keys or both, (batch, seq, heads, d_head), with their positions."""
         return x
 
     def bias(self, model: Model, seq_len: int, **where: Any) -> "Tensor | None":

@@ -16,6 +16,7 @@ class LayerNorm(NormKind):
     """Ba et al. 2016."""
 
     name: ClassVar[str] = "layernorm"
+    wide_inside: ClassVar[bool] = True
     standard: ClassVar[str | None] = "layer"
 
     def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
@@ -32,6 +33,7 @@ class RmsNorm(NormKind):
     """Zhang & Sennrich 2019."""
 
     name: ClassVar[str] = "rmsnorm"
+    wide_inside: ClassVar[bool] = True
     standard: ClassVar[str | None] = "rms"
     has_bias: ClassVar[bool] = False
 

@@ -38,11 +38,9 @@ def rotation_table(seq_len: int, d_head: int, base: float, *, dtype: "torch.dtyp
 
 def rotate(x: "Tensor", rotation: "Chunks") -> "Tensor":
     """Turns each pair of features of x: (batch, seq, heads, d_head) by its position's angle, in the table's dtype."""
-    import torch
+    from stablelm.methods.kernels import turned
 
-    cos, sin = rotation[:2]
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return turned(x, *rotation[:2])
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,9 @@ class Sigma(Reparam):
         # A sharding engine may hand the matrix out in the compute dtype already.
         return linear.gamma / linear.v.dot(linear.weight.to(linear.u.dtype).mv(linear.u))
 
+    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor]":
+        return linear.gamma, linear.v, linear.u
+
     def keeps_start(self, model: Model) -> bool:
         return model.option(SigmaOptions).gamma == "spectral"
 

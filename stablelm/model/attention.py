@@ -31,7 +31,7 @@ class Attention(nn.Module):
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
         self.position, self.shaping = config.axes.position, config.axes.shaping
-        self.d_head = d_head(config)
+        self.d_head, self.kv_heads = d_head(config), config.kv_heads
         self.scale = config.axes.init.logit_scale(self.d_head)
         self.dropout = config.dropout
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
@@ -56,13 +56,20 @@ class Attention(nn.Module):
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
         return self.query, self.key, self.value
 
+    @property
+    def first_widths(self) -> list[int]:
+        """Of queries and keys together, which `Position.turn` takes at once, and of values."""
+        d_kv = self.kv_heads * self.d_head
+        return [self.config.n_heads * self.d_head + d_kv, d_kv]
+
     def forward(self, products: tuple[Tensor, ...], positions: Positions, *, cache: LayerCache | None = None) -> Tensor:
-        """products: query (batch, seq, d_attention), key and value (batch, seq, d_kv) -> (batch, seq, branch).
+        """products: queries and keys (batch, seq, d_attention + d_kv), values (batch, seq, d_kv)
+        -> (batch, seq, branch).
 
         With a cache, the products are of the new tokens, which see the earlier ones too.
         """
         query, key = self.queries_and_keys(products, positions)
-        value = products[2].unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        value = products[1].unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed = self._mix(query, key, value, positions, cache).transpose(1, 2).flatten(-2)
@@ -72,12 +79,14 @@ class Attention(nn.Module):
 
     def queries_and_keys(self, products: tuple[Tensor, ...], positions: Positions) -> tuple[Tensor, Tensor]:
         """(batch, heads, seq, d_head) each, with norms and positions."""
-        query = products[0].unflatten(-1, (-1, self.d_head))  # (batch, seq, heads, d_head)
-        key = products[1].unflatten(-1, (-1, self.d_head))
-        if self.norm_query is not None and self.norm_key is not None:
-            query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
+        both, heads = products[0].unflatten(-1, (-1, self.d_head)), [self.config.n_heads, self.kv_heads]
         tables = positions.tables
-        query, key = self.position.turn(query, tables), self.position.turn(key, tables)
+        if self.norm_query is None or self.norm_key is None:  # both: (batch, seq, heads, d_head)
+            query, key = self.position.turn(both, tables).split(heads, dim=2)
+        else:
+            query, key = both.split(heads, dim=2)
+            query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
+            query, key = self.position.turn(query, tables), self.position.turn(key, tables)
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:

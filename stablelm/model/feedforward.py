@@ -31,6 +31,10 @@ class FeedForward(nn.Module):
     def first_maps(self) -> tuple[Linear, ...]:
         return (self.fc1, self.gate) if self.activation.gated else (self.fc1,)
 
+    @property
+    def first_widths(self) -> list[int]:
+        return [len(linear.weight) for linear in self.first_maps]
+
     def forward(
         self, products: tuple[Tensor, ...], positions: Positions | None = None, *, cache: LayerCache | None = None
     ) -> Tensor:

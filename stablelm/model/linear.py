@@ -1,5 +1,6 @@
 """The linear map of the model, plain or reparametrised, and the dtypes that `train.precision` stands for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Reparam
+from stablelm.model.products import Vectors, product
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ def make_dtypes(precision: str, stream_dtype: str) -> Dtypes:
 class Linear(nn.Module):
     """x W^T + b with W (d_out, d_in) kept in the parameter dtype; multiplies and returns in the compute dtype.
 
-    With `reparam`, what W stands for: its parameters and buffers, in the parameter dtype, beside W, and a factor of the
-    product.
+    With `reparam`, what W stands for: its parameters and buffers, in the parameter dtype, beside W, and a factor of W's
+    rows.
     """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, dtypes: Dtypes, reparam: Reparam | None = None):
@@ -53,17 +55,26 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) -> (..., d_out)."""
-        if self.reparam is None:
-            bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-            return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype), bias)
-        return self.complete(F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype)))
+        return side_by_side((self,), x)
 
-    def complete(self, product: Tensor) -> Tensor:
-        """What follows x W^T: the factor, taken in the parameter dtype, and the bias."""
-        factor = None if self.reparam is None else self.reparam.factor(self)
-        if factor is not None:
-            product = product * factor.to(product.dtype)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+    @property
+    def factor(self) -> Tensor | None:
+        """What multiplies the rows of W, (1,) or (d_out,) in the parameter dtype; None: nothing."""
+        return None if self.reparam is None else self.reparam.factor(self)
+
+    @property
+    def first(self) -> "Linear":
+        """The map that meets the input: itself."""
+        return self
+
+    def rest(self, product: Tensor) -> Tensor:
+        """What follows `first`: nothing."""
+        return product
+
+    def scaled(self) -> Tensor:
+        """The matrix that W stands for, in the parameter dtype."""
+        factor = self.factor
+        return self.weight if factor is None else self.weight * factor[:, None]
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -71,9 +82,7 @@ class Linear(nn.Module):
 
         In memory it is turned round, which CPUs multiply faster with a few rows, as when a text grows token by token.
         """
-        factor = None if self.reparam is None else self.reparam.factor(self)
-        weight = self.weight if factor is None else self.weight * factor[:, None]
-        turned = weight.to(self.compute_dtype).t().contiguous().t()
+        turned = self.scaled().to(self.compute_dtype).t().contiguous().t()
         self.weight, self.reparam = nn.Parameter(turned, requires_grad=False), None
 
 
@@ -81,6 +90,62 @@ def reparam_of(config: ModelConfig, sublayer: int) -> Reparam | None:
     """The reparametrisation of a sub-layer's matrices, None where they are what they are."""
     reparam = config.axes.reparam
     return reparam if reparam.applies(config, sublayer) else None
+
+
+def side_by_side(maps: "Sequence[Linear | LowRankLinear]", x: Tensor) -> Tensor:
+    """x: (..., d_in) -> what all maps make of it in the compute dtype, (..., d_out of all), by one product."""
+    return finished(maps, first_product(maps, x))
+
+
+def first_product(maps: "Sequence[Linear | LowRankLinear]", x: Tensor, *, keep: bool = False) -> Tensor:
+    """What the first matrices of all maps make of x, side by side in the compute dtype; `keep`: as of `product`."""
+    first = [linear.first for linear in maps]
+    weights, x = [linear.weight for linear in first], x.to(first[0].compute_dtype)
+    # A compiler fuses casts and factors, and their gradients, by itself.
+    if torch.compiler.is_compiling():
+        if weights[0].dtype == x.dtype:
+            return _completed(first, torch.cat([F.linear(x, weight) for weight in weights], dim=-1))
+        return F.linear(x, torch.cat([linear.scaled().to(x.dtype) for linear in first]), _bias(first, x.dtype))
+    quotients = [linear.reparam.quotient(linear) for linear in first if linear.reparam is not None]
+    found = [quotient for quotient in quotients if quotient is not None]
+    gains = [gain for gain, _, _ in found] if found else _factors(first)
+    if len(first) == 1 and not gains:
+        return F.linear(x, weights[0].to(x.dtype), _bias(first, x.dtype))
+    return product(x, weights, gains, [Vectors(v, u) for _, v, u in found], _bias(first, x.dtype), keep=keep)
+
+
+def finished(maps: "Sequence[Linear | LowRankLinear]", product: Tensor) -> Tensor:
+    """What all maps make, from the products, with factors and biases, of their first matrices."""
+    if all(isinstance(linear, Linear) for linear in maps):
+        return product
+    parts = product.split([len(linear.first.weight) for linear in maps], dim=-1)
+    return torch.cat([linear.rest(part) for linear, part in zip(maps, parts, strict=True)], dim=-1)
+
+
+def completed(maps: "Sequence[Linear | LowRankLinear]", product: Tensor) -> Tensor:
+    """What all maps make, from the products x W^T of their first matrices."""
+    return finished(maps, _completed([linear.first for linear in maps], product))
+
+
+def _completed(maps: Sequence[Linear], product: Tensor) -> Tensor:
+    factors, bias = _factors(maps), _bias(maps, product.dtype)
+    if factors:
+        rows = [factor.expand(len(linear.weight)) for linear, factor in zip(maps, factors, strict=True)]
+        product = product * torch.cat(rows).to(product.dtype)
+    return product if bias is None else product + bias
+
+
+def _factors(maps: Sequence[Linear]) -> list[Tensor]:
+    """The factor of each map; none if no map has one."""
+    factors = [linear.factor for linear in maps]
+    if all(factor is None for factor in factors):
+        return []
+    return [maps[0].weight.new_ones(1) if factor is None else factor for factor in factors]
+
+
+def _bias(maps: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
+    biases = [linear.bias for linear in maps if linear.bias is not None]
+    return (biases[0] if len(biases) == 1 else torch.cat([*biases])).to(dtype) if biases else None
 
 
 class LowRankLinear(nn.Module):
@@ -92,14 +157,14 @@ class LowRankLinear(nn.Module):
         self.up = Linear(rank, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
 
     @property
-    def weight(self) -> Tensor:
-        """The matrix that meets the input, (rank, d_in)."""
-        return self.down.weight
+    def first(self) -> Linear:
+        """The map that meets the input, d_in -> rank."""
+        return self.down
+
+    def rest(self, product: Tensor) -> Tensor:
+        """What follows `first`."""
+        return self.up(product)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) -> (..., d_out)."""
         return self.up(self.down(x))
-
-    def complete(self, product: Tensor) -> Tensor:
-        """What follows the product with `weight`."""
-        return self.up(self.down.complete(product))

@@ -34,8 +34,14 @@ class Norm(nn.Module):
         self.alpha = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if self.kind.has_slope else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., width) of any float dtype -> the same shape in the parameter dtype (fp32, fp64 under fp64)."""
+        """x: (..., width) of any float dtype -> the same shape, in the parameter dtype, or x's if the norm can.
+
+        What is kept in bf16 is read and written in bf16, and so are the gain and the bias, as are the matrices that
+        follow; the computation is in fp32.
+        """
         weight, bias = self.weight, self.bias
         if self.scale != 1:
             weight, bias = weight * self.scale, None if bias is None else bias * self.scale
-        return self.kind.apply(x.to(self.weight.dtype), weight, bias, self.alpha, self.eps)
+        dtype = x.dtype if self.kind.wide_inside else weight.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return self.kind.apply(x.to(dtype), weight.to(dtype), bias, self.alpha, self.eps)

@@ -12,7 +12,7 @@ from stablelm.methods.axes import Added
 from stablelm.model.attention import Attention
 from stablelm.model.cache import LayerCache
 from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Dtypes, Linear, LowRankLinear
+from stablelm.model.linear import Dtypes, Linear, completed, finished, first_product, side_by_side
 from stablelm.model.norms import Norm
 from stablelm.model.positions import Positions
 
@@ -62,20 +62,18 @@ class Sublayer(nn.Module):
         stacked: Tensor | None
 
     def enter(self, chunks: Chunks) -> Products:
-        """chunks: the stream -> products of `body.first_maps`, (batch, seq, d_out) each in the compute dtype."""
+        """chunks: the stream -> what `body.first_maps` make of it, (batch, seq, each of `body.first_widths`) in the
+        compute dtype."""
         maps = self.body.first_maps
         if self.stacked is not None:
-            return self._completed(F.linear(self._read(*chunks), self.stacked))
-        if not self.frees_input or not torch.is_grad_enabled():
-            x = self._read(*chunks)
-            return tuple(linear(x) for linear in maps)
-        stacked = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
-        return self._completed(stacked)
-
-    def _completed(self, stacked: Tensor) -> Products:
-        maps = self.body.first_maps
-        parts = stacked.split([linear.weight.shape[0] for linear in maps], dim=-1)
-        return tuple(linear.complete(part) for linear, part in zip(maps, parts, strict=True))
+            made = completed(maps, F.linear(self._read(*chunks), self.stacked))
+        elif not self.frees_input or not torch.is_grad_enabled():
+            made = side_by_side(maps, self._read(*chunks))
+        else:
+            made = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
+            made = finished(maps, made)
+        widths = self.body.first_widths
+        return (made,) if len(widths) == 1 else made.split(widths, dim=-1)
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -84,10 +82,10 @@ class Sublayer(nn.Module):
             if isinstance(part, Linear):
                 part.fix()
         maps = self.body.first_maps
-        columns = torch.cat([linear.weight.t() for linear in maps], dim=1)
-        for linear, part in zip(maps, columns.split([linear.weight.shape[0] for linear in maps], dim=1), strict=True):
-            first = linear.down if isinstance(linear, LowRankLinear) else linear
-            first.weight = nn.Parameter(part.t(), requires_grad=False)
+        first = [linear.first for linear in maps]
+        columns = torch.cat([linear.weight.t() for linear in first], dim=1)
+        for linear, part in zip(first, columns.split([len(linear.weight) for linear in first], dim=1), strict=True):
+            linear.weight = nn.Parameter(part.t(), requires_grad=False)
         self.stacked = columns.t()
 
     def _read(self, *chunks: Tensor) -> Tensor:
@@ -97,12 +95,8 @@ class Sublayer(nn.Module):
         return x.to(self.compute_dtype)
 
     def _product(self, *chunks: Tensor) -> Tensor:
-        """The products of all first maps side by side, without scale and bias.
-
-        The product comes last: recompute stops at its saved input and does not repeat it.
-        """
-        x = self._read(*chunks)
-        return F.linear(x, torch.cat([linear.weight for linear in self.body.first_maps]).to(self.compute_dtype))
+        """The product comes last: recompute stops at its saved input and does not repeat it."""
+        return first_product(self.body.first_maps, self._read(*chunks), keep=True)
 
     def leave(
         self, chunks: Chunks, products: Products, positions: Positions, cache: LayerCache | None = None
@@ -137,9 +131,9 @@ class Layer(nn.Module):
         With a cache, all of these are of the new tokens alone.
         """
         products = self.attention.enter(chunks)
-        own = products[2]
+        *rest, own = products
         if values:
-            products = (products[0], products[1], self.value_mixing.mix(own, values[0]))
+            products = (*rest, self.value_mixing.mix(own, values[0]))
         attended = self.attention.leave(chunks, products, positions, cache)
         between = self.stream.join(chunks, attended)
         fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)

@@ -108,8 +108,12 @@ class MemoryTracker(TorchDispatchMode):
         fsdp = func.namespace == "fsdp"
         if fsdp:
             kind = "reduced" if name == "chunk_cat" else "gathered"
-        elif name == "_to_copy" and self._kind_of(args[0]) in ("weights", "gathered") and args[0].ndim == 2:
+        elif name == "_to_copy" and self._is_matrix(args[0]):
             kind = "weight_copies"
+        elif name == "_foreach_copy_" and all(map(self._is_matrix, args[1])):
+            self.assign(args[0], "weight_copies")
+        elif name == "mul" and "out" in kwargs and self._is_matrix(args[0]):
+            self.assign([kwargs["out"]], "weight_copies")
         made = [*tree_leaves(result), *(tree_leaves(kwargs["out"]) if "out" in kwargs else ())]
         for tensor in made:
             if isinstance(tensor, Tensor):
@@ -119,6 +123,10 @@ class MemoryTracker(TorchDispatchMode):
             self.assign(tree_leaves(args[1]), "reduced")
         if self._total > self._highest:
             self.reset_peak()
+
+    def _is_matrix(self, tensor: Tensor) -> bool:
+        """Whether it is one of the model's."""
+        return tensor.ndim == 2 and self._kind_of(tensor) in ("weights", "gathered")
 
     def _kind_of(self, tensor: Tensor) -> str | None:
         known = self._known.get(_key(tensor.untyped_storage()))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.bodies import first_products
 from torch import Tensor
 
 from stablelm.config.load import load
@@ -52,7 +53,7 @@ def _visible_logits(attention: Attention, x: Tensor, gain: float = 1.0) -> Tenso
     """All logits of keys up to the query, of queries whose map is `gain` times as large."""
     seq_len = x.shape[1]
     positions = rotation_table(seq_len, attention.d_head, 10000.0, dtype=x.dtype, device=CPU)
-    products = tuple(linear(x) * (gain if i == 0 else 1) for i, linear in enumerate(attention.first_maps))
+    products = first_products(attention, x, gain)
     logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
     return logits[..., torch.ones(seq_len, seq_len).tril() > 0]
 
@@ -82,7 +83,7 @@ def test_normalised_queries_equal_the_equation():
     w = dict(attention.named_parameters())
     x = _draw(2, 24, 32)
     q, k, _ = (linear(x) for linear in attention.first_maps)
-    found = attention.logits(*attention.queries_and_keys((q, k, k), ()), ())
+    found = attention.logits(*attention.queries_and_keys((torch.cat((q, k), dim=-1), k), ()), ())
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)
         q_head, k_head = (
@@ -122,9 +123,9 @@ def test_the_logits_that_are_told_are_those_that_weigh_the_values(position, opti
     decoder = _decoder(_config("pre_ln", f"model.attention.position={position}", *options))
     attention, x = _attention(decoder), _draw(2, 24, 32)
     positions = decoder.positions(_tokens())
-    products = tuple(linear(x) for linear in attention.first_maps)
+    products = first_products(attention, x)
     weights = attention.logits(*attention.queries_and_keys(products, positions), positions).softmax(dim=-1)
-    value = products[2].unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(4 * 8 // products[2].shape[-1], dim=1)
+    value = products[1].unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(4 * 8 // products[1].shape[-1], dim=1)
     wanted = (weights @ value).transpose(1, 2).flatten(-2) @ attention.output.weight.T
     torch.testing.assert_close(attention(products, positions), wanted, rtol=1e-10, atol=1e-12)
 
@@ -204,10 +205,10 @@ def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
     first = None
     for layer in plain.layers:
         attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
-        query, key, value = attention.enter((x,))  # type: ignore[operator]
+        both, value = attention.enter((x,))  # type: ignore[operator]
         first = value if first is None else first
         mixed = value if value is first else (value + first) / 2
-        (x,) = attention.leave((x,), (query, key, mixed), positions)  # type: ignore[operator]
+        (x,) = attention.leave((x,), (both, mixed), positions)  # type: ignore[operator]
         (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
     torch.testing.assert_close(decoder(tokens), plain.finish((x,)), rtol=1e-12, atol=1e-12)
     assert (decoder(tokens) - plain(tokens)).abs().max() > 1e-3

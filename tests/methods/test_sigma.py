@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.bodies import first_products
 from support.sigma import gaussian, make_linear, make_matrix, spectral_norm
 from torch import Tensor
 from torch.func import functional_call
@@ -107,10 +108,10 @@ def test_the_size_of_the_weight_does_not_matter():
 def test_bf16_multiplies_in_bf16_and_takes_the_scale_in_fp32():
     linear, x = make_linear(64, 48, precision="bf16"), gaussian(5, 48, std=1).bfloat16()
     assert linear.gamma is not None and linear.bias is not None
-    product = x @ linear.weight.bfloat16().T
     scale = linear.gamma / torch.dot(linear.v, linear.weight @ linear.u)
     assert scale.dtype == torch.float32
-    assert torch.equal(linear(x), product * scale.bfloat16() + linear.bias.bfloat16())
+    wanted = torch.nn.functional.linear(x, (linear.weight * scale).bfloat16(), linear.bias.bfloat16())
+    assert torch.equal(linear(x), wanted)
     start = spectral.start(linear.weight.detach())
     linear.u.copy_(start.u)
     linear.v.copy_(start.v)
@@ -216,7 +217,7 @@ def test_attention_rows_lie_above_the_bound_and_larger_queries_lower_the_entropy
     assert isinstance(attention, Attention)
     x, entropies = gaussian(1, 24, 32, std=1), []
     for gain in (1.0, 10.0):
-        products = tuple(linear(x) * (gain if i == 0 else 1) for i, linear in enumerate(attention.first_maps))
+        products = first_products(attention, x, gain)
         logits = attention.logits(*attention.queries_and_keys(products, ()), ())[0].detach()  # (heads, seq, seq)
         assert logits.shape == (4, 24, 24)
         weights = logits.softmax(dim=-1)

@@ -12,6 +12,7 @@ from stablelm.config.schema import Config
 from stablelm.engine.sharding import recompute_layers
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.sublayer import Sublayer
 
 SHAPE = (
     "model.d_model=64",
@@ -38,7 +39,12 @@ def kept_in_a_real_step(config: Config) -> Counter[str]:
     """
     decoder = Decoder(config.model, str(config.train.precision))
     initialise(decoder, config.model, 0)
-    shapes = {shape for p in decoder.parameters() if p.ndim == 2 for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+    shapes = {tuple(p.shape) for p in decoder.parameters() if p.ndim == 2}
+    for part in decoder.modules():
+        if isinstance(part, Sublayer):  # several maps are copied into one matrix
+            first = [linear.first.weight for linear in part.body.first_maps]
+            shapes.add((sum(map(len, first)), first[0].shape[1]))
+    shapes |= {shape[::-1] for shape in shapes}
     own = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *decoder.buffers())}
     found: dict[int, tuple[str, int, torch.Tensor]] = {}
 

@@ -7,7 +7,7 @@ from stablelm.methods.catalogue import METHODS
 from stablelm.plan import layer_memory
 
 VARIANTS = {
-    "kv_heads": ("model.kv_heads=2",),
+    "kv_heads": ("model.kv_heads=2", "data.seq_len=80"),
     "swiglu_sub": ("model.method=magneto", "model.activation=swiglu"),
     "dyt": ("model.norm=dyt",),
     "logit_cap": ("model.attention.logit_cap=30",),
