@@ -73,6 +73,9 @@ def train(config: Config, *, resume: str = "auto") -> TrainingResult:
             f"engine.kind={config.engine.kind} keeps state in its process, which stablelm.train leaves as it was; use "
             "auto, or start stablelm pretrain"
         )
+    from stablelm.engine.process import environment
+
+    environment.set_variables(prepared.config)
     from stablelm.engine.ranks import close_groups
     from stablelm.observe.progress import Progress
     from stablelm.supervise.shutdown import Ending
@@ -126,7 +129,10 @@ def evaluate(
     own = consent.own_configuration([os.fspath(file) for file in config])
     place = expand(os.fspath(checkpoint), "checkpoint=")
     request = prepare(place, sets, tokenizer, sequences, reading, Launch(), own, trust_checkpoint, asked)
-    found, _ = figures(request, Launch(), lambda line: None)
+    from stablelm.engine.process.torch_settings import switches_kept
+
+    with switches_kept():
+        found, _ = figures(request, Launch(), lambda line: None)
     return found
 
 
@@ -224,9 +230,10 @@ def _alone(name: str, instead: str) -> None:
 
 @contextmanager
 def _state_kept() -> Iterator[None]:
-    """Puts back what a run changes of its process: signal handlers, random numbers, warnings, compiler settings."""
+    """Puts back what a run changes of its process: signal handlers, random numbers, warnings, settings of torch."""
     import torch
 
+    from stablelm.engine.process.torch_settings import switches_kept
     from stablelm.private_names import compilation_settings_kept
     from stablelm.train.stop import SIGNALS
 
@@ -234,7 +241,7 @@ def _state_kept() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS} if in_main else {}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings(), compilation_settings_kept():
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), compilation_settings_kept(), switches_kept():
             yield
     finally:
         for number, handler in handlers.items():

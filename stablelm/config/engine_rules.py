@@ -13,7 +13,8 @@ def problems(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, 
     yield from _kind(config, world_size)
     yield from _offload(config)
     yield from _zero(config)
-    if config.engine.memory_budget < 1 and not config.train.compile:
+    yield from _sharded(config)
+    if config.engine.memory_budget < 1 and config.train.compile is not True:
         yield (
             f"engine.memory_budget={config.engine.memory_budget} is spent by torch.compile; "
             "set train.compile=true, or use engine.recompute=full",
@@ -78,9 +79,44 @@ def _zero(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
             "use fsdp2, hsdp, ddp or single",
             ("train.precision", "engine.kind"),
         )
-    if kind == "zero3" and config.train.compile:
+    if kind == "zero3" and config.train.compile is True:
         yield (
             "train.compile=true is not possible under engine.kind=zero3, which gathers weights in hooks that "
             "cannot be compiled; use fsdp2, zero2 or train.compile=false",
             ("train.compile", "engine.kind"),
         )
+
+
+def _sharded(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What only FSDP2 and HSDP do."""
+    kind, engine = config.engine.kind, config.engine
+    given = {"accumulate": "auto", "reshard_after_forward": "auto", "reduce_dtype": "fp32"}
+    for name, default in given.items():
+        value = getattr(engine, name)
+        if value != default and kind not in (*SHARDED, "auto"):
+            yield (
+                f"engine.{name}={value} means nothing to engine.kind={kind}; leave it out or use fsdp2 or hsdp",
+                (f"engine.{name}", "engine.kind"),
+            )
+
+
+def reduction(config: Config, accelerate_precision: str | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Sums in bf16 of what has more digits."""
+    precision = config.train.precision or accelerate_precision or "fp32"
+    if config.engine.reduce_dtype == "bf16" and precision != "bf16":
+        yield (
+            f"engine.reduce_dtype=bf16 would round the gradients of train.precision={precision}; leave it out, or use "
+            "train.precision=bf16",
+            ("engine.reduce_dtype", "train.precision"),
+        )
+    elif config.engine.reduce_dtype == "bf16" and config.engine.accumulate == "local":
+        yield (
+            "engine.accumulate=local would add up micro-batches in engine.reduce_dtype=bf16; use sharded or auto, "
+            "which add up in fp32",
+            ("engine.accumulate", "engine.reduce_dtype"),
+        )
+
+
+def compiles(config: Config, kind: str, *, device_compiles: bool) -> bool:
+    """What `train.compile` comes to under an engine's kind; `device_compiles`: whether auto means yes."""
+    return config.train.compile is True or (config.train.compile == "auto" and kind != "zero3" and device_compiles)

@@ -179,7 +179,7 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return one_of([str(value) for value in arguments])
     if origin in (Union, types.UnionType):
-        parts = [get_args(part) if get_origin(part) is Literal else [describe(part)] for part in arguments]
+        parts = [get_args(part) if get_origin(part) is Literal else describe(part).split(" or ") for part in arguments]
         return one_of([word for words in parts for word in words])
     if origin is list:
         return f"a list of {_plural(arguments[0])}"

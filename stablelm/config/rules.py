@@ -156,6 +156,7 @@ class _Rules:
         self.add(train_rules.batches(self.config, world_size))
         self.add(segments.problems(self.config))
         self.add(engine_rules.problems(self.config, world_size))
+        self.add(engine_rules.reduction(self.config, accelerate_precision))
         return self
 
     def add(self, found: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:

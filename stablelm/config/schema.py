@@ -173,7 +173,13 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] | None = key(
         None, "arithmetic of the matrix products; None: accelerate's flag, else fp32", identity=True
     )
-    compile: bool = key(False, "compile each layer with torch.compile")
+    compile: Literal["auto"] | bool = key(
+        "auto", "compile each layer with torch.compile; auto: on GPUs that it supports, except under zero3"
+    )
+    deterministic: bool = key(
+        False,
+        "only kernels that repeat their results bit for bit, on GPUs at some cost in speed; CPUs repeat theirs anyway",
+    )
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -193,12 +199,37 @@ class EngineConfig:
         2**26, "consecutive layers are gathered together until their matrices reach this size in bf16", unit="bytes"
     )
     prefetch: int = key(1, "units gathered ahead of the one at work under fsdp2 and hsdp")
+    reshard_after_forward: Literal["auto", "always", "never"] = key(
+        "auto",
+        "what fsdp2 and hsdp free after its forward pass and gather again for the backward pass; auto: all but the "
+        "head, which comes first there; never: nothing until the step's last backward pass",
+    )
+    accumulate: Literal["auto", "local", "sharded"] = key(
+        "auto",
+        "where fsdp2 and hsdp add up the gradients of micro-batches. local: unsharded on each rank, reduced once a "
+        "step; sharded: each micro-batch is reduced into the shards; auto: local where that takes at most a tenth of "
+        "the GPU's memory",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = key(
+        "fp32",
+        "in which fsdp2 and hsdp sum the gradients of the layers' matrices over ranks, under train.precision bf16",
+    )
     offload: Literal["none", "optimizer", "parameters"] = key(
         "none", "what lives in the host's memory: Adam's state, or parameters and gradients with it"
     )
     recompute: Literal["none", "full"] = key("none", "recompute each layer's activations in the backward pass")
     memory_budget: float = key(
         1.0, "share of a compiled layer's activations that is kept; the cheapest to recompute go first"
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = key(
+        "highest",
+        "of matrix products of fp32 numbers (torch.set_float32_matmul_precision); high: TF32 on GPUs, medium: bf16",
+    )
+    gc_every: int | None = key(
+        None,
+        "steps between Python's garbage collections, at the same steps on all ranks; 0: whenever Python likes; None: "
+        "50 on GPUs, else 0",
+        unit="steps",
     )
 
 

@@ -17,10 +17,10 @@ from stablelm.engine import zero_shards
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.optimizers import adamw, refused, set_learning_rate, set_weight_decay
+from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.tensor_parts import clean_name
-from stablelm.engine.torch_engine import compile_layers, uncompiled
 from stablelm.errors import ConfigError
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
@@ -37,9 +37,9 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
-        self.kind, self.device = kind, ranks.device
+        self.kind, self.device, config = kind, ranks.device, settled(config, kind, ranks.device)
         self._stage, self._world_size = int(kind.removeprefix("zero")), ranks.world_size
-        self._z_loss, self._compiled = config.train.z_loss, config.train.compile
+        self._z_loss, self._compiled = config.train.z_loss, bool(config.train.compile)
         self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))

@@ -1,7 +1,7 @@
 """Process groups: one for the devices, one on gloo for agreements that must not wait for the device."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -55,16 +55,21 @@ class Ranks:
             dist.barrier(group=self.cpu_group)
 
 
-def choose_device(local_rank: int, environ=os.environ) -> torch.device:
-    """The rank's own GPU where there are any (and `ACCELERATE_USE_CPU` is not set), else the CPU."""
+def choose_device(launch: Launch, environ: Mapping[str, str] = os.environ) -> torch.device:
+    """The rank's own GPU where there are any (and `ACCELERATE_USE_CPU` is not set), else the CPU.
+
+    Under srun a task may see its own GPU alone (`--gpus-per-task`), which is number 0 then.
+    """
     if environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()};"
-            " start as many processes a node as it has GPUs"
-        )
-    return torch.device("cuda", local_rank)
+    shown = torch.cuda.device_count()
+    own = launch.launcher == "srun" and shown == 1 and "," not in environ.get("CUDA_VISIBLE_DEVICES", ",")
+    if own or launch.local_rank < shown:
+        return torch.device("cuda", 0 if own else launch.local_rank)
+    raise ConfigError(
+        f"local rank {launch.local_rank} has no GPU of its own: this node shows {shown}; start as many processes a "
+        "node as it has GPUs, or, under srun, one task for each GPU with --gpus-per-task=1"
+    )
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -79,7 +84,7 @@ def connect(launch: Launch, kind: str, *, collective_seconds: float | None = Non
 
     All ranks must come within ten minutes, and each collective must end within `collective_seconds` (None: as long).
     """
-    device = choose_device(launch.local_rank)
+    device = choose_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if kind == "single":
@@ -94,7 +99,10 @@ def connect(launch: Launch, kind: str, *, collective_seconds: float | None = Non
     # After a restart by torchrun its store still holds the keys of the processes that have ended.
     store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     own = PrefixStore("process group", store)
-    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=own)
+    # With its device NCCL connects here, where a failure names its cause, and not in the first collective.
+    bound = device if device.type == "cuda" else None
+    size = launch.world_size
+    dist.init_process_group(backend, rank=launch.rank, world_size=size, timeout=timeout, store=own, device_id=bound)
     # The stop flag travels alone: a pending all-reduce on it must not mix with the collectives of a save.
     groups = (cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)) for _ in range(3))
     nodes = max(1, launch.world_size // launch.local_world_size)

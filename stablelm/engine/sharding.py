@@ -5,6 +5,8 @@ maps) are a thousandth of the parameters; they stay whole on every rank, in the 
 would round them, and one of a single element would leave ranks empty.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,9 +17,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from stablelm.config.engine_rules import hsdp_sizes
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
+from stablelm.model.decoder import Decoder
 from stablelm.private_names import checkpoint_wrapper
 
 GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
+LOCAL_SHARE = 0.1
+"""Of a GPU's memory, which `engine.accumulate: auto` spends on unsharded gradients."""
 
 
 def make_mesh(kind: str, ranks: Ranks, replicas: int | None) -> DeviceMesh:
@@ -58,22 +63,47 @@ def grouped(sizes: list[int], limit: int) -> list[list[int]]:
     return found if found[-1] else found[:-1]
 
 
-def shard(module: nn.Module, layers: nn.ModuleList, config: Config, mesh: DeviceMesh) -> None:
-    """Splits a model on the meta device: grouped layers as units, the rest of the model in the root unit.
+def shard(module: Decoder, config: Config, mesh: DeviceMesh) -> None:
+    """Splits a model on the meta device: grouped layers, the embeddings and the head as units, the rest in the root.
 
-    Under precision bf16 the matrices of the layers are gathered in bf16 and their gradients summed in fp32; the root
-    unit (embedding, head) is gathered in fp32, once a step, because the embedding feeds the fp32 stream.
+    Under precision bf16 the matrices of the layers are gathered in bf16 and their gradients summed in
+    `engine.reduce_dtype`; embeddings and head are gathered in fp32, since the embedding feeds the fp32 stream and the
+    loss sums the head's gradient in fp32. What is freed after its forward pass: `engine.reshard_after_forward`.
     """
-    whole = set(replicated(module))
+    engine, whole = config.engine, set(replicated(module))
     offload = CPUOffloadPolicy() if offloads(config, torch.device(mesh.device_type)) else OffloadPolicy()
     bf16 = torch.bfloat16 if config.train.precision == "bf16" else None
-    inner = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16 and torch.float32, cast_forward_inputs=False)
+    summed = torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32
+    inner = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16 and summed, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(cast_forward_inputs=False)
-    groups = units(layers, config.engine.unit_bytes)
+    split = partial(fully_shard, mesh=mesh, offload_policy=offload, ignored_params=whole)
+    groups = units(module.layers, engine.unit_bytes)
     for group in groups:
-        fully_shard(group, mesh=mesh, mp_policy=inner, offload_policy=offload, ignored_params=whole)
-    fully_shard(module, mesh=mesh, mp_policy=outer, offload_policy=offload, ignored_params=whole)
-    _prefetch([group[0] for group in groups], config.engine.prefetch)
+        split(group, mp_policy=inner)
+    free_head = engine.reshard_after_forward == "always"
+    if module.head is not None:  # a tied one stays in the root, where the embedding is used twice
+        split([table for table in (module.embedding, module.position) if table is not None], mp_policy=outer)
+        # The gradient of a table needs no table.
+        cast(FSDPModule, module.embedding).set_unshard_in_backward(False)
+        split(module.head, mp_policy=outer, reshard_after_forward=free_head)
+    split(module, mp_policy=outer, reshard_after_forward=free_head)
+    firsts = [group[0] for group in groups]
+    ends = module.head is not None
+    _prefetch([module.embedding] * ends + firsts + [module.head] * ends, engine.prefetch, int(ends))
+
+
+def in_shards(config: Config, module: nn.Module, device: torch.device) -> bool:
+    """Whether each micro-batch's gradients are reduced into the shards, by `engine.accumulate`.
+
+    `auto` spares the memory of whole gradients where they would take more than `LOCAL_SHARE` of a GPU's, and where
+    `engine.reduce_dtype` would add them up in bf16.
+    """
+    if config.engine.accumulate != "auto":
+        return config.engine.accumulate == "sharded"
+    if device.type == "cpu" or config.engine.reduce_dtype == "bf16":
+        return config.engine.reduce_dtype == "bf16"
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return whole > LOCAL_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def offloads(config: Config, device: torch.device) -> bool:
@@ -93,12 +123,12 @@ def allocate(module: nn.Module, device: torch.device, *, offloaded: bool) -> Non
                     setattr(part, name, nn.Parameter(parameter.detach().to(device)))
 
 
-def _prefetch(firsts: list[nn.Module], depth: int) -> None:
-    """Gathers `depth` units ahead, in both directions."""
-    for index, first in enumerate(firsts):
-        assert isinstance(first, FSDPModule)
-        first.set_modules_to_forward_prefetch(cast(list[FSDPModule], firsts[index + 1 : index + 1 + depth]))
-        first.set_modules_to_backward_prefetch(cast(list[FSDPModule], firsts[max(0, index - depth) : index][::-1]))
+def _prefetch(units: Sequence[nn.Module | None], depth: int, first: int) -> None:
+    """Gathers `depth` units ahead, in both directions, backward down to number `first`; named by their first module."""
+    modules = cast(list[FSDPModule], units)
+    for index, module in enumerate(modules):
+        module.set_modules_to_forward_prefetch(modules[index + 1 : index + 1 + depth])
+        module.set_modules_to_backward_prefetch(modules[max(first, index - depth) : index][::-1])
 
 
 def recompute_layers(layers: nn.ModuleList) -> None:

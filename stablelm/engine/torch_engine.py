@@ -1,7 +1,8 @@
 """The engine on torch alone: one process, DDP, FSDP2 or HSDP, chosen by `kind`."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stablelm.config.engine_rules import SHARDED
-from stablelm.config.schema import Config, ModelConfig, TrainConfig
+from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.optimizers import (
     adamw,
@@ -22,27 +23,26 @@ from stablelm.engine.optimizers import (
     set_weight_decay,
     total_norm,
 )
+from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.sharding import allocate, make_mesh, offloads, recompute_layers, replicated, shard
+from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, recompute_layers, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.devices import to_device
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
-from stablelm.model.sublayer import Layer, Sublayer
 from stablelm.model.token_loss import TokenLoss
-from stablelm.private_names import configure_compilation
 
 
 class TorchEngine:
     """Implements `engine.interface.Engine`. `config` is resolved; `train=False` builds no optimizer."""
 
     def __init__(self, config: Config, kind: str, ranks: Ranks, *, train: bool = True):
-        self.kind, self.device = kind, ranks.device
+        self.kind, self.device, config = kind, ranks.device, settled(config, kind, ranks.device)
         self._world_size, self._z_loss, self._grad_clip = ranks.world_size, config.train.z_loss, config.train.grad_clip
         self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
-        self._compiled = config.train.compile
+        self._compiled = bool(config.train.compile)
         self._offloaded = kind in SHARDED and offloads(config, self.device)
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
@@ -53,7 +53,8 @@ class TorchEngine:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)
             self.module.compiled_loss = ranks.device.type == "cuda"
         if kind in SHARDED:
-            shard(self.module, self.module.layers, config, make_mesh(kind, ranks, config.engine.replicas))
+            shard(self.module, config, make_mesh(kind, ranks, config.engine.replicas))
+        self._config = config
         self._materialise(config, ranks)
         self._replicated = replicated(self.module) if kind in SHARDED else []
         self.matrices = Reparametrised(self.module)
@@ -83,26 +84,48 @@ class TorchEngine:
         return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
 
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
+        self._keep_gathered(torch.is_grad_enabled())
         # DDP arranges the reduction of gradients in the forward pass.
         with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
             return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        self._keep_gathered(False)
         with uncompiled(self._compiled):
             return self.module(tokens, cache=cache, logits_at=columns)
 
     def scores(self, tokens: Tensor, places: Tensor, targets: Tensor) -> TokenScores:
+        self._keep_gathered(False)
         return self._call(tokens, targets, places=places)
+
+    def _keep_gathered(self, training: bool) -> None:
+        """Under `engine.reshard_after_forward: never`, in a forward pass that a backward pass follows."""
+        if isinstance(self.module, FSDPModule) and self._config.engine.reshard_after_forward == "never":
+            self.module.set_reshard_after_forward(not training)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
-            # Embedding and head stay gathered from one micro-batch to the next.
-            self.module.set_reshard_after_backward(last, recurse=False)
+            self._arrange(self.module, last)
         # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
         (loss * self._world_size).backward()
         if last and self._replicated:
             average(self._replicated, self._world_size)
+
+    def _arrange(self, module: FSDPModule, last: bool) -> None:
+        """What the coming backward pass reduces, and what stays gathered for the next micro-batch."""
+        engine = self._config.engine
+        module.set_requires_gradient_sync(last or self._in_shards)
+        if self._in_shards and engine.reduce_dtype == "fp32":  # the copies of hsdp sum once a step
+            module.set_requires_all_reduce(last)
+        if engine.reshard_after_forward == "always":
+            return
+        module.set_reshard_after_backward(last, recurse=engine.reshard_after_forward == "never")
+        if isinstance(self.module.head, FSDPModule):
+            self.module.head.set_reshard_after_backward(last)
+
+    @cached_property
+    def _in_shards(self) -> bool:
+        return in_shards(self._config, self.module, self.device)
 
     def use(self, train: TrainConfig) -> None:
         assert self.optimizer is not None
@@ -145,8 +168,9 @@ class TorchEngine:
 
     def loaded(self) -> None:
         """Drops parameters that an earlier pass gathered from the former values of `tensors`."""
-        if isinstance(self.module, FSDPModule):
-            self.module.reshard()
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: _whole(gradient) for name, gradient in self.gradient_shards().items()}
@@ -184,25 +208,3 @@ def _fill(tensor: Tensor, whole: Tensor) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: float) -> None:
-    """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary.
-
-    On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
-    """
-    axes, limit = config.axes, None
-    differ = axes.stream.layers_differ or axes.stream.eps_scale(config, 2) != axes.stream.eps_scale(config, 0)
-    if axes.placement.by_depth or differ or axes.shaping.active:
-        limit = 8 * config.n_layers  # torch's own limit of shapes and modes, for each layer
-    configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
-    for layer in layers.modules():
-        if isinstance(layer, Layer) and not axes.stream.grows:
-            layer.compile()
-        elif isinstance(layer, Sublayer) and axes.stream.grows:
-            layer.body.compile()
-
-
-def uncompiled(compiled: bool) -> AbstractContextManager[object]:
-    """Runs compiled layers as they were written, where there are any: shapes that change would compile again."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

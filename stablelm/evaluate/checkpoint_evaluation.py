@@ -108,8 +108,7 @@ def figures(request: EvaluationRequest, launch: Launch, show: Callable[[str], No
     """
     from stablelm.evaluate.run_engine import load_engine
 
-    run = request.run
-    engine, ranks = load_engine(run, launch, request.kind)
+    engine, ranks, run = load_engine(request.run, launch, request.kind)
     sets = score_sets(request.sets, run, engine, ranks, show) if request.sets is not None else {}
     tasks = score_tasks(request.tasks, run, engine, ranks, show) if request.tasks is not None else {}
     return {"checkpoint": str(run.checkpoint), "step": run.step, "sets": sets, "tasks": tasks}, ranks

@@ -1,6 +1,7 @@
 """The decoder-only language model: embedding, layers, final norm, head and loss."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         grown = self.stream.grows
         self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if grown else None
         untied = not config.tie_embeddings
-        self.head = Linear(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
+        self.head = Head(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
 
     def head_weight(self) -> Tensor:
         """The output matrix (vocab_size, d_model); the embedding itself when tied."""
@@ -83,18 +84,22 @@ class Decoder(nn.Module):
         if targets is None:
             return hidden
         if places is not None:
-            return token_scores(hidden.flatten(0, 1)[places], self.head_weight(), targets)
+            return self._with_head(hidden.flatten(0, 1)[places], lambda x, weight: token_scores(x, weight, targets))
         return self.sums(hidden, targets, z_loss, token_loss)
 
     def sums(self, hidden: Tensor, targets: Tensor, z_loss: float, token_loss: TokenLoss | None) -> LossSums:
         """hidden: (batch, seq, d_model) in the compute dtype; the rest as of `forward`."""
-        flat, weight = hidden.flatten(0, 1), self.head_weight()
-        options: dict[str, Any] = {"z_loss": z_loss, "token_loss": token_loss, "compiled": self.compiled_loss}
-        return chunked_cross_entropy(flat, weight, targets.flatten(), **options)
+        options = {"z_loss": z_loss, "token_loss": token_loss, "compiled": self.compiled_loss}
+        use = partial(chunked_cross_entropy, targets=targets.flatten(), **options)
+        return self._with_head(hidden.flatten(0, 1), use)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., d_model) in the compute dtype -> (..., vocab_size) in the parameter dtype."""
-        return F.linear(hidden, self.head_weight().to(hidden.dtype)).to(self.dtypes.parameter)
+        return self._with_head(hidden, lambda x, weight: F.linear(x, weight.to(x.dtype)).to(self.dtypes.parameter))
+
+    def _with_head(self, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]) -> Any:
+        """`use` of hidden states and the output matrix, by a call of the head where there is one."""
+        return use(hidden, self.embedding.weight) if self.head is None else self.head(hidden, use)
 
     def _hidden(self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None) -> Tensor:
         positions = self.positions(tokens, boundaries) if cache is None else cache.enter(tokens, self.dtypes)
@@ -160,6 +165,16 @@ class Decoder(nn.Module):
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""
         return attention_kernels.choose(self.config, self.dtypes.compute, attention_kernels.gpu_of(device))
+
+
+class Head(Linear):
+    """The output matrix, for the functions that multiply by it: called with them, so that engines can hook the use."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]
+    ) -> Any:
+        """What `use` makes of hidden states and the matrix (vocab_size, d_model)."""
+        return use(hidden, self.weight)
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from stablelm.engine.process import environment
 from stablelm.json_text import Count, checked, parse
 from stablelm.new_files import replace_file
 from stablelm.redaction import redacted
@@ -66,6 +67,7 @@ def write(
             "system": platform.platform(),
             "versions": versions(),
             "attention_kernel": attention,
+            "environment": environment.recorded(),
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )

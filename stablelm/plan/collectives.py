@@ -17,6 +17,7 @@ from stablelm.plan.rank_memory import (
     DDP_FIRST_BUCKET_BYTES,
     Layout,
     Parameter,
+    ends,
     gathered_width,
     group_units,
     micro_batches,
@@ -61,16 +62,30 @@ def collectives(config: Config, listed: list[Parameter], layout: Layout) -> Coll
 
 
 def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Collectives) -> None:
-    """Units are gathered for both passes of each micro-batch, the root once a step; all are reduced in the last."""
-    micro, size = micro_batches(config, layout.world_size), width(config)
-    *units, root = (sum(padded(p, layout.shards) for p in unit) for unit in group_units(config, listed))
-    found.add("all_gather", 2 * micro * len(units), 2 * micro * sum(units) * gathered_width(config))
-    found.add("all_gather", 1, root * size)
-    whole = (sum(units) + root) * size
-    found.add("reduce_scatter", len(units) + 1, whole)
+    """What `engine.reshard_after_forward` has gathered again, and `engine.accumulate` reduced, for each micro-batch."""
+    micro, size, freed = micro_batches(config, layout.world_size), width(config), config.engine.reshard_after_forward
+    *units, root = group_units(config, listed)
+    embeddings, *others = ends(root)
+    elements = {id(unit): sum(padded(p, layout.shards) for p in unit) for unit in (*units, embeddings, *others)}
+
+    def gather(unit: list[Parameter], times: int, bytes_each: int) -> None:
+        found.add("all_gather", times, times * elements[id(unit)] * bytes_each)
+
+    for unit in units:
+        gather(unit, 1 if freed == "never" else 2 * micro, gathered_width(config))
+    for unit in filter(None, (embeddings, *others)):
+        again = 2 * micro if freed == "always" else 1
+        gather(unit, (1 if freed == "never" else micro) if unit is embeddings else again, size)
+    summed = 2 if config.engine.reduce_dtype == "bf16" else size
+    times = micro if config.engine.accumulate == "sharded" or summed < size else 1
+    parts = [(elements[id(unit)], summed) for unit in units]
+    parts += [(elements[id(unit)], size) for unit in filter(None, (embeddings, *others))]
+    whole = sum(count * width for count, width in parts)
+    found.add("reduce_scatter", times * len(parts), times * whole)
     if layout.kind == "hsdp":
-        found.add("all_reduce", len(units) + 1, whole // layout.shards)
-        found.replicas = whole // layout.shards
+        copies = times if summed < size else 1
+        found.add("all_reduce", copies * len(parts), copies * whole // layout.shards)
+        found.replicas = copies * whole // layout.shards
     vectors = [parameter.elements for parameter in listed if not parameter.is_matrix]
     if vectors:
         found.add("all_reduce", 1, sum(vectors) * size)

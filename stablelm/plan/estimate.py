@@ -39,24 +39,32 @@ def peak(config: Config, listed: list[Parameter], layout: Layout, measured: Laye
     backward = Counter(temporary=layers.temporary, weight_copies=0 if sharded else layers.recomputed_copies)
     backward += held_by_loss + _gathered(config, units, layout)
     reduced = _reduced(config, units, layout)
-    root = _root(config, listed, layout)
+    root, without_head = (_root(config, listed, layout, head=head) for head in (True, False))
     gradients = Counter(gradients=max(0, held["gradients"] - rest["gradients"]))
     points = (
         rest + kept + loss + root,
         rest + kept + backward + root,
-        rest + (kept - of_unit) + backward + reduced + root,
-        rest + of_unit + backward + reduced + root + gradients,
+        rest + (kept - of_unit) + backward + reduced + without_head,
+        rest + of_unit + backward + reduced + without_head + gradients,
         rest + _end(config, listed, layout, held),
     )
     return max(points, key=Counter.total)
 
 
-def _root(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str]:
-    """What stays gathered besides the layers: embedding, head and projection."""
+def _root(config: Config, listed: list[Parameter], layout: Layout, *, head: bool = True) -> Counter[str]:
+    """What stays gathered besides the layers; FSDP frees the embedding, and the head once its gradient is there."""
     if layout.kind not in (*SHARDED, "zero3"):
         return Counter()
-    root = sum(rank_memory.padded(p, layout.shards) for p in listed if p.layer is None and p.is_matrix)
-    return Counter(gathered=root * rank_memory.width(config))
+    root = [parameter for parameter in listed if parameter.layer is None and parameter.is_matrix]
+    if layout.kind in SHARDED:
+        tables, heads, rest = rank_memory.ends(root)
+        root = rest + heads * head + tables * (config.engine.reshard_after_forward == "never")
+    return Counter(gathered=_size(config, root, layout))
+
+
+def _size(config: Config, matrices: list[Parameter], layout: Layout) -> int:
+    """Bytes, gathered in the parameters' dtype."""
+    return sum(rank_memory.padded(parameter, layout.shards) for parameter in matrices) * rank_memory.width(config)
 
 
 def _gathered(config: Config, units: list[list[Parameter]], layout: Layout) -> Counter[str]:
@@ -65,8 +73,11 @@ def _gathered(config: Config, units: list[list[Parameter]], layout: Layout) -> C
         return Counter(gathered=(1 + config.engine.prefetch) * _bucket(config, units) * rank_memory.width(config))
     if layout.kind not in SHARDED:
         return Counter()
-    unit = _largest(units, layout) * rank_memory.gathered_width(config)
-    return Counter(gathered=(1 + config.engine.prefetch) * unit, temporary=unit)
+    width = rank_memory.gathered_width(config)
+    unit, kept = _largest(units, layout) * width, (1 + config.engine.prefetch) * _largest(units, layout)
+    if config.engine.reshard_after_forward == "never":
+        kept = sum(rank_memory.padded(parameter, layout.shards) for unit in units for parameter in unit)
+    return Counter(gathered=kept * width, temporary=unit)
 
 
 def _reduced(config: Config, units: list[list[Parameter]], layout: Layout) -> Counter[str]:
@@ -88,10 +99,12 @@ def _bucket(config: Config, units: list[list[Parameter]]) -> int:
 
 
 def _end(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
-    """All gradients, and those of the root unit once more on their way to their owners."""
-    found = _root(config, listed, layout)
+    """All gradients, and those of the embedding, or of a tied root unit, once more on their way to their owners."""
+    found = _root(config, listed, layout, head=False)
     if layout.kind in SHARDED:
-        found += Counter(reduced=found["gathered"], temporary=found["gathered"])
+        tables, _, rest = rank_memory.ends([p for p in listed if p.layer is None and p.is_matrix])
+        size = _size(config, [*tables, *rest], layout)
+        found += Counter(reduced=size, temporary=size)
     # Sharded by now, in place of what accumulated.
     found["gradients"] = held["gradients"] - rank_memory.accumulated(config, listed, layout)
     return found

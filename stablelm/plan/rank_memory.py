@@ -165,10 +165,13 @@ def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Count
 def accumulated(config: Config, listed: list[Parameter], layout: Layout) -> int:
     """Bytes of unreduced gradients that accumulate until the last of several micro-batches; 0 for a single one.
 
-    FSDP2 and HSDP reduce nothing before it: every rank accumulates unsharded fp32 gradients.
+    FSDP2 and HSDP reduce nothing before it, unless `engine.accumulate` is sharded: each rank accumulates unsharded fp32
+    gradients.
     """
     if micro_batches(config, layout.world_size) == 1 or layout.kind in ("zero2", "zero3"):
         return 0
+    if layout.kind in SHARDED and config.engine.accumulate == "sharded":
+        return resting(config, listed, layout)["gradients"]
     return sum(parameter.elements for parameter in listed) * width(config)
 
 
@@ -180,7 +183,7 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 
 def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]]:
-    """Matrices of each unit of FSDP, by the rule of `engine.sharding.units`; the root unit comes last."""
+    """Matrices of each unit of FSDP, by the rule of `engine.sharding.units`; what is outside the layers comes last."""
     layers: list[list[Parameter]] = [[] for _ in range(config.model.n_layers)]
     root = []
     for parameter in listed:
@@ -189,3 +192,12 @@ def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]
     sizes = [sum(GATHERED_BYTES * parameter.elements for parameter in matrices) for matrices in layers]
     units = grouped(sizes, config.engine.unit_bytes)
     return [*([parameter for index in unit for parameter in layers[index]] for unit in units), root]
+
+
+def ends(root: list[Parameter]) -> tuple[list[Parameter], list[Parameter], list[Parameter]]:
+    """Of the matrices outside the layers those of the embeddings' unit, of the head's and of the root's."""
+    head = [parameter for parameter in root if parameter.name == "head.weight"]
+    if not head:
+        return [], [], root
+    tables = [parameter for parameter in root if parameter.name in ("embedding.weight", "position.weight")]
+    return tables, head, [parameter for parameter in root if parameter not in (*head, *tables)]

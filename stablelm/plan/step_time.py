@@ -12,7 +12,7 @@ for it where that is slower. The constants are ours, from what well-tuned traini
 
 from dataclasses import dataclass, replace
 
-from stablelm.config.engine_rules import SHARDED
+from stablelm.config.engine_rules import SHARDED, compiles
 from stablelm.config.schema import Config
 from stablelm.methods.sizes import flops_per_token
 from stablelm.model.linear import make_dtypes
@@ -67,7 +67,7 @@ def step_time(
     flops = flops_per_token(config.model, config.data.seq_len)
     matmul = local_tokens * _computed(config, flops) / (accelerator.peak * ATTAINABLE)
     memory_bound = micro * _memory_bound(config) / (accelerator.memory_bandwidth * BANDWIDTH)
-    host = (operations or 0) * HOST * (not config.train.compile)
+    host = (operations or 0) * HOST * (not compiles(config, layout.kind, device_compiles=True))
     gather, reduce, never_hidden = _wires(listed, layout, moved, accelerator, gpus_per_node, rank_memory.width(config))
     device = max(matmul + memory_bound, host)
     hidden = (gather if config.engine.prefetch else 0.0) + reduce - never_hidden

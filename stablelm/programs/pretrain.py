@@ -75,6 +75,9 @@ def start(
     unused = unused_flags_warning()
     if unused and launch.rank == 0:
         print(unused, file=sys.stderr, flush=True)
+    from stablelm.engine.process import environment
+
+    environment.set_variables(prepared.config)  # before torch is imported
     from stablelm.train.run import run
 
     return run(prepared, source=resume, argv=argv, started=started)

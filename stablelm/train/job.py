@@ -24,6 +24,7 @@ from stablelm.data.loader import Loader
 from stablelm.data.storage.options import SeenFiles
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine, build_engine
+from stablelm.engine.process.torch_settings import GarbageCollection
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.tasks.choice_items import ChoiceTask
 from stablelm.evaluate.validation_text import validation_options
@@ -72,8 +73,11 @@ class Job:
     layers: LayerObserver
     own_metrics: OwnMetrics
     page: RunPage
+    collection: GarbageCollection
     settings: Callable[[int], TrainConfig]
     """Of each optimizer step: where the run changed at a checkpoint, earlier steps have what they had."""
+    keep_kernels: Callable[[], None] = lambda: None
+    """Keeps what has been compiled for the next attempt."""
 
     @property
     def config(self) -> Config:
@@ -87,6 +91,7 @@ class Job:
         """Saves the current state unless that is done; returns once it is committed, or without `wait` as soon as
         training can continue."""
         progress = self.progress
+        self.keep_kernels()
         self.faults.saving(progress.step)
         self.saver.wait()
         if progress.checkpointed_step == progress.step:
@@ -155,6 +160,7 @@ def build_job(
         validation=read_validation(prepared), samples=build_samples(prepared, engine),
         profiler=_profiler(config, engine, loader, ranks, records, progress.step),
         layers=_layers(prepared, engine, ranks, records), own_metrics=own_metrics, page=page,
+        collection=GarbageCollection(config.engine.gc_every, ranks.device),
         settings=TrainHistory(config.train, segments_of(prepared.corpora.identity)).at,
     )  # fmt: skip
 
@@ -164,8 +170,8 @@ def _opening(prepared: Prepared, parameters: int, checkpoint: CheckpointPath | N
     model, origin = prepared.config.model, f"resumed from {checkpoint}" if checkpoint else "new run"
     return (
         f"{model.method}, {model.n_layers} layers x {model.d_model}, {parameters / 1e6:.2f} M parameters, "
-        f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}; "
-        f"{origin}"
+        f"engine {prepared.kind} on {prepared.launch.world_size} process(es), {prepared.config.train.precision}"
+        f"{', compiled' * bool(prepared.config.train.compile)}; {origin}"
     )
 
 
@@ -285,7 +291,7 @@ def _profiler(
         config.observe,
         ranks.rank,
         finished,
-        calls=lambda: calls(engine, loader, compiled=config.train.compile),
+        calls=lambda: calls(engine, loader, compiled=config.train.compile is True),
         tabulate=tabulator(config, engine.device, ranks.rank, ranks.world_size),
         tell=records.message,
     )

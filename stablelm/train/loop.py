@@ -46,6 +46,7 @@ def train(job: Job) -> str:
         interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
         marker.finished(step)
         job.profiler.step(step)
+        job.collection.step(step)
 
         if due(step, config.observe.every, steps):
             interval.write(job.loader, job.own_metrics.take())

@@ -11,6 +11,10 @@ from stablelm.checkpoint.selection import CHECKPOINTS
 from stablelm.command_names import typed
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed
+from stablelm.engine.process import environment
+from stablelm.engine.process.compilation import obstacle, settled
+from stablelm.engine.process.compile_cache import CompileCache
+from stablelm.engine.process.torch_settings import set_switches
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
@@ -53,6 +57,9 @@ def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str],
     ranks = connect(prepared.launch, prepared.kind, collective_seconds=timeout)
     prepared = share_corpora(prepared, ranks)
     check_precision(str(config.train.precision), ranks.device)
+    set_switches(config)
+    config = settled(config, prepared.kind, ranks.device)
+    prepared = dataclasses.replace(prepared, config=config)
     assert prepared.corpora is not None
     dtype = make_dtypes(str(config.train.precision), config.model.stream_dtype).compute
     ending.progress.attempt = run_directory.create(
@@ -114,11 +121,17 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
     progress.evaluation_due = ranks.consensus().first(lambda: resume.evaluation_due(config, found))
     if found is not None and saved_run.read_state(found)["step"] >= config.train.steps and not progress.evaluation_due:
         return _nothing_to_do(config, ranks, ending, found)
-    job = build_job(prepared, ranks, ending, watchdog, fence, found, started, [*notices, *continued.words()])
+    notices += [*continued.words(), *process_words(prepared, ranks)]
+    kernels = CompileCache(config, ranks, notices.append)
+    kernels.load()
+    job = build_job(prepared, ranks, ending, watchdog, fence, found, started, notices)
+    kernels.keep()  # the dry run has compiled what a step needs
+    job.keep_kernels = kernels.keep
     if continued.change is not None:
         job.records.write({"step": progress.step, "tokens": progress.tokens, "changes": continued.change["keys"]})
     try:
-        reason = train(job)
+        with job.collection.by_hand():
+            reason = train(job)
     except BaseException:
         job.saver.settle()
         job.records.close(failed=True)
@@ -127,6 +140,17 @@ def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, s
         raise
     _finish(prepared, job, ending, reason)
     return reason
+
+
+def process_words(prepared: Prepared, ranks: Ranks) -> list[str]:
+    """Lines about what a run on GPUs is set to; none on CPUs."""
+    if ranks.device.type == "cpu":
+        return []
+    words = [environment.in_words()]
+    if prepared.asked.train.compile == "auto" and not prepared.config.train.compile:
+        why = obstacle(ranks.device) or f"engine.kind={prepared.kind} cannot be compiled"
+        words.append(f"train.compile=auto: not compiled ({why})")
+    return words
 
 
 def _finish(prepared: Prepared, job: Job, ending: Ending, reason: str) -> None:

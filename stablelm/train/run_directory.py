@@ -40,6 +40,7 @@ FOLDERS = (
     "evaluations",
     "attempts",
     "data_seen",
+    "compiled",
 )
 IDENTITY = "identity.json"
 APPENDED = "metrics.jsonl"

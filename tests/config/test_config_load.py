@@ -97,8 +97,8 @@ def test_argument_values(argument, value):
         ("train.lr='3'", "train.lr='3' must be a number (argument train.lr='3')"),
         ("train.lr=", "train.lr=null must be a number (argument train.lr=)"),
         ("run.dir=3", "run.dir=3 must be a string; put it in quotes to make it a string (argument run.dir=3)"),
-        ("train.compile=yes", "train.compile='yes' must be true or false (argument train.compile=yes)"),
-        ("train.compile=1", "train.compile=1 must be true or false (argument train.compile=1)"),
+        ("train.compile=yes", "train.compile='yes' must be auto, true or false (argument train.compile=yes)"),
+        ("train.compile=1", "train.compile=1 must be auto, true or false (argument train.compile=1)"),
         ("train.betas=[0.9]", "train.betas=[0.9] must be a list of 2 numbers (argument train.betas=[0.9])"),
         (
             "engine.kind=zero9",
@@ -138,7 +138,7 @@ def test_every_problem_is_told_with_its_line(tmp_path):
     given = file(tmp_path, "train:\n  lr: fast\n  compile: on\nmodel:\n\n  lr: 3\ntrian: {lr: 1, steps: 2}\n")
     assert problems([given], ["train.steps=x"]) == [
         f"train.lr=fast must be a number ({given}:2)",
-        f"train.compile='on' must be true or false ({given}:3)",
+        f"train.compile='on' must be auto, true or false ({given}:3)",
         f"unknown key model.lr, did you mean train.lr? ({given}:6)",
         f"unknown key trian.lr, did you mean train.lr? ({given}:7)",
         f"unknown key trian.steps, did you mean train.steps? ({given}:7)",

@@ -291,3 +291,37 @@ def test_document_mask_is_refused_where_it_makes_no_sense():
     assert "espa" in line and line.split(" (")[0].endswith("use data.document_mask=false")
     (line,) = problems("model.attention.document_end=3")
     assert "model.attention.document_end=3 is set by data.document_mask=true" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["engine.kind=ddp", "engine.accumulate=sharded"],
+            "engine.accumulate=sharded means nothing to engine.kind=ddp",
+        ),
+        (
+            ["engine.kind=zero2", "engine.reshard_after_forward=never"],
+            "engine.reshard_after_forward=never means nothing to engine.kind=zero2; leave it out or use fsdp2 or hsdp",
+        ),
+        (
+            ["engine.kind=fsdp2", "engine.reduce_dtype=bf16"],
+            "engine.reduce_dtype=bf16 would round the gradients of train.precision=fp32",
+        ),
+        (
+            ["engine.kind=fsdp2", "engine.reduce_dtype=bf16", "engine.accumulate=local", "train.precision=bf16"],
+            "engine.accumulate=local would add up micro-batches in engine.reduce_dtype=bf16",
+        ),
+        (["engine.gc_every=-1"], "engine.gc_every=-1 must be at least 0"),
+        (["engine.memory_budget=0.5"], "engine.memory_budget=0.5 is spent by torch.compile; set train.compile=true"),
+    ],
+)
+def test_settings_of_engines_that_do_nothing_or_harm(overrides: list[str], words: str):
+    (problem,) = problems(*overrides)
+    assert problem.startswith(words)
+
+
+def test_settings_of_engines_that_are_taken():
+    resolve("engine.accumulate=sharded", "engine.kind=fsdp2", "train.compile=auto")
+    resolve("engine.reduce_dtype=bf16", "engine.kind=fsdp2", precision="bf16")
+    resolve("engine.kind=zero3", "train.compile=auto")

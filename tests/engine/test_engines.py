@@ -8,7 +8,8 @@ from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
-from stablelm.engine.ranks import Ranks, choose_device
+from stablelm.engine.launch_environment import Launch
+from stablelm.engine.ranks import Ranks, choose_device, connect
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import apply_method
@@ -154,9 +155,36 @@ def test_tensors_are_live_and_clean():
 def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
-        choose_device(1, {})
-    assert choose_device(1, {"ACCELERATE_USE_CPU": "True"}).type == "cpu"
+    second = Launch(rank=1, local_rank=1, world_size=2, launcher="torchrun")
+    with pytest.raises(ConfigError, match=r"local rank 1 has no GPU of its own: .*--gpus-per-task=1"):
+        choose_device(second, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert choose_device(second, {"ACCELERATE_USE_CPU": "True"}).type == "cpu"
+
+
+def test_a_task_of_srun_takes_the_one_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    third = Launch(rank=2, local_rank=2, world_size=4, launcher="srun")
+    for visible in ("2", "GPU-8a1b", "0"):
+        assert choose_device(third, {"CUDA_VISIBLE_DEVICES": visible}) == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match="local rank 2 has no GPU of its own"):
+        choose_device(third, {})  # the node has one GPU, and nobody has given it to this task
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device(third, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == torch.device("cuda", 2)
+
+
+def test_nccl_is_bound_to_the_ranks_gpu(monkeypatch: pytest.MonkeyPatch):
+    """So that it connects when the group is made."""
+    given: dict = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **more: given.update(more))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **more: None)
+    assert connect(Launch(), "fsdp2").device == given["device_id"] == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    connect(Launch(), "fsdp2")
+    assert given["device_id"] is None
 
 
 def test_bf16_needs_hardware_that_has_it(monkeypatch: pytest.MonkeyPatch):

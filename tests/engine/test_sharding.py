@@ -79,13 +79,13 @@ def count_collectives(rank: int, world_size: int, kind: str, n_layers: int, unit
 
 @pytest.mark.parametrize(("kind", "world_size"), [("fsdp2", 2), ("hsdp", 4)])
 def test_collectives_of_a_step_follow_the_closed_form(kind: str, world_size: int):
-    """Units are gathered twice, the root once, and each is reduced once: accumulation adds no reduction."""
+    """Layers are gathered twice a micro-batch, the embedding once, the head once a step; each is reduced once."""
     n_layers, unit_layers, n_units, steps = 24, 8, 3, 3
     found = run_ranks(count_collectives, world_size, kind, n_layers, unit_layers, 12 // world_size // steps)[0]
     counts = found["counts"]
     assert found["dtypes"] == {torch.bfloat16}
-    assert counts["_allgather_base_"] == steps * 2 * n_units + 1
-    assert counts["_reduce_scatter_base_"] == n_units + 1
+    assert counts["_allgather_base_"] == steps * (2 * n_units + 1) + 1
+    assert counts["_reduce_scatter_base_"] == n_units + 2
 
 
 def test_ddp_reduces_once_a_step_however_many_micro_batches():

@@ -41,7 +41,7 @@ def traced(path: Path, *overrides: str, steps: int = 1) -> list[dict[str, Any]]:
     config = configuration("model.method=pre_ln", "model.n_layers=2", "model.activation=gelu", *overrides)
     engine, loader = build_engine(config, "single", ALONE), Loader()
     run_steps(engine, ALONE, config, 1, 1)
-    found = calls(engine, loader, compiled=config.train.compile)
+    found = calls(engine, loader, compiled=config.train.compile is True)
     with marked(found), torch.profiler.profile(record_shapes=True) as profile:
         for step in range(2, 2 + steps):
             with torch.profiler.record_function(MARK + STEP):

@@ -42,7 +42,7 @@ def test_figures_of_a_small_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sum(found["parameters"].values()) == 2 * found["parameters"]["total"]
     assert sum(found["peak_bytes"].values()) == 2 * found["peak_bytes"]["total"]
     assert found["resting_bytes"]["moments"] == 2 * found["resting_bytes"]["weights"]
-    assert found["collectives"]["reduce_scatter"]["count"] == 2
+    assert found["collectives"]["reduce_scatter"]["count"] == 3  # the layers, the embedding, the head
     assert found["simulated_layers"] == 4 and found["exact"] and found["fits"]
     assert found["estimated"]["flops"] == flops_per_token(config.model, 32) * 8 * 32
     for words in ("4 x h100-80 on 1 node", "fsdp2", "embedding", "all-gather", "MFU", "fits           yes", "dry run"):
@@ -92,7 +92,8 @@ def test_remedies_come_in_order_and_may_be_none():
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "hsdp", "zero3"])
 def test_estimated_time_adds_up(kind: str):
-    config = planned("train.precision=bf16", "model.d_model=256", world_size=16, kind=kind)
+    eager = ("train.precision=bf16", "model.d_model=256", "train.compile=false")
+    config = planned(*eager, world_size=16, kind=kind)
     listed, layout = rank_memory.parameters(config), rank_memory.make_layout(config, kind, 16, 2)
     moved = collectives(config, listed, layout)
     accelerator = ACCELERATORS["h100-80"]
@@ -108,6 +109,9 @@ def test_estimated_time_adds_up(kind: str):
     assert 0 < found.mfu < 0.7
     assert found.exposed <= found.gather + found.reduce
     assert timed(operations=10**6).total > found.total
+    config = replace(config, train=replace(config.train, compile="auto"))
+    assert (timed(operations=10**6).host == 0) == (kind != "zero3")  # plan means GPUs, where auto compiles
+    config = replace(config, train=replace(config.train, compile=False))
     assert timed(gpus_per_node=1).gather + timed(gpus_per_node=1).reduce > found.gather + found.reduce
     slower = step_time(config, listed, layout, moved, replace(accelerator, peak=1e12), gpus_per_node=8, operations=None)
     assert slower.total > found.total

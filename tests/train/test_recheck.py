@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.interface import StepResult
+from stablelm.engine.process.torch_settings import set_switches, switches_kept
 from stablelm.engine.ranks import Ranks
 from stablelm.train.guards import NO_UPDATE, differing, recheck
 
@@ -36,6 +38,23 @@ def test_what_is_said_of_a_step_that_was_left_out(again: tuple[float, float], wo
     recheck(7, result(math.nan, math.inf), take, ALONE, HOSTS, said.append)
     assert said[0].startswith("step 7: run again, ")
     assert words in said[0]
+
+
+def test_on_gpus_the_gradients_bits_count_only_with_deterministic_kernels():
+    """The backward pass of flash attention adds up in another order each time."""
+    on_gpu, said = Ranks(0, 1, torch.device("cuda", 0), None, None), []
+
+    def take(*, largest_norm: float) -> StepResult:
+        return result(math.nan, 2.5)
+
+    recheck(7, result(math.nan, 2.25), take, on_gpu, HOSTS, said.append)
+    assert said.pop() == (
+        "step 7: run again, its loss is the same in every bit: the data or the model, not the hardware"
+    )
+    with switches_kept():
+        set_switches(Config(train=TrainConfig(deterministic=True)))
+        recheck(7, result(math.nan, 2.25), take, on_gpu, HOSTS, said.append)
+    assert "it differs (gradient norm: 2.25, then 2.5)" in said[0]
 
 
 def test_a_step_that_was_made_is_not_run_again():

@@ -69,7 +69,7 @@ class StableLM(TemplateLM):
             trusted=arg_dict.get("trust_checkpoint") is True,
             first_rank=launch.rank == 0,
         )
-        engine, ranks = load_engine(run, launch, engine_kind("auto", accelerate_flags(), launch.world_size))
+        engine, ranks, run = load_engine(run, launch, engine_kind("auto", accelerate_flags(), launch.world_size))
         atexit.register(disconnect, ranks)
         return cls(run, engine, ranks, _rows((additional_config or {}).get("batch_size")))
 

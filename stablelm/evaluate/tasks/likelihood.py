@@ -50,10 +50,10 @@ class Shapes:
 
     @classmethod
     def of(cls, config: Config, rows: int | None = None) -> "Shapes":
-        """Of a resolved configuration; `rows`: None for its own."""
+        """Of a resolved configuration, whose `train.compile` is settled; `rows`: None for its own."""
         longest = config.model.max_seq_len
         assert longest is not None
-        widths = (config.data.seq_len, longest) if config.train.compile else ()
+        widths = (config.data.seq_len, longest) if config.train.compile is True else ()
         return cls(rows or config.evaluate.micro_batch_size, longest, widths)
 
 

@@ -75,7 +75,7 @@ def _head(profile: Profile, config: Config) -> Iterator[str]:
 def _launches(profile: Profile, config: Config) -> Iterator[str]:
     share = profile.share(parts.IDLE)
     if share > IDLE:
-        compiled = "" if config.train.compile else "set train.compile=true, or "
+        compiled = "" if config.train.compile is True else "set train.compile=true, or "
         yield (
             f"the GPU idles for {share:.0%} of the step while the host launches operators: {compiled}raise "
             "train.micro_batch_size"
@@ -84,7 +84,7 @@ def _launches(profile: Profile, config: Config) -> Iterator[str]:
 
 def _small(profile: Profile, config: Config) -> Iterator[str]:
     share = profile.share(parts.NORMS, parts.OTHER)
-    if share > SMALL_OPERATORS and not config.train.compile:
+    if share > SMALL_OPERATORS and config.train.compile is not True:
         yield (
             f"norms and what lies between the parts take {share:.0%} of the step: train.compile=true "
             "joins small operators, and larger micro-batches make them count less"

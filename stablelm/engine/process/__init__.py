@@ -1,0 +1,1 @@
+"""What the process of a rank is set to: environment variables, torch's global switches, compilation."""

@@ -1,0 +1,62 @@
+"""Which layers torch.compile compiles, and where `train.compile: auto` means yes."""
+
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from stablelm.config.engine_rules import compiles
+from stablelm.config.schema import Config, ModelConfig
+from stablelm.engine.process.environment import own_compile_folder
+from stablelm.model.sublayer import Layer, Sublayer
+from stablelm.private_names import configure_compilation
+
+OLDEST = (7, 0)
+"""The compute capability from which Triton makes kernels."""
+
+
+def settled(config: Config, kind: str, device: torch.device) -> Config:
+    """`config` with what `train.compile` comes to under an engine's kind on that device, true or false."""
+    answer: Any = compiles(config, kind, device_compiles=not obstacle(device))
+    return replace(config, train=replace(config.train, compile=answer))
+
+
+def obstacle(device: torch.device) -> str:
+    """Why `train.compile: auto` means no on a device; '' where it means yes."""
+    if device.type != "cuda":
+        return "auto compiles on GPUs alone"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "Triton needs a C compiler, and there is none"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"Triton makes no kernels for {torch.cuda.get_device_name(device)}"
+    return ""
+
+
+def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: float) -> None:
+    """Compiles each layer in place; all share one graph, so a second one means a shape that should not vary.
+
+    On a concatenated stream, whose width grows, the bodies after the first maps: their shapes are fixed.
+    """
+    own_compile_folder()
+    axes, limit = config.axes, None
+    differ = axes.stream.layers_differ or axes.stream.eps_scale(config, 2) != axes.stream.eps_scale(config, 0)
+    if axes.placement.by_depth or differ or axes.shaping.active:
+        limit = 8 * config.n_layers  # torch's own limit of shapes and modes, for each layer
+    configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
+    for layer in layers.modules():
+        if isinstance(layer, Layer) and not axes.stream.grows:
+            layer.compile()
+        elif isinstance(layer, Sublayer) and axes.stream.grows:
+            layer.body.compile()
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager[object]:
+    """Runs compiled layers as they were written, where there are any: shapes that change would compile again."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
