@@ -10,16 +10,19 @@ from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.checkpoint.saved_run import read_state
 from stablelm.checkpoint.tensor_index import EarlierFormat, TensorIndex, read_index
 from stablelm.config.schema import ModelConfig
+from stablelm.engine.updates.moments import moment_shapes
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
 from stablelm.printable import few
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 
 
-def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, torch.Size]:
-    """Shape of every tensor that a checkpoint of a resolved model holds, by portable name."""
+def expected_shapes(model: ModelConfig, *, optimizer: bool = True, moments: str = "fp32") -> dict[str, torch.Size]:
+    """Shape of every tensor that a checkpoint of a resolved model holds, by portable name.
+
+    `moments` as of `train.moments`.
+    """
     from stablelm.model.decoder import Decoder
 
     with torch.device("meta"):
@@ -29,7 +32,7 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True) -> dict[str, 
     shapes = {f"model.{name}": shape for name, shape in (parameters | buffers).items()}
     if optimizer:
         for name, shape in parameters.items():
-            shapes |= {f"optim.{name}.{moment}": shape for moment in MOMENTS}
+            shapes |= {f"optim.{name}.{moment}": own for moment, own in moment_shapes(shape, moments).items()}
             shapes[f"optim.{name}.{STEP}"] = torch.Size()
     return shapes
 
@@ -64,7 +67,7 @@ def problems(path: CheckpointPath, *, optimizer: bool = True, trusted: bool = Fa
         return [f"its contents cannot be checked ({error})"]
     if weights or not optimizer:
         return [f"it was saved incomplete: {few(weights)} missing or incomplete"] if weights else []
-    moments = gaps(held, expected_shapes(model))
+    moments = gaps(held, expected_shapes(model, moments=saved_run.saved(path).train.moments))
     if not moments:
         return []
     return [

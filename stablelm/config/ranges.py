@@ -28,7 +28,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "above 0",
         lambda v: v > 0,
         "model.norm_eps model.norm_alpha model.attention.rope_base train.lr train.eps guards.threshold "
-        "observe.hang_seconds observe.first_step_seconds",
+        "observe.hang_seconds observe.first_step_seconds engine.memory_limit",
     ),
     ("at least 2", lambda v: v >= 2, "guards.window"),
     ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),

@@ -10,6 +10,7 @@ from stablelm.config import (
     engine_rules,
     evaluation_rules,
     guard_rules,
+    memory_rules,
     secret_rules,
     segments,
     train_rules,
@@ -157,6 +158,7 @@ class _Rules:
         self.add(segments.problems(self.config))
         self.add(engine_rules.problems(self.config, world_size))
         self.add(engine_rules.reduction(self.config, accelerate_precision))
+        self.add(memory_rules.problems(self.config, world_size))
         return self
 
     def add(self, found: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:
@@ -202,6 +204,7 @@ class _Rules:
         for problem, names in catalogue.problems(whole):
             self.broken(problem, *names, "model.method")
         self.add(data_rules.document_problems(self.config.data, whole))
+        self.add(memory_rules.selective_problems(self.config, whole))
         even = 2 if whole.axes.position.pairs_features and "model.method" not in self.unread else 1
         if not whole.axes.stream.grows and model.d_model % (model.n_heads * even):
             why = (

@@ -161,6 +161,12 @@ class TrainConfig:
     weight_decay: float = key(0.1, "AdamW decay of matrices; norms, biases and embeddings have none", identity=True)
     betas: tuple[float, float] = key((0.9, 0.95), "Adam's averaging constants", identity=True)
     eps: float = key(1e-8, "Adam's epsilon", identity=True)
+    moments: Literal["fp32", "bf16", "int8"] = key(
+        "fp32",
+        "storage of Adam's moments, updated in fp32: the parameters' dtype, bf16, or int8 with a scale for each block "
+        "(extra torchao)",
+        identity=True,
+    )
     grad_clip: float = key(1.0, "largest global gradient norm; 0: no clipping", identity=True)
     z_loss: float = key(0.0, "weight of log(Z)^2, which keeps logits from drifting", identity=True)
     loss: str | None = key(
@@ -217,7 +223,22 @@ class EngineConfig:
     offload: Literal["none", "optimizer", "parameters"] = key(
         "none", "what lives in the host's memory: Adam's state, or parameters and gradients with it"
     )
-    recompute: Literal["none", "full"] = key("none", "recompute each layer's activations in the backward pass")
+    recompute: str = key(
+        "none",
+        "activations computed again in the backward pass. none; attention: those of attention; selective: all but the "
+        "results of matmuls and attention; full: all but the inputs of layers; every:K: full in each K-th layer; auto: "
+        "the cheapest of these that fits engine.memory_limit",
+        path=False,
+    )
+    memory_limit: float | None = key(
+        None,
+        "what recompute: auto fits a rank's predicted peak into; None: a GPU's memory less 5 GB, on a CPU nine tenths "
+        "of a rank's share of the available memory",
+        unit="bytes",
+    )
+    optimizer_in_backward: bool = key(
+        False, "update each parameter as soon as its gradient is there and free the gradient; one process, no clipping"
+    )
     memory_budget: float = key(
         1.0, "share of a compiled layer's activations that is kept; the cheapest to recompute go first"
     )

@@ -19,13 +19,14 @@ from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.optimizers import adamw, refused, set_learning_rate, set_weight_decay
 from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.sharding import recompute_layers
 from stablelm.engine.tensor_parts import clean_name
+from stablelm.engine.updates.moments import MOMENTS
 from stablelm.errors import ConfigError
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
+from stablelm.model.memory import recompute
 from stablelm.model.token_loss import TokenLoss
 
 
@@ -45,8 +46,7 @@ class DeepSpeedEngine:
             self.module = Decoder(config.model, str(config.train.precision))
         self.optimizer = _optimizer(self.module, config) if train else None
         self._groups = _names(self.optimizer, self.module) if self.optimizer else []
-        if config.engine.recompute == "full":
-            recompute_layers(self.module.layers)
+        recompute.apply(self.module.layers, config.engine.recompute, dropout=config.model.dropout)
         if config.train.compile:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)
             self.module.compiled_loss = ranks.device.type == "cuda"
@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         if self.optimizer is not None:
             names = {parameter: name for name, parameter in self.parameters().items()}
             self._slices = zero_shards.buffer_slices(self._engine.optimizer, self._stage, names)
-            zero_shards.make_moments(self.optimizer, self._masters())
+            zero_shards.make_moments(self.optimizer, self._masters(), config.train.moments)
             self._largest_norm = math.inf
             self.optimizer.register_step_pre_hook(self._refuse)
 
@@ -128,6 +128,9 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks; the loss is already divided by the tokens of all ranks.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
+    def begin(self, lr: float | None) -> None:
+        """Nothing: no update comes before `step`."""
+
     def use(self, train: TrainConfig) -> None:
         assert self.optimizer is not None
         self._z_loss, self._engine.optimizer.clip_grad = train.z_loss, train.grad_clip
@@ -178,7 +181,7 @@ class DeepSpeedEngine:
             if optimizer:
                 state = self.optimizer.state[flats[place.group]]
                 found[f"optim.{name}.step"] = state["step"]
-                for moment in zero_shards.MOMENTS:
+                for moment in MOMENTS:
                     found[f"optim.{name}.{moment}"] = place.shard(state[moment])
         return found
 

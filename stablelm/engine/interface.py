@@ -10,6 +10,7 @@ from torch import Tensor
 from stablelm.config.engine_rules import ZERO
 from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised
+from stablelm.engine.peak_memory import choice
 from stablelm.engine.ranks import Ranks
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
@@ -73,6 +74,13 @@ class Engine(Protocol):
         """Adds the gradient of `loss`, summed over ranks; `last` marks the step's last micro-batch."""
         ...
 
+    def begin(self, lr: float | None) -> None:
+        """Before the passes of a step, whose rate an engine needs that updates in the backward pass.
+
+        None: those passes free their gradients as a step's would, and change nothing.
+        """
+        ...
+
     def use(self, train: TrainConfig) -> None:
         """Works with other settings of a resolved configuration from now on: of z_loss, grad_clip and weight_decay."""
         ...
@@ -92,6 +100,7 @@ class Engine(Protocol):
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
         """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
 
+        Moments have the dtype of `train.moments`, with `optim.<name>.{exp_avg,exp_avg_sq}_scale` beside int8 ones.
         Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
         ranks), a DTensor or a `engine.tensor_parts.FlatShard`; filling them in place restores the state, once
         `loaded` was called. They are the same tensors whatever passes ran before.
@@ -122,8 +131,9 @@ class Engine(Protocol):
 def build_engine(config: Config, kind: str, ranks: Ranks, *, train: bool = True) -> Engine:
     """The model of a resolved `config` spread over `ranks`, with its optimizer unless `train` is False.
 
-    Collective. Raises ConfigError for what the machine lacks.
+    Collective. Raises ConfigError for what the machine lacks. Without `train` nothing is recomputed.
     """
+    config = choice.resolved(config, kind, ranks)[0] if train else choice.with_mode(config, "none")
     if kind in ZERO:
         from stablelm.engine.deepspeed_engine import DeepSpeedEngine
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
 from stablelm.engine.tensor_parts import local_part
+from stablelm.engine.updates.moments import CompactAdamW, empty_moments
 from stablelm.methods.axes import Rates, Role
 from stablelm.model.devices import to_device
 from stablelm.model.initialise import decays
@@ -113,7 +114,8 @@ def adamw(
     """Decoupled weight decay (Loshchilov and Hutter, 2019, alg. 2) on matrices, none on the rest.
 
     A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`), its `decay_scale` the decay
-    (`set_weight_decay`). Moments have the parameters' dtype; `step` is a 0-dim float32 tensor for each parameter.
+    (`set_weight_decay`). Moments have the parameters' dtype or are as `train.moments` says; `step` is a 0-dim float32
+    tensor for each parameter.
     """
     groups: dict[tuple[Rates, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -121,7 +123,8 @@ def adamw(
         factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
         # One kernel call takes split parameters or whole ones, not both.
         groups.setdefault((factors, decays(role), isinstance(parameter, DTensor)), []).append(parameter)
-    optimizer = torch.optim.AdamW(
+    kind = torch.optim.AdamW if train.moments == "fp32" else CompactAdamW
+    optimizer = kind(
         [
             {
                 "params": members,
@@ -140,8 +143,7 @@ def adamw(
         optimizer.state[parameter] = {
             # The fused kernel wants the count beside the parameter.
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format).detach(),
+            **empty_moments(parameter, train.moments),
         }
     return optimizer
 

@@ -18,7 +18,6 @@ from stablelm.config.engine_rules import hsdp_sizes
 from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
 from stablelm.model.decoder import Decoder
-from stablelm.private_names import checkpoint_wrapper
 
 GATHERED_BYTES = 2  # an element of a gathered matrix in bf16
 LOCAL_SHARE = 0.1
@@ -129,9 +128,3 @@ def _prefetch(units: Sequence[nn.Module | None], depth: int, first: int) -> None
     for index, module in enumerate(modules):
         module.set_modules_to_forward_prefetch(modules[index + 1 : index + 1 + depth])
         module.set_modules_to_backward_prefetch(modules[max(first, index - depth) : index][::-1])
-
-
-def recompute_layers(layers: nn.ModuleList) -> None:
-    """Replaces each layer by one that keeps its inputs only; dropout draws the same masks again."""
-    for index, layer in enumerate(layers):
-        layers[index] = checkpoint_wrapper(layer, preserve_rng_state=True)

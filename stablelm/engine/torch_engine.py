@@ -25,13 +25,15 @@ from stablelm.engine.optimizers import (
 )
 from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, recompute_layers, replicated, shard
+from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
+from stablelm.engine.updates.backward_updates import BackwardUpdates
 from stablelm.model.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.devices import to_device
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
+from stablelm.model.memory import recompute
 from stablelm.model.token_loss import TokenLoss
 
 
@@ -47,8 +49,7 @@ class TorchEngine:
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self._roles = roles(self.module)
-        if config.engine.recompute == "full":
-            recompute_layers(self.module.layers)
+        recompute.apply(self.module.layers, config.engine.recompute, dropout=config.model.dropout)
         if config.train.compile:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)
             self.module.compiled_loss = ranks.device.type == "cuda"
@@ -62,6 +63,9 @@ class TorchEngine:
         self._call: nn.Module = self._ddp or self.module
         self.module.train(train)
         self.optimizer = adamw(self.parameters(), self._roles, config.train, config.model) if train else None
+        self._updates: BackwardUpdates | None = None
+        if self.optimizer is not None and config.engine.optimizer_in_backward:
+            self._updates = BackwardUpdates(self.optimizer)
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
@@ -106,6 +110,8 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         if isinstance(self.module, FSDPModule):
             self._arrange(self.module, last)
+        if self._updates is not None:
+            self._updates.check(loss)
         # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
         (loss * self._world_size).backward()
         if last and self._replicated:
@@ -127,6 +133,11 @@ class TorchEngine:
     def _in_shards(self) -> bool:
         return in_shards(self._config, self.module, self.device)
 
+    def begin(self, lr: float | None) -> None:
+        if self._updates is not None and self.optimizer is not None:
+            set_learning_rate(self.optimizer, lr or 0.0)
+            self._updates.begin(updates=lr is not None)
+
     def use(self, train: TrainConfig) -> None:
         assert self.optimizer is not None
         self._z_loss, self._grad_clip = train.z_loss, train.grad_clip
@@ -134,6 +145,10 @@ class TorchEngine:
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         assert self.optimizer is not None, "an engine built with train=False cannot step"
+        if self._updates is not None:
+            norm = self._updates.finish()
+            self.matrices.scale_rows(self.matrices.update(refused(norm)))
+            return norm
         parameters = self._parameters.values()
         norm = to_device(total_norm(parameters), self.device)
         # The host updates offloaded shards, so it waits here for the norm.
@@ -151,6 +166,8 @@ class TorchEngine:
         return norm.detach()
 
     def clear_gradients(self) -> None:
+        if self._updates is not None:
+            self._updates.stop()
         for parameter in self._parameters.values():
             parameter.grad = None
 

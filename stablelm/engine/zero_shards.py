@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.engine.tensor_parts import FlatShard
+from stablelm.engine.updates.moments import empty_moments
 from stablelm.private_names import forget_offloaded_gradients, publish_zero3_group
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class BufferSlice(NamedTuple):
@@ -69,12 +68,12 @@ def masters(zero: Any, stage: int) -> Sequence[Tensor]:
     return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
 
-def make_moments(optimizer: torch.optim.Optimizer, flats: Sequence[Tensor]) -> None:
+def make_moments(optimizer: torch.optim.Optimizer, flats: Sequence[Tensor], moments: str) -> None:
     """Adam's state as before the first step, so that every checkpoint has the same tensors."""
     for flat in flats:
         optimizer.state[flat] = {
             "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            **{moment: torch.zeros_like(flat.detach()) for moment in MOMENTS},
+            **empty_moments(flat.detach(), moments),
         }
 
 

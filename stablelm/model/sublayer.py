@@ -130,12 +130,22 @@ class Layer(nn.Module):
         With value mixing, layer 0 also returns its values as the last tensor; later layers receive them as `values`.
         With a cache, all of these are of the new tokens alone.
         """
+        return self.compute(chunks, positions, values, cache)
+
+    def compute(self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None) -> Chunks:
+        """`forward`; apart, so that recompute may wrap it inside of what is compiled."""
+        attended, own = self.attend(chunks, positions, values, cache)
+        between = self.stream.join(chunks, attended)
+        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
+        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
+        return (*new, own) if own is not None else new
+
+    def attend(
+        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None
+    ) -> tuple[Chunks, Tensor | None]:
+        """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
         products = self.attention.enter(chunks)
         *rest, own = products
         if values:
             products = (*rest, self.value_mixing.mix(own, values[0]))
-        attended = self.attention.leave(chunks, products, positions, cache)
-        between = self.stream.join(chunks, attended)
-        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
-        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
-        return (*new, own) if self.gives_values else new
+        return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None

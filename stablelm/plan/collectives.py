@@ -10,9 +10,7 @@ import torch
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.plan.fake_engine import FakeEngine, fake_ranks
-from stablelm.plan.layer_memory import extended, with_layers
-from stablelm.plan.rank_memory import (
+from stablelm.engine.peak_memory.rank_memory import (
     DDP_BUCKET_BYTES,
     DDP_FIRST_BUCKET_BYTES,
     Layout,
@@ -24,6 +22,8 @@ from stablelm.plan.rank_memory import (
     padded,
     width,
 )
+from stablelm.model.memory.layer_memory import extended, with_layers
+from stablelm.plan.fake_engine import FakeEngine, fake_ranks
 
 UPDATED_LAYERS = 2
 VALID_BYTES = 8  # the count of valid targets, which all ranks agree on

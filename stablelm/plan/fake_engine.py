@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from stablelm.config.schema import Config
+from stablelm.engine.peak_memory.rank_memory import Layout
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.plan.memory_tracker import MemoryTracker
-from stablelm.plan.rank_memory import Layout
+from stablelm.model.memory.memory_tracker import MemoryTracker
 from stablelm.private_names import FakeStore, FakeTensorMode
 
 
@@ -57,7 +57,7 @@ class FakeEngine(TorchEngine):
         self.tracker.assign(self.module.parameters(), "weights")
         self.tracker.assign(self.module.buffers(), "buffers")
         states = self.optimizer.state.values()
-        self.tracker.assign((state[name] for state in states for name in ("exp_avg", "exp_avg_sq")), "moments")
+        self.tracker.assign((held for state in states for held in state.values() if held.ndim), "moments")
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         with self.mode:

@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 
+from stablelm.engine.peak_memory import estimate, rank_memory
+from stablelm.engine.peak_memory.rank_memory import Layout
 from stablelm.errors import ConfigError
-from stablelm.plan import estimate, layer_memory, rank_memory
-from stablelm.plan.rank_memory import Layout
+from stablelm.model.memory import layer_memory
 from stablelm.plan.request import PlanRequest
 
 MOST_LAYERS = 4096

@@ -5,6 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,9 @@ from stablelm.plan.request import PlanRequest, prepare_each
 from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
+    from stablelm.engine.peak_memory.choice import Choice
+    from stablelm.engine.peak_memory.rank_memory import Layout, Parameter
     from stablelm.plan.output.figures import Comparison, Plan
-    from stablelm.plan.rank_memory import Layout, Parameter
     from stablelm.plan.remedies import Remedy
     from stablelm.plan.simulate import Simulation
 
@@ -90,14 +92,17 @@ def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] =
 
     `near`: plans of the same run on other numbers of ranks, whose dry runs may serve.
     """
-    from stablelm.plan import estimate, rank_memory
+    from stablelm.engine.peak_memory import estimate, rank_memory
+    from stablelm.engine.peak_memory.choice import with_mode
     from stablelm.plan.collectives import collectives
     from stablelm.plan.largest_depth import largest_depth
     from stablelm.plan.output.figures import Plan
     from stablelm.plan.step_time import step_time
 
-    started, config = time.perf_counter(), request.config
-    listed, layout = rank_memory.parameters(config), _layout(request, config, request.world_size)
+    started, layout = time.perf_counter(), _layout(request, request.config, request.world_size)
+    request, choice = _with_concrete_recompute(request, layout)
+    config = request.config
+    listed = rank_memory.parameters(config)
     with warnings.catch_warnings():
         # FSDP and the hooks of a dry run warn about what the real engine does on purpose.
         warnings.simplefilter("ignore")
@@ -113,15 +118,34 @@ def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] =
     )  # fmt: skip
     scale = peak.total() / estimated.total()
     remedy = _remedy(request, listed, scale) if peak.total() > request.usable else None
-    deepest = largest_depth(request, layout, peak.total(), scale) if depth else None
+    deepest = None
+    if depth:
+        lean, needed = request, float(peak.total())
+        if choice is not None:
+            lean, needed = (
+                replace(request, config=with_mode(config, choice.leanest)),
+                scale * min(choice.peaks.values()),
+            )
+        deepest = largest_depth(lean, layout, needed, scale)
     return Plan(
-        request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy, deepest,
+        request, layout, listed, held, host, peak, simulation, moved, time_of_step, remedy, choice, deepest,
         time.perf_counter() - started,
     )  # fmt: skip
 
 
+def _with_concrete_recompute(request: PlanRequest, layout: "Layout") -> tuple[PlanRequest, "Choice | None"]:
+    """The request with the mode that `engine.recompute: auto` chooses, and what it chooses from."""
+    from stablelm.engine.peak_memory.choice import choose, with_mode
+
+    config = request.config
+    if config.engine.recompute != "auto":
+        return request, None
+    choice = choose(config, layout, config.engine.memory_limit or request.usable, all_modes=True)
+    return replace(request, config=with_mode(config, choice.mode)), choice
+
+
 def _layout(request: PlanRequest, config: Config, ranks: int) -> "Layout":
-    from stablelm.plan.rank_memory import make_layout
+    from stablelm.engine.peak_memory.rank_memory import make_layout
 
     return make_layout(config, config.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
 
@@ -136,8 +160,8 @@ def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "R
 def _dry_run(
     request: PlanRequest, listed: "list[Parameter]", layout: "Layout", near: tuple["Plan", ...]
 ) -> "Simulation | None":
-    """None for engines that have no dry run, and where none was asked for."""
-    if not request.simulated or layout.kind not in ("single", *SHARDED):
+    """None for engines that have no dry run, where none was asked for, and of updates that fake tensors do not make."""
+    if not request.simulated or request.config.engine.optimizer_in_backward or layout.kind not in ("single", *SHARDED):
         return None
     from stablelm.plan.simulate import on_other_ranks, simulate
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from stablelm.config import engine_rules
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config, EngineConfig
-from stablelm.plan import estimate
-from stablelm.plan.rank_memory import Layout, Parameter
+from stablelm.engine.peak_memory import estimate
+from stablelm.engine.peak_memory.rank_memory import Layout, Parameter
 
 MOST_RANKS = 4096
 SMALL_UNIT = 2**24

@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 
 from stablelm.config import rules
 from stablelm.config.load import Loaded
+from stablelm.config.memory_rules import RESERVE
 from stablelm.config.schema import Config
 from stablelm.engine.launch_environment import AccelerateFlags, engine_kind
 from stablelm.errors import ConfigError
 from stablelm.observe.accelerators import Accelerator, find
-
-RESERVE = 5e9
-"""Bytes of a device that tensors cannot use: driver context, NCCL buffers, workspaces, fragments (an assumption)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class PlanRequest:
     def at_depth(self, n_layers: int) -> "PlanRequest":
         """The same with another number of layers; ConfigError where the method or another key does not allow it."""
         model = replace(self.loaded.config.model, n_layers=n_layers, vocab_size=self.config.model.vocab_size)
-        loaded = replace(self.loaded, config=replace(self.loaded.config, model=model))
+        engine = replace(self.loaded.config.engine, recompute=self.config.engine.recompute)
+        loaded = replace(self.loaded, config=replace(self.loaded.config, model=model, engine=engine))
         return prepare(
             loaded, self.world_size, self.accelerator, self.gpus_per_node, simulated=self.simulated, price=self.price
         )

@@ -13,9 +13,10 @@ import torch
 
 from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config
-from stablelm.plan import estimate, layer_memory, rank_memory
+from stablelm.engine.peak_memory import estimate, rank_memory
+from stablelm.engine.peak_memory.rank_memory import Layout, Parameter
+from stablelm.model.memory import layer_memory
 from stablelm.plan.fake_engine import FakeEngine, fake_ranks
-from stablelm.plan.rank_memory import Layout, Parameter
 from stablelm.train.step import train_step
 
 UNITS = 5

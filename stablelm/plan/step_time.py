@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 
 from stablelm.config.engine_rules import SHARDED, compiles
 from stablelm.config.schema import Config
+from stablelm.engine.peak_memory import rank_memory
+from stablelm.engine.peak_memory.rank_memory import Layout, Parameter
 from stablelm.methods.sizes import flops_per_token
 from stablelm.model.linear import make_dtypes
+from stablelm.model.memory import layer_memory
+from stablelm.model.memory.recompute import is_recomputed
 from stablelm.observe.accelerators import Accelerator
-from stablelm.plan import layer_memory, rank_memory
 from stablelm.plan.collectives import Collectives
-from stablelm.plan.rank_memory import Layout, Parameter
 
 ATTAINABLE = 0.7
 BANDWIDTH = 0.75
@@ -87,13 +89,23 @@ def step_time(
 
 
 def _computed(config: Config, flops: float) -> float:
-    """FLOPs a token including recompute, which repeats the forward pass of the layers, a third of their FLOPs."""
-    if config.engine.recompute != "full":
-        return flops
+    """FLOPs a token including recompute; the forward pass of the layers is a third of their FLOPs."""
     model = config.model
     assert model.vocab_size is not None
     head = 6.0 * model.vocab_size * model.d_model
-    return flops + (flops - head) / 3
+    return flops + _repeated(config)[0] * (flops - head) / 3
+
+
+def _repeated(config: Config) -> tuple[float, float]:
+    """Shares of the layers' forward FLOPs and of their memory-bound bytes that recompute repeats.
+
+    Attention is taken to be a third of a layer, as 4 of the 12 d_model^2 parameters of its matrices are.
+    """
+    mode, layers = config.engine.recompute, config.model.n_layers
+    if mode == "attention":
+        return 1 / 3, 1 / 3
+    whole = sum(is_recomputed(mode, layer) for layer in range(layers)) / layers
+    return whole, float(mode == "selective") or whole
 
 
 def _memory_bound(config: Config) -> float:
@@ -101,7 +113,7 @@ def _memory_bound(config: Config) -> float:
     model, micro = config.model, config.train.micro_batch_size
     assert model.vocab_size is not None and micro is not None
     layers = layer_memory.measure(replace(config, engine=replace(config.engine, recompute="none"))).layers
-    times = PASSES + (RECOMPUTE_PASSES if config.engine.recompute == "full" else 0)
+    times = PASSES + RECOMPUTE_PASSES * _repeated(config)[1]
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
     bytes_of_a_logit = 2 * (dtypes.parameter.itemsize + dtypes.compute.itemsize)
     return times * layers + micro * config.data.seq_len * model.vocab_size * bytes_of_a_logit

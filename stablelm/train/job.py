@@ -187,6 +187,7 @@ def dry_run(
     rows = config.train.micro_batch_size or config.train.batch_sizes.largest // ranks.world_size
     seed_dropout(config.run.seed, 0, 0, ranks.rank)
     tokens = torch.randint(0, config.model.vocab_size or 1, (rows, config.data.seq_len + 1)).to(engine.device)
+    engine.begin(None)
     sums = engine.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
     engine.backward(sums.total / sums.valid, last=True)
     if before_update is not None:
@@ -264,7 +265,7 @@ def build_saver(
     return Saver(
         fence,
         ranks.save_group,
-        shapes=expected_shapes(prepared.config.model),
+        shapes=expected_shapes(prepared.config.model, moments=prepared.config.train.moments),
         background=checkpoint.async_,
         committed=committed,
         reached=marker.saved_part,

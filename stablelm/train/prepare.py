@@ -86,6 +86,10 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
 
         assert config.model.vocab_size is not None
         try_token_loss(config.train.loss, config.model.vocab_size)
+    if config.train.moments != "fp32":
+        from stablelm.engine.updates.moments import check_moments  # imports torch
+
+        check_moments(config.train.moments)
     evaluate = config.evaluate
     encode_prompts(
         evaluate.samples,

@@ -15,6 +15,7 @@ from stablelm.engine.process import environment
 from stablelm.engine.process.compilation import obstacle, settled
 from stablelm.engine.process.compile_cache import CompileCache
 from stablelm.engine.process.torch_settings import set_switches
+from stablelm.engine.peak_memory import choice
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
@@ -55,11 +56,8 @@ def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str],
     # While a rank waits for a store the others wait for it.
     timeout += config.data.retry_budget
     ranks = connect(prepared.launch, prepared.kind, collective_seconds=timeout)
-    prepared = share_corpora(prepared, ranks)
-    check_precision(str(config.train.precision), ranks.device)
-    set_switches(config)
-    config = settled(config, prepared.kind, ranks.device)
-    prepared = dataclasses.replace(prepared, config=config)
+    prepared, notices = _settled(share_corpora(prepared, ranks), ranks)
+    config = prepared.config
     assert prepared.corpora is not None
     dtype = make_dtypes(str(config.train.precision), config.model.stream_dtype).compute
     ending.progress.attempt = run_directory.create(
@@ -78,9 +76,18 @@ def attempt(prepared: Prepared, ending: Ending, *, source: str, argv: list[str],
         ending.watchdog.start()
     ranks = dataclasses.replace(ranks, passed=ending.watchdog.marker.passed)
     with preferred(order(config.model, dtype, gpu_of(ranks.device))):
-        reason = _run(prepared, ranks, ending, ending.watchdog, source, started)
+        reason = _run(prepared, ranks, ending, ending.watchdog, source, started, notices)
     ending.watchdog.stop()
     return ranks, reason
+
+
+def _settled(prepared: Prepared, ranks: Ranks) -> tuple[Prepared, list[str]]:
+    """With what the devices decide, and lines about it; sets torch's switches. ConfigError if nothing will do."""
+    config = prepared.config
+    check_precision(str(config.train.precision), ranks.device)
+    set_switches(config)
+    config, chosen = choice.resolved(settled(config, prepared.kind, ranks.device), prepared.kind, ranks)
+    return dataclasses.replace(prepared, config=config), [chosen] if chosen else []
 
 
 def conclude(ending: Ending, ranks: Ranks, reason: str) -> int:
@@ -110,10 +117,17 @@ def _check_tokenizer(prepared: Prepared, sha256: str) -> None:
         )
 
 
-def _run(prepared: Prepared, ranks: Ranks, ending: Ending, watchdog: Watchdog, source: str, started: float) -> str:
+def _run(
+    prepared: Prepared,
+    ranks: Ranks,
+    ending: Ending,
+    watchdog: Watchdog,
+    source: str,
+    started: float,
+    notices: list[str],
+) -> str:
     config, corpora, progress = prepared.config, prepared.corpora, ending.progress
     assert corpora is not None and config.train.steps is not None
-    notices: list[str] = []
     fence = resume.take_over(config, ranks, progress.attempt)
     found = resume.find(config, source, ranks, notices.append)
     continued = resume.continue_as(prepared, found, source, ranks)

@@ -48,6 +48,7 @@ def train_step(
     parts = list(zip(tokens.split(micro), targets.split(micro), strict=True))
     dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
     cross_entropy, objective = torch.zeros(2, dtype=dtype, device=engine.device)
+    engine.begin(lr)
     for index, (part_tokens, part_targets) in enumerate(parts):
         part = f"micro-batch {index + 1} of {len(parts)}"
         mark("forward", part)

@@ -66,7 +66,12 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     # Sizes change before the kill and after it.
     "batch": {"fixed": (), "ramp": (f"train.global_batch_size={{0: {BATCH // 2}, 2: {BATCH}, 5: {BATCH // 2}}}",)},
     "rate": dict.fromkeys(("kept", "changed"), ()),
-    "recompute": {"none": (), "full": ("engine.recompute=full",)},
+    "recompute": {
+        "none": (),
+        **{mode: (f"engine.recompute={mode}",) for mode in ("full", "selective", "attention", "every:2", "auto")},
+    },
+    "moments": {kind: (f"train.moments={kind}",) for kind in ("fp32", "bf16")},
+    "update": {"step": (), "backward": ("engine.optimizer_in_backward=true", "train.grad_clip=0")},
     "dropout": {"no": (), "yes": ("model.dropout=0.1",)},
     "guards": {
         "none": (),

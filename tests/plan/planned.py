@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
-from stablelm.engine.sharding import recompute_layers
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.sublayer import Sublayer
+from stablelm.model.memory import recompute
 
 SHAPE = (
     "model.d_model=64",
@@ -56,7 +56,7 @@ def kept_in_a_real_step(config: Config) -> Counter[str]:
         return tensor
 
     if config.engine.recompute == "full":
-        recompute_layers(decoder.layers)
+        recompute.apply(decoder.layers, "full", dropout=0.0)
         for layer in decoder.layers:
             layer.register_forward_pre_hook(lambda module, inputs: [keep(chunk) for chunk in inputs[0]] and None)
     tokens = torch.randint(300, (config.train.micro_batch_size or 1, config.data.seq_len))

@@ -6,9 +6,9 @@ import pytest
 from planned import SHAPE
 
 from stablelm.config.load import load
+from stablelm.engine.peak_memory import estimate, rank_memory
 from stablelm.methods.catalogue import METHODS
 from stablelm.observe.accelerators import chosen
-from stablelm.plan import estimate, rank_memory
 from stablelm.plan.largest_depth import MEMORY, MOST_LAYERS
 from stablelm.plan.output.figures import Plan
 from stablelm.plan.output.plan_text import text

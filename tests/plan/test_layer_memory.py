@@ -4,7 +4,7 @@ import pytest
 from planned import kept_in_a_real_step, planned
 
 from stablelm.methods.catalogue import METHODS
-from stablelm.plan import layer_memory
+from stablelm.model.memory import layer_memory
 
 VARIANTS = {
     "kv_heads": ("model.kv_heads=2", "data.seq_len=80"),
@@ -68,3 +68,29 @@ def test_few_layers_and_sequences_stand_for_many(method: str):
     assert found.alike == (method in ("pre_ln", "value_residual"))
     real = kept_in_a_real_step(config).total()
     assert found.kept + found.weight_copies(sharded=False) == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("mode", "elements"),
+    [
+        # Of a token and layer at width d, beside the stream that enters it:
+        ("none", 2 + 1 + 2 + 1 + 1 + 8),  # normed twice, value, query and key turned, mixed, stream between, fc1, gelu
+        ("selective", 3 + 1 + 1 + 4 + 1),  # results of query, key, value, attention, output, fc1 and fc2
+        ("attention", 1 + 1 + 8),  # stream between, normed, fc1, gelu
+        ("full", 0),
+    ],
+)
+def test_what_a_layer_keeps_follows_from_its_operations(mode: str, elements: int):
+    """fp32, pre_ln: all in units of 4 d bytes a token, up to statistics of norms and attention."""
+    config = planned("model.method=pre_ln", "model.n_layers=8", f"engine.recompute={mode}", "train.precision=fp32")
+    tokens, d_model = 2 * config.data.seq_len, config.model.d_model
+    kept = layer_memory.measure(config).last_layer / (4 * d_model * tokens)
+    assert kept == pytest.approx(1 + elements, abs=0.25)
+
+
+def test_each_third_layer_keeps_its_input_only():
+    plain, full, some = (
+        layer_memory.measure(planned("model.n_layers=9", f"engine.recompute={mode}")).layers
+        for mode in ("none", "full", "every:3")
+    )
+    assert some == pytest.approx((2 * plain + full) / 3, rel=1e-6)

@@ -15,12 +15,14 @@ from support.programs import run as run_program
 from support.samples import REPOSITORY
 
 from stablelm.config.load import load
+from stablelm.config.memory_rules import RESERVE
+from stablelm.engine.peak_memory import estimate, rank_memory
 from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.observe.accelerators import ACCELERATORS
-from stablelm.plan import estimate, rank_memory, remedies
+from stablelm.plan import remedies
 from stablelm.plan.collectives import collectives
 from stablelm.plan.planner import make, plan
-from stablelm.plan.request import RESERVE, prepare
+from stablelm.plan.request import prepare
 from stablelm.plan.step_time import step_time
 
 RUNS = sorted((REPOSITORY / "configs" / "runs").glob("c4-*b-*.yaml"))
@@ -190,3 +192,36 @@ def test_twins_have_equal_parameters():
     for pair in totals.values():
         assert len(pair) == 2
         assert max(pair) / min(pair) < 1.01
+
+
+def test_auto_reports_the_peak_of_each_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "plan.json"
+    shown = planned_text(capsys, "engine.kind=fsdp2", "engine.recompute=auto", out=str(out))
+    peaks = json.loads(out.read_text())["recompute_peaks"]
+    assert list(peaks) == ["none", "selective", "every:4", "attention", "every:2", "full"]
+    assert peaks["full"] < peaks["none"]
+    assert "recompute none" in shown and "recompute auto none; predicted peak of a rank: none " in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    limit = f"engine.memory_limit={peaks['full']}"
+    assert "recompute full" in planned_text(capsys, "engine.kind=fsdp2", "engine.recompute=auto", limit)
+
+
+@pytest.mark.parametrize(("moments", "bytes_"), [("fp32", 8.0), ("bf16", 4.0), ("int8", 2.0)])
+def test_moments_of_fewer_bytes_are_counted(moments: str, bytes_: float, tmp_path: Path):
+    out = tmp_path / "plan.json"
+    settings = [f"train.moments={moments}", "engine.kind=fsdp2", "model.d_model=256"]
+    assert plan([], [*SMALL, *settings], world_sizes=(4,), out=str(out)) == 0
+    held = json.loads(out.read_text())
+    # int8: a scale for each block of 256 elements, and vectors in fp32.
+    assert held["resting_bytes"]["moments"] / held["resting_bytes"]["weights"] * 4 == pytest.approx(bytes_, rel=0.06)
+    assert held["peak_bytes"]["moments"] == held["resting_bytes"]["moments"]
+
+
+def test_updates_in_the_backward_pass_hold_one_gradient():
+    deep = ("train.grad_clip=0", "train.micro_batch_size=8", "model.n_layers=40", "engine.recompute=full")
+    plain, hooked = (
+        make(prepare(load([], [*SMALL, *deep, *more]), 1, "h100-80", 8, simulated=False)).peak
+        for more in ((), ("engine.optimizer_in_backward=true",))
+    )
+    weights = plain["weights"]
+    assert plain.total() - hooked.total() > 0.7 * weights

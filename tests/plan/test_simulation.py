@@ -11,12 +11,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor.debug import CommDebugMode
 
 from stablelm.config.schema import Config
+from stablelm.engine.peak_memory import estimate, rank_memory
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.plan import estimate, rank_memory, simulate
+from stablelm.model.memory.memory_tracker import MemoryTracker
+from stablelm.plan import simulate
 from stablelm.plan.collectives import collectives, ddp_buckets
 from stablelm.plan.fake_engine import FakeEngine, fake_ranks
-from stablelm.plan.memory_tracker import MemoryTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ODD = ("model.d_model=72", "model.n_heads=4", "data.seq_len=16")

@@ -111,7 +111,7 @@ def _matmuls(profile: Profile, config: Config) -> Iterator[str]:
 
 def _of_memory(config: Config, share: float | None) -> Iterator[str]:
     if share is not None and share < MEMORY_FREE:
-        first = "engine.recompute=none, or " if config.engine.recompute == "full" else ""
+        first = "engine.recompute=none, or " if config.engine.recompute != "none" else ""
         yield (
             f"the peak is {share:.0%} of the GPU's memory: try {first}a larger train.micro_batch_size with fewer "
             "micro-batches"

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from stablelm.engine.peak_memory.choice import Choice
+from stablelm.engine.peak_memory.rank_memory import Layout, Parameter
 from stablelm.methods.sizes import flops_per_token, parameter_counts
-from stablelm.plan import layer_memory
+from stablelm.model.memory import layer_memory
 from stablelm.plan.collectives import Collectives
 from stablelm.plan.largest_depth import LargestDepth
 from stablelm.plan.output.run_cost import RunCost, run_cost
-from stablelm.plan.rank_memory import Layout, Parameter
 from stablelm.plan.remedies import Remedy
 from stablelm.plan.request import PlanRequest
 from stablelm.plan.simulate import Simulation
@@ -43,6 +44,8 @@ class Plan:
     moved: Collectives
     time: StepTime
     remedy: Remedy | None
+    choice: Choice | None
+    """Of `engine.recompute: auto`."""
     depth: LargestDepth | None
     """None where it was not asked for."""
     seconds: float
@@ -104,6 +107,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "estimated": {KEYS.get(name, name): value for name, value in asdict(plan.time).items()},
         "cost": asdict(plan.cost) | {"price": request.price},
         "fits": plan.fits,
+        "recompute_peaks": None if plan.choice is None else plan.choice.peaks,
         "remedy": None if plan.remedy is None else asdict(plan.remedy),
         "largest_depth": None if plan.depth is None else asdict(plan.depth),
         "seconds": plan.seconds,

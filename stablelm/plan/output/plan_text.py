@@ -1,10 +1,11 @@
 """A plan as text for the console and the docs, in 80 columns: first the answers, then what they come from."""
 
+from stablelm.config.memory_rules import RESERVE
+from stablelm.engine.peak_memory import rank_memory
 from stablelm.methods.sizes import flops_per_token
-from stablelm.plan import layer_memory, rank_memory
+from stablelm.model.memory import layer_memory
 from stablelm.plan.output.figures import Plan, by_role
 from stablelm.plan.output.units import duration, folded, money, number, seconds, size
-from stablelm.plan.request import RESERVE
 
 LABELS = {
     "weights": "parameters",
@@ -48,6 +49,7 @@ def _run(plan: Plan) -> list[str]:
             f"links {gpu.link / 1e9:,g}, network {gpu.network / 1e9:,g}",
             "engine": f"{engine.kind}{copies}, recompute {engine.recompute}, offload {engine.offload}, "
             f"{size(engine.unit_bytes)} units, prefetch {engine.prefetch}",
+            **({} if plan.choice is None else {"recompute auto": plan.choice.words()}),
             "batch": f"{request.batch} of {config.data.seq_len:,} tokens; per GPU {micro:,} "
             f"micro-batch{'es' * (micro > 1)} of {train.micro_batch_size:,}",
         }

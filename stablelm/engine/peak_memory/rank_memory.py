@@ -17,8 +17,9 @@ from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.deepspeed_config import PERSISTENT
 from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped
+from stablelm.engine.updates.moments import bytes_of_moments
 from stablelm.model.initialise import decays, roles
-from stablelm.plan.layer_memory import on_meta
+from stablelm.model.memory.layer_memory import on_meta
 
 DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
 ALIGNMENT = 2  # elements, of each rank's shard of a flat ZeRO group
@@ -120,16 +121,15 @@ def resting(config: Config, listed: list[Parameter], layout: Layout, rank: int =
     """
     if layout.kind in ZERO:
         return _zero(config, listed, layout)
-    elements = 0
+    elements, moments, largest = 0, 0, 0
     for parameter in listed:
+        shape = parameter.shape
         if layout.kind in SHARDED and parameter.is_matrix:
-            elements += rows_of(parameter, layout.shards, rank % layout.shards) * (
-                parameter.elements // parameter.shape[0]
-            )
-        else:
-            elements += parameter.elements
-    size = elements * width(config)
-    return Counter(weights=size, gradients=size, moments=2 * size)
+            shape = (rows_of(parameter, layout.shards, rank % layout.shards), *shape[1:])
+        elements, largest = elements + math.prod(shape), max(largest, math.prod(shape))
+        moments += bytes_of_moments(shape, config.train.moments, width(config))
+    gradients = largest if config.engine.optimizer_in_backward else elements
+    return Counter(weights=elements * width(config), gradients=gradients * width(config), moments=moments)
 
 
 def _zero(config: Config, listed: list[Parameter], layout: Layout) -> Counter[str]:
@@ -146,7 +146,8 @@ def _zero(config: Config, listed: list[Parameter], layout: Layout) -> Counter[st
         part = sum(-(-elements // (ALIGNMENT * world)) * ALIGNMENT for elements in groups.values())
         working = whole
     gradients = whole if stage == 1 else part
-    return Counter(weights=working * size, masters=part * size, gradients=gradients * size, moments=2 * part * size)
+    moments = bytes_of_moments((part,), config.train.moments, size)
+    return Counter(weights=working * size, masters=part * size, gradients=gradients * size, moments=moments)
 
 
 def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Counter[str]) -> Counter[str]:
@@ -155,9 +156,9 @@ def on_host(config: Config, listed: list[Parameter], layout: Layout, held: Count
     if offload == "none":
         return Counter()
     if layout.kind in SHARDED:
-        vectors = sum(parameter.elements for parameter in listed if not parameter.is_matrix) * width(config)
-        factors = {"weights": 1, "gradients": 1, "moments": 2}
-        return Counter({kind: held[kind] - factor * vectors for kind, factor in factors.items()})
+        vectors = [parameter for parameter in listed if not parameter.is_matrix]
+        here = resting(config, vectors, layout)
+        return Counter({kind: held[kind] - here[kind] for kind in ("weights", "gradients", "moments")})
     kinds = ["masters", "moments", "gradients"] + (["weights"] if offload == "parameters" else [])
     return Counter({kind: held[kind] for kind in kinds})
 

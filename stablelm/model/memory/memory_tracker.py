@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stablelm.engine.tensor_parts import local_part
 from stablelm.private_names import TorchDispatchMode, active_fake_mode, tree_leaves
 
 # operation: (kind, the argument that a rank sends or, for a gather, receives; None: the result)
@@ -71,9 +70,10 @@ class MemoryTracker(TorchDispatchMode):
         return super().__exit__(*failure)
 
     def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Gives the storages of `tensors` a kind, whether they are followed already or not."""
+        """Gives the storages of `tensors`, of DTensors their local parts, a kind, whether they are followed or not."""
         for tensor in tensors:
-            self._enter(local_part(tensor).untyped_storage(), kind, rename=True)
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self._enter(local.untyped_storage(), kind, rename=True)
 
     def reset_peak(self) -> None:
         """Starts a new peak from the current state."""

@@ -1,7 +1,7 @@
 """A rank's peak memory without a simulation: DDP and DeepSpeed have none, and remedies try dozens of settings.
 
 Both are kept, for a simulation is exact to the byte and takes seconds, and this is within 5 % and takes none.
-What layers and loss need is measured (`plan.layer_memory`), what an engine spreads over ranks follows from the
+What layers and loss need is measured (`model.memory`), what an engine spreads over ranks follows from the
 parameters. Each of the points of a step below can be the peak; a test compares with the simulation.
 """
 
@@ -9,9 +9,10 @@ from collections import Counter
 
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config
-from stablelm.plan import layer_memory, rank_memory
-from stablelm.plan.layer_memory import LayerMemory
-from stablelm.plan.rank_memory import Layout, Parameter, group_units
+from stablelm.engine.peak_memory import rank_memory
+from stablelm.engine.peak_memory.rank_memory import Layout, Parameter, group_units
+from stablelm.model.memory import layer_memory
+from stablelm.model.memory.layer_memory import LayerMemory
 
 TOKEN_BYTES = 8
 

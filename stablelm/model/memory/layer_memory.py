@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from stablelm.config.memory_rules import period
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.engine.sharding import recompute_layers
 from stablelm.errors import ConfigError
 from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Dtypes, make_dtypes
 from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
-from stablelm.plan.memory_tracker import MemoryTracker
+from stablelm.model.memory import recompute
+from stablelm.model.memory.memory_tracker import MemoryTracker
 from stablelm.private_names import FakeTensorMode, tree_leaves
 
 LAYERS = 6
@@ -79,11 +80,34 @@ class LayerMemory:
 
 
 def measure(config: Config) -> LayerMemory:
-    """The memory of a micro-batch of a resolved config."""
-    precision, recompute = str(config.train.precision), config.engine.recompute == "full"
-    micro = config.train.micro_batch_size
+    """The memory of a micro-batch of a resolved config, whose recompute mode is concrete."""
+    mode, layers = config.engine.recompute, config.model.n_layers
+    each = period(mode)
+    if each is None or each == 1:
+        return _measured(config, mode)
+    return _mixed(_measured(config, "none"), _measured(config, "full"), mode, layers)
+
+
+def _mixed(plain: LayerMemory, full: LayerMemory, mode: str, n_layers: int) -> LayerMemory:
+    """Of a model of whose layers a mode recomputes some; growing layers as if both kinds were spread evenly."""
+    again = sum(recompute.is_recomputed(mode, index) for index in range(n_layers))
+
+    def mean(name: str) -> int:
+        return round(((n_layers - again) * getattr(plain, name) + again * getattr(full, name)) / n_layers)
+
+    return replace(
+        full if recompute.is_recomputed(mode, n_layers - 1) else plain,
+        **{name: mean(name) for name in ("layers", "layer_copies", "last_layer", "last_layer_copies")},
+        temporary=max(plain.temporary, full.temporary),
+        recomputed_copies=full.recomputed_copies,
+        alike=False,
+    )
+
+
+def _measured(config: Config, mode: str) -> LayerMemory:
+    precision, micro = str(config.train.precision), config.train.micro_batch_size
     assert micro is not None
-    few, more = (_measure(config.model, precision, config.data.seq_len, recompute, n) for n in SEQUENCES)
+    few, more = (_measure(config.model, precision, config.data.seq_len, mode, n) for n in SEQUENCES)
 
     def at_micro(name: str) -> int:
         return extended(micro, SEQUENCES, (getattr(few, name), getattr(more, name)))
@@ -115,9 +139,9 @@ def on_meta(model: ModelConfig, precision: str) -> Decoder:
 
 
 @lru_cache(maxsize=64)
-def _measure(model: ModelConfig, precision: str, seq_len: int, recompute: bool, sequences: int) -> LayerMemory:
+def _measure(model: ModelConfig, precision: str, seq_len: int, mode: str, sequences: int) -> LayerMemory:
     def run(layers: int) -> _Pass:
-        return _pass(with_layers(model, layers), precision, recompute, sequences, seq_len)
+        return _pass(with_layers(model, layers), precision, mode, sequences, seq_len)
 
     if _same_parameters(model, precision):
         few = run(LAYERS)
@@ -155,7 +179,7 @@ def _same_parameters(model: ModelConfig, precision: str) -> bool:
 class _Pass:
     """One pass of a decoder on fake tensors: forward, and backward to all that enters the last two layers."""
 
-    def __init__(self, model: ModelConfig, precision: str, recompute: bool, sequences: int, seq_len: int):
+    def __init__(self, model: ModelConfig, precision: str, mode: str, sequences: int, seq_len: int):
         self._decoder, self._tracker = on_meta(model, precision).train(), MemoryTracker()
         self.depth = model.n_layers
         self._live: list[Counter[str]] = []
@@ -163,8 +187,7 @@ class _Pass:
         self._shapes: list[list[tuple[int, ...]]] = []
         self._edges: list[list[GradientEdge]] = []
         """What enters each layer: nodes of the graph, for the tensors themselves would stay alive."""
-        if recompute:
-            recompute_layers(self._decoder.layers)
+        recompute.apply(self._decoder.layers, mode, dropout=model.dropout)
         for layer in self._decoder.layers:
             layer.register_forward_pre_hook(self._enters)
             layer.register_forward_hook(self._leaves)

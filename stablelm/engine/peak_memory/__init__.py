@@ -1,0 +1,1 @@
+"""Memory of a rank, predicted before it is used: what it stores, its peak, and the recompute mode that fits."""

@@ -1,0 +1,1 @@
+"""What a model keeps for its backward pass: measured, and by choice recomputed."""
