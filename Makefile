@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable
 
-.PHONY: quickstart test test-slow combinations lint style types names words format install clean
+.PHONY: quickstart test test-slow test-gpu bench combinations lint style types names words format install clean
 
 # Trains a 24-layer model on text that comes with Python; a second run finds nothing to do.
 quickstart: $(VENV)/.installed
@@ -21,6 +21,18 @@ test-slow: $(VENV)/.installed-dev
 # Every pair of options that a user can combine, in runs that are killed and resumed: one to two hours; resumes if stopped.
 combinations: $(VENV)/.installed-dev
 	$(BIN)/python tests/combinations/run.py
+
+# On a machine with a GPU, in minutes: what only a GPU can show, with a report in $(GPU_REPORT). GPU_PYTHON: any Python with
+# torch, pytest and the requirements of stablelm; deepspeed and datasets are not needed (docs/performance.md).
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_REPORT ?= gpu-report
+test-gpu:
+	GPU_REPORT=$(GPU_REPORT) TORCHINDUCTOR_COMPILE_THREADS=8 $(GPU_PYTHON) -m pytest tests/gpu
+
+# The table of docs/performance.md, in hours, with nothing else running; resumes if stopped.
+# make bench BENCH="--peers-venv DIR --data DIR --tokenizer FILE"
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/goals.py $(BENCH)
 
 lint: style types names words
 

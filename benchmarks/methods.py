@@ -1,7 +1,7 @@
 """What each method costs: time of a training step against pre_ln at equal parameters, and Catformer's memory.
 
-    python benchmarks/methods.py [--shape 24x512x2x512] [--precision bf16] [--compile] [--rounds 20] [--out FILE.json]
-    python benchmarks/methods.py --memory [--shape 24x512x2x512] [--precision bf16] [--out FILE.json]
+    python benchmarks/methods.py [--shape 24x512x2x512 ...] [--precision bf16] [--compile] [--rounds 20] [--out FILE]
+    python benchmarks/methods.py --memory [--shape 24x512x2x512 ...] [--precision bf16] [--out FILE]
 
 A step is forward, backward, clip, AdamW and the refresh of spectral norms; all models take turns on the same batch,
 and ratios are of one round. Much of what a method adds lies below the noise of a step, so the added code alone is
@@ -14,6 +14,7 @@ above parameters and gradients, which adds the largest temporaries.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -95,8 +96,9 @@ def time_methods(shape: Shape, options: argparse.Namespace) -> Records:
         count = sum(parameter.numel() for parameter in engine.parameters().values())
         records.append(record(method, shape, "parameters", [count], "parameters"))
     for method, values in took.items():
-        records.append(record(method, shape, "step_seconds", values, "s"))
-        records.append(record(method, shape, "step_time_ratio", _ratios(values, took[BASE]), f"of {BASE}"))
+        name = f"{method} compiled" if options.compile else method
+        records.append(record(name, shape, "step_seconds", values, "s"))
+        records.append(record(name, shape, "step_time_ratio", _ratios(values, took[BASE]), f"of {BASE}"))
     for name, values in alone.items():
         records.append(record(name, shape, "added_seconds", values, "s"))
         records.append(record(name, shape, "added_share", _ratios(values, took[BASE]), f"of {BASE}'s step"))
@@ -174,7 +176,8 @@ def _shown(value: float) -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", default="24x512x2x512", help="layers x width x batch x sequence length")
+    shapes = "layers x width x batch x sequence length, one after another"
+    parser.add_argument("--shape", nargs="+", default=["24x512x2x512"], help=shapes)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each model")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -182,10 +185,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
     parser.add_argument("--out", help="write the records to this JSON file")
     options = parser.parse_args(arguments)
-    shape = Shape(*(int(size) for size in options.shape.split("x")))
     if options.memory:
         options.vocab, options.compile = MEMORY_VOCABULARY, False
-    records = (measure_memory if options.memory else time_methods)(shape, options)
+    records = []
+    for text in options.shape:
+        shape = Shape(*(int(size) for size in text.split("x")))
+        records += (measure_memory if options.memory else time_methods)(shape, options)
+        gc.collect()  # engines refer to themselves
+        torch.compiler.reset()
     for entry in records:
         numbers = "".join(f"{_shown(entry[key]):>16}" for key in ("median", "low", "high"))
         print(f"{entry['name']:34}{entry['shape']:14}{entry['metric']:30}{numbers}  {entry['unit']}")

@@ -11,11 +11,11 @@ from stablelm.checkpoint.selection import CHECKPOINTS
 from stablelm.command_names import typed
 from stablelm.config.schema import Config
 from stablelm.config.trust import believed
+from stablelm.engine.peak_memory import choice
 from stablelm.engine.process import environment
 from stablelm.engine.process.compilation import obstacle, settled
 from stablelm.engine.process.compile_cache import CompileCache
 from stablelm.engine.process.torch_settings import set_switches
-from stablelm.engine.peak_memory import choice
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent

@@ -11,8 +11,8 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
-from stablelm.model.sublayer import Sublayer
 from stablelm.model.memory import recompute
+from stablelm.model.sublayer import Sublayer
 
 SHAPE = (
     "model.d_model=64",

@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import orjson
 
+from stablelm import quick_json
 from stablelm.data.formats import tables, text_lines
 from stablelm.data.formats.text_lines import FIX, PLAIN_SUFFIXES, BadRow, bad_line, is_plain_text, not_unicode
 from stablelm.data.storage.options import ReadOptions, base_name
@@ -40,10 +40,10 @@ def document_text(row: FileRow, *, url: str, column: str = "text") -> str | None
             raise content
         return content
     try:
-        text = orjson.loads(content)[column]
+        text = quick_json.loads(content)[column]
         if type(text) is str:
             return text
-    except (orjson.JSONDecodeError, TypeError, KeyError):
+    except (quick_json.JSONDecodeError, TypeError, KeyError):
         pass
     return _text_of(record_of(number, content, url, column), number, url, column)
 
@@ -54,8 +54,8 @@ def record_of(number: int, line: bytes, url: str, column: str = "text") -> dict[
     Bytes that are not UTF-8 become lone surrogates, so that only a document that contains one is wrong. Raises BadRow.
     """
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
+        record = quick_json.loads(line)
+    except quick_json.JSONDecodeError as error:
         try:
             record = json.loads(line.decode("utf-8", "surrogateescape"), strict=False)
         except (ValueError, RecursionError):

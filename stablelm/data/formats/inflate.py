@@ -81,7 +81,7 @@ def pieces(file: RangeFile, place: SeekPoint | None, starts: SeekPointFinder) ->
     """
     file.seek(place.bit // 8 if place else 0)
     name = base_name(file.url)
-    errors = _zstd_errors() if name.endswith(".zst") else seek_points.ERRORS
+    errors = (_zstandard(file).ZstdError,) if name.endswith(".zst") else seek_points.ERRORS
     try:
         if name.endswith(".gz"):
             yield from _in_parts(_gunzip(file, place, starts))
@@ -221,9 +221,7 @@ def _header_length(data: bytes) -> int | None:
 
 def _unzstd(file: RangeFile, starts: SeekPointFinder) -> Iterator[bytes]:
     """Frames one after another; reading can begin at each of them."""
-    import zstandard
-
-    frame: Any = None
+    zstandard, frame = _zstandard(file), None
     few = FEW
     for at, data in file.slices():
         begin, text = 0, []
@@ -255,7 +253,9 @@ def _truncated(file: RangeFile) -> Damaged:
     )
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    import zstandard
-
-    return (zstandard.ZstdError,)
+def _zstandard(file: RangeFile) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise DataError(f"{file.url}: needs the package zstandard; run pip install zstandard") from None
+    return zstandard

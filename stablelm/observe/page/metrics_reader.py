@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
-import orjson
 
+from stablelm import quick_json
 from stablelm.observe.page.curves import Curve, LayerMap
 from stablelm.observe.sinks import COUNTERS, SAMPLES
 from stablelm.small_files import open_regular
@@ -92,8 +92,8 @@ class MetricsReader:
 
     def _take(self, line: bytes) -> None:
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            record = quick_json.loads(line)
+        except quick_json.JSONDecodeError:
             record = None
         if not isinstance(record, dict) or not _is_count(record.get("step")):
             self.damaged_count += 1
