@@ -25,7 +25,7 @@ def main(run_dir: Path, target: Path) -> None:
     axes.plot(*zip(*validation, strict=True), "o-", color="tab:blue", label="validation")
     unigram = summary["unigram_loss"]["default"]
     axes.axhline(unigram, color="tab:red", linestyle=":", label=f"unigram baseline, {unigram:.2f}")
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", title="make quickstart: 24 layers x 64 on a CPU")
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title="make quickstart: 24 layers x 128 on a CPU")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(target, dpi=130)
