@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.evaluate.generation.growing_text import GrowingText
 from stablelm.evaluate.generation.next_token import choose
 from stablelm.evaluate.generation.prompts import Prompt
 from stablelm.evaluate.generation.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
+from stablelm.tokenizers.interface import Tokenizer
 
 Forward = Callable[[Tensor, Tensor, KeyValueCache | None], Tensor]
 """(tokens (rows, new), a column of each row, cache) -> the logits there, (rows, vocab)."""
