@@ -44,9 +44,10 @@ types: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-# A method is one file: nothing else compares with the name of an axis value.
+# A method is one file: nothing else compares with the name of an axis value. No two classes share a name.
 names: $(VENV)/.installed-dev
 	$(BIN)/python tests/lint/axis_names.py
+	$(BIN)/python tests/lint/class_names.py
 
 # Phrases that documentation and messages avoid, with what to write instead.
 words: $(VENV)/.installed-dev

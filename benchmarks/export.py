@@ -27,7 +27,7 @@ from stablelm.config.identity import identity
 from stablelm.config.load import dump, load
 from stablelm.config.schema import Config
 from stablelm.data.embedded import embedded
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD = ["model.norm=rmsnorm", "model.activation=swiglu", "model.attention.position=rope", "model.vocab_size=null"]

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
-from stablelm.data.tokenizers import Tokenizer
 from stablelm.evaluate.generation.generate import Language, continue_prompts
 from stablelm.evaluate.generation.loaded_model import fixed
 from stablelm.evaluate.generation.prompts import Prompt
@@ -26,6 +25,7 @@ from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.catalogue import apply_method
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.tokenizers import Tokenizer
 
 OURS, THEIRS = "stablelm", "transformers"
 Shape = tuple[int, int, int, int]

@@ -32,7 +32,7 @@ from loader_prepared import measure_prepared, measure_resume, write_shards
 from loader_streaming import in_passes, in_slices, pin, record, records
 
 from stablelm.data.shards import shard_format
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers import Tokenizer, load_tokenizer
 
 
 def tile(sources: list[Path], folder: Path, *, files: int, megabytes: float) -> list[str]:

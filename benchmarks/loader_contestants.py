@@ -14,8 +14,8 @@ import orjson
 
 from stablelm.config.schema import DataConfig
 from stablelm.data.loader import Loader
-from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.location import HUGGING_FACE
+from stablelm.tokenizers import Tokenizer
+from stablelm.tokenizers.location import HUGGING_FACE
 
 SEQ_LEN, BATCH = 2048, 8
 ROW = SEQ_LEN + 1

@@ -15,8 +15,8 @@ from stablelm.data.formats.file_rows import documents
 from stablelm.data.loader import Loader
 from stablelm.data.shards import shard_format
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.interface import document_tokens
+from stablelm.tokenizers import Tokenizer
+from stablelm.tokenizers.interface import document_tokens
 
 STEPS = 100  # of a round
 

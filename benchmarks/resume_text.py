@@ -12,7 +12,7 @@ from stablelm.data.formats.text_lines import lines_from
 from stablelm.data.loader import Loader
 from stablelm.data.order import Cursor
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer
+from stablelm.tokenizers import Tokenizer
 
 LANES = 8
 PARTS = (0.02, 0.2, 0.4, 0.6, 0.8, 0.98)

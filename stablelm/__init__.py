@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stablelm.data.tokenizers import load_tokenizer as load_tokenizer
     from stablelm.evaluate.generation.loaded_model import generate as generate
     from stablelm.evaluate.generation.loaded_model import load_model as load_model
     from stablelm.evaluate.text_scores import score as score
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from stablelm.library import plan as plan
     from stablelm.library import probe as probe
     from stablelm.library import train as train
+    from stablelm.tokenizers import load_tokenizer as load_tokenizer
 
 __version__ = "0.2.0"
 
@@ -27,7 +27,7 @@ _WHERE = {
     "generate": "stablelm.evaluate.generation.loaded_model",
     "load_config": "stablelm.library",
     "load_model": "stablelm.evaluate.generation.loaded_model",
-    "load_tokenizer": "stablelm.data.tokenizers",
+    "load_tokenizer": "stablelm.tokenizers",
     "score": "stablelm.evaluate.text_scores",
 }
 _PACKAGES = ("evaluate", "export", "plan", "probe", "train")

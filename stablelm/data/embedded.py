@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stablelm.config.schema import DataConfig
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
-from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
 from stablelm.new_files import write_durably
+from stablelm.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers.training import sample_lines, train
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
 TARGET = 1500  # characters after which a document of docstrings is closed

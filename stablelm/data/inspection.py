@@ -17,10 +17,10 @@ from stablelm.data.formats.text_lines import BadRow
 from stablelm.data.shards import shard_files
 from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import LookEnded, RangeFile
-from stablelm.data.tokenizers import Encoder
-from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import ConfigError, DataError, Problems
 from stablelm.small_files import open_regular
+from stablelm.tokenizers import Encoder
+from stablelm.tokenizers.interface import document_tokens
 
 # A zstandard file may begin with a frame to skip, of one of 16 kinds.
 SKIPPABLE = {bytes([kind]) + b"\x2a\x4d\x18": "zstandard" for kind in range(0x50, 0x60)}

@@ -8,16 +8,16 @@ The path of a token, from the training loop to the file that opens a URL. Each f
 debugger can step into it with data.workers=0; otherwise threads of `workers.RowProducer` call `LaneRows` ahead of time.
 With several sources `mixture.MixedWindows` chooses one before `Packer`; `mixture.RunText` builds all of it.
 
-    train/loop.py               train                  asks for a batch
-    data/loader.py              Loader.next            joins the rows of a rank
-    data/packing.py             LaneRows.take          gives each row a window, which Packer.next_window cuts
-    data/tokenizers/batched.py  LaneTokens.next_chunk  tokenizes documents of several lanes in one call
-    data/order.py               TextLane.next_group    decides which document comes next
-    data/formats/file_rows.py   SharedFiles.take       keeps the rows of a file, which FileRows reads
-    data/formats/text_lines.py  lines_from             splits text into lines
-    data/formats/inflate.py     pieces                 inflates gzip and zstandard
-    data/storage/range_file.py  RangeFile.slices       reads and retries byte ranges; open_file opens
-    data/storage/http_file.py   HttpFile               opens the URL and fetches the ranges
+    train/loop.py                 train                  asks for a batch
+    data/loader.py                Loader.next            joins the rows of a rank
+    data/packing.py               LaneRows.take          gives each row a window, which Packer.next_window cuts
+    data/batched_tokenization.py  LaneTokens.next_chunk  tokenizes documents of several lanes in one call
+    data/order.py                 TextLane.next_group    decides which document comes next
+    data/formats/file_rows.py     SharedFiles.take       keeps the rows of a file, which FileRows reads
+    data/formats/text_lines.py    lines_from             splits text into lines
+    data/formats/inflate.py       pieces                 inflates gzip and zstandard
+    data/storage/range_file.py    RangeFile.slices       reads and retries byte ranges; open_file opens
+    data/storage/http_file.py     HttpFile               opens the URL and fetches the ranges
 
 Prepared tokens go from `packing` to `order.ShardLane` and `shards/shard_reader.py`, then to `storage/range_file.py`.
 """
@@ -35,9 +35,9 @@ from stablelm.data.mixture import RunText, of_source
 from stablelm.data.order import Cursor, TokenPosition
 from stablelm.data.packing import BatchRow, LaneRows, SourceCursors, SourcePositions
 from stablelm.data.storage.options import SeenFiles
-from stablelm.data.tokenizers.interface import Encoder, count_unknown
 from stablelm.data.workers import RowProducer, WorkerProcess, WorkerTask, allow_open_files
 from stablelm.model.targets import IGNORED
+from stablelm.tokenizers.interface import Encoder, count_unknown
 
 if TYPE_CHECKING:
     import torch

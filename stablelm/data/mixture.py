@@ -19,14 +19,14 @@ from stablelm.config.batch_sizes import BatchSizes
 from stablelm.config.mixture import Source, weight_at
 from stablelm.config.mixture import sources as configured_sources
 from stablelm.config.schema import DataConfig
+from stablelm.data.batched_tokenization import BatchedTokenization, BlockTokens
 from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.order import Cursor, Order, ShardLane, TextLane
 from stablelm.data.packing import BestFitPacker, LaneWindows, Packer, SourceCursors, SourcePositions
 from stablelm.data.shards.shard_format import is_shard
 from stablelm.data.shards.shard_reader import SharedShards
 from stablelm.data.storage.options import ReadOptions, SeenFiles
-from stablelm.data.tokenizers import Encoder
-from stablelm.data.tokenizers.batched import BatchedTokenization, BlockTokens
+from stablelm.tokenizers import Encoder
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from stablelm.data.batched_tokenization import BlockTokens, LaneTokens
 from stablelm.data.order import Cursor, ShardLane, TokenChunk, TokenPosition
-from stablelm.data.tokenizers.batched import BlockTokens, LaneTokens
 from stablelm.errors import DataError
 
 NO_TOKENS = NO_BORDERS = np.zeros(0, np.int64)

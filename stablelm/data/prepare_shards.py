@@ -31,9 +31,9 @@ from stablelm.data.shards.shard_format import MASK, SUFFIX, OutputFolder, ShardF
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions, base_name, local_path
 from stablelm.data.storage.range_file import RangeFile
-from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import DataError, ProcessLostError
+from stablelm.tokenizers import Tokenizer
+from stablelm.tokenizers.interface import document_tokens
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from stablelm.data.order import Order, ShardLane, TextLane
 from stablelm.data.shards.shard_format import is_shard
 from stablelm.data.shards.shard_reader import SharedShards
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.interface import count_unknown, document_tokens
 from stablelm.errors import ConfigError
 from stablelm.printable import printable
+from stablelm.tokenizers import Tokenizer
+from stablelm.tokenizers.interface import count_unknown, document_tokens
 
 LANES = 8  # from which documents are taken in turn
 SHOWN = 3  # documents shown

@@ -9,9 +9,9 @@ import numpy as np
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.shards import shard_format, shard_reader
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers.interface import Encoder, document_tokens, restores
 from stablelm.errors import DataError, listed
 from stablelm.model.targets import IGNORED
+from stablelm.tokenizers.interface import Encoder, document_tokens, restores
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,13 @@ from typing import Any
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError, Problems
 from stablelm.evaluate.perplexity import evaluate, in_words
 from stablelm.evaluate.trained_run import TrainedRun
 from stablelm.evaluate.validation_text import validation_options, validation_paths
+from stablelm.tokenizers import Tokenizer
 
 WHOLE = sys.maxsize
 

@@ -11,11 +11,11 @@ from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data.embedded import configured_tokenizer
-from stablelm.data.tokenizers import Tokenizer
-from stablelm.data.tokenizers.location import kept_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder
+from stablelm.tokenizers import Tokenizer
+from stablelm.tokenizers.location import kept_tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
 from stablelm.export.folding import Folded
 from stablelm.export.formats import llama
 from stablelm.export.formats.gguf_vocabulary import vocabulary
+from stablelm.tokenizers.interface import Tokenizer
 
 FILE = "model.gguf"
 ARCHITECTURE = "llama"

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from stablelm.data.tokenizers import Tokenizer
 from stablelm.export.tokenizer_json import from_sentencepiece
+from stablelm.tokenizers import Tokenizer
 
 JSON, SETTINGS, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 CLASS = "PreTrainedTokenizerFast"

@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Line(TypedDict):
+class PromptLine(TypedDict):
     """A line of a *.jsonl file of prompts; other keys are allowed."""
 
     prompt: str

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         report(error)
         return error.exit_code
-    node = Node(run_dir)
+    node = LocalNode(run_dir)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, node.stop)
     if options.stop_with_stdin:
@@ -76,7 +76,7 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--processes {options.processes} must be at least 1")
 
 
-class Node:
+class LocalNode:
     """The ranks of this host, children of this process, and what their end means."""
 
     def __init__(self, run_dir: Path):

@@ -64,7 +64,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from stablelm.data.shards import row_filters
     from stablelm.data.shards.shard_format import OutputFolder
     from stablelm.data.storage.options import ReadOptions
-    from stablelm.data.tokenizers import load_tokenizer
+    from stablelm.tokenizers import load_tokenizer
 
     workers = options.workers if options.workers is not None else _cores()
     if workers < 1:

@@ -51,8 +51,8 @@ def _train(options: argparse.Namespace) -> None:
     from stablelm.data import inspection
     from stablelm.data.formats.file_rows import documents
     from stablelm.data.storage.options import ReadOptions
-    from stablelm.data.tokenizers import load_tokenizer
-    from stablelm.data.tokenizers.training import sample_lines, train, train_byte_level
+    from stablelm.tokenizers import load_tokenizer
+    from stablelm.tokenizers.training import sample_lines, train, train_byte_level
 
     if options.sentences < 1:
         raise ConfigError(f"--sentences: must be at least 1, not {options.sentences}")

@@ -20,7 +20,6 @@ from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.embedded import configured_tokenizer
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import CheckpointError, ConfigError, Problems
 from stablelm.evaluate.generation.prompts import encode_prompts
@@ -31,6 +30,7 @@ from stablelm.observe import provenance
 from stablelm.observe.sinks.loggers import check_loggers
 from stablelm.small_files import read_small
 from stablelm.supervise import attempts
+from stablelm.tokenizers import Tokenizer
 from stablelm.train import run_directory
 from stablelm.train.source_tokenizer import check_tokenizer
 

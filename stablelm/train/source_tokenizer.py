@@ -8,10 +8,10 @@ from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.schema import Config
 from stablelm.data.embedded import configured_tokenizer
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
-from stablelm.data.tokenizers.location import kept_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.printable import printable
+from stablelm.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers.location import kept_tokenizer
 
 
 def check_tokenizer(init_from: str, config: Config, tokenizer: Tokenizer) -> None:

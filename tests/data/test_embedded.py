@@ -14,8 +14,8 @@ import pytest
 from stablelm.data import embedded, inspection
 from stablelm.data.formats.file_rows import documents
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.errors import ConfigError
+from stablelm.tokenizers import load_tokenizer
 
 # A build of a hundredth of the size: what is under test here is how files come to be.
 SMALL = """

@@ -7,9 +7,9 @@ import zstandard
 
 from stablelm.data import inspection
 from stablelm.data.inspection import check, check_enough, check_lanes
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
-from stablelm.data.tokenizers.training import train
 from stablelm.errors import ConfigError
+from stablelm.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers.training import train
 
 GOOD = b'{"text":"one"}\n{"text":"two"}\n'
 LONG = b"".join(json.dumps({"text": f"{n} {hash((n, 7))}"}).encode() + b"\n" for n in range(20_000))

@@ -267,7 +267,7 @@ def test_wait_seconds_counts_the_last_next(files):
 
 
 def test_real_documents_of_every_world_size():
-    from stablelm.data.tokenizers import load_tokenizer
+    from stablelm.tokenizers import load_tokenizer
 
     folder = shared_data("c4/en")
     tokenizer = load_tokenizer(shared_data("tokenizers/t5-32k-unigram.model"))

@@ -9,7 +9,7 @@ from support.letters import LetterTokenizer, given_chunks
 
 from stablelm.data.order import Cursor, TokenChunk
 from stablelm.data.packing import Packer
-from stablelm.data.tokenizers.interface import document_tokens
+from stablelm.tokenizers.interface import document_tokens
 
 TEXTS = st.lists(st.text("abc", max_size=25), min_size=1, max_size=12).filter(any)
 

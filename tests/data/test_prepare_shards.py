@@ -26,9 +26,9 @@ from stablelm.data.shards import row_filters, shard_files
 from stablelm.data.shards.row_filters import RowFilters
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import load_tokenizer, training
 from stablelm.errors import ConfigError
 from stablelm.programs.prepare import main
+from stablelm.tokenizers import load_tokenizer, training
 
 PROGRAM = REPOSITORY / "data" / "prepare.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch", "loss", "step"]

@@ -18,8 +18,8 @@ from stablelm.config.load import load
 from stablelm.data.loader import Batch
 from stablelm.data.preview import page, prepare, preview, statistics
 from stablelm.data.shards import shard_format
-from stablelm.data.tokenizers import load_tokenizer, training
-from stablelm.data.tokenizers.interface import document_tokens
+from stablelm.tokenizers import load_tokenizer, training
+from stablelm.tokenizers.interface import document_tokens
 
 PROGRAM = REPOSITORY / "data" / "preview.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch"]

@@ -10,7 +10,7 @@ from support.fakehub import FakeHub
 from support.pages import DOCS, commands, run_command
 from support.tiny import TinyCorpus, synthetic_documents, write_documents
 
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 LINES = commands(DOCS / "tokenizers.md")
 TRAINING = [line for line in LINES if "launch/pretrain.py" in line]

@@ -11,8 +11,8 @@ from support.forked import start_forked
 from support.programs import LAUNCH, TINY, environment, losses, run, summary
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizers import load_tokenizer
-from stablelm.data.tokenizers.training import sample_lines, train_byte_level
+from stablelm.tokenizers import load_tokenizer
+from stablelm.tokenizers.training import sample_lines, train_byte_level
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from support.tiny import TinyCorpus
 
 from stablelm.config import rules
 from stablelm.config.load import load
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.engine.interface import build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
 from stablelm.evaluate.tasks.choice_items import ChoiceTask, Request, encode_pair, read_task
 from stablelm.evaluate.tasks.choices import evaluate_choices
 from stablelm.evaluate.tasks.likelihood import Shapes, loglikelihoods
+from stablelm.tokenizers import load_tokenizer
 
 LONGEST = 32
 

@@ -7,8 +7,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablelm.data.tokenizers.training import train
 from stablelm.evaluate.generation.growing_text import GrowingText
+from stablelm.tokenizers.training import train
 
 
 class Bytes:

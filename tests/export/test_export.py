@@ -77,7 +77,7 @@ def _names(path: Path) -> list[str]:
 
 def test_transformers_loads_tokenizer_and_model_and_generates(small_run: Path, tiny_corpus: TinyCorpus, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
-    from stablelm.data.tokenizers import load_tokenizer
+    from stablelm.tokenizers import load_tokenizer
 
     export(ExportRequest(str(small_run), tmp_path / "out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

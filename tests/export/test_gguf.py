@@ -17,10 +17,10 @@ import torch
 from support import public_models
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizers import training as sentencepiece_tokenizers
 from stablelm.errors import ConfigError
 from stablelm.export.formats.gguf_vocabulary import GPT2, LLAMA3, QWEN2, vocabulary
 from stablelm.export.gguf import write_file
+from stablelm.tokenizers import training as sentencepiece_tokenizers
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

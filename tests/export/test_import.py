@@ -151,7 +151,7 @@ def test_what_the_source_leaves_open_is_the_users(tiny_corpus: TinyCorpus, tmp_p
 
 
 def _pieces(tokenizer: str) -> int:
-    from stablelm.data.tokenizers import load_tokenizer
+    from stablelm.tokenizers import load_tokenizer
 
     return load_tokenizer(tokenizer).pieces
 

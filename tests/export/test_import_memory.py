@@ -13,7 +13,7 @@ from support.programs import environment
 from support.public_models import LLAMA
 from support.tiny import TinyCorpus
 
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 LAYERS = 12
 LARGEST = 4 * 512 * 2048

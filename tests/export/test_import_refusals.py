@@ -14,8 +14,8 @@ from support.programs import run
 from support.public_models import llama_tensors, write_llama
 from support.tiny import TinyCorpus
 
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.programs.import_model import main
+from stablelm.tokenizers import load_tokenizer
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 16, "n_head": 2, "n_layer": 3}
 

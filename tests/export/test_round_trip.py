@@ -11,10 +11,10 @@ from support import public_models, tokenizer_files
 from support.programs import TINY, run
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizers.training import sample_lines, train_byte_level
 from stablelm.evaluate.trained_run import load_module, open_run
 from stablelm.export.importing.import_model import import_model
 from stablelm.export.writer import ExportRequest, export
+from stablelm.tokenizers.training import sample_lines, train_byte_level
 
 EFFECTIVE = {
     "llama": (

@@ -10,8 +10,8 @@ import tokenizers
 from support import tokenizer_files as forms
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.export import tokenizer_files
+from stablelm.tokenizers import load_tokenizer
 
 
 @dataclass

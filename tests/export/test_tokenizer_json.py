@@ -11,9 +11,9 @@ import tokenizers
 from support.samples import shared_data
 from support.tiny import TinyCorpus, synthetic_documents
 
-from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
 from stablelm.export.tokenizer_json import from_sentencepiece
+from stablelm.tokenizers.training import sample_lines, train
 
 ODD = [
     *("", " ", "  ", "\n", " a  b ", "\t\ttab\r\nline  \n\n  x", "\x00\x01\x7f", "\ufeffmark", "x" * 3000, " " * 500),

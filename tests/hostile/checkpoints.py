@@ -25,7 +25,7 @@ from stablelm.checkpoint.manifest import record_of_file
 from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.load import dump, load
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 SMALL = (
     "model.n_layers=1", "model.d_model=16", "model.n_heads=2", "data.seq_len=16", "data.lanes=4",

@@ -12,9 +12,9 @@ from stablelm.config import rules
 from stablelm.config.identity import identity
 from stablelm.config.load import load
 from stablelm.config.schema import Config
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.tokenizers import load_tokenizer
 
 
 def perturbed(config: Config, *, seed: int = 0, precision: str = "fp32") -> Decoder:

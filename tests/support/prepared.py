@@ -8,7 +8,7 @@ import numpy as np
 from stablelm.data.formats.file_rows import texts
 from stablelm.data.shards import shard_format
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers.interface import document_tokens
+from stablelm.tokenizers.interface import document_tokens
 from support.letters import LetterTokenizer
 
 

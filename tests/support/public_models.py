@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 POSITIONS = 64
 KINDS = ("llama", "llama_tied", "llama_biased", "mistral", "qwen2", "qwen3", "gpt2")

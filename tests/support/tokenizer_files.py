@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from stablelm.data.tokenizers.training import sample_lines, train_byte_level
+from stablelm.tokenizers.training import sample_lines, train_byte_level
 
 TEXT = [
     "the quick brown fox jumps over the lazy dog\n\n\tand the dog sleeps on",

@@ -13,11 +13,11 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.schema import Config, DataConfig, GuardsConfig, TrainConfig
 from stablelm.data.loader import Loader
-from stablelm.data.tokenizers import load_tokenizer
 from stablelm.engine.interface import StepResult
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import DivergedError
 from stablelm.observe.progress import Progress
+from stablelm.tokenizers import load_tokenizer
 from stablelm.train.guards import LAG, Guard
 from stablelm.train.stop import Outcome, StepExchange, deadline
 

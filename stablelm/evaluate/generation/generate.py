@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.evaluate.generation.growing_text import GrowingText
 from stablelm.evaluate.generation.next_token import choose
 from stablelm.evaluate.generation.prompts import Prompt
 from stablelm.evaluate.generation.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
 from stablelm.model.cache import KeyValueCache
+from stablelm.tokenizers.interface import Tokenizer
 
 Forward = Callable[[Tensor, Tensor, KeyValueCache | None], Tensor]
 """(tokens (rows, new), a column of each row, cache) -> the logits there, (rows, vocab)."""
@@ -74,7 +74,7 @@ def continue_prompts(
     found: dict[int, Continuation] = {}
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
-        rows = [_Row(index, prompts[index], language.tokenizer, sampling) for index in chosen]
+        rows = [_GrowingText(index, prompts[index], language.tokenizer, sampling) for index in chosen]
         place = f"prompts {first + 1} to {first + len(rows)} of {len(order)}"
         _write(language, rows, sampling, watcher, place)
         found |= {row.index: Continuation(row.text.text, row.tokens, row.ended) for row in rows}
@@ -82,7 +82,7 @@ def continue_prompts(
 
 
 @dataclass
-class _Row:
+class _GrowingText:
     """A continuation that is being written."""
 
     index: int
@@ -113,7 +113,7 @@ class _Row:
         return grown
 
 
-def _write(language: Language, rows: list[_Row], sampling: Sampling, watcher: Watcher, place: str) -> None:
+def _write(language: Language, rows: list[_GrowingText], sampling: Sampling, watcher: Watcher, place: str) -> None:
     """Continues the rows of one batch to their ends."""
     watcher.reached(f"{place}, their tokens")
     context = _Context(language, rows, sampling)
@@ -138,7 +138,7 @@ def _write(language: Language, rows: list[_Row], sampling: Sampling, watcher: Wa
 class _Context:
     """What the rows' next tokens depend on: their keys and values, or all their tokens where these cannot be kept."""
 
-    def __init__(self, language: Language, rows: Sequence[_Row], sampling: Sampling):
+    def __init__(self, language: Language, rows: Sequence[_GrowingText], sampling: Sampling):
         self._language = language
         self._prompts = [row.prompt.tokens for row in rows]
         self._tokens: list[list[int]] = []

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stablelm.config.schema import ModelConfig
-from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
+from stablelm.tokenizers.interface import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated, NamedTuple
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
-from stablelm.data.tokenizers.interface import Tokenizer
 from stablelm.errors import ConfigError
 from stablelm.json_text import Count, parse
 from stablelm.small_files import open_regular
+from stablelm.tokenizers.interface import Tokenizer
 
 SUFFIX = ".jsonl"
 LINE_BYTES = 1 << 20

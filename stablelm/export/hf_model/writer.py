@@ -24,7 +24,7 @@ CLASSES = {
 }
 
 
-class Source(Protocol):
+class TrainedModel(Protocol):
     """A model and the weights of its checkpoint."""
 
     @property
@@ -33,7 +33,7 @@ class Source(Protocol):
     def weights(self) -> Weights: ...
 
 
-def obstacles(source: Source) -> list[str]:
+def obstacles(source: TrainedModel) -> list[str]:
     """Why the modelling file does not compute the model; none for every model of the catalogue."""
     model = source.model
     axes = vars(model.axes).items()
@@ -46,7 +46,7 @@ def _obstacle(axis: str, value: Value, model: ModelConfig) -> str:
     return f"{key}={value.name} is not among what our modelling file computes" + (f": {reason}" if reason else "")
 
 
-def config(source: Source) -> dict[str, Any]:
+def config(source: TrainedModel) -> dict[str, Any]:
     """The entries of config.json that say what the model computes, without token ids and dtype."""
     model, axes = source.model, source.model.axes
     skip, branch = axes.stream.gains(model)
@@ -94,7 +94,7 @@ def config(source: Source) -> dict[str, Any]:
     return settings
 
 
-def tensors(source: Source) -> Iterator[tuple[str, LazyTensor]]:
+def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the modelling file: our own names, below `model.` but for the head."""
     model, weights = source.model, source.weights
     for name in weights.shapes:

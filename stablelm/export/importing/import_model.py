@@ -20,8 +20,6 @@ from stablelm.config.identity import identity
 from stablelm.config.keys import find, values
 from stablelm.config.load import Loaded, dump, load
 from stablelm.config.schema import Config, ModelConfig
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
-from stablelm.data.tokenizers.location import KEPT_TOKENIZERS
 from stablelm.errors import ConfigError, StorageError
 from stablelm.export import tokenizer_files
 from stablelm.export.importing import import_scales
@@ -30,6 +28,8 @@ from stablelm.export.importing.source_models import SourceModel, describe
 from stablelm.methods import catalogue
 from stablelm.new_files import rename_to_new, replace_file
 from stablelm.small_files import read_small
+from stablelm.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers.location import KEPT_TOKENIZERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ from stablelm.observe.page.axes import Axis, label
 from stablelm.observe.page.charts import Chart, Heatmap, Mark, chart, heatmap
 from stablelm.observe.page.curves import Curve
 from stablelm.observe.page.metrics_reader import COUNTED, Event, MetricsReader, first_layer
-from stablelm.observe.page.run_files import RunFiles, State
+from stablelm.observe.page.run_files import RunFiles, RunState
 from stablelm.observe.page.tables import (
     GIB,
     MOST_ROWS,
@@ -79,7 +79,7 @@ class Contents:
 
     name: str
     subtitle: str
-    state: State
+    state: RunState
     marked: str
     """What the vertical lines of charts are, if there are any."""
     problems: list[str]

@@ -32,7 +32,7 @@ _CODES = {
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """How a run is doing: a word, how good it is (good, wait, bad or live), details, and what to do."""
 
     word: str
@@ -66,7 +66,7 @@ class RunFiles:
         """A number of the summary."""
         return number(self.summary.get(name))
 
-    def state(self, last_attempt: int, *, running: bool) -> State:
+    def state(self, last_attempt: int, *, running: bool) -> RunState:
         """`last_attempt`: the largest number in the records; `running`: whether the run itself asks."""
         begun = max([last_attempt, *(entry["attempt"] for entry in self.attempts)])
         code = self.summary.get("exit_code")
@@ -76,11 +76,11 @@ class RunFiles:
             if code == 75 and reason == "run.stop_after":
                 hint = "Set a larger run.stop_after, or none, and run the same command again."
             words = f"Exit code {code}" + (f": {reason}" if reason not in ("", word) else "") if code else ""
-            return State(word, tone, words, hint)
+            return RunState(word, tone, words, hint)
         if running or (self.heartbeat is not None and time.time() - self.heartbeat < SILENT_SECONDS):
-            return State("running", "live")
+            return RunState("running", "live")
         since = f"No sign of life since {moment(self.heartbeat)}." if self.heartbeat else "There is no heartbeat."
-        return State("not finished", "wait", since, "If it was killed, run the same command again: it resumes.")
+        return RunState("not finished", "wait", since, "If it was killed, run the same command again: it resumes.")
 
 
 def read_run(run_dir: Path) -> RunFiles:

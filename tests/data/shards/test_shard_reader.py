@@ -20,8 +20,8 @@ from stablelm.data.shards import shard_files, shard_format, shard_reader
 from stablelm.data.shards.shard_reader import TokenShard
 from stablelm.data.storage import retry
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers.interface import document_tokens
 from stablelm.errors import ConfigError, DataError
+from stablelm.tokenizers.interface import document_tokens
 
 
 def open_shard(url: str, tokenizer: str | None = "letters") -> TokenShard:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.samples import REPOSITORY
 
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 
 PROGRAM = REPOSITORY / "data" / "train_tokenizer.py"
 WORDS = ["lane", "token", "layer", "stream", "norm", "head", "depth", "width", "batch", "epoch"]

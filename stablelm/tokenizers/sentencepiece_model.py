@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from stablelm.data.tokenizers.special_tokens import SpecialTokens, policy_hash
 from stablelm.errors import ConfigError
+from stablelm.tokenizers.special_tokens import SpecialTokens, policy_hash
 
 FILE = "tokenizer.model"
 # Texts from which on one call for all of them costs less than one for each.

@@ -13,13 +13,13 @@ from support import tokenizer_files
 from support.fakehub import COMMIT, FakeHub
 from support.samples import REPOSITORY
 
-from stablelm.data.tokenizers import load_tokenizer
-from stablelm.data.tokenizers.training import train
+from stablelm.tokenizers import load_tokenizer
+from stablelm.tokenizers.training import train
 
 NAME = "someone/model"
 LOAD = """
 import json, sys
-from stablelm.data.tokenizers import load_tokenizer
+from stablelm.tokenizers import load_tokenizer
 from stablelm.errors import UserError
 answers = []
 for name in sys.argv[1:]:

@@ -1,6 +1,6 @@
 """From documents to tokens: tokenizers of every kind behind one interface, loaded, trained and used in batches."""
 
-from stablelm.data.tokenizers.interface import Encoder, Tokenizer
-from stablelm.data.tokenizers.location import load_tokenizer
+from stablelm.tokenizers.interface import Encoder, Tokenizer
+from stablelm.tokenizers.location import load_tokenizer
 
 __all__ = ["Encoder", "Tokenizer", "load_tokenizer"]

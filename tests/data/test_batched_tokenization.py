@@ -17,8 +17,8 @@ from stablelm.data.prepare_shards import PrepareRequest, prepare
 from stablelm.data.shards.row_filters import RowFilters
 from stablelm.data.shards.shard_format import OutputFolder
 from stablelm.data.storage.options import ReadOptions
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
 from stablelm.errors import DataError
+from stablelm.tokenizers import Tokenizer, load_tokenizer
 
 LANES = 4
 CONFIG = DataConfig(seq_len=24, lanes=LANES, workers=0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stablelm.data.order import DocumentGroup, TextLane, TokenChunk
-from stablelm.data.tokenizers.interface import NO_TOKENS, Encoder, with_text
+from stablelm.tokenizers.interface import NO_TOKENS, Encoder, with_text
 
 # Documents of one call, if the lanes have as many; those of a lane at its start, and at least afterwards.
 DOCUMENTS_OF_A_CALL = 512

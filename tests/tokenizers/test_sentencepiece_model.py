@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from support.samples import shared_data
 
-from stablelm.data.tokenizers import load_tokenizer
-from stablelm.data.tokenizers.training import sample_lines, train
 from stablelm.errors import ConfigError
+from stablelm.tokenizers import load_tokenizer
+from stablelm.tokenizers.training import sample_lines, train
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "a fox is quick and a dog is lazy", "dogs and foxes jump"] * 20
 AWKWARD = "  two  spaces\n\n\ttab, naïve café ☃ \x00 日本語 🙂 trailing \n"

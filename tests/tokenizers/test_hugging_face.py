@@ -11,9 +11,9 @@ from support import tokenizer_files
 from support.samples import shared_data
 from support.tokenizer_files import AWKWARD, TEXT, changed
 
-from stablelm.data.tokenizers import Tokenizer, load_tokenizer
-from stablelm.data.tokenizers.interface import document_tokens, restores
 from stablelm.errors import ConfigError, DataError
+from stablelm.tokenizers import Tokenizer, load_tokenizer
+from stablelm.tokenizers.interface import document_tokens, restores
 
 # Every character that UTF-8 can hold, and more often those that tokenizers treat apart.
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \t\n'ts123<|>▁éé\x00"), max_size=60)

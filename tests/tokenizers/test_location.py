@@ -9,9 +9,9 @@ from support import tokenizer_files
 from support.samples import shared_data
 from support.tokenizer_files import AWKWARD, TEXT
 
-from stablelm.data.tokenizers import load_tokenizer
-from stablelm.data.tokenizers.training import train
 from stablelm.errors import ConfigError
+from stablelm.tokenizers import load_tokenizer
+from stablelm.tokenizers.training import train
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_sentencepiece_goes_through_its_files(tmp_path: Path):
 def test_real_web_text_is_the_same_in_batches_and_comes_back(tmp_path: Path):
     import gzip
 
-    from stablelm.data.tokenizers.training import sample_lines, train_byte_level
+    from stablelm.tokenizers.training import sample_lines, train_byte_level
 
     lines = gzip.decompress(shared_data("c4/en/c4-train.00000-of-00008.json.gz").read_bytes()).splitlines()
     texts = [json.loads(line)["text"] for line in lines]

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 import tokenizers
 
-from stablelm.data.tokenizers import tokenizer_json
-from stablelm.data.tokenizers.special_tokens import SETTINGS, NamedToken, SpecialTokens, named, policy_hash
 from stablelm.errors import ConfigError, DataError
+from stablelm.tokenizers import tokenizer_json
+from stablelm.tokenizers.special_tokens import SETTINGS, NamedToken, SpecialTokens, named, policy_hash
 
 FILE = "tokenizer.json"
 # Characters for which a thread more is worth its start.

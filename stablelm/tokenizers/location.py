@@ -4,11 +4,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from stablelm.data.tokenizers.interface import Tokenizer
-from stablelm.data.tokenizers.special_tokens import SETTINGS, SpecialTokens
 from stablelm.errors import ConfigError
 from stablelm.paths import HUB, is_hub_model
 from stablelm.small_files import read_small
+from stablelm.tokenizers.interface import Tokenizer
+from stablelm.tokenizers.special_tokens import SETTINGS, SpecialTokens
 
 HUGGING_FACE = "tokenizer.json"
 SENTENCEPIECE = ".model"
@@ -51,7 +51,7 @@ def kept_tokenizer(run_dir: Path) -> str | None:
 
 
 def _from_hub(name: str, special: SpecialTokens) -> Tokenizer:
-    from stablelm.data.tokenizers import hub_download
+    from stablelm.tokenizers import hub_download
 
     model = hub_download.find(name, key=special.key)
     address = f"{HUB}{model.name}@{model.commit}"
@@ -81,10 +81,10 @@ def _only(files: Sequence[str], folder: str, key: str, place: Callable[[str], st
 
 def _made(content: bytes, name: str, special: SpecialTokens, beside: Mapping[str, Path]) -> Tokenizer:
     if not name.endswith(".json") and not content.startswith(b"{"):
-        from stablelm.data.tokenizers.sentencepiece_model import SentencePieceTokenizer
+        from stablelm.tokenizers.sentencepiece_model import SentencePieceTokenizer
 
         return SentencePieceTokenizer(content, path=name, special=special)
-    from stablelm.data.tokenizers.hugging_face import HuggingFaceTokenizer
+    from stablelm.tokenizers.hugging_face import HuggingFaceTokenizer
 
     settings = {file: _read(path, str(path), special.key) for file, path in beside.items()}
     return HuggingFaceTokenizer(content, settings, path=name, special=special)
