@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
 from stablelm.model.products import Vectors, one_matrix

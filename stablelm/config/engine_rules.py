@@ -119,4 +119,7 @@ def reduction(config: Config, accelerate_precision: str | None) -> Iterator[tupl
 
 def compiles(config: Config, kind: str, *, device_compiles: bool) -> bool:
     """What `train.compile` comes to under an engine's kind; `device_compiles`: whether auto means yes."""
-    return config.train.compile is True or (config.train.compile == "auto" and kind != "zero3" and device_compiles)
+    if config.train.compile != "auto":
+        return config.train.compile
+    in_parts = config.engine.recompute == "selective" and config.model.axes.stream.grows
+    return device_compiles and kind != "zero3" and not in_parts

@@ -55,7 +55,7 @@ def selective_problems(config: Config, model: ModelConfig) -> Iterator[Problem]:
             "operations that are recomputed; use engine.recompute=attention or engine.kind=fsdp2",
             ("engine.recompute", "engine.kind"),
         )
-    if config.engine.recompute == "selective" and config.train.compile and model.axes.stream.grows:
+    if config.engine.recompute == "selective" and config.train.compile is True and model.axes.stream.grows:
         yield (
             f"engine.recompute=selective is not possible with train.compile=true and model.method={model.method}, of "
             "whose layers parts are compiled one by one; use engine.recompute=attention or train.compile=false",

@@ -33,6 +33,7 @@ _REASONS = {
     "run.init_from": "it is what the run began with",
     "train.betas": "Adam's averages were made with it",
     "train.eps": "Adam's averages were made with it",
+    "train.moments": "Adam's averages are kept in it",
     "train.loss": "it is what the whole run minimises",
     "train.precision": "it is the arithmetic of the whole run",
     "guards.": "after a rewind earlier steps are judged again",

@@ -22,7 +22,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.updates.moments import MOMENTS
 from stablelm.errors import ConfigError
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores

@@ -12,7 +12,7 @@ from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised
 from stablelm.engine.peak_memory import choice
 from stablelm.engine.ranks import Ranks
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.loss import LossSums, TokenScores
 

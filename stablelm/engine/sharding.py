@@ -91,18 +91,16 @@ def shard(module: Decoder, config: Config, mesh: DeviceMesh) -> None:
     _prefetch([module.embedding] * ends + firsts + [module.head] * ends, engine.prefetch, int(ends))
 
 
-def in_shards(config: Config, module: nn.Module, device: torch.device) -> bool:
+def in_shards(config: Config, parameters: int, memory: float) -> bool:
     """Whether each micro-batch's gradients are reduced into the shards, by `engine.accumulate`.
 
     `auto` spares the memory of whole gradients where they would take more than `LOCAL_SHARE` of a GPU's, and where
-    `engine.reduce_dtype` would add them up in bf16.
+    `engine.reduce_dtype` would add them up in bf16. parameters, memory: bytes of the whole model and of the GPU,
+    infinite on a CPU.
     """
     if config.engine.accumulate != "auto":
         return config.engine.accumulate == "sharded"
-    if device.type == "cpu" or config.engine.reduce_dtype == "bf16":
-        return config.engine.reduce_dtype == "bf16"
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    return whole > LOCAL_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return config.engine.reduce_dtype == "bf16" or parameters > LOCAL_SHARE * memory
 
 
 def offloads(config: Config, device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.updates.backward_updates import BackwardUpdates
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.devices import to_device
 from stablelm.model.initialise import roles
@@ -131,7 +131,11 @@ class TorchEngine:
 
     @cached_property
     def _in_shards(self) -> bool:
-        return in_shards(self._config, self.module, self.device)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+        cuda = self.device.type == "cuda"
+        return in_shards(
+            self._config, size, torch.cuda.get_device_properties(self.device).total_memory if cuda else math.inf
+        )
 
     def begin(self, lr: float | None) -> None:
         if self._updates is not None and self.optimizer is not None:

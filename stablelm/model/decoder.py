@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import stream_width
-from stablelm.model import attention_kernels, documents
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention import attention_kernels, documents
+from stablelm.model.attention.cache import KeyValueCache
+from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.devices import to_device
 from stablelm.model.linear import Linear, make_dtypes
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions, positions_of
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.model.token_loss import TokenLoss
 

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
-from stablelm.model.cache import LayerCache
+from stablelm.model.attention.cache import LayerCache
+from stablelm.model.attention.positions import Positions
 from stablelm.model.linear import Dtypes, Linear, reparam_of
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions
 
 
 class FeedForward(nn.Module):

@@ -9,12 +9,12 @@ from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Added
-from stablelm.model.attention import Attention
-from stablelm.model.cache import LayerCache
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.cache import LayerCache
+from stablelm.model.attention.positions import Positions
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Dtypes, Linear, completed, finished, first_product, side_by_side
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions
 
 Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablelm.model.attention import Attention
-from stablelm.model.positions import Positions
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.positions import Positions
 from stablelm.model.sublayer import Chunks, Layer
 
 LOGITS = 2**20

@@ -101,8 +101,9 @@ def make(request: PlanRequest, *, depth: bool = True, near: tuple["Plan", ...] =
 
     started, layout = time.perf_counter(), _layout(request, request.config, request.world_size)
     request, choice = _with_concrete_recompute(request, layout)
+    listed = rank_memory.parameters(request.config)
+    request = _with_concrete_accumulation(request, listed)
     config = request.config
-    listed = rank_memory.parameters(config)
     with warnings.catch_warnings():
         # FSDP and the hooks of a dry run warn about what the real engine does on purpose.
         warnings.simplefilter("ignore")
@@ -142,6 +143,19 @@ def _with_concrete_recompute(request: PlanRequest, layout: "Layout") -> tuple[Pl
         return request, None
     choice = choose(config, layout, config.engine.memory_limit or request.usable, all_modes=True)
     return replace(request, config=with_mode(config, choice.mode)), choice
+
+
+def _with_concrete_accumulation(request: PlanRequest, listed: "list[Parameter]") -> PlanRequest:
+    """The request with what `engine.accumulate: auto` comes to on its accelerator."""
+    from stablelm.engine.peak_memory.rank_memory import width
+    from stablelm.engine.sharding import in_shards
+
+    config = request.config
+    if config.engine.kind not in SHARDED:
+        return request
+    size = sum(parameter.elements for parameter in listed) * width(config)
+    where = "sharded" if in_shards(config, size, request.accelerator.memory) else "local"
+    return replace(request, config=replace(config, engine=replace(config.engine, accumulate=where)))
 
 
 def _layout(request: PlanRequest, config: Config, ranks: int) -> "Layout":

@@ -61,7 +61,7 @@ def _changes(config: Config, ranks: int) -> Iterator[Config]:
     yield _with(config, engine, micro)
     tried = [replace(engine, recompute="full"), small]
     if ranks > 1:
-        tried.append(replace(sharded, recompute="full", kind="zero3", replicas=None))
+        tried.append(replace(sharded, recompute="full", kind="zero3", replicas=None, accumulate="auto"))
     for each in (*tried, replace(tried[-1], offload="parameters"), replace(small, offload=OFFLOADS[small.kind])):
         for size in (*sizes, rows):
             yield _with(config, each, size)

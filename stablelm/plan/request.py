@@ -47,7 +47,8 @@ class PlanRequest:
     def at_depth(self, n_layers: int) -> "PlanRequest":
         """The same with another number of layers; ConfigError where the method or another key does not allow it."""
         model = replace(self.loaded.config.model, n_layers=n_layers, vocab_size=self.config.model.vocab_size)
-        engine = replace(self.loaded.config.engine, recompute=self.config.engine.recompute)
+        settled = self.config.engine
+        engine = replace(self.loaded.config.engine, recompute=settled.recompute, accumulate=settled.accumulate)
         loaded = replace(self.loaded, config=replace(self.loaded.config, model=model, engine=engine))
         return prepare(
             loaded, self.world_size, self.accelerator, self.gpus_per_node, simulated=self.simulated, price=self.price

@@ -19,7 +19,7 @@ from stablelm.engine.process.torch_settings import set_switches
 from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
-from stablelm.model.attention_kernels import described, gpu_of, order, preferred
+from stablelm.model.attention.attention_kernels import described, gpu_of, order, preferred
 from stablelm.model.linear import make_dtypes
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks.loggers import where_curves_are

@@ -15,7 +15,7 @@ from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.evaluate.perplexity import evaluate
 from stablelm.methods.catalogue import apply_method
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.observe.layers import measure
 from stablelm.train.step import train_step
 

@@ -18,7 +18,7 @@ from stablelm.evaluate.generation.prompts import Prompt, beyond_training, encode
 from stablelm.evaluate.generation.sampling import Sampling
 from stablelm.methods.axes import Method, Model, Position
 from stablelm.methods.catalogue import METHODS, apply_method
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 

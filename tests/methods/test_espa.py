@@ -14,7 +14,8 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import e_spa as espa
 from stablelm.methods.sizes import widths
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.positions import Positions
 from stablelm.model.decoder import Decoder
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.initialise import initialise
@@ -108,7 +109,8 @@ def test_attention_at_the_start_does_not_see_its_input(logit_cap):
     wanted = torch.from_numpy(_attention(2, 4, 24)) @ value @ attention.output.weight.T
     for _ in range(2):
         x = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)
-        found = attention((attention.query(x), attention.key(x), value), ())
+        both = torch.cat((attention.query(x), attention.key(x)), dim=-1)
+        found = attention((both, value), Positions())
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -121,7 +123,7 @@ def _attention_alone(decoder: Decoder, tokens: Tensor) -> list[Tensor]:
     found = [chunks[0]]
     for layer in decoder.layers:
         assert isinstance(layer, Layer)
-        chunks = layer.attention.leave(chunks, layer.attention.enter(chunks), ())
+        chunks = layer.attention.leave(chunks, layer.attention.enter(chunks), Positions())
         found.append(chunks[0])
     return found
 

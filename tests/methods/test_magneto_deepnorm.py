@@ -13,6 +13,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods.positions import rotation_table
 from stablelm.methods.sizes import d_head, parameter_counts
+from stablelm.model.attention.positions import Positions
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_value, initialise, role_of, roles
 from stablelm.model.linear import make_dtypes
@@ -227,7 +228,7 @@ def test_sublayers_equal_the_equations(method, plain, index, activation, kv_head
     x, back = (torch.randn(2, 11, 32, generator=generator, dtype=torch.float64) for _ in range(2))
     dtype = next(sublayer.parameters()).dtype
     ours, theirs = (x.to(dtype).requires_grad_() for _ in range(2))
-    positions = rotation_table(11, 8, 10000.0, dtype=dtype, device=torch.device("cpu"))
+    positions = Positions(rotation_table(11, 8, 10000.0, dtype=dtype, device=torch.device("cpu")))
     weights = {name: p.detach().clone().requires_grad_() for name, p in sublayer.named_parameters()}
     (found,) = sublayer.leave((ours,), sublayer.enter((ours,)), positions)
     wanted = plain(theirs, weights, config, index)

@@ -129,7 +129,7 @@ def test_the_model_is_the_methods():
 def test_it_generates_with_a_cache_like_the_whole_sequence():
     import torch
 
-    from stablelm.model.cache import KeyValueCache
+    from stablelm.model.attention.cache import KeyValueCache
     from stablelm.model.decoder import Decoder
     from stablelm.model.initialise import initialise
 

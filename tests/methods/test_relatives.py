@@ -14,7 +14,8 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.alibi import alibi_bias, alibi_slopes
 from stablelm.methods.positions import rotation_table
 from stablelm.methods.sizes import parameter_counts
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.positions import Positions
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.linear import LowRankLinear
@@ -52,7 +53,7 @@ def _tokens() -> Tensor:
 def _visible_logits(attention: Attention, x: Tensor, gain: float = 1.0) -> Tensor:
     """All logits of keys up to the query, of queries whose map is `gain` times as large."""
     seq_len = x.shape[1]
-    positions = rotation_table(seq_len, attention.d_head, 10000.0, dtype=x.dtype, device=CPU)
+    positions = Positions(rotation_table(seq_len, attention.d_head, 10000.0, dtype=x.dtype, device=CPU))
     products = first_products(attention, x, gain)
     logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
     return logits[..., torch.ones(seq_len, seq_len).tril() > 0]
@@ -83,7 +84,7 @@ def test_normalised_queries_equal_the_equation():
     w = dict(attention.named_parameters())
     x = _draw(2, 24, 32)
     q, k, _ = (linear(x) for linear in attention.first_maps)
-    found = attention.logits(*attention.queries_and_keys((torch.cat((q, k), dim=-1), k), ()), ())
+    found = attention.logits(*attention.queries_and_keys((torch.cat((q, k), dim=-1), k), Positions()), Positions())
     for head in range(4):
         part = slice(8 * head, 8 * head + 8)
         q_head, k_head = (
@@ -100,7 +101,7 @@ def test_soft_cap_at_known_logits(logit, capped):
     query = torch.zeros(1, 4, 1, 8, dtype=torch.float64)
     key = query.clone()
     query[..., 0], key[..., 0] = logit, math.sqrt(8)
-    assert attention.logits(query, key, ()).flatten().tolist() == pytest.approx([capped] * 4, abs=1e-3)
+    assert attention.logits(query, key, Positions()).flatten().tolist() == pytest.approx([capped] * 4, abs=1e-3)
 
 
 def test_soft_cap_bounds_and_a_high_one_changes_nothing():

@@ -12,7 +12,8 @@ from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods import spectral
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.positions import Positions
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.linear import Linear
@@ -215,17 +216,17 @@ def test_attention_rows_lie_above_the_bound_and_larger_queries_lower_the_entropy
     decoder = _decoder(_config("sigma_reparam", "model.attention.position=none"), "fp64")
     attention = decoder.get_submodule("layers.0.attention.body")
     assert isinstance(attention, Attention)
-    x, entropies = gaussian(1, 24, 32, std=1), []
+    x, positions, entropies = gaussian(1, 24, 32, std=1), Positions(), []
     for gain in (1.0, 10.0):
         products = first_products(attention, x, gain)
-        logits = attention.logits(*attention.queries_and_keys(products, ()), ())[0].detach()  # (heads, seq, seq)
-        assert logits.shape == (4, 24, 24)
+        logits = attention.logits(*attention.queries_and_keys(products, positions), positions)[0].detach()
+        assert logits.shape == (4, 24, 24)  # (heads, queries, keys)
         weights = logits.softmax(dim=-1)
         for row in range(24):
             visible = logits[:, row, : row + 1]
             entropy = -torch.special.xlogy(weights[:, row], weights[:, row]).sum(dim=-1)
             spread = (visible - visible.mean(dim=-1, keepdim=True)).norm(dim=-1)
             assert (entropy.numpy() >= entropy_bound(spread.numpy(), row + 1) - 1e-9).all()
-        figures = attention_figures(attention, products, ())
+        figures = attention_figures(attention, products, positions)
         entropies.append(figures["attention_entropy"].item())
     assert entropies[1] < 0.8 * entropies[0]

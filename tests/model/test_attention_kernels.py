@@ -10,10 +10,10 @@ from plain_decoder import build, small_config
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.model.attention import Attention
-from stablelm.model.attention_kernels import Gpu, Kernel, choose, described, gpu_of, order, preferred
+from stablelm.model.attention.attention_kernels import Gpu, Kernel, choose, described, gpu_of, order, preferred
+from stablelm.model.attention.body import Attention
+from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.decoder import Decoder
-from stablelm.model.positions import Positions, positions_of
 from stablelm.model.sublayer import Layer
 from stablelm.observe.layer_hooks import attention_figures
 
@@ -148,7 +148,7 @@ def test_flex_attention_gives_what_dense_logits_give(name: str):
         found = attention(products, positions)
         query, key = attention.queries_and_keys(products, positions)
         weights = attention.logits(query, key, reference(decoder, tokens)).softmax(dim=-1)
-        value = products[2].unflatten(-1, (-1, attention.d_head)).transpose(1, 2)
+        value = products[1].unflatten(-1, (-1, attention.d_head)).transpose(1, 2)
         mixed = (weights @ value.repeat_interleave(4 // value.shape[1], dim=1)).transpose(1, 2).flatten(-2)
         if config.axes.shaping.active:
             rows = config.axes.shaping.bias_and_scale(1, config.n_layers, tokens.shape[1])[1]

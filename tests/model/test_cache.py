@@ -11,7 +11,7 @@ from torch import Tensor
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Method, Model, Position
 from stablelm.methods.catalogue import METHODS
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 
 END = 3

@@ -9,8 +9,8 @@ from plain_decoder import build, small_config
 from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
-from stablelm.model import documents
-from stablelm.model.attention_kernels import choose, gpu_of
+from stablelm.model.attention import documents
+from stablelm.model.attention.attention_kernels import choose, gpu_of
 
 END = 1
 ROW = [5, 9, END, 7, 3, 8, END, END, 4, 6, 2]

@@ -19,7 +19,7 @@ from stablelm.engine.interface import build_engine
 from stablelm.engine.launch_environment import AccelerateFlags, Launch
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.sublayer import Layer

@@ -29,7 +29,7 @@ def test_hours_cost_and_energy_follow_from_the_rate(capsys: pytest.CaptureFixtur
     assert cost.hours == pytest.approx(7000 * made.time.total / 3600, rel=1e-12)
     assert cost.gpu_hours == 8 * cost.hours
     assert cost.dollars == cost.gpu_hours * 2.49
-    assert cost.kilowatt_hours == cost.gpu_hours * 0.7  # 700 W each
+    assert cost.kilowatt_hours == pytest.approx(cost.gpu_hours * 0.7, rel=1e-12)  # 700 W each
     assert run("--world-size", "8", "--quick", "--price", "2.49") == 0
     shown = capsys.readouterr().out
     assert f"{number(cost.gpu_hours)} GPU-hours; {money(cost.dollars)} at $2.49 per GPU-hour" in shown

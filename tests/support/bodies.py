@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stablelm.model.attention import Attention
+from stablelm.model.attention.body import Attention
 from stablelm.model.feedforward import FeedForward
 
 

@@ -13,7 +13,7 @@ from stablelm.evaluate.generation.next_token import choose
 from stablelm.evaluate.generation.prompts import Prompt
 from stablelm.evaluate.generation.sampling import Sampling, check_counts, uniforms
 from stablelm.methods import catalogue
-from stablelm.model.cache import KeyValueCache
+from stablelm.model.attention.cache import KeyValueCache
 from stablelm.tokenizers.interface import Tokenizer
 
 Forward = Callable[[Tensor, Tensor, KeyValueCache | None], Tensor]

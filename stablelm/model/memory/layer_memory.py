@@ -24,7 +24,7 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.model.decoder import Decoder
 from stablelm.model.linear import Dtypes, make_dtypes
-from stablelm.model.loss import CHUNK_BYTES, chunked_cross_entropy
+from stablelm.model.loss import chunk_rows, chunked_cross_entropy
 from stablelm.model.memory import recompute
 from stablelm.model.memory.memory_tracker import MemoryTracker
 from stablelm.private_names import FakeTensorMode, tree_leaves
@@ -251,7 +251,7 @@ def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
     assert micro is not None and model.vocab_size is not None
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
     held = Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize)
-    rows = max(1, CHUNK_BYTES // (model.vocab_size * dtypes.parameter.itemsize))
+    rows = chunk_rows(model.vocab_size, dtypes.compute)
     tokens, sizes = micro * config.data.seq_len, (2 * rows, 3 * rows)
     # Beyond a few chunks of logits each token adds the same.
     few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size)) for size in sizes)

@@ -10,12 +10,12 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
 from stablelm.methods.sizes import d_head, d_key_value
-from stablelm.model import attention_kernels, documents
-from stablelm.model.cache import LayerCache
+from stablelm.model.attention import attention_kernels, documents
+from stablelm.model.attention.cache import LayerCache
+from stablelm.model.attention.positions import Positions
 from stablelm.model.devices import to_device
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
-from stablelm.model.positions import Positions
 
 
 class Attention(nn.Module):
@@ -69,7 +69,8 @@ class Attention(nn.Module):
         With a cache, the products are of the new tokens, which see the earlier ones too.
         """
         query, key = self.queries_and_keys(products, positions)
-        value = products[1].unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        # A copy: kept as a slice, it would keep the queries and keys beside it, which are kept turned.
+        value = products[1].contiguous().unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
         mixed = self._mix(query, key, value, positions, cache).transpose(1, 2).flatten(-2)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import d_head
-from stablelm.model import attention_kernels, documents
-from stablelm.model.attention_kernels import Kernel
+from stablelm.model.attention import attention_kernels, documents
+from stablelm.model.attention.attention_kernels import Kernel
 from stablelm.model.linear import Dtypes
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods import catalogue
 from stablelm.methods.axes import Shaping
 from stablelm.methods.sizes import d_head
-from stablelm.model import documents
+from stablelm.model.attention import documents
+from stablelm.model.attention.positions import Positions
 from stablelm.model.linear import Dtypes
-from stablelm.model.positions import Positions
 
 LEAST_COLUMNS = 64
 
