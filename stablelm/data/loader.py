@@ -131,12 +131,12 @@ class Loader:
             self.close()
             raise
         self.wait_seconds = time.perf_counter() - began
-        for row in rows:
-            self._positions[row.lane] = row.position
-        # Joined in the type they come in and then widened; tokens and targets are views of the same memory.
-        windows = np.concatenate([row.window for row in rows]).astype(np.int64).reshape(len(rows), -1)
+        self._positions.update([(row.lane, row.position) for row in rows])
+        # Joined and counted in the type they come in, then widened; tokens and targets are views of the same memory.
+        narrow = np.concatenate([row.window for row in rows]).reshape(len(rows), -1)
+        self._count(rows, narrow[:, :-1])
+        windows = narrow.astype(np.int64)
         tokens, targets = windows[:, :-1], windows[:, 1:]
-        self._count(rows, tokens)
         if self._data.packing == "best_fit":
             targets = _best_fit_targets(rows, targets)
             self._padding += sum(self._data.seq_len + 1 - row.filled for row in rows)
@@ -152,7 +152,7 @@ class Loader:
         return range(samples.start // self._world_size, samples.stop // self._world_size)
 
     def _count(self, rows: list[BatchRow], tokens: np.ndarray) -> None:
-        self._counts["skipped_rows"] += sum(row.skipped for row in rows)
+        self._counts["skipped_rows"] += sum([row.skipped for row in rows])
         self._counts["unknown_tokens"] += count_unknown(self._text.tokenizer, tokens)
         self._counts["input_tokens"] += tokens.size
 

@@ -88,22 +88,23 @@ class Packer:
 
     def next_window(self) -> np.ndarray:
         """The next window, integers (seq_len+1,), not to be written to. Raises DataError when a document is lost."""
-        while self._length <= self._seq_len:
+        seq_len = self._seq_len
+        while self._length <= seq_len:
             self._read()
         first, begin = self._waiting[0], self._position
-        end = begin + self._seq_len
+        end = begin + seq_len
         self.skipped = 0
         self._given = [(first, -begin)]
         if end < len(first.tokens):
             window = first.tokens[begin : end + 1]
         else:
-            window = self._joined(self._seq_len + 1)
+            window = self._joined(seq_len + 1)
             while end >= len(first.tokens):
                 end -= len(first.tokens)
                 # Bad rows end their chunk: the next window begins behind them.
                 self.skipped += self._waiting.popleft().skipped
                 first = self._waiting[0]
-        self._length -= self._seq_len
+        self._length -= seq_len
         self._position = end
         self.position = TokenPosition(first.cursor, first.ends, first.block_rows, end)
         return window
@@ -264,12 +265,14 @@ class LaneRows:
         return self._rows(self._asked.popleft())
 
     def _rows(self, numbers: Sequence[int]) -> Iterator[BatchRow]:
+        lanes, names, with_borders = self._windows, self._names, self._borders
+        count = len(names)
         for number in numbers:
-            index = number % len(self._names)
-            windows = self._windows[index]
+            index = number % count
+            windows = lanes[index]
             window = windows.next_window()
-            borders = windows.borders if self._borders else NO_BORDERS
-            yield BatchRow(window, self._names[index], windows.position, windows.filled, borders, windows.skipped)
+            borders = windows.borders if with_borders else NO_BORDERS
+            yield BatchRow(window, names[index], windows.position, windows.filled, borders, windows.skipped)
 
     def share(self, mine: range) -> "LaneRows":
         """A maker for some of the lanes, to be used in place of this one."""

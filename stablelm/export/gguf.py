@@ -1,8 +1,8 @@
-"""One GGUF file of a model that the llama architecture computes, for llama.cpp: tensors, metadata and tokenizer.
+"""One GGUF file of a model that the architecture llama or qwen3 computes, for llama.cpp: tensors, metadata, tokenizer.
 
-Written on top of the format `llama`, by the `gguf` package of llama.cpp itself, one tensor in memory at a time.
-llama.cpp turns neighbouring features of a head by a position's angle where the llama architecture of transformers turns
-feature i with i + d_head / 2, so that the rows of queries and keys of each head are interleaved.
+Written on top of the formats `llama` and `qwen3`, by the `gguf` package of llama.cpp itself, one tensor in memory at a
+time. In a llama llama.cpp turns neighbouring features of a head by a position's angle where transformers turns feature
+i with i + d_head / 2, so that the rows of queries and keys of each head are interleaved; in a qwen3 both turn the same.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,12 +15,11 @@ import numpy as np
 
 from stablelm.errors import ConfigError
 from stablelm.export.folding import Folded
-from stablelm.export.formats import llama
+from stablelm.export.formats.choice import format_of, gguf_architecture
 from stablelm.export.formats.gguf_vocabulary import vocabulary
 from stablelm.tokenizers.interface import Tokenizer
 
 FILE = "model.gguf"
-ARCHITECTURE = "llama"
 QUANTISED = "q8_0"
 BLOCK = 32
 """Values of a row that share a scale in q8_0."""
@@ -36,12 +35,13 @@ class Values(Protocol):
 
 
 def write(folded: Folded, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
-    """Writes FILE into `folder`: a folded model that fits the format `llama`, in fp32, bf16 or q8_0.
+    """Writes FILE into `folder`: a folded model that fits its `gguf_architecture`, in fp32, bf16 or q8_0.
 
     Raises ConfigError for a tokenizer that llama.cpp does not compute, or where the `gguf` package is missing; OSError.
     """
     name = f"stablelm-{folded.model.method}-{folded.model.n_layers}x{folded.model.d_model}"
-    write_file(folder / FILE, llama.config(folded), llama.tensors(folded), tokenizer, dtype, name=name)
+    architecture = format_of(gguf_architecture(folded))
+    write_file(folder / FILE, architecture.config(folded), architecture.tensors(folded), tokenizer, dtype, name=name)
 
 
 def write_file(
@@ -53,15 +53,16 @@ def write_file(
     *,
     name: str,
 ) -> None:
-    """Writes a model of a LlamaForCausalLM's config.json and tensors by its names; `dtype`: fp32, bf16 or q8_0.
+    """Writes a model of a config.json and tensors by the names of transformers; `dtype`: fp32, bf16 or q8_0.
 
     Vectors stay fp32, and rows that q8_0 cannot divide into blocks fp16.
     """
     gguf = _library()
-    writer = gguf.GGUFWriter(None, ARCHITECTURE)
+    architecture = config["model_type"]
+    writer = gguf.GGUFWriter(None, architecture)
     _add_metadata(gguf, writer, config, dtype, name)
     _add_tokenizer(writer, tokenizer, config["vocab_size"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     listed = []
     for own, tensor in tensors:
         kind, shape = _kind(gguf, tensor.shape, dtype), tuple(tensor.shape)
@@ -96,12 +97,12 @@ def _kind(gguf: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _values(name: str, tensor: Values, config: Mapping[str, Any]) -> Any:
-    """As an fp32 array, with the rows of queries and keys interleaved."""
+    """As an fp32 array, with the rows of a llama's queries and keys interleaved."""
     import torch
 
     found = tensor.to(torch.float32)
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
-    if heads is not None:
+    if heads is not None and config["model_type"] == "llama":
         found = found.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     return found.contiguous().numpy()
 

@@ -17,7 +17,7 @@ from stablelm.errors import ConfigError, StorageError
 from stablelm.evaluate.trained_run import TrainedRun, open_run
 from stablelm.export import gguf, hub, model_card, tokenizer_files
 from stablelm.export.folding import Folded
-from stablelm.export.formats.choice import GGUF, OWN, choose, format_of
+from stablelm.export.formats.choice import GGUF, OWN, choose, format_of, gguf_architecture
 from stablelm.export.sample_text import sample_documents, sample_tokens
 from stablelm.export.shards import write_shards
 from stablelm.export.weights import Weights
@@ -145,7 +145,7 @@ def _write_model(request: ExportRequest, name: str, folded: Folded, run: Trained
     """Configuration and tensors; returns the number of values."""
     if name == GGUF:
         gguf.write(folded, run.tokenizer, folder, request.dtype)
-        return sum(math.prod(tensor.shape) for _, tensor in format_of("llama").tensors(folded))
+        return sum(math.prod(tensor.shape) for _, tensor in format_of(gguf_architecture(folded)).tensors(folded))
     architecture, dtype = format_of(name), DTYPES[request.dtype]
     ids = tokenizer_files.token_ids(run.tokenizer)
     # No pad_token_id here: an embedding of that id would not be trained further.

@@ -12,9 +12,9 @@ PAGE = DOCS / "changing_a_run.md"
 SMALLER = {
     "stop_after=100": "stop_after=2",
     "stop_after=200": "stop_after=4",
-    "{0: 4, 200: 8}": "{0: 12, 2: 24}",
-    "train.steps=2000": "train.steps=8",
-    "step-00001840": "step-00000007",
+    "{0: 16, 200: 32}": "{0: 12, 2: 24}",
+    "train.steps=900": "train.steps=8",
+    "step-00000825": "step-00000007",
 }
 
 

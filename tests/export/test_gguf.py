@@ -30,6 +30,8 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -46,7 +48,7 @@ def tokenizer_of(files: dict[str, bytes], **ids: Any) -> Any:
 
 def made(model: Any, path: Path, dtype: str, tokenizer: Any) -> gguf.GGUFReader:
     """What a model of transformers is, written and read again."""
-    config = {**model.config.to_dict(), "rope_theta": 5e5}
+    config = {**model.config.to_dict(), "rope_theta": model.config.rope_parameters["rope_theta"]}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if "rotary" not in name}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -82,7 +84,7 @@ def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return whole[:, order].reshape(tensor.shape)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "llama_biased"])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "llama_biased", "qwen3"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "q8_0"])
 def test_every_tensor_is_there_under_its_name(kind: str, dtype: str, tiny_corpus: TinyCorpus, tmp_path: Path):
     model = public_models.make(kind, tiny_corpus.tokenizer, hidden_size=64, intermediate_size=80)
@@ -90,7 +92,7 @@ def test_every_tensor_is_there_under_its_name(kind: str, dtype: str, tiny_corpus
     reader = made(model, tmp_path / "model.gguf", dtype, tokenizer_of(files))
     found, expected = plain_values(reader), {}
     for name, tensor in model.state_dict().items():
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2]) if kind != "qwen3" else None
         if not (name == "lm_head.weight" and kind == "llama_tied"):
             expected[theirs(name)] = tensor if heads is None else interleaved(tensor, heads)
     assert found.keys() == expected.keys()
@@ -109,9 +111,12 @@ def test_every_tensor_is_there_under_its_name(kind: str, dtype: str, tiny_corpus
             assert kinds[name] == "Q8_0" and bool((error <= (0.5 + 127 / 2048) * step).all()), name
 
 
-def test_llama_cpps_way_to_turn_pairs_gives_the_logits_of_transformers(tiny_corpus: TinyCorpus, tmp_path: Path):
-    """The model computed from the file alone: neighbouring features of a head are turned together."""
-    model = public_models.make("llama", tiny_corpus.tokenizer)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_llama_cpps_way_to_turn_pairs_gives_the_logits_of_transformers(
+    kind: str, tiny_corpus: TinyCorpus, tmp_path: Path
+):
+    """The model computed from the file alone: neighbouring features of a llama's head are turned together."""
+    model = public_models.make(kind, tiny_corpus.tokenizer)
     files = {"tokenizer.model": Path(tiny_corpus.tokenizer).read_bytes()}
     reader = made(model, tmp_path / "model.gguf", "fp32", tokenizer_of(files))
     ids = torch.randint(0, model.config.vocab_size, (20,))
@@ -120,27 +125,33 @@ def test_llama_cpps_way_to_turn_pairs_gives_the_logits_of_transformers(tiny_corp
 
 
 def computed(reader: gguf.GGUFReader, ids: torch.Tensor) -> torch.Tensor:
-    """(seq, vocab_size) of a LLaMA as llama.cpp reads it."""
-    held = {name: field.contents() for name, field in reader.fields.items() if name.startswith("llama.")}
+    """(seq, vocab_size) of a LLaMA or Qwen 3 as llama.cpp reads it."""
+    kind = reader.fields["general.architecture"].contents()
+    start = f"{kind}."
+    held = {n.removeprefix(start): field.contents() for n, field in reader.fields.items() if n.startswith(start)}
     tensors = plain_values(reader)
-    eps, base = held["llama.attention.layer_norm_rms_epsilon"], held["llama.rope.freq_base"]
-    heads, groups = held["llama.attention.head_count"], held["llama.attention.head_count_kv"]
-    width = held["llama.rope.dimension_count"]
+    eps, base = held["attention.layer_norm_rms_epsilon"], held["rope.freq_base"]
+    heads, groups = held["attention.head_count"], held["attention.head_count_kv"]
+    width = held["rope.dimension_count"]
     angles = torch.arange(len(ids))[:, None] * base ** (-torch.arange(0, width, 2) / width)
     turns = torch.polar(torch.ones_like(angles), angles)[:, None]
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], tensors[f"{name}.weight"], eps)
 
-    def turned(x: torch.Tensor, count: int) -> torch.Tensor:
-        pairs = torch.view_as_complex(x.reshape(len(ids), count, -1, 2).contiguous())
+    def turned(x: torch.Tensor, count: int, own_norm: str) -> torch.Tensor:
+        x = x.reshape(len(ids), count, -1)
+        if kind == "qwen3":  # feature i with i + d_head / 2
+            x = norm(x, own_norm).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * turns).flatten(-2).transpose(0, 1)
 
     x = tensors["token_embd.weight"][ids]
-    for layer in range(held["llama.block_count"]):
+    for layer in range(held["block_count"]):
         own = {name: tensors[f"blk.{layer}.{name}.weight"] for name in NAMES.values() if "norm" not in name}
         h = norm(x, f"blk.{layer}.attn_norm")
-        q, k = turned(h @ own["attn_q"].T, heads), turned(h @ own["attn_k"].T, groups)
+        q = turned(h @ own["attn_q"].T, heads, f"blk.{layer}.attn_q_norm")
+        k = turned(h @ own["attn_k"].T, groups, f"blk.{layer}.attn_k_norm")
         v = (h @ own["attn_v"].T).reshape(len(ids), groups, -1).transpose(0, 1)
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + mixed.transpose(0, 1).flatten(1) @ own["attn_output"].T

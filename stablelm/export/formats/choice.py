@@ -11,7 +11,7 @@ from stablelm.export.weights import LazyTensor
 STANDARD = ("llama", "qwen3", "gemma2", "gpt2")
 """Architectures of transformers, in the order in which `auto` tries them."""
 OWN, GGUF = "hf", "gguf"
-"""With our own modelling file; for llama.cpp, what `llama` computes."""
+"""With our own modelling file; for llama.cpp, what `gguf_architecture` computes."""
 
 
 class Format(Protocol):
@@ -36,6 +36,11 @@ def format_of(name: str) -> Format:
     return cast(Format, import_module(module))
 
 
+def gguf_architecture(folded: Folded) -> str:
+    """The architecture of transformers whose tensors a GGUF file of the model holds."""
+    return "qwen3" if folded.model.attention.qk_norm else "llama"
+
+
 def choose(requested: str, folded: Folded) -> str:
     """The name of the format to write: as requested, or for `auto` the first that fits, else `hf`.
 
@@ -44,7 +49,7 @@ def choose(requested: str, folded: Folded) -> str:
     if requested == "auto":
         fitting = (name for name in STANDARD if not format_of(name).obstacles(folded))
         return next(fitting, None) or choose(OWN, folded)
-    obstacles = format_of("llama" if requested == GGUF else requested).obstacles(folded)
+    obstacles = format_of(gguf_architecture(folded) if requested == GGUF else requested).obstacles(folded)
     if obstacles:
         other = "" if requested == OWN else f"; train a model without these, or use --format {OWN}"
         raise ConfigError(f"--format {requested} does not compute this model: {'; '.join(obstacles)}{other}")
