@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 SOURCE = Path(__file__).with_name("device.cpp")
 DEVICES = 8
@@ -115,6 +116,7 @@ def replace_torch_cuda(on_wait: Callable[[str], None]) -> None:
         "is_bf16_supported": lambda including_emulation=True: True,
         "_lazy_init": lambda: None,
         "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=85 * 10**9),
         "get_device_name": lambda device=None: "NVIDIA H100 80GB HBM3",
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "set_rng_state": lambda state, device="cuda": None,

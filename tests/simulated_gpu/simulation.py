@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from simulated_gpu import fake_cuda
 from simulated_gpu.recorder import Record, Recorder
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention, flex_attention_backward
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -19,6 +21,7 @@ from stablelm.config.schema import Config
 from stablelm.engine import torch_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine, data_parallel
+from stablelm.model.attention import attention_kernels
 from stablelm.model.decoder import Decoder
 from stablelm.observe.layers import LayerObserver
 from stablelm.train.step import train_step
@@ -85,6 +88,23 @@ def simulate(*overrides: str, pieces: int = 256, lines: bool = False) -> Record:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def simulate_with_triton(*overrides: str) -> Record:
+    """`simulate` where FlexAttention is chosen; its operators have no kernels here, compiled or not, and need none."""
+    from torch.nn.attention import flex_attention as front
+
+    gpu = attention_kernels.Gpu((9, 0))
+    changes = {"gpu_of": lambda device: gpu if device.type == "cuda" else None, "_compiled": lambda: front.flex_attention}
+    changes["_compiled_mask"] = lambda: front.create_block_mask
+    for operator in (flex_attention, flex_attention_backward):
+        if WithoutKernels not in operator.python_key_table:
+            operator.py_impl(WithoutKernels)(operator.python_key_table[FakeTensorMode])
+    with (
+        patch.multiple(attention_kernels, **changes),
+        patch.object(front, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+    ):
+        return simulate(*overrides)
 
 
 def _engine(config: Config, kind: str, ranks: Ranks, modes: ExitStack) -> TorchEngine:

@@ -14,11 +14,11 @@ class Budget(NamedTuple):
     traffic: float
 
 
-# What is measured, and what is to be reached.
+# What is measured. The goals: 60 launches and 300 kB; 400 kB; 90 launches, 8 for the update and 380 kB.
 LAYERS = {
-    "pre_ln": (Budget(90, 0, 407), Budget(60, 0, 300)),
-    "magneto": (Budget(102, 0, 627), Budget(102, 0, 400)),
-    "deepscalelm_sigma": (Budget(204, 60, 629), Budget(90, 8, 380)),
+    "pre_ln": Budget(47, 0, 259),
+    "magneto": Budget(55, 0, 309),
+    "deepscalelm_sigma": Budget(99, 5, 333),
 }
 
 
@@ -29,4 +29,4 @@ def test_a_layer_stays_within_its_budget(simulator: Simulator, method: str):
     found, tokens = simulator(count.of_layers, f"model.method={method}")
     launches, update = (found.count(*phases) / count.LAYERS for phases in (count.BOTH, ("update",)))
     used = Budget(launches, update, found.pointwise_bytes(*count.BOTH) / 1024 / tokens)
-    assert all(here <= most for here, most in zip(used, LAYERS[method][0], strict=True)), used
+    assert all(here <= most for here, most in zip(used, LAYERS[method], strict=True)), used

@@ -50,6 +50,15 @@ BIASED = {
     "documents and logit cap": ["data.document_mask=true", "model.attention.logit_cap=30"],
     "documents and layers": ["data.document_mask=true", "observe.layers_every=1"],
 }
+FLEX = {
+    "alibi and grouped queries": ["model.attention.position=alibi", "model.kv_heads=1"],
+    "logit cap": ["model.attention.logit_cap=30"],
+    "e_spa": ["model.method=e_spa", "model.n_layers=3"],
+    "documents in fp32": ["data.document_mask=true", "train.precision=fp32"],
+    "documents and alibi": ["data.document_mask=true", "model.attention.position=alibi"],
+    "documents and fsdp2": ["data.document_mask=true", "train.precision=fp32", "engine.kind=fsdp2", "ranks=8"],
+    "alibi and fsdp2": ["model.attention.position=alibi", "engine.kind=fsdp2", "ranks=8"],
+}
 OFFLOADED = {
     "pre_ln": ["model.method=pre_ln"],
     "sigma": ["model.method=deepscalelm_sigma", "model.n_layers=3"],
@@ -91,6 +100,16 @@ def test_biases_and_documents(record, option: str):
     found: Record = record(*BIASED[option])
     assert not [wait for wait in found.waits if wait.phase in STEP]
     assert all(copy.to_device and copy.phase == "forward" for copy in found.copies if copy.phase in STEP[:3])
+
+
+@pytest.mark.parametrize("option", FLEX)
+def test_flex_attention(simulator: Simulator, option: str):
+    """The mask is made of the batch on the device, once a micro-batch."""
+    from simulated_gpu import simulation
+
+    found: Record = simulator(simulation.simulate_with_triton, *FLEX[option])
+    assert not [wait for wait in found.waits if wait.phase in STEP]
+    assert found.attention() == {"flex_attention", "flex_attention_backward"}
 
 
 @pytest.mark.parametrize("option", OFFLOADED)
