@@ -152,7 +152,7 @@ def _time(plan: Plan) -> list[str]:
     if time.host > device:
         rows.append(("GPU waits for the host", seconds(time.host - device), f"  host: {seconds(time.host)}"))
     if plan.request.world_size > 1:
-        moved = f"  gathers {seconds(time.gather)}, reductions {seconds(time.reduce)}"
+        moved = f"  gathers {seconds(time.gather)}, reduces {seconds(time.reduce)}"
         rows.append(("exposed communication", seconds(time.exposed), moved))
     rows.append(("optimizer update", seconds(time.update), ""))
     if time.offload:
