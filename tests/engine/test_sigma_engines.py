@@ -141,6 +141,7 @@ def test_a_checkpoint_brings_back_vectors_and_gains_and_the_run_goes_on_unchange
     other_config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=9))
     other = TorchEngine(other_config, "single", SINGLE)
     load_tensors(tmp_path / "tensors", other.tensors(), None)
+    other.loaded()
     assert {name.rsplit(".", 1)[-1] for name in saved} >= {"weight", "gamma", "u", "v", "exp_avg", "exp_avg_sq", "step"}
     for name, tensor in other.tensors().items():
         assert torch.equal(tensor, saved[name]), name

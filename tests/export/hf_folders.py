@@ -16,13 +16,14 @@ from stablelm.export.hf_model import writer
 from stablelm.export.weights import Weights
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.private_names import saved_buffers
 
 
 def write_folder(decoder: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32, **extra: Any) -> Path:
     """The decoder as a folder that transformers loads."""
     checkpoint = folder.with_name(f"{folder.name}-checkpoint")
     checkpoint.mkdir(parents=True)
-    state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    state = dict(decoder.named_parameters()) | saved_buffers(decoder)
     save_tensors(checkpoint / "tensors", {f"model.{name}": each.detach() for name, each in state.items()}, None)
     source: Any = SimpleNamespace(model=decoder.config, weights=Weights(checkpoint))
     assert writer.obstacles(source) == []

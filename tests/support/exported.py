@@ -14,6 +14,7 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.private_names import saved_buffers
 from stablelm.tokenizers import load_tokenizer
 
 
@@ -50,7 +51,7 @@ def save_run(folder: Path, tokenizer: str, *overrides: str, seed: int = 0) -> tu
     """A run directory with one checkpoint of a perturbed model; its path, and the model."""
     config = resolved(tokenizer, f"run.dir={folder}", *overrides)
     decoder = perturbed(config, seed=seed)
-    state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    state = dict(decoder.named_parameters()) | saved_buffers(decoder)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     shapes = expected_shapes(config.model, optimizer=False)
     found = load_tokenizer(tokenizer)
