@@ -1,4 +1,4 @@
-"""What a checkpoint of a model must hold: every parameter, every buffer that is state and every moment, each of them complete."""
+"""What a checkpoint of a model must hold: every parameter, moment and buffer that is state, each of them complete."""
 
 from collections.abc import Mapping
 

@@ -397,9 +397,10 @@ class Reparam(Value):
         return None
 
     def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor, Tensor] | None":
-        """(gain, sigma, v, u), (1,) twice, (d_out,), (d_in,), if `factor` is gain / sigma, sigma = v^T W u, v, u constant.
+        """(gain, sigma, v, u), (1,) twice, (d_out,), (d_in,), if `factor` is gain / sigma with sigma = v^T W u.
 
-        Then its gradient needs no matrix beside the weight's gradient. None: it is differentiated as it is written.
+        v and u are constant. Then its gradient needs no matrix beside the weight's gradient. None: it is differentiated
+        as it is written.
         """
         return None
 

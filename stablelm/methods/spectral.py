@@ -100,9 +100,9 @@ def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
 
 
 class Matrix(NamedTuple):
-    """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,), v (d_out,), sigma (1,) whole.
+    """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,), v (d_out,) and sigma (1,).
 
-    Without them u, v and sigma are empty tensors of that length, on the meta device.
+    Without these u, v and sigma are empty tensors of that length, on the meta device.
     """
 
     rows: Tensor
