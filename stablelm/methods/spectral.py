@@ -288,11 +288,12 @@ def _transposed_times(group: Sequence[Part], v: Tensor) -> Tensor:
 
 def _there_and_back(group: Sequence[Any], u: Tensor) -> tuple[Tensor, Tensor]:
     """v = W u / |W u| and W^T v of whole matrices, (n, d_out) and (n, d_in), reading a `Matrix` once."""
-    vs, rights = [], []
+    v, rights = u.new_empty(len(group), len(group[0].v)), []
     for places, held in _batches(group):
-        vs.append(_unit(_products(held, u[places])))
-        rights.append(_products(held.mT, vs[-1]))
-    return _flat(vs).view(len(group), -1), _flat(rights).view(len(group), -1)
+        left = _products(held, u[places])
+        torch.div(left, _length(left), out=v[places])
+        rights.append(_products(held.mT, v[places]))
+    return v, _flat(rights).view(len(group), -1)
 
 
 def _products(matrices: Tensor, vectors: Tensor) -> Tensor:

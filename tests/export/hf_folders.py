@@ -16,6 +16,7 @@ from stablelm.export.hf_model import writer
 from stablelm.export.weights import Weights
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.linear import derive
 from stablelm.private_names import saved_buffers
 
 
@@ -50,6 +51,7 @@ def moved_decoder(config: ModelConfig, precision: str = "fp32") -> Decoder:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             elif parameter.std() < 0.03:
                 parameter.mul_(5)
+        derive(decoder)
         if decoder.head is not None:
             decoder.head.weight.div_(our_logits(decoder, torch.arange(16)[None]).std())
     return decoder.eval()

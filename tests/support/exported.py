@@ -14,6 +14,7 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.linear import derive
 from stablelm.private_names import saved_buffers
 from stablelm.tokenizers import load_tokenizer
 
@@ -27,6 +28,7 @@ def perturbed(config: Config, *, seed: int = 0, precision: str = "fp32") -> Deco
         for parameter in decoder.parameters():
             size = 0.1 * parameter.abs().mean() if parameter.ndim > 1 else torch.tensor(0.2)
             parameter.add_(size * torch.randn(parameter.shape, generator=draw))
+    derive(decoder)
     return decoder.eval()
 
 
