@@ -135,9 +135,10 @@ def vectors(linear: Any, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def whole(linear: Any) -> Matrix:
-    """All of a `model.linear.Linear`, or of what has its attributes."""
-    d_out, d_in = linear.weight.shape
-    return Matrix(linear.weight.detach(), 0, *vectors(linear, d_in, d_out))
+    """All of a `model.linear.Linear`, or of what has its attributes; a collective if its weight is a DTensor."""
+    weight = linear.weight.detach()
+    rows = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return Matrix(rows, 0, *vectors(linear, *reversed(rows.shape)))
 
 
 @torch.no_grad()

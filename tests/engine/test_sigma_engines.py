@@ -206,13 +206,19 @@ def goes_on(rank: int, world_size: int, directory: Path) -> dict[str, bool]:
             (each.matrices.norms(), train(each, config, ranks, micro=3, steps=range(3, 5))) for each in (engine, other)
         ]
         found[f"{kind} {precision}"] = figures[0] == figures[1]
+        if kind == "fsdp2":
+            third = build_engine(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=7)), kind, ranks)
+            third.module.load_state_dict(engine.module.state_dict())
+            found[f"state_dict {precision}"] = third.matrices.norms() == pytest.approx(
+                engine.matrices.norms(), rel=1e-6
+            )
     return found
 
 
 @pytest.mark.slow
 def test_sharded_runs_go_on_unchanged(tmp_path: Path):
     for found in run_ranks(goes_on, 2, tmp_path):
-        assert len(found) == 6 and all(found.values()), found
+        assert len(found) == 8 and all(found.values()), found
 
 
 @pytest.fixture(scope="module")
