@@ -127,8 +127,8 @@ Reduce = Callable[[Tensor], object]
 
 
 def vectors(linear: Any, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and sigma of a `model.linear.Linear`, or of what has its attributes; meta tensors if it has none."""
-    if hasattr(linear, "sigma"):
+    """u, v and sigma of a `model.linear.Linear`, or of what has its attributes; meta tensors if it lacks one."""
+    if all(hasattr(linear, name) for name in ("u", "v", "sigma")):
         return linear.u, linear.v, linear.sigma
     u, v, sigma = torch.empty(d_in + d_out + 1, device="meta").split([d_in, d_out, 1])
     return u, v, sigma

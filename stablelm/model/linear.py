@@ -104,7 +104,7 @@ def derive(module: nn.Module) -> None:
 def _derive_loaded(linear: Linear, _: object) -> None:
     if linear.reparam is not None:
         for name in linear.reparam.derived():
-            if getattr(linear, name).device != linear.weight.device:  # tensors were assigned to a module on meta
+            if getattr(linear, name).is_meta:  # tensors may have been assigned to a module without memory
                 setattr(linear, name, torch.empty_like(getattr(linear, name), device=linear.weight.device))
     derive(linear)
 

@@ -237,5 +237,5 @@ def _spectral_norms(layer: Layer, prefix: str) -> dict[str, float]:
     return {
         f"{prefix}.{name}": part.sigma.item()
         for name, part in layer.named_modules()
-        if isinstance(part, Linear) and hasattr(part, "sigma")
+        if isinstance(part, Linear) and hasattr(part, "u")
     }
