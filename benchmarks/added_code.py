@@ -104,7 +104,7 @@ def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
     def work() -> None:
         for part, gradient in zip(maps, held, strict=True):
             part.weight.grad = gradient
-            matrix = one_matrix([part.weight], [part.gamma], [Vectors(part.v, part.u)], part.compute_dtype)
+            matrix = one_matrix([part.weight], [part.gamma], [Vectors(part.sigma, part.v, part.u)], part.compute_dtype)
             matrix.backward(gradients[part.weight.shape])
         _forget(*engine.parameters().values())
 

@@ -50,6 +50,19 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateImportUsage]
 
 
+# torch: which buffers a module saves.
+
+
+def saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are state, by name: not those registered with persistent=False."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
+
+
 # torch: tensors that compute nothing, compilation, memory and collectives.
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a model must hold: every parameter, every buffer and every moment, each of them complete."""
+"""What a checkpoint of a model must hold: every parameter, moment and buffer that is state, each of them complete."""
 
 from collections.abc import Mapping
 
@@ -24,11 +24,12 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True, moments: str 
     `moments` as of `train.moments`.
     """
     from stablelm.model.decoder import Decoder
+    from stablelm.private_names import saved_buffers
 
     with torch.device("meta"):
         decoder = Decoder(model, "fp32")
     parameters = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    buffers = {name: buffer.shape for name, buffer in decoder.named_buffers()}
+    buffers = {name: buffer.shape for name, buffer in saved_buffers(decoder).items()}
     shapes = {f"model.{name}": shape for name, shape in (parameters | buffers).items()}
     if optimizer:
         for name, shape in parameters.items():

@@ -32,13 +32,20 @@ class Reparametrised:
         self._weights: list[Any] = [part.weight for part in self._maps.values()]
         self._starts = [_start(weight) for weight in self._weights]
         self._reduce = _reducer(self._weights)
-        pairs = map(_vectors, self._maps.values(), self._weights)
-        self._vectors = [vector for pair in pairs for vector in pair]
+        found = map(_vectors, self._maps.values(), self._weights)
+        self._vectors = [vector for own in found for vector in own]
         self._tracked = bool(self._vectors) and not self._vectors[0].is_meta
         if self._tracked:
             # Kept from step to step: an update that must not be made is undone without asking the device.
             self._old, self._new = (torch.cat(self._vectors) for _ in range(2))
             self._new_vectors = self._new.split([len(vector) for vector in self._vectors])
+        self.derive()
+
+    def derive(self) -> None:
+        """`Reparam.derive` of all matrices; call once weights or vectors were set; a collective on sharded weights."""
+        reparam = next((part.reparam for part in self._maps.values()), None)
+        if reparam is not None and reparam.derived():
+            reparam.derive(self._matrices(self._vectors), self._reduce)
 
     def update(self, skipped: Tensor) -> dict[str, Tensor]:
         """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
@@ -71,36 +78,35 @@ class Reparametrised:
                 rows.mul_(factor.to(rows.device, rows.dtype))
 
     def norms(self) -> dict[str, float]:
-        """Tracked spectral norm of every matrix that has one, by name; a collective on sharded weights."""
-        return self._by_name(spectral.estimates)
+        """Tracked spectral norm of every matrix that has one, by name."""
+        return self._by_name(torch.cat(self._vectors[2::3])) if self._tracked else {}
 
     def tracking_errors(self) -> dict[str, float]:
         """Relative shortfall of every tracked norm (`spectral.tracking_errors`); a collective on sharded weights."""
-        return self._by_name(spectral.tracking_errors)
-
-    def _by_name(self, measure) -> dict[str, float]:
         if not self._tracked:
             return {}
-        return dict(zip(self._maps, measure(self._matrices(self._vectors), self._reduce).tolist(), strict=True))
+        return self._by_name(spectral.tracking_errors(self._matrices(self._vectors), self._reduce))
+
+    def _by_name(self, values: Tensor) -> dict[str, float]:
+        return dict(zip(self._maps, values.tolist(), strict=True))
 
     def _matrices(self, vectors: Sequence[Tensor]) -> list[spectral.Matrix] | list[spectral.Slice]:
-        """This rank's parts, with u and v of each in turn from `vectors`."""
-        held = list(zip(self._weights, self._starts, vectors[::2], vectors[1::2], strict=True))
+        """This rank's parts, with u, v and sigma of each in turn from `vectors`."""
+        own = zip(*(vectors[place::3] for place in range(3)), strict=True)
+        held = list(zip(self._weights, self._starts, own, strict=True))
         if any(map(_is_flat, self._weights)):
-            return [spectral.Slice(_local_range(weight), start, u, v) for weight, start, u, v in held]
-        return [spectral.Matrix(local_part(weight).detach(), start, u, v) for weight, start, u, v in held]
+            return [spectral.Slice(_local_range(weight), start, *own) for weight, start, own in held]
+        return [spectral.Matrix(local_part(weight).detach(), start, *own) for weight, start, own in held]
 
 
-def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor]:
-    """u and v of a matrix; if it has none, meta tensors of their lengths."""
-    if hasattr(part, "u"):
-        return part.u, part.v
+def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`spectral.vectors` of a matrix of which a rank may hold a part."""
     d_out, d_in = weight.ds_shape if _is_flat(weight) else weight.shape
-    return torch.empty(d_in, device="meta"), torch.empty(d_out, device="meta")
+    return spectral.vectors(part, d_in, d_out)
 
 
 def initial_tensors(module: nn.Module, config: Config, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
-    """(portable name, whole initial value) of all parameters and buffers, in the same order on every rank.
+    """(portable name, whole initial value) of all parameters and buffers that are state, in one order on all ranks.
 
     fp32; float64 beside reparametrised matrices, whose singular values each rank finds for a share of them: these come
     last, after one collective.

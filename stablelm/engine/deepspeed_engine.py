@@ -107,7 +107,7 @@ class DeepSpeedEngine:
 
     def buffers(self) -> dict[str, Tensor]:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
-        return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
+        return {clean_name(name): buffer for name, buffer in private_names.saved_buffers(self.module).items()}
 
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         call = self.module if self._engine is None else self._engine
@@ -190,6 +190,7 @@ class DeepSpeedEngine:
             zero_shards.publish(self._engine.optimizer, self._stage)
         elif self._stage == 3:
             self._engine.optimizer.partition_all_parameters()
+        self.matrices.derive()
 
     def _gradient_parts(self) -> dict[str, zero_shards.FlatShard]:
         """This rank's part of every gradient by name, before `step`; parts may be empty."""

@@ -42,7 +42,7 @@ class Engine(Protocol):
     kind: str
     device: torch.device
     matrices: Reparametrised
-    """Refreshed by `step`; its norms and tracking errors are collectives on sharded weights."""
+    """Refreshed by `step`; its tracking errors are a collective on sharded weights."""
 
     @property
     def module(self) -> Decoder:
@@ -108,7 +108,8 @@ class Engine(Protocol):
         ...
 
     def loaded(self) -> None:
-        """To be called on all ranks once `tensors` were filled: brings working copies up to date."""
+        """To be called on all ranks once `tensors` were filled: brings working copies, and buffers that follow from
+        weights (the spectral norms themselves), up to date; collective where weights are sharded."""
         ...
 
     def gradients(self) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.memory import recompute
 from stablelm.model.token_loss import TokenLoss
+from stablelm.private_names import saved_buffers
 
 
 class TorchEngine:
@@ -85,7 +86,7 @@ class TorchEngine:
 
     def buffers(self) -> dict[str, Tensor]:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
-        return {clean_name(name): buffer for name, buffer in self.module.named_buffers()}
+        return {clean_name(name): buffer for name, buffer in saved_buffers(self.module).items()}
 
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         self._keep_gathered(torch.is_grad_enabled())
@@ -188,10 +189,12 @@ class TorchEngine:
         return found
 
     def loaded(self) -> None:
-        """Drops parameters that an earlier pass gathered from the former values of `tensors`."""
+        """Drops parameters that an earlier pass gathered from the former values of `tensors`, and what followed from
+        these."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
+        self.matrices.derive()
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: _whole(gradient) for name, gradient in self.gradient_shards().items()}

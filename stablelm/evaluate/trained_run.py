@@ -14,6 +14,8 @@ from stablelm.data.embedded import configured_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder
+from stablelm.model.linear import derive
+from stablelm.private_names import saved_buffers
 from stablelm.tokenizers import Tokenizer
 from stablelm.tokenizers.location import kept_tokenizer
 
@@ -66,9 +68,10 @@ def load_module(run: TrainedRun, device: torch.device | str = "cpu") -> Decoder:
     with torch.device("meta"):
         module = Decoder(run.config.model, str(run.config.train.precision))
     module.to_empty(device=device)
-    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    state = dict(module.named_parameters()) | saved_buffers(module)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     load_tensors(run.checkpoint / "tensors", tensors, None, partial=True)
+    derive(module)
     return module.eval()
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.export.weights import Weights
 from stablelm.model.decoder import Decoder
+from stablelm.model.linear import derive
+from stablelm.private_names import saved_buffers
 
 
 class NormInput(NamedTuple):
@@ -48,8 +50,9 @@ def norm_inputs(model: ModelConfig, weights: Weights, tokens: Tensor) -> list[No
 def _load(part: nn.Module, decoder: Decoder, weights: Weights) -> None:
     prefix = next(name for name, module in decoder.named_modules() if module is part)
     part.to_empty(device="cpu")
-    for name, tensor in (*part.named_parameters(), *part.named_buffers()):
+    for name, tensor in (*part.named_parameters(), *saved_buffers(part).items()):
         tensor.data.copy_(weights.read(f"{prefix}.{name}"))
+    derive(part)
 
 
 @contextmanager

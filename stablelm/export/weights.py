@@ -11,6 +11,7 @@ from stablelm.checkpoint.manifest import TENSORS
 from stablelm.checkpoint.reader import MODEL_PREFIX, Reader
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.checkpoint.tensor_index import read_index
+from stablelm.methods import spectral
 from stablelm.methods.axes import Model
 
 
@@ -95,7 +96,10 @@ class Weights:
 
         def scaled(weight: Tensor) -> Tensor:
             own = {name: self.read(f"{stem}.{name}").double() for name in beside}
-            factor = reparam.factor(SimpleNamespace(weight=weight, **own))
+            own |= {name: weight.new_empty(shape) for name, shape in reparam.derived().items()}
+            linear = SimpleNamespace(weight=weight, **own)
+            reparam.derive([spectral.whole(linear)], None)
+            factor = reparam.factor(linear)
             return weight if factor is None else weight.mul_(factor[:, None])
 
         return plain.map(scaled)

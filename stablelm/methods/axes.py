@@ -368,6 +368,19 @@ class Reparam(Value):
         """Shapes of the buffers beside each of its matrices, in the parameters' dtype."""
         return {}
 
+    def derived(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of buffers beside each of its matrices that follow from the weight and the others, by `derive`.
+
+        They are no part of checkpoints.
+        """
+        return {}
+
+    def derive(self, matrices: Sequence[Any], reduce: Any) -> None:
+        """Fills `derived` when weights were set from outside; arguments and collectives as of `update`.
+
+        `update` has to leave in them, to the last bit, what this would.
+        """
+
     def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
         """Initial values of those parameters and buffers; `top` finds the weight's largest singular value.
 
@@ -383,10 +396,11 @@ class Reparam(Value):
         """
         return None
 
-    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor] | None":
-        """(gain, v, u), (1,), (d_out,) and (d_in,), if `factor` is gain / (v^T W u) with v and u constant.
+    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor, Tensor] | None":
+        """(gain, sigma, v, u), (1,) twice, (d_out,), (d_in,), if `factor` is gain / sigma with sigma = v^T W u.
 
-        Then its gradient needs no matrix beside the weight's gradient. None: it is differentiated as it is written.
+        v and u are constant. Then its gradient needs no matrix beside the weight's gradient. None: it is differentiated
+        as it is written.
         """
         return None
 

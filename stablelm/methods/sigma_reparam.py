@@ -1,8 +1,8 @@
 """sigmaReparam: every matrix divided by its spectral norm (Zhai et al., ICML 2023).
 
 W stands for (gamma / sigma) W with sigma = v^T W u; u, v constant, so that the gradient passes through sigma (eq. 1 and
-released code). u and v are refreshed by one power iteration after each optimizer step (`methods.spectral`), never in
-forward, which recompute runs twice.
+released code). u, v and sigma are refreshed by one power iteration after each optimizer step (`methods.spectral`),
+never in forward, which recompute runs twice and which reads no matrix for them.
 """
 
 import math
@@ -62,6 +62,14 @@ class Sigma(Reparam):
     def buffers(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         return {"u": (d_in,), "v": (d_out,)}
 
+    def derived(self) -> dict[str, tuple[int, ...]]:
+        return {"sigma": (1,)}
+
+    def derive(self, matrices: Sequence[Any], reduce: Any) -> None:
+        from stablelm.methods import spectral
+
+        spectral.find_sigma(matrices, reduce)
+
     def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
         import torch
 
@@ -72,11 +80,12 @@ class Sigma(Reparam):
 
     def factor(self, linear: Any) -> "Tensor":
         """gamma / sigma, in the parameters' dtype."""
-        # A sharding engine may hand the matrix out in the compute dtype already.
-        return linear.gamma / linear.v.dot(linear.weight.to(linear.u.dtype).mv(linear.u))
+        from stablelm.methods import spectral
 
-    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor]":
-        return linear.gamma, linear.v, linear.u
+        return linear.gamma / spectral.differentiable_sigma(linear)
+
+    def quotient(self, linear: Any) -> "tuple[Tensor, Tensor, Tensor, Tensor]":
+        return linear.gamma, linear.sigma, linear.v, linear.u
 
     def keeps_start(self, model: Model) -> bool:
         return model.option(SigmaOptions).gamma == "spectral"

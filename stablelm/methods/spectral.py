@@ -1,5 +1,7 @@
 """Spectral norms of weights: their start, and the refresh once an optimizer step (sigma reparametrisation).
 
+sigma = v^T W u is kept beside u and v. As u is W^T v / |W^T v|, sigma is |W^T v|, which an update finds on its way.
+
 Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, ICML 2023. The collectives
 that a sharded refresh needs live in the engine: it passes a `reduce`.
 """
@@ -9,8 +11,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stablelm.private_names import copy_all
 
@@ -98,15 +100,16 @@ def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
 
 
 class Matrix(NamedTuple):
-    """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,) and v (d_out,) whole.
+    """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,), v (d_out,) and sigma (1,).
 
-    Without vectors of its own u and v are empty tensors of that length, on the meta device.
+    Without these u, v and sigma are empty tensors of that length, on the meta device.
     """
 
     rows: Tensor
     first_row: int
     u: Tensor
     v: Tensor
+    sigma: Tensor
 
 
 class Slice(NamedTuple):
@@ -116,10 +119,26 @@ class Slice(NamedTuple):
     start: int
     u: Tensor
     v: Tensor
+    sigma: Tensor
 
 
 Part = Matrix | Slice
 Reduce = Callable[[Tensor], object]
+
+
+def vectors(linear: Any, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and sigma of a `model.linear.Linear`, or of what has its attributes; meta tensors if it lacks one."""
+    if all(hasattr(linear, name) for name in ("u", "v", "sigma")):
+        return linear.u, linear.v, linear.sigma
+    u, v, sigma = torch.empty(d_in + d_out + 1, device="meta").split([d_in, d_out, 1])
+    return u, v, sigma
+
+
+def whole(linear: Any) -> Matrix:
+    """All of a `model.linear.Linear`, or of what has its attributes; a collective if its weight is a DTensor."""
+    weight = linear.weight.detach()
+    rows = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return Matrix(rows, 0, *vectors(linear, *reversed(rows.shape)))
 
 
 @torch.no_grad()
@@ -138,33 +157,48 @@ def _squares(group: Sequence[Part]) -> Tensor:
 
 @torch.no_grad()
 def refresh(matrices: Sequence[Part], reduce: Reduce | None = None) -> None:
-    """One power iteration for every matrix, in place: v <- W u / |W u|, u <- W^T v / |W^T v|.
+    """One power iteration for every matrix, in place: v <- W u / |W u|, sigma <- |W^T v|, u <- W^T v / sigma.
 
-    Where ranks hold different parts, `reduce` sums a flat tensor over ranks in place: one call for all matrices if
-    the parts are rows, as W^T (W u) is a sum over rows and v only needs the others' rows; two calls for slices. All
-    matrices are held in the same way, those of one shape in the same part of it.
+    Where ranks hold different parts, `reduce` sums a flat tensor over ranks in place, in two calls for all matrices:
+    v is rounded before W^T v, so that sigma follows from what a checkpoint holds. All matrices are held in the same
+    way, those of one shape in the same part of it.
     """
     if not matrices:
         return
     groups, _ = _by_shape(matrices)
     us = [torch.stack([part.u for part in group]) for group in groups]
-    if isinstance(matrices[0], Slice):
-        lefts = _summed(map(_times, groups, us), reduce)
-        vs = [_unit(left) for left in lefts]
-        rights = _summed(map(_transposed_times, groups, vs), reduce)
+    if reduce is None:
+        vs, rights = zip(*map(_there_and_back, groups, us), strict=True)
     else:
-        pairs = map(_times_there_and_back, groups, us)
-        both = _summed((product for pair in pairs for product in pair), reduce)
-        vs, rights = [_unit(left) for left in both[::2]], both[1::2]
-    vectors, found = [], []
+        vs = [_unit(left) for left in _summed(map(_times, groups, us), reduce)]
+        rights = _summed(map(_transposed_times, groups, vs), reduce)
+    kept, found = [], []
     for group, v, right in zip(groups, vs, rights, strict=True):
-        vectors += [*(part.v for part in group), *(part.u for part in group)]
-        found += [*v, *_unit(right)]
-    copy_all(vectors, found)
+        sigma = _length(right)
+        kept += [tensor for part in group for tensor in (part.v, part.u, part.sigma)]
+        found += chain.from_iterable(zip(v, right / sigma, sigma, strict=True))
+    copy_all(kept, found)
+
+
+@torch.no_grad()
+def find_sigma(matrices: Sequence[Part], reduce: Reduce | None = None) -> None:
+    """sigma <- |W^T v| of every matrix, in place: bit for bit what the `refresh` found that left u and v.
+
+    At most one call of `reduce`, of which see `refresh`.
+    """
+    groups, _ = _by_shape(matrices)
+    vs = [torch.stack([part.v for part in group]) for group in groups]
+    rights = _summed(map(_transposed_times, groups, vs), reduce)
+    copy_all([part.sigma for part in chain(*groups)], list(chain(*map(_length, rights))))
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """(..., 1), so that it can divide them."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors, dim=1, eps=TINY)
+    return vectors / _length(vectors)
 
 
 def _summed(parts: Iterable[Tensor], reduce: Reduce | None) -> list[Tensor]:
@@ -253,16 +287,14 @@ def _transposed_times(group: Sequence[Part], v: Tensor) -> Tensor:
     return found
 
 
-def _times_there_and_back(group: Sequence[Any], u: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's part of the sums W u, zeros where it has no rows, and W^T W u, reading a `Matrix` once."""
-    there, back = [], []
+def _there_and_back(group: Sequence[Any], u: Tensor) -> tuple[Tensor, Tensor]:
+    """v = W u / |W u| and W^T v of whole matrices, (n, d_out) and (n, d_in), reading a `Matrix` once."""
+    v, rights = u.new_empty(len(group), len(group[0].v)), []
     for places, held in _batches(group):
-        there.append(_products(held, u[places]))
-        back.append(_products(held.mT, there[-1]))
-    (part, *_), count = group, len(group)
-    rows, d_out, d_in = len(part.rows), len(part.v), len(part.u)
-    left, right = _flat(there).view(count, rows), _flat(back).view(count, d_in)
-    return F.pad(left, (part.first_row, d_out - part.first_row - rows)), right
+        left = _products(held, u[places])
+        torch.div(left, _length(left), out=v[places])
+        rights.append(_products(held.mT, v[places]))
+    return v, _flat(rights).view(len(group), -1)
 
 
 def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
@@ -271,21 +303,28 @@ def _products(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def estimates(matrices: Sequence[Part], reduce: Reduce | None = None) -> Tensor:
-    """sigma = v^T W u of every matrix, (matrices,): what the forward pass divides by."""
-    return torch.stack(_by_group(_dots, matrices, reduce))
-
-
-def _dots(group: Sequence[Part]) -> Tensor:
-    """This rank's part of the sums v^T W u, (n,)."""
-    u, v = torch.stack([part.u for part in group]), torch.stack([part.v for part in group])
-    return (v * _times(group, u)).sum(dim=1)
-
-
-@torch.no_grad()
 def tracking_errors(matrices: Sequence[Part], reduce: Reduce | None = None, iterations: int = 20) -> Tensor:
     """How far the tracked sigma lies below the one after `iterations` more, relative, (matrices,); nothing changes."""
-    copies = [matrix._replace(u=matrix.u.clone(), v=matrix.v.clone()) for matrix in matrices]
+    copies = [part._replace(u=part.u.clone(), v=part.v.clone(), sigma=part.sigma.clone()) for part in matrices]
     for _ in range(iterations):
         refresh(copies, reduce)
-    return 1 - estimates(matrices, reduce) / estimates(copies, reduce)
+    return 1 - torch.cat([part.sigma for part in matrices]) / torch.cat([part.sigma for part in copies])
+
+
+def differentiable_sigma(linear: Any) -> Tensor:
+    """sigma (1,) of a `model.linear.Linear`, with the gradient of v^T W u by W: v u^T."""
+    return _Sigma.apply(linear.weight, linear.sigma, linear.v, linear.u)  # pyright: ignore[reportReturnType]
+
+
+class _Sigma(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(v, u)
+        return sigma.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        v, u = ctx.saved_tensors
+        return torch.outer(gradient * v, u).to(ctx.dtype), None, None, None

@@ -13,6 +13,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import MATRICES, TABLES, Added, Role
 from stablelm.methods.stds import initial_std
+from stablelm.model.linear import derive
 from stablelm.seeds import seed_from
 
 
@@ -62,7 +63,8 @@ def initial_values(
     """(name, whole initial value) of parameters given by clean name and shape, a whole model's or one layer's.
 
     fp32 on the CPU. A reparametrised matrix comes with the parameters and buffers beside it (float64), for which
-    `start` finds the largest singular value; they are all zeros where it gives zeros.
+    `start` finds the largest singular value; they are all zeros where it gives zeros. What `model.linear.derive` finds
+    is left to it.
     """
     reparam = config.axes.reparam
     beside = tuple(f".{own}" for own in reparam.parameters(1, 1))
@@ -117,3 +119,4 @@ def initialise(decoder: nn.Module, config: ModelConfig, seed: int) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     for name, value in initial_values(shapes, config, seed):
         tensors[name].copy_(value)
+    derive(decoder)

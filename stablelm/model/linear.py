@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
+from stablelm.methods import spectral
 from stablelm.methods.axes import Reparam
 from stablelm.model.products import Vectors, product
 
@@ -35,7 +36,7 @@ class Linear(nn.Module):
     """x W^T + b with W (d_out, d_in) kept in the parameter dtype; multiplies and returns in the compute dtype.
 
     With `reparam`, what W stands for: its parameters and buffers, in the parameter dtype, beside W, and a factor of W's
-    rows.
+    rows. Whoever sets them in place, and not by `load_state_dict`, calls `derive`.
     """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool, dtypes: Dtypes, reparam: Reparam | None = None):
@@ -48,6 +49,9 @@ class Linear(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtypes.parameter)))
             for name, shape in reparam.buffers(d_in, d_out).items():
                 self.register_buffer(name, torch.empty(shape, dtype=dtypes.parameter))
+            for name, shape in reparam.derived().items():
+                self.register_buffer(name, torch.empty(shape, dtype=dtypes.parameter), persistent=False)
+            self.register_load_state_dict_post_hook(_derive_loaded)
 
     if TYPE_CHECKING:
 
@@ -86,6 +90,25 @@ class Linear(nn.Module):
         self.weight, self.reparam = nn.Parameter(turned, requires_grad=False), None
 
 
+def derive(module: nn.Module) -> None:
+    """Brings buffers that follow from weights and other buffers up to date: after these were set, of whole matrices.
+
+    An engine's `loaded` does it for weights in parts.
+    """
+    maps = [part for part in module.modules() if isinstance(part, Linear) and part.reparam is not None]
+    reparam = maps[0].reparam if maps else None
+    if reparam is not None and reparam.derived():
+        reparam.derive(list(map(spectral.whole, maps)), None)
+
+
+def _derive_loaded(linear: Linear, _: object) -> None:
+    if linear.reparam is not None:
+        for name in linear.reparam.derived():
+            if getattr(linear, name).is_meta:  # tensors may have been assigned to a module without memory
+                setattr(linear, name, torch.empty_like(getattr(linear, name), device=linear.weight.device))
+    derive(linear)
+
+
 def reparam_of(config: ModelConfig, sublayer: int) -> Reparam | None:
     """The reparametrisation of a sub-layer's matrices, None where they are what they are."""
     reparam = config.axes.reparam
@@ -108,10 +131,10 @@ def first_product(maps: "Sequence[Linear | LowRankLinear]", x: Tensor, *, keep: 
         return F.linear(x, torch.cat([linear.scaled().to(x.dtype) for linear in first]), _bias(first, x.dtype))
     quotients = [linear.reparam.quotient(linear) for linear in first if linear.reparam is not None]
     found = [quotient for quotient in quotients if quotient is not None]
-    gains = [gain for gain, _, _ in found] if found else _factors(first)
+    gains = [gain for gain, *_ in found] if found else _factors(first)
     if len(first) == 1 and not gains:
         return F.linear(x, weights[0].to(x.dtype), _bias(first, x.dtype))
-    return product(x, weights, gains, [Vectors(v, u) for _, v, u in found], _bias(first, x.dtype), keep=keep)
+    return product(x, weights, gains, [Vectors(*own) for _, *own in found], _bias(first, x.dtype), keep=keep)
 
 
 def finished(maps: "Sequence[Linear | LowRankLinear]", product: Tensor) -> Tensor:

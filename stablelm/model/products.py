@@ -16,14 +16,11 @@ from stablelm.private_names import copy_all
 
 
 class Vectors(NamedTuple):
-    """Constant v (d_out,) and u (d_in,) of a norm v^T W u by which W is divided."""
+    """A norm v^T W u by which W is divided: its value sigma (1,), and v (d_out,) and u (d_in,), which are constant."""
 
+    sigma: Tensor
     v: Tensor
     u: Tensor
-
-    def norm(self, weight: Tensor) -> Tensor:
-        """v^T W u, 0-dim, in the vectors' dtype; W: (d_out, d_in) may have a lower one."""
-        return self.v.dot(weight.to(self.u.dtype).mv(self.u))
 
 
 def one_matrix(
@@ -32,7 +29,7 @@ def one_matrix(
     """The rows of all weights, (d_out, d_in) each, one below the other in `dtype`.
 
     `gains`, none or one (1,) or (d_out,) for each weight, multiply its rows before they are rounded; with `vectors`
-    too, of each weight, gain / (v^T W u) does, and the gains are (1,).
+    too, of each weight, gain / sigma does, and the gains are (1,).
     """
     return _Matrix.apply(dtype, vectors, len(weights), *weights, *gains)  # pyright: ignore[reportReturnType]
 
@@ -64,7 +61,7 @@ class _Matrix(torch.autograd.Function):
         matrix = weights[0].new_empty((sum(rows), weights[0].shape[1]), dtype=dtype)
         factors, norms = gains, ()
         if vectors:
-            norms = (_joined([pair.norm(weight)[None] for pair, weight in zip(vectors, weights, strict=True)]),)
+            norms = (_joined([own.sigma for own in vectors]),)
             factors = (_joined(gains) / norms[0]).split(1)
         if gains:
             for part, weight, factor in zip(matrix.split(rows), weights, factors, strict=True):
@@ -89,7 +86,7 @@ class _Matrix(torch.autograd.Function):
         slopes = [_slope(part, weight, factor) for part, weight, factor in zip(parts, weights, factors, strict=True)]
         if norms:
             slopes = (_joined(slopes) / norms[0]).split(1)
-            for part, slope, (v, u) in zip(parts, slopes, ctx.vectors, strict=True):
+            for part, slope, (_, v, u) in zip(parts, slopes, ctx.vectors, strict=True):
                 part.addcmul_((v * slope)[:, None], u[None], value=-1)
         whole.mul_(_joined([factor.expand(n) for factor, n in zip(factors, ctx.rows, strict=True)])[:, None])
         return None, None, None, *parts, *slopes

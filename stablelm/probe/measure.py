@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values
-from stablelm.model.linear import Linear
+from stablelm.model.linear import Linear, derive
 from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
@@ -120,6 +120,7 @@ class _Walk:
                     self._spectral[name] = value.clone()  # it may be a row of a whole factor
             for name, value in known.items():
                 tensors[name].copy_(value)
+        derive(part)
 
     @contextmanager
     def _layer(self, index: int) -> Iterator[Layer]:
@@ -234,7 +235,7 @@ def _leaves(chunks: Chunks) -> Chunks:
 def _spectral_norms(layer: Layer, prefix: str) -> dict[str, float]:
     """v^T W u of every spectrally normalised matrix of a layer, by name."""
     return {
-        f"{prefix}.{name}": float(torch.dot(part.v, torch.mv(part.weight, part.u)))
+        f"{prefix}.{name}": part.sigma.item()
         for name, part in layer.named_modules()
         if isinstance(part, Linear) and hasattr(part, "u")
     }

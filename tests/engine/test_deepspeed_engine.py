@@ -255,6 +255,7 @@ def test_engines_take_over_from_one_another(several):
         assert found == pytest.approx(wanted, rel=1e-6)
     engine = TorchEngine(make_config("sigma_reparam", "run.seed=9"), "single", SINGLE)
     load_tensors(directory / str(len(RELAY) - 1), engine.tensors(), None)
+    engine.loaded()
     assert float(engine.tensors()["optim.head.weight.step"]) == 10
     for found in (ranks[0]["passed on"]["trained"], ranks[1]["passed on"]["read"]):
         assert found.loss == pytest.approx(evaluate(engine, SINGLE, validation(), 5).loss, rel=1e-6)

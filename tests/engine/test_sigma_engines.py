@@ -1,6 +1,7 @@
 """Methods with state or shapes of their own train alike recomputed, accumulated, compiled and on several processes."""
 
 import dataclasses
+import itertools
 import shutil
 from functools import cache, partialmethod
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import make_ranks
 from support.distributed import run_ranks
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +17,7 @@ from stablelm.checkpoint.format import load_tensors, save_tensors
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
+from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.methods import catformer, spectral
@@ -35,7 +38,7 @@ def make_config(method: str, *overrides: str) -> Config:
     return resolve(config, pieces=PIECES, world_size=1, accelerate_precision=None)
 
 
-def train(engine: TorchEngine, config: Config, ranks: Ranks, *, micro: int = ROWS, steps: range = range(STEPS)):
+def train(engine: Engine, config: Config, ranks: Ranks, *, micro: int = ROWS, steps: range = range(STEPS)):
     """This rank's share of the mean loss at each of the steps."""
     shares = []
     for step in (index + 1 for index in steps):
@@ -131,20 +134,29 @@ def test_vectors_move_once_a_step_whatever_runs_twice(monkeypatch: pytest.Monkey
     assert all(not torch.equal(value, before[name]) for name, value in vectors(engine).items())
 
 
-def test_a_checkpoint_brings_back_vectors_and_gains_and_the_run_goes_on_unchanged(tmp_path: Path):
-    config = make_config("sigma_reparam")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_brings_back_vectors_gains_and_norms_and_the_run_goes_on_unchanged(precision: str, tmp_path: Path):
+    config = make_config("sigma_reparam", f"train.precision={precision}")
     engine = TorchEngine(config, "single", SINGLE)
     train(engine, config, SINGLE, steps=range(5))
     save_tensors(tmp_path / "tensors", engine.tensors(), None)
-    saved = {name: tensor.clone() for name, tensor in engine.tensors().items()}
+    saved, norms = {name: tensor.clone() for name, tensor in engine.tensors().items()}, engine.matrices.norms()
     rest = train(engine, config, SINGLE, steps=range(5, 10))
-    other_config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=9))
-    other = TorchEngine(other_config, "single", SINGLE)
-    load_tensors(tmp_path / "tensors", other.tensors(), None)
-    assert {name.rsplit(".", 1)[-1] for name in saved} >= {"weight", "gamma", "u", "v", "exp_avg", "exp_avg_sq", "step"}
+    other = resumed(config, "single", SINGLE, tmp_path / "tensors")
+    leaves = {name.rsplit(".", 1)[-1] for name in saved}
+    assert leaves >= {"weight", "gamma", "u", "v", "exp_avg", "exp_avg_sq", "step"} and "sigma" not in leaves
     for name, tensor in other.tensors().items():
         assert torch.equal(tensor, saved[name]), name
+    assert other.matrices.norms() == norms
     assert train(other, config, SINGLE, steps=range(5, 10)) == rest
+
+
+def resumed(config: Config, kind: str, ranks: Ranks, directory: Path) -> Engine:
+    """An engine of other initial values into which tensors were loaded."""
+    engine = build_engine(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=9)), kind, ranks)
+    load_tensors(directory, engine.tensors(), ranks.cpu_group)
+    engine.loaded()
+    return engine
 
 
 # Several processes.
@@ -181,6 +193,34 @@ def on_rank(rank: int, world_size: int, directory: Path) -> dict[str, Any]:
     return state | {"shares": shares}
 
 
+def goes_on(rank: int, world_size: int, directory: Path) -> dict[str, bool]:
+    """Whether a resumed run has the norms and the losses, to the last bit, of one that was not interrupted."""
+    ranks, found = make_ranks(rank, world_size), {}
+    for kind, precision in itertools.product(("ddp", "fsdp2", "zero3"), ("fp32", "bf16")):
+        config = make_config("magneto_sigma", f"train.precision={precision}")
+        engine, tensors = build_engine(config, kind, ranks), directory / f"{kind}-{precision}"
+        train(engine, config, ranks, micro=3, steps=range(3))
+        save_tensors(tensors, engine.tensors(), ranks.cpu_group)
+        other = resumed(config, kind, ranks, tensors)
+        figures = [
+            (each.matrices.norms(), train(each, config, ranks, micro=3, steps=range(3, 5))) for each in (engine, other)
+        ]
+        found[f"{kind} {precision}"] = figures[0] == figures[1]
+        if kind == "fsdp2":
+            third = build_engine(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=7)), kind, ranks)
+            third.module.load_state_dict(engine.module.state_dict())
+            found[f"state_dict {precision}"] = third.matrices.norms() == pytest.approx(
+                engine.matrices.norms(), rel=1e-6
+            )
+    return found
+
+
+@pytest.mark.slow
+def test_sharded_runs_go_on_unchanged(tmp_path: Path):
+    for found in run_ranks(goes_on, 2, tmp_path):
+        assert len(found) == 8 and all(found.values()), found
+
+
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory):
     """What every rank found, by world size, and where they saved; made when first asked for."""
@@ -215,6 +255,7 @@ class TestSeveralProcesses:
                 assert torch.equal(vector, several(world_size)[0][0]["vectors"][name]), name
                 torch.testing.assert_close(vector, wanted[name], rtol=0, atol=1e-4)
             assert state["norms"] == pytest.approx(norms, rel=1e-5)
+            assert state["norms"] == several(world_size)[0][0]["norms"]
             assert 0 <= max(state["errors"].values()) < 0.01
 
     def test_a_shard_has_a_smaller_norm_than_the_whole(self, world_size: int, several):
@@ -231,6 +272,8 @@ class TestSeveralProcesses:
         ranks, directory = several(world_size)
         engine = TorchEngine(make_config("sigma_reparam", "run.seed=9"), "single", SINGLE)
         load_tensors(directory, engine.tensors(), None)
+        engine.loaded()
+        assert engine.matrices.norms() == pytest.approx(ranks[0]["norms"], rel=1e-6)
         for name, tensor in engine.tensors(optimizer=False).items():
             state = ranks[0]["whole"] | ranks[0]["vectors"]
             assert torch.equal(tensor, state[name.removeprefix("model.")]), name

@@ -42,6 +42,7 @@ def engine_of(config: Any, kind: str, ranks: Ranks) -> Any:
     for name, tensor in engine.tensors(optimizer=False).items():
         if name.endswith("weight") and kind == "single" and tensor.dim() == 2:
             tensor.mul_(2)
+    engine.loaded()
     return engine
 
 

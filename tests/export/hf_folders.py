@@ -16,13 +16,15 @@ from stablelm.export.hf_model import writer
 from stablelm.export.weights import Weights
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.linear import derive
+from stablelm.private_names import saved_buffers
 
 
 def write_folder(decoder: Decoder, folder: Path, *, dtype: torch.dtype = torch.float32, **extra: Any) -> Path:
     """The decoder as a folder that transformers loads."""
     checkpoint = folder.with_name(f"{folder.name}-checkpoint")
     checkpoint.mkdir(parents=True)
-    state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    state = dict(decoder.named_parameters()) | saved_buffers(decoder)
     save_tensors(checkpoint / "tensors", {f"model.{name}": each.detach() for name, each in state.items()}, None)
     source: Any = SimpleNamespace(model=decoder.config, weights=Weights(checkpoint))
     assert writer.obstacles(source) == []
@@ -49,6 +51,7 @@ def moved_decoder(config: ModelConfig, precision: str = "fp32") -> Decoder:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             elif parameter.std() < 0.03:
                 parameter.mul_(5)
+        derive(decoder)
         if decoder.head is not None:
             decoder.head.weight.div_(our_logits(decoder, torch.arange(16)[None]).std())
     return decoder.eval()

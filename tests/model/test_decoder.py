@@ -161,7 +161,7 @@ def test_built_on_meta_and_on_cpu_alike(method):
     with torch.device("meta"):
         decoder = Decoder(config, "fp32")
     assert all(tensor.is_meta for tensor in (*decoder.parameters(), *decoder.buffers()))
-    assert len(list(decoder.buffers())) == (2 * 3 * 6 if config.reparam == "sigma" else 0)
+    assert len(list(decoder.buffers())) == (3 * 3 * 6 if config.reparam == "sigma" else 0)
     decoder.to_empty(device="cpu")
     initialise(decoder, config, 3)
     direct = Decoder(config, "fp32")

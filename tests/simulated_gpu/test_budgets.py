@@ -18,7 +18,7 @@ class Budget(NamedTuple):
 LAYERS = {
     "pre_ln": Budget(47, 0, 259),
     "magneto": Budget(55, 0, 309),
-    "deepscalelm_sigma": Budget(99, 5, 333),
+    "deepscalelm_sigma": Budget(87, 7.5, 327),
 }
 
 

@@ -14,6 +14,8 @@ from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.linear import derive
+from stablelm.private_names import saved_buffers
 from stablelm.tokenizers import load_tokenizer
 
 
@@ -26,6 +28,7 @@ def perturbed(config: Config, *, seed: int = 0, precision: str = "fp32") -> Deco
         for parameter in decoder.parameters():
             size = 0.1 * parameter.abs().mean() if parameter.ndim > 1 else torch.tensor(0.2)
             parameter.add_(size * torch.randn(parameter.shape, generator=draw))
+    derive(decoder)
     return decoder.eval()
 
 
@@ -50,7 +53,7 @@ def save_run(folder: Path, tokenizer: str, *overrides: str, seed: int = 0) -> tu
     """A run directory with one checkpoint of a perturbed model; its path, and the model."""
     config = resolved(tokenizer, f"run.dir={folder}", *overrides)
     decoder = perturbed(config, seed=seed)
-    state = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
+    state = dict(decoder.named_parameters()) | saved_buffers(decoder)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in state.items()}
     shapes = expected_shapes(config.model, optimizer=False)
     found = load_tokenizer(tokenizer)

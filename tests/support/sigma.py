@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stablelm.methods import spectral
 from stablelm.methods.sigma_reparam import Sigma
-from stablelm.model.linear import Linear, make_dtypes
+from stablelm.model.linear import Linear, derive, make_dtypes
 
 
 def gaussian(*shape: int, seed: int = 0, std: float = 0.02) -> Tensor:
@@ -17,18 +17,20 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def make_linear(d_out: int, d_in: int, *, precision: str = "fp64", bias: bool = True, gamma: float = 1.7) -> Linear:
-    """Weights of known values whose u and v are a few iterations away from the singular vectors."""
+    """Weights of known values whose u and v, W^T v, are a few iterations away from the singular vectors."""
     linear = Linear(d_in, d_out, bias=bias, dtypes=make_dtypes(precision, "fp32"), reparam=Sigma())
     weight = gaussian(d_out, d_in)
-    start = spectral.start(weight + 0.3 * gaussian(d_out, d_in, seed=1))
+    v = spectral.start(weight + 0.3 * gaussian(d_out, d_in, seed=1)).v
+    u = torch.nn.functional.normalize(weight.T @ v, dim=0)
     with torch.no_grad():
-        for tensor, value in ((linear.weight, weight), (linear.u, start.u), (linear.v, start.v)):
+        for tensor, value in ((linear.weight, weight), (linear.u, u), (linear.v, v)):
             tensor.copy_(value)
         linear.gamma.fill_(gamma)
         if linear.bias is not None:
             linear.bias.copy_(gaussian(d_out, seed=2))
+    derive(linear)
     return linear
 
 
 def make_matrix(linear: Linear) -> spectral.Matrix:
-    return spectral.Matrix(linear.weight.detach(), 0, linear.u, linear.v)
+    return spectral.whole(linear)
