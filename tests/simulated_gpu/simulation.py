@@ -95,7 +95,10 @@ def simulate_with_triton(*overrides: str) -> Record:
     from torch.nn.attention import flex_attention as front
 
     gpu = attention_kernels.Gpu((9, 0))
-    changes = {"gpu_of": lambda device: gpu if device.type == "cuda" else None, "_compiled": lambda: front.flex_attention}
+    changes = {
+        "gpu_of": lambda device: gpu if device.type == "cuda" else None,
+        "_compiled": lambda: front.flex_attention,
+    }
     changes["_compiled_mask"] = lambda: front.create_block_mask
     for operator in (flex_attention, flex_attention_backward):
         if WithoutKernels not in operator.python_key_table:
