@@ -10,6 +10,7 @@ from torch import Tensor
 from stablelm.engine.interface import Engine, StepResult
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
+from stablelm.model.targets import IGNORED
 from stablelm.seeds import seed_from
 
 
@@ -36,7 +37,7 @@ def train_step(
     called with each phase and place that begins, `before_update` once all gradients are there.
     """
     mark("forward", "target counts")
-    valid = (targets >= 0).sum().to(engine.device)
+    valid = (targets != IGNORED).sum().to(engine.device)
     valid_global = valid.clone()
     if ranks.world_size > 1:
         dist.all_reduce(valid_global)
