@@ -251,7 +251,7 @@ def _publish(
         try:
             if isinstance(staging, RemotePath):
                 fence.check()
-                (staging / COMMITTED).create(content)
+                (staging / COMMITTED).create(content)  # the commit
                 return staging
             target = staging.with_name(step_name(step))
             write_durably(staging / COMMITTED, content)
@@ -259,7 +259,7 @@ def _publish(
             fence.check()
             if earlier.damaged is not None:
                 _set_aside(target, earlier.damaged)
-            rename_to_new(staging, target)
+            rename_to_new(staging, target)  # the commit
             sync_directory(target.parent)
             return target
         except (FileExistsError, FileNotFoundError) as error:

@@ -1,4 +1,4 @@
-"""From the paths of a configuration (file, glob, folder, URL, list, 'embedded') to a list of files in their order."""
+"""What a configuration names: its paths (file, glob, folder, URL, list, 'embedded') as ordered files, its tokenizer."""
 
 import glob
 import os
@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from stablelm.config.schema import DataConfig
 from stablelm.config.secret_rules import advice
 from stablelm.data.embedded import embedded
 from stablelm.data.formats import dataset_files
@@ -16,9 +17,16 @@ from stablelm.data.storage.options import ReadOptions, base_name, braces, files_
 from stablelm.data.storage.retry import persist
 from stablelm.errors import ConfigError, DataError, Problems, listed
 from stablelm.redaction import carries_secret, redacted
+from stablelm.tokenizers import Tokenizer, load_tokenizer
 
 TRAINING_KEYS = ("data.path", "--source")
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+
+
+def configured_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of a configuration, which may be that of the embedded corpus. Raises ConfigError."""
+    path = embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer
+    return load_tokenizer(path, add_bos=data.add_bos, eos_token=data.eos_token)
 
 
 def resolve(path: str | list[str], *, key: str, cache: str, options: ReadOptions | None = None) -> list[str]:

@@ -24,10 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from stablelm.config.schema import DataConfig
 from stablelm.errors import ConfigError
 from stablelm.new_files import write_durably
-from stablelm.tokenizers import Tokenizer, load_tokenizer
 from stablelm.tokenizers.training import sample_lines, train
 
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "__pycache__"}
@@ -176,12 +174,6 @@ def embedded(cache: str) -> EmbeddedCorpus:
                 "give a folder that can be written, with 10 MB free"
             ) from None
     return _found(final)
-
-
-def configured_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a configuration, which may be that of this corpus. Raises ConfigError."""
-    path = embedded(data.cache).tokenizer if data.tokenizer == "embedded" else data.tokenizer
-    return load_tokenizer(path, add_bos=data.add_bos, eos_token=data.eos_token)
 
 
 def _found(final: Path) -> EmbeddedCorpus:

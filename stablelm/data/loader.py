@@ -4,15 +4,17 @@ Sample n, counted over the batches of all data steps, comes from lane n mod Λ. 
 the rows ≡ r mod W, since W divides every batch. Workers, threads or processes, each serve some of the rank's lanes, so
 a lane has one reader.
 
-The path of a token, from the training loop to the file that opens a URL. Each function calls the next one, so that a
+The path of a token, from the training loop to the file that opens a URL. Each function leads to the next one, so that a
 debugger can step into it with data.workers=0; otherwise threads of `workers.RowProducer` call `LaneRows` ahead of time.
 With several sources `mixture.MixedWindows` chooses one before `Packer`; `mixture.RunText` builds all of it.
+`order.Order` alone decides which document comes next. With at least as many files as lanes each lane reads its own by
+`FileRows`; a file on the hub or in S3 is a `HubFile` or `S3File` in place of an `HttpFile`.
 
     train/loop.py                 train                  asks for a batch
     data/loader.py                Loader.next            joins the rows of a rank
     data/packing.py               LaneRows.take          gives each row a window, which Packer.next_window cuts
     data/batched_tokenization.py  LaneTokens.next_chunk  tokenizes documents of several lanes in one call
-    data/order.py                 TextLane.next_group    decides which document comes next
+    data/order.py                 TextLane.next_group    reads documents in the order of Order
     data/formats/file_rows.py     SharedFiles.take       keeps the rows of a file, which FileRows reads
     data/formats/text_lines.py    lines_from             splits text into lines
     data/formats/inflate.py       pieces                 inflates gzip and zstandard

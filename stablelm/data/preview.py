@@ -13,7 +13,7 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config, DataConfig
 from stablelm.data import inspection
-from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.corpus import configured_tokenizer
 from stablelm.data.formats.file_rows import SharedFiles
 from stablelm.data.loader import Batch, Loader
 from stablelm.data.order import Order, ShardLane, TextLane

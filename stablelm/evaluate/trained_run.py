@@ -10,7 +10,7 @@ from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
-from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.corpus import configured_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.evaluate import consent
 from stablelm.model.decoder import Decoder

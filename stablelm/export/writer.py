@@ -85,6 +85,11 @@ def export(request: ExportRequest) -> Exported:
 
 def _check_out(request: ExportRequest) -> None:
     out = request.out
+    if request.checked is not None and request.format == GGUF:
+        raise ConfigError(
+            f"--check-tokenizer {request.checked} compares the tokenizer's files for transformers, which "
+            f"--format {GGUF} does not write; leave it out"
+        )
     if request.dtype not in DTYPES and request.format != GGUF:
         raise ConfigError(f"--dtype {request.dtype} is for --format {GGUF} alone; use bf16 or fp32")
     if out.is_symlink() or (out.exists() and not out.is_dir()):

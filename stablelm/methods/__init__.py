@@ -1,1 +1,4 @@
-"""The space of stability methods: axes, catalogue, one file a method."""
+"""The space of stability methods: one file a method, the axes and the catalogue, and what methods share.
+
+The latter: roles of matrices, their sizes, solved initialisations (`solve`, `stds`), `spectral` norms.
+"""

@@ -116,7 +116,7 @@ def prepare_each(
 def _pieces(config: Config) -> int:
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    from stablelm.data.embedded import configured_tokenizer
+    from stablelm.data.corpus import configured_tokenizer
 
     data = config.data
     return configured_tokenizer(data).pieces

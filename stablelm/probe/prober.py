@@ -14,7 +14,7 @@ from stablelm.config import rules
 from stablelm.config.load import Loaded, load
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.data import inspection
-from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.corpus import configured_tokenizer
 from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 from stablelm.new_files import clear, replace_file

@@ -1,4 +1,4 @@
-"""From documents to tokens: tokenizers of every kind behind one interface, loaded, trained and used in batches."""
+"""From documents to tokens: tokenizers of every kind behind one interface, loaded and trained."""
 
 from stablelm.tokenizers.interface import Encoder, Tokenizer
 from stablelm.tokenizers.location import load_tokenizer

@@ -1,4 +1,4 @@
-"""The training loop: the page to read first."""
+"""The training loop: the file to read first."""
 
 import time
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from stablelm.config import rules, segments
 from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.data import corpus, inspection, validation
-from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.corpus import configured_tokenizer
 from stablelm.data.storage.options import ReadOptions
 from stablelm.engine.launch_environment import AccelerateFlags, Launch, apply_flags
 from stablelm.errors import CheckpointError, ConfigError, Problems

@@ -7,7 +7,7 @@ from typing import Any
 from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
 from stablelm.config.schema import Config
-from stablelm.data.embedded import configured_tokenizer
+from stablelm.data.corpus import configured_tokenizer
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.printable import printable
 from stablelm.tokenizers import Tokenizer, load_tokenizer

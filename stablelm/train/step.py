@@ -11,6 +11,7 @@ from stablelm.engine.interface import Engine, StepResult
 from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
 from stablelm.model.devices import to_device
+from stablelm.model.targets import IGNORED
 from stablelm.seeds import seed_from
 
 
@@ -40,7 +41,7 @@ def train_step(
     mark("forward", "target counts")
     boundaries = [engine.module.boundaries(part, engine.device) for part in tokens.split(micro)]
     tokens, targets = to_device(tokens, engine.device), to_device(targets, engine.device)
-    valid = (targets >= 0).sum()
+    valid = (targets != IGNORED).sum()
     valid_global = valid.clone()
     if ranks.world_size > 1:
         dist.all_reduce(valid_global)

@@ -113,6 +113,7 @@ def test_a_run_cannot_write_the_model_card_out_of_its_blocks(tiny_corpus: TinyCo
         (["--dtype", "q8_0"], "--dtype q8_0 is for --format gguf alone"),
         (["--push", "nobody"], "write OWNER/NAME"),
         (["--check-tokenizer", "/none/such.jsonl"], "--check-tokenizer"),
+        (["--check-tokenizer", "/none/such.jsonl", "--format", "gguf"], "--format gguf does not write"),
         (["--tokenizer", "/none/such.model"], "/none/such.model"),
         (["--checkpoint", "/none/such"], "/none/such"),
         (["--shard-gb", "many"], "many is not a size in gigabytes"),

@@ -3,6 +3,7 @@
 Several ranks get torchrun's variables, and as under torchrun one that fails ends the others.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -29,6 +30,7 @@ PRELOADED = [
 ]
 OUTPUTS = ("out", "err")
 KILLED_AFTER = 30.0  # seconds that the others get to end by themselves
+_started: list[Any] = []
 
 
 def server() -> ForkServerContext:
@@ -89,7 +91,19 @@ def start_forked(
     line = ([script, *arguments], environ, str(cwd or Path.cwd()), str(output))
     process = server().Process(target=_program, args=line)
     process.start()
+    _started.append(process)
     return process
+
+
+def kill_started() -> None:
+    """Kills what `start_forked` started and still runs, with all that it started in turn, so that no test leaves it."""
+    while _started:
+        process = _started.pop()
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
 
 
 def _launcher(rank: int, processes: int, port: int) -> dict[str, str]:
