@@ -1,8 +1,8 @@
 """sigmaReparam: every matrix divided by its spectral norm (Zhai et al., ICML 2023).
 
 W stands for (gamma / sigma) W with sigma = v^T W u; u, v constant, so that the gradient passes through sigma (eq. 1 and
-released code). u, v and sigma are refreshed by one power iteration after each optimizer step (`methods.spectral`, called
-by `engine.after_step`), never in forward, which recompute runs twice and which reads no matrix for them.
+released code). u, v and sigma are refreshed by one power iteration after each optimizer step (`methods.spectral`,
+called by `engine.after_step`), never in forward, which recompute runs twice and which reads no matrix for them.
 """
 
 import math
