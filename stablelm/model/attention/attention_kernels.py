@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import d_head
+from stablelm.model.attention import blockwise
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -124,10 +125,12 @@ def _flash_attention_3() -> Iterator[None]:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, dropout: float) -> Tensor:
-    """torch's fused kernels: (batch, heads, queries, d_head); `bias` holds the causal mask, without one it is causal.
+    """torch's fused kernels, or our own on a CPU: (batch, heads, queries, d_head).
 
-    Queries fewer than keys, without a bias, see all of them.
+    `bias` holds the causal mask, without one it is causal. Queries fewer than keys, without a bias, see all of them.
     """
+    if blockwise.fits(query, key, bias, dropout):
+        return blockwise.causal_attention(query, key, value, scale)
     grouped, cuda = query.shape[1] != key.shape[1], query.device.type == "cuda"
     if bias is not None and cuda:
         bias = bias.to(query.dtype)  # as `positions` made it, but for masks of a cache and fixed biases of layers
