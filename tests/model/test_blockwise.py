@@ -28,6 +28,12 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return (query @ key.transpose(-1, -2) * scale).masked_fill(after, -torch.inf).softmax(dim=-1) @ value
 
 
+def by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Its operators, not compiled."""
+    with torch.compiler.set_stance("force_eager"):
+        return blockwise.causal_attention(query, key, value, scale)
+
+
 def results(function: Callable[..., Tensor], given: Any) -> tuple[Tensor, ...]:
     """What it returns and its gradients."""
     *parts, gradient = given

@@ -1,24 +1,28 @@
-"""Causal attention on a CPU by blocks of queries, from operations that torch.compile fuses.
+"""Causal attention for training in bf16 on a CPU, by blocks of queries, compiled.
 
 torch's own kernel for CPUs spends most of its time outside its products, more so backwards. A block of queries sees the
 keys up to its last one; what the backward pass needs of the weights is their log-sum-exp (Dao et al. 2022, algorithm 4
-of the appendix), so that no more is kept than by the fused kernels. Logits are made and exponentiated in fp32.
+of the appendix), so that no more is kept than by torch's kernel. Logits are made and exponentiated in fp32.
+
+Each pass is an operator of its own, which compiles itself: traced into a layer's graph, its logits would be kept.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 BLOCK = 128
-LONGEST = 1024  # the blocks are unrolled: a longer graph takes longer to compile, and gains less
+LONGEST = 1024  # a longer graph takes longer to compile, and gains less
 
 
 def fits(query: Tensor, key: Tensor, bias: Tensor | None, dropout: float) -> bool:
-    """Whether `causal_attention` computes this, and quicker than torch's kernel: in bf16, where its parts are fused."""
+    """Whether `causal_attention` computes this, and quicker than torch's kernel: where layers are compiled, too."""
     return (
         torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and query.shape[2] == key.shape[2] <= LONGEST
@@ -29,9 +33,105 @@ def fits(query: Tensor, key: Tensor, bias: Tensor | None, dropout: float) -> boo
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """query: (batch, heads, seq, d_head); key, value: (batch, kv_heads, seq, d_head) -> as query."""
+    return _attend(query, key, value, scale)[0].transpose(1, 2)
+
+
+@torch.library.custom_op("stablelm::causal_attention", mutates_args=(), device_types="cpu")
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """-> (batch, seq, heads, d_head), as the next product reads it, so that it is kept once; and the log-sum-exp of
+    each row of logits, (groups, heads, seq, 1) in at least fp32: `_grouped`."""
+    return _compiled(forward)(query, key, value, scale)
+
+
+@torch.library.custom_op("stablelm::causal_attention_backward", mutates_args=(), device_types="cpu")
+def _attend_backward(
+    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_sums: Tensor, gradient: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous, from that of `mixed`."""
+    return _compiled(backward)(query, key, value, mixed, log_sums, gradient, scale)
+
+
+@_attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, seq, width = query.shape
-    flat = (part.reshape(batch * key.shape[1], -1, seq, width) for part in (query, key, value))
-    return _Causal.apply(*flat, scale).view(batch, heads, seq, width)  # pyright: ignore[reportOptionalMemberAccess]
+    groups = batch * key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    sums = query.new_empty((groups, batch * heads // groups, seq, 1), dtype=wide)
+    return query.new_empty((batch, seq, heads, width)), sums
+
+
+@_attend_backward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.scale = inputs[3]
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_backward(*ctx.saved_tensors, gradient, ctx.scale), None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+@lru_cache(maxsize=2)
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `_attend` returns."""
+    batch, heads, (query, key, value) = len(query), query.shape[1], _grouped(query, key, value)
+    wide_query, wide_key, shared = _wide(query), _wide(key[:, 0]), query.shape[1]
+    means, sums = [], []
+    for block in _blocks(query.shape[2]):
+        products = _rows(wide_query, block) @ wide_key[:, : block.stop].transpose(1, 2)
+        logits = torch.where(_seen(block), products.unflatten(1, (shared, -1)) * scale, -torch.inf)
+        largest = logits.amax(dim=-1, keepdim=True)
+        weights = torch.exp(logits - largest)
+        total = weights.sum(dim=-1, keepdim=True)
+        mean = weights.to(value.dtype).flatten(1, 2) @ value[:, 0, : block.stop]
+        means.append((mean.unflatten(1, (shared, -1)) / total).to(value.dtype))
+        sums.append(largest + total.log())
+    mixed = torch.cat(means, dim=2).view(batch, heads, *query.shape[2:])
+    return mixed.transpose(1, 2).contiguous(), torch.cat(sums, dim=2)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_sums: Tensor, gradient: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_attend_backward` returns; with weights P = e^(S - log-sum-exp):
+
+    dV = P^T dO; dS = P (dO V^T - sum(dO O)); dQ = dS K; dK = dS^T Q.
+    """
+    shapes = [part.shape for part in (query, key, value)]
+    query, key, value = _grouped(query, key, value)
+    gradient, mixed = (part.transpose(1, 2).reshape(query.shape) for part in (gradient, mixed))
+    wide_query, wide_key, shared = _wide(query), _wide(key[:, 0]), query.shape[1]
+    common = (_wide(gradient) * _wide(mixed)).sum(dim=-1, keepdim=True)
+    of_query, of_key, of_value = [], [], []
+    for block in _blocks(query.shape[2]):
+        keys, values, rows = key[:, 0, : block.stop], value[:, 0, : block.stop], _rows(gradient, block)
+        products = _rows(wide_query, block) @ wide_key[:, : block.stop].transpose(1, 2)
+        weights = torch.exp(products.unflatten(1, (shared, -1)) * scale - log_sums[:, :, block])
+        weights = torch.where(_seen(block), weights, 0.0)
+        slopes = (rows @ values.transpose(1, 2)).unflatten(1, (shared, -1)) - common[:, :, block]
+        slopes = (weights * slopes * scale).to(query.dtype).flatten(1, 2)
+        of_query.append((slopes @ keys).unflatten(1, (shared, -1)))
+        of_key.append(slopes.transpose(1, 2) @ _rows(query, block))
+        of_value.append(weights.to(value.dtype).flatten(1, 2).transpose(1, 2) @ rows)
+    made = torch.cat(of_query, dim=2), _added(of_key), _added(of_value)
+    first, second, third = (part.view(shape) for part, shape in zip(made, shapes, strict=True))
+    return first, second, third
+
+
+def _grouped(query: Tensor, *keys_and_values: Tensor) -> list[Tensor]:
+    """As (groups, heads that share keys, seq, d_head) and (groups, 1, seq, d_head); groups: batch x kv_heads."""
+    groups = query.shape[0] * keys_and_values[0].shape[1]
+    return [part.reshape(groups, -1, *part.shape[2:]) for part in (query, *keys_and_values)]
 
 
 def _blocks(seq: int) -> list[slice]:
@@ -43,55 +143,14 @@ def _rows(x: Tensor, block: slice) -> Tensor:
     return x[:, :, block].flatten(1, 2)
 
 
-def _logits(query: Tensor, key: Tensor, block: slice, scale: float) -> Tensor:
-    """(groups, heads, block, keys up to the block's end) in at least fp32, -inf after the query."""
-    products = _rows(query, block) @ key[:, : block.stop].transpose(1, 2)
-    logits = products.unflatten(1, (query.shape[1], -1)) * scale
-    keys = torch.arange(block.stop, device=query.device)
-    return torch.where(keys <= keys[block, None], logits, -torch.inf)
+def _seen(block: slice) -> Tensor:
+    """(block, keys up to its end): whether the key is not after the query."""
+    keys = torch.arange(block.stop)
+    return keys <= keys[block, None]
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class _Causal(torch.autograd.Function):
-    """query: (groups, heads that share keys, seq, d_head); key, value: (groups, 1, seq, d_head)."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        wide_query, wide_key = _wide(query), _wide(key[:, 0])
-        means, sums = [], []
-        for block in _blocks(query.shape[2]):
-            logits = _logits(wide_query, wide_key, block, scale)
-            largest = logits.amax(dim=-1, keepdim=True)
-            weights = torch.exp(logits - largest)
-            total = weights.sum(dim=-1, keepdim=True)
-            mean = weights.to(value.dtype).flatten(1, 2) @ value[:, 0, : block.stop]
-            means.append((mean.unflatten(1, (query.shape[1], -1)) / total).to(value.dtype))
-            sums.append(largest + total.log())
-        mixed, log_sums = torch.cat(means, dim=2), torch.cat(sums, dim=2)
-        ctx.save_for_backward(query, key, value, mixed, log_sums)
-        ctx.scale = scale
-        return mixed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With weights P = e^(S - log-sum-exp): dV = P^T dO; dS = P (dO V^T - sum(dO O)); dQ = dS K; dK = dS^T Q."""
-        query, key, value, mixed, log_sums = ctx.saved_tensors
-        wide_query, wide_key, heads = _wide(query), _wide(key[:, 0]), query.shape[1]
-        common = (_wide(gradient) * _wide(mixed)).sum(dim=-1, keepdim=True)
-        of_query, of_key, of_value = [], [], []
-        for block in _blocks(query.shape[2]):
-            keys, values, rows = key[:, 0, : block.stop], value[:, 0, : block.stop], _rows(gradient, block)
-            weights = torch.exp(_logits(wide_query, wide_key, block, ctx.scale) - log_sums[:, :, block])
-            slopes = (rows @ values.transpose(1, 2)).unflatten(1, (heads, -1))
-            slopes = (weights * (slopes - common[:, :, block]) * ctx.scale).to(query.dtype).flatten(1, 2)
-            of_query.append((slopes @ keys).unflatten(1, (heads, -1)))
-            of_key.append(slopes.transpose(1, 2) @ _rows(query, block))
-            of_value.append(weights.to(value.dtype).flatten(1, 2).transpose(1, 2) @ rows)
-        return torch.cat(of_query, dim=2), _added(of_key), _added(of_value), None
 
 
 def _added(parts: list[Tensor]) -> Tensor:

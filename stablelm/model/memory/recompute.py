@@ -16,18 +16,19 @@ from stablelm.model.sublayer import Layer
 from stablelm.private_names import checkpoint_wrapper
 
 _ATEN = torch.ops.aten
-KEPT = frozenset(
+KEPT = {torch.ops.stablelm.causal_attention.default} | {
     getattr(_ATEN, name).default
     for name in (
-        *("mm", "addmm", "bmm", "baddbmm"),
+        *("mm", "addmm"),
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
     )
-)
-"""Operations whose results `selective` keeps: matmuls and attention, which cost what the others do not."""
+}
+"""Operations whose results `selective` keeps: matmuls and attention, which cost what the others do not. Products of
+batches of matrices are not among them: they are the logits of attention where no kernel is fused, of size seq^2."""
 
 
 def apply(layers: nn.ModuleList, mode: str, *, dropout: float) -> None:
