@@ -161,7 +161,7 @@ def _with_concrete_accumulation(request: PlanRequest, listed: "list[Parameter]")
 def _layout(request: PlanRequest, config: Config, ranks: int) -> "Layout":
     from stablelm.engine.peak_memory.rank_memory import make_layout
 
-    return make_layout(config, config.engine.kind, ranks, max(1, ranks // request.gpus_per_node))
+    return make_layout(config, config.engine.kind, ranks, max(1, ranks // request.gpus_per_node), "cuda")
 
 
 def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "Remedy | None":

@@ -150,9 +150,13 @@ def _extended(
     kept = Counter({kind: more[kind] for kind in ("activations", "weight_copies")})
     rest = Counter({kind: more[kind] for kind in ("weights", "moments")})
     last = max(index for index, _ in engine.phases)
+    logits, _ = layer_memory.loss(config, layout.device)
+    logits.subtract(layer_memory.loss(config)[0])  # the fake engine's device is the CPU
     peaks = []
     for (index, phase), peak in engine.phases.items():
         held = rest + kept if phase in ("forward", "later layers") else rest
+        if phase == "forward":
+            held = held + logits
         if phase == "update" or (phase == "earlier layers" and index == last):
             held = held + Counter(gradients=more["gradients"])
         elif index > 0 or phase == "earlier layers":

@@ -73,7 +73,7 @@ def resolved(config: Config, kind: str, ranks: Ranks) -> tuple[Config, str]:
         return config, ""
     # The rank with the least memory decides for all.
     limit = min(ranks.gather(config.engine.memory_limit or available(ranks)))
-    layout = rank_memory.make_layout(config, kind, ranks.world_size, ranks.nodes)
+    layout = rank_memory.make_layout(config, kind, ranks.world_size, ranks.nodes, ranks.device.type)
     choice = ranks.consensus().first(lambda: choose(config, layout, limit))
     if not choice.fits:
         raise ConfigError(_too_large(config, choice))

@@ -31,7 +31,7 @@ def peak(config: Config, listed: list[Parameter], layout: Layout, measured: Laye
     if layout.kind in ("zero2", "zero3") and rank_memory.micro_batches(config, layout.world_size) > 1:
         rest["gradients"] = held["gradients"]
     rest["inputs"] = 2 * TOKEN_BYTES * config.train.batch_sizes.largest // layout.world_size * config.data.seq_len
-    layers, (loss, held_by_loss) = measured or layer_memory.measure(config), layer_memory.loss(config)
+    layers, (loss, held_by_loss) = measured or layer_memory.measure(config), layer_memory.loss(config, layout.device)
     sharded = layout.kind in SHARDED
     units = group_units(config, listed)[:-1]
     kept = Counter(activations=layers.kept, weight_copies=layers.weight_copies(sharded=sharded))

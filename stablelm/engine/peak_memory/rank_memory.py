@@ -45,25 +45,29 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How an engine uses `world_size` ranks: `replicas` copies of the model, each sharded over `shards` ranks."""
+    """How an engine uses `world_size` ranks: `replicas` copies of the model, each sharded over `shards` ranks.
+
+    `device`: the type of theirs, which decides how many logits the loss holds at once.
+    """
 
     kind: str
     world_size: int
     replicas: int
+    device: str = "cpu"
 
     @property
     def shards(self) -> int:
         return self.world_size // self.replicas
 
 
-def make_layout(config: Config, kind: str, world_size: int, nodes: int) -> Layout:
+def make_layout(config: Config, kind: str, world_size: int, nodes: int, device: str = "cpu") -> Layout:
     """The layout of a resolved config; the default number of copies of hsdp depends on `nodes`."""
     replicas = 1
     if kind == "hsdp":
         replicas = config.engine.replicas or default_replicas(world_size, nodes)
     elif kind in ("single", "ddp", "zero1", "zero2"):
         replicas = world_size
-    return Layout(kind, world_size, replicas)
+    return Layout(kind, world_size, replicas, device)
 
 
 def parameters(config: Config) -> list[Parameter]:

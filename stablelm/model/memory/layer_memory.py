@@ -242,26 +242,27 @@ _pass = lru_cache(maxsize=16)(_Pass)
 """Models that differ in depth alone are measured by the same few layers."""
 
 
-def loss(config: Config) -> tuple[Counter[str], Counter[str]]:
+def loss(config: Config, device: str = "cpu") -> tuple[Counter[str], Counter[str]]:
     """Bytes by kind that the loss of a micro-batch needs beside what the layers keep: at its peak, and from then on.
 
-    The latter is the gradient of the head.
+    The latter is the gradient of the head. `device`: the type of the one that is meant, by which the loss chooses how
+    many logits to hold.
     """
     model, micro = config.model, config.train.micro_batch_size
     assert micro is not None and model.vocab_size is not None
     dtypes = make_dtypes(str(config.train.precision), model.stream_dtype)
     held = Counter(activations=model.vocab_size * model.d_model * dtypes.parameter.itemsize)
-    rows = chunk_rows(model.vocab_size, dtypes.compute)
+    rows = chunk_rows(model.vocab_size, dtypes.compute, device)
     tokens, sizes = micro * config.data.seq_len, (2 * rows, 3 * rows)
     # Beyond a few chunks of logits each token adds the same.
-    few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size)) for size in sizes)
+    few, more = (_loss(model.vocab_size, model.d_model, dtypes, min(tokens, size), rows) for size in sizes)
     if tokens <= sizes[1]:
         return more, held
     return Counter({kind: extended(tokens, sizes, (few[kind], more[kind])) for kind in KINDS}), held
 
 
 @lru_cache(maxsize=64)
-def _loss(vocab: int, d_model: int, dtypes: Dtypes, tokens: int) -> Counter[str]:
+def _loss(vocab: int, d_model: int, dtypes: Dtypes, tokens: int, rows: int) -> Counter[str]:
     tracker = MemoryTracker()
     with FakeTensorMode():
         hidden = torch.empty(tokens, d_model, dtype=dtypes.compute, requires_grad=True)
@@ -271,7 +272,7 @@ def _loss(vocab: int, d_model: int, dtypes: Dtypes, tokens: int) -> Counter[str]
         tracker.assign((targets,), "inputs")
         tracker.assign((hidden,), "activations")
         with tracker:
-            chunked_cross_entropy(hidden, weight, targets)
+            chunked_cross_entropy(hidden, weight, targets, chunk_bytes=rows * vocab * dtypes.compute.itemsize)
     return Counter({kind: tracker.peak[kind] for kind in KINDS})
 
 
