@@ -82,6 +82,13 @@ def configure_compilation(*, memory_budget: float, recompile_limit: int | None) 
         torch._dynamo.config.accumulated_recompile_limit = max(256, recompile_limit)
 
 
+def recompile_limit_errors() -> tuple[type[Exception], ...]:
+    """What compiled code raises when it is given one shape too many, after `configure_compilation`."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return (FailOnRecompileLimitHit,)
+
+
 @contextmanager
 def compilation_settings_kept() -> Iterator[None]:
     """Puts back what `configure_compilation` changes."""

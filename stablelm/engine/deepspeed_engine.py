@@ -17,7 +17,7 @@ from stablelm.engine import zero_shards
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.deepspeed_config import check, settings
 from stablelm.engine.optimizers import adamw, refused, set_learning_rate, set_weight_decay
-from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
+from stablelm.engine.process.compilation import compile_layers, limit_explained, settled, uncompiled
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.updates.moments import MOMENTS
@@ -111,7 +111,8 @@ class DeepSpeedEngine:
 
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         call = self.module if self._engine is None else self._engine
-        return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
+        with limit_explained(self._compiled):
+            return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         call = self.module if self._engine is None else self._engine

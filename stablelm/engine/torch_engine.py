@@ -23,7 +23,7 @@ from stablelm.engine.optimizers import (
     set_weight_decay,
     total_norm,
 )
-from stablelm.engine.process.compilation import compile_layers, settled, uncompiled
+from stablelm.engine.process.compilation import compile_layers, limit_explained, settled, uncompiled
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
@@ -91,7 +91,10 @@ class TorchEngine:
     def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
         self._keep_gathered(torch.is_grad_enabled())
         # DDP arranges the reduction of gradients in the forward pass.
-        with self._ddp.no_sync() if self._ddp is not None and not last else nullcontext():
+        with (
+            limit_explained(self._compiled),
+            self._ddp.no_sync() if self._ddp is not None and not last else nullcontext(),
+        ):
             return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -114,7 +117,8 @@ class TorchEngine:
         if self._updates is not None:
             self._updates.check(loss)
         # Both wrappers average over ranks; the loss is already divided by the tokens of all ranks.
-        (loss * self._world_size).backward()
+        with limit_explained(self._compiled):
+            (loss * self._world_size).backward()
         if last and self._replicated:
             average(self._replicated, self._world_size)
 

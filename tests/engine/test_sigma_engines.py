@@ -20,7 +20,9 @@ from stablelm.config.schema import Config
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.errors import ConfigError
 from stablelm.methods import catformer, spectral
+from stablelm.private_names import compilation_settings_kept
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
 
@@ -121,6 +123,23 @@ def test_compiled_layers_take_batches_of_several_sizes(method: str, monkeypatch:
         with torch.no_grad():
             scored = engine.loss(tokens, targets)
         assert scored.cross_entropy.item() == pytest.approx(trained.cross_entropy.item(), rel=1e-5)
+
+
+def test_too_many_shapes_for_compiled_layers_are_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch.compiler.reset()
+    with compilation_settings_kept():
+        engine = TorchEngine(make_config("pre_ln", "train.compile=true"), "single", SINGLE)
+        text = torch.randint(PIECES, (1, 17), generator=torch.Generator().manual_seed(0))
+        parameters = [p for layer in engine.module.layers for p in layer.parameters()]
+
+        def frozen_one_by_one() -> None:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                engine.loss(text[:, :16], text[:, 1:].contiguous())
+
+        with pytest.raises(ConfigError, match=r"train\.compile=true compiles .* use train\.compile=false"):
+            frozen_one_by_one()
 
 
 def test_vectors_move_once_a_step_whatever_runs_twice(monkeypatch: pytest.MonkeyPatch):

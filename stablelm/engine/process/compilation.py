@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 from stablelm.config.engine_rules import compiles
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.process.environment import own_compile_folder
+from stablelm.errors import ConfigError
 from stablelm.model.sublayer import Layer, Sublayer
-from stablelm.private_names import configure_compilation
+from stablelm.private_names import configure_compilation, recompile_limit_errors
 
 OLDEST = (7, 0)
 """The compute capability from which Triton makes kernels."""
@@ -55,6 +57,21 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
             layer.compile()
         elif isinstance(layer, Sublayer) and axes.stream.grows:
             layer.body.compile()
+
+
+@contextmanager
+def limit_explained(compiled: bool) -> Iterator[None]:
+    """Says in one sentence that compiled layers got shapes of too many kinds. Raises ConfigError."""
+    if not compiled:
+        yield
+        return
+    try:
+        yield
+    except recompile_limit_errors() as error:
+        raise ConfigError(
+            "train.compile=true compiles each layer for a few shapes and modes, and this run has more (batch sizes, "
+            "sequence lengths, frozen parameters); use train.compile=false"
+        ) from error
 
 
 def uncompiled(compiled: bool) -> AbstractContextManager[object]:
