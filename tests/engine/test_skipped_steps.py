@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_skips_although_its_gradient_is():
     engine = build_engine(config, "single", ranks)
     loss = engine.loss
 
-    def shifted(tokens: torch.Tensor, targets: torch.Tensor, **options: bool) -> Any:
+    def shifted(tokens: torch.Tensor, targets: torch.Tensor, **options: Any) -> Any:
         sums = loss(tokens, targets, **options)
         return sums._replace(total=sums.total + math.inf)
 
