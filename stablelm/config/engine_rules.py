@@ -117,6 +117,23 @@ def reduction(config: Config, accelerate_precision: str | None) -> Iterator[tupl
         )
 
 
+def float8(config: Config, accelerate_precision: str | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What `train.float8` contradicts."""
+    asked, kind = config.train.float8, config.engine.kind
+    precision = config.train.precision or accelerate_precision or "fp32"
+    if asked != "none" and precision != "bf16":
+        yield (
+            f"train.float8={asked} takes the place of bf16 products, and train.precision={precision} has none; use "
+            "train.precision=bf16, or leave train.float8 out",
+            ("train.float8", "train.precision"),
+        )
+    if asked != "none" and kind in ZERO:
+        yield (
+            f"train.float8={asked} is not possible under engine.kind={kind}; use fsdp2, hsdp, ddp or single",
+            ("train.float8", "engine.kind"),
+        )
+
+
 def compiles(config: Config, kind: str, *, device_compiles: bool) -> bool:
     """What `train.compile` comes to under an engine's kind; `device_compiles`: whether auto means yes."""
     if config.train.compile != "auto":

@@ -11,10 +11,10 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: v >= 1,
         "run.stop_after model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len "
         "model.vocab_size data.seq_len data.lanes data.shuffle_block data.prefetch train.steps train.tokens "
-        "train.global_batch_size train.micro_batch_size checkpoint.keep checkpoint.keep_permanent_every "
-        "evaluate.batches evaluate.micro_batch_size evaluate.sample_tokens evaluate.task_items engine.unit_bytes "
-        "engine.replicas engine.prefetch data.max_document_bytes guards.skip_data faults.bad_batch faults.corrupt_save "
-        "faults.full_disk",
+        "train.global_batch_size train.micro_batch_size train.float8_min_width checkpoint.keep "
+        "checkpoint.keep_permanent_every evaluate.batches evaluate.micro_batch_size evaluate.sample_tokens "
+        "evaluate.task_items engine.unit_bytes engine.replicas engine.prefetch data.max_document_bytes "
+        "guards.skip_data faults.bad_batch faults.corrupt_save faults.full_disk",
     ),
     (
         "at least 0",

@@ -77,6 +77,8 @@ def resolve(
     train = _resolve_train(config.train, config.data.seq_len, world_size, accelerate_precision)
     checkpoint = replace(config.checkpoint, dir=config.checkpoint.dir or f"{config.run.dir.rstrip('/')}/checkpoints")
     model = _resolve_model(config.model, config.data.seq_len, pieces)
+    rules.add(train_rules.float8(config.train, model))
+    rules.report()
     return replace(config, model=model, train=train, checkpoint=checkpoint)
 
 
@@ -158,6 +160,7 @@ class _Rules:
         self.add(segments.problems(self.config))
         self.add(engine_rules.problems(self.config, world_size))
         self.add(engine_rules.reduction(self.config, accelerate_precision))
+        self.add(engine_rules.float8(self.config, accelerate_precision))
         self.add(memory_rules.problems(self.config, world_size))
         return self
 

@@ -179,6 +179,15 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] | None = key(
         None, "arithmetic of the matrix products; None: accelerate's flag, else fp32", identity=True
     )
+    float8: Literal["none", "tensorwise", "rowwise"] = key(
+        "none",
+        "float8 matmuls of the layers' matrices in training passes, under precision bf16: one scale for a matrix, or "
+        "one for each row",
+        identity=True,
+    )
+    float8_min_width: int = key(
+        2048, "smallest side of a matmul's matrix that float8 takes; small ones gain nothing", identity=True
+    )
     compile: Literal["auto"] | bool = key(
         "auto", "compile each layer with torch.compile; auto: on GPUs that it supports, except under zero3"
     )

@@ -35,6 +35,7 @@ _REASONS = {
     "train.eps": "Adam's averages were made with it",
     "train.moments": "Adam's averages are kept in it",
     "train.loss": "it is what the whole run minimises",
+    "train.float8": "it is the arithmetic of the whole run",
     "train.precision": "it is the arithmetic of the whole run",
     "guards.": "after a rewind earlier steps are judged again",
 }

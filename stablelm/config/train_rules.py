@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from stablelm.config.schema import Config, TrainConfig
+from stablelm.config.schema import Config, ModelConfig, TrainConfig
 from stablelm.errors import ConfigError
 from stablelm.import_path import function
+from stablelm.methods import sizes
 
 LONGEST_SEARCH = 100_000
 
@@ -46,6 +47,21 @@ def length(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
             "lower it or leave it out",
             ("train.cooldown_steps",),
         )
+
+
+def float8(train: TrainConfig, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A `train.float8` that does nothing; `model` is resolved."""
+    found = [product for sublayer in range(2 * model.n_layers) for product in sizes.products(model, sublayer)]
+    least = train.float8_min_width
+    if train.float8 == "none" or any(sizes.fits_float8(d_in, rows, least) for d_in, rows in found):
+        return
+    narrow = max(min(d_in, sum(rows)) for d_in, rows in found)
+    fix = f"set train.float8_min_width={narrow} or less, " if narrow < least else "use other widths, "
+    yield (
+        f"train.float8={train.float8} changes nothing: no matrix of the layers has sides divisible by "
+        f"{sizes.FLOAT8_MULTIPLE} and of at least train.float8_min_width={least}; {fix}or leave train.float8 out",
+        ("train.float8", "train.float8_min_width"),
+    )
 
 
 def functions(config: Config) -> Iterator[tuple[str, str]]:

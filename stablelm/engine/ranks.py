@@ -15,6 +15,9 @@ from stablelm.engine.launch_environment import Launch
 from stablelm.errors import ConfigError
 from stablelm.private_names import HashStore, PrefixStore, Store
 
+FLOAT8_FROM = (8, 9)
+"""The compute capability from which GPUs multiply 8-bit floating-point numbers."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -77,6 +80,22 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"train.precision=bf16 needs a GPU with bfloat16, which {name} has not; use fp32")
+
+
+def check_float8(asked: str, device: torch.device) -> None:
+    """ConfigError where a GPU does not multiply in a `train.float8`; a CPU does, slowly."""
+    if asked == "none" or device.type == "cpu":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or capability < FLOAT8_FROM:
+        raise ConfigError(
+            f"train.float8={asked} needs an NVIDIA GPU of compute capability {_dotted(FLOAT8_FROM)} or newer, which "
+            f"{torch.cuda.get_device_name(device)} ({_dotted(capability)}) is not; set train.float8=none"
+        )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def connect(launch: Launch, kind: str, *, collective_seconds: float | None = None) -> Ranks:

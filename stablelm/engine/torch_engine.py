@@ -34,6 +34,7 @@ from stablelm.model.devices import to_device
 from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.memory import recompute
+from stablelm.model.sublayer import Sublayer
 from stablelm.model.token_loss import TokenLoss
 from stablelm.private_names import saved_buffers
 
@@ -50,6 +51,10 @@ class TorchEngine:
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
         self._roles = roles(self.module)
+        if train and config.train.float8 != "none":
+            for part in self.module.modules():
+                if isinstance(part, Sublayer):
+                    part.use_float8(config.train.float8, config.train.float8_min_width)
         recompute.apply(self.module.layers, config.engine.recompute, dropout=config.model.dropout)
         if config.train.compile:
             compile_layers(self.module.layers, config.model, config.engine.memory_budget)

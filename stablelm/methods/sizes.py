@@ -1,8 +1,12 @@
 """Widths of heads, parameters and floating-point operations of a model, in closed form."""
 
 import math
+from collections.abc import Sequence
 
 from stablelm.methods.axes import Added, Model, Widths
+
+FLOAT8_MULTIPLE = 16
+"""What divides the sides of matrices of 8-bit floating-point numbers that GPUs multiply."""
 
 
 def widths(model: Model, sublayer: int) -> Widths:
@@ -18,6 +22,24 @@ def d_head(model: Model) -> int:
 def d_key_value(model: Model) -> int:
     """Features of all key (or value) heads together."""
     return (model.kv_heads or model.n_heads) * d_head(model)
+
+
+def products(model: Model, sublayer: int) -> list[tuple[int, tuple[int, ...]]]:
+    """The products of a sub-layer, each with (d_in, the rows of the matrices that lie side by side in it)."""
+    width = widths(model, sublayer)
+    if sublayer % 2:
+        assert model.d_ff is not None
+        return [(width.read, (model.d_ff,) * (1 + model.axes.activation.gated)), (model.d_ff, (width.branch,))]
+    d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
+    first, output = (width.attention, d_kv, d_kv), (width.attention, (width.branch,))
+    if inner is None:
+        return [(width.read, first), output]
+    return [(width.read, (inner,) * 3), *((inner, (rows,)) for rows in first), output]
+
+
+def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
+    """Whether kernels of 8-bit numbers take the matrices, and their product's sides are at least `least`."""
+    return not any(side % FLOAT8_MULTIPLE for side in (d_in, *rows)) and min(d_in, sum(rows)) >= least
 
 
 def stream_width(model: Model, layer: int) -> int:
@@ -81,26 +103,21 @@ def _added(parameters: tuple[Added, ...]) -> int:
 
 
 def _attention(model: Model, width: Widths, index: int) -> tuple[int, int]:
-    d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
-    maps = [(width.read, out) for out in (width.attention, d_kv, d_kv)]
-    if inner is not None:
-        maps = [factor for d_in, d_out in maps for factor in ((d_in, inner), (inner, d_out))]
+    d_kv = d_key_value(model)
     others = 2 * d_head(model) if model.attention.qk_norm else 0
     others += width.attention + 2 * d_kv + width.branch if model.bias else 0
-    return _body(model, width, index, [*maps, (width.attention, width.branch)], others, width.attention)
+    return _body(model, width, index, others, width.attention)
 
 
 def _feedforward(model: Model, width: Widths, index: int) -> tuple[int, int]:
     assert model.d_ff is not None
-    maps = [(width.read, model.d_ff)] * (2 if model.axes.activation.gated else 1)
-    others = len(maps) * model.d_ff + width.branch if model.bias else 0
-    return _body(model, width, index, [*maps, (model.d_ff, width.branch)], others, model.d_ff)
+    others = (1 + model.axes.activation.gated) * model.d_ff + width.branch if model.bias else 0
+    return _body(model, width, index, others, model.d_ff)
 
 
-def _body(
-    model: Model, width: Widths, index: int, maps: list[tuple[int, int]], others: int, inner: int
-) -> tuple[int, int]:
-    """With the norms of the placement, and what the reparametrisation adds to each map (d_in, d_out)."""
+def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> tuple[int, int]:
+    """With the norms of the placement, and what the reparametrisation adds to each map."""
+    maps = [(d_in, d_out) for d_in, rows in products(model, index) for d_out in rows]
     placement, reparam = model.axes.placement, model.axes.reparam
     if reparam.applies(model, index):
         shapes = [shape for d_in, d_out in maps for shape in reparam.parameters(d_in, d_out).values()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import Reparam
+from stablelm.model import float8
 from stablelm.model.products import Vectors, product
 
 
@@ -42,6 +43,7 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int, *, bias: bool, dtypes: Dtypes, reparam: Reparam | None = None):
         super().__init__()
         self.compute_dtype, self.reparam = dtypes.compute, reparam
+        self.float8: str | None = None  # a recipe of `model.float8`, for passes with gradients
         self.weight = nn.Parameter(torch.empty(d_out, d_in, dtype=dtypes.parameter))
         self.bias = nn.Parameter(torch.empty(d_out, dtype=dtypes.parameter)) if bias else None
         if reparam is not None:
@@ -124,17 +126,21 @@ def first_product(maps: "Sequence[Linear | LowRankLinear]", x: Tensor, *, keep: 
     """What the first matrices of all maps make of x, side by side in the compute dtype; `keep`: as of `product`."""
     first = [linear.first for linear in maps]
     weights, x = [linear.weight for linear in first], x.to(first[0].compute_dtype)
+    recipe = first[0].float8 if torch.is_grad_enabled() else None
     # A compiler fuses casts and factors, and their gradients, by itself.
     if torch.compiler.is_compiling():
         if weights[0].dtype == x.dtype:
-            return _completed(first, torch.cat([F.linear(x, weight) for weight in weights], dim=-1))
-        return F.linear(x, torch.cat([linear.scaled().to(x.dtype) for linear in first]), _bias(first, x.dtype))
+            made = [float8.linear(x, weight, None, recipe) for weight in weights]
+            return _completed(first, torch.cat(made, dim=-1))
+        matrix = torch.cat([linear.scaled().to(x.dtype) for linear in first])
+        return float8.linear(x, matrix, _bias(first, x.dtype), recipe)
     quotients = [linear.reparam.quotient(linear) for linear in first if linear.reparam is not None]
     found = [quotient for quotient in quotients if quotient is not None]
     gains = [gain for gain, *_ in found] if found else _factors(first)
-    if len(first) == 1 and not gains:
+    if len(first) == 1 and not gains and recipe is None:
         return F.linear(x, weights[0].to(x.dtype), _bias(first, x.dtype))
-    return product(x, weights, gains, [Vectors(*own) for _, *own in found], _bias(first, x.dtype), keep=keep)
+    vectors, bias = [Vectors(*own) for _, *own in found], _bias(first, x.dtype)
+    return product(x, weights, gains, vectors, bias, keep=keep, recipe=recipe)
 
 
 def finished(maps: "Sequence[Linear | LowRankLinear]", product: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stablelm.model import float8
 from stablelm.private_names import copy_all
 
 
@@ -42,15 +43,17 @@ def product(
     bias: Tensor | None,
     *,
     keep: bool = False,
+    recipe: str | None = None,
 ) -> Tensor:
     """x (..., d_in) -> x M^T + bias, (..., d_out of all), where M is `one_matrix` in x's dtype; bias: (d_out of all,).
 
     M is kept for the backward pass if it is a copy in another dtype than the weights', or with `keep`. Otherwise it is
-    made again: an engine that shards the weights frees them meanwhile, and then M must not stay either.
+    made again: an engine that shards the weights frees them meanwhile, and then M must not stay either. With a `recipe`
+    of `model.float8` it always is: what is kept for the backward pass is scaled anew there.
     """
-    if keep or weights[0].dtype != x.dtype:
+    if recipe is None and (keep or weights[0].dtype != x.dtype):
         return F.linear(x, one_matrix(weights, gains, vectors, x.dtype), bias)
-    return _Product.apply(x, bias, vectors, len(weights), *weights, *gains)  # pyright: ignore[reportReturnType]
+    return _Product.apply(x, bias, vectors, recipe, len(weights), *weights, *gains)  # pyright: ignore[reportReturnType]
 
 
 class _Matrix(torch.autograd.Function):
@@ -109,11 +112,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, vectors: Sequence[Vectors], n: int, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        vectors: Sequence[Vectors],
+        recipe: str | None,
+        n: int,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.vectors, ctx.n, ctx.has_bias = vectors, n, bias is not None
+        ctx.vectors, ctx.recipe, ctx.n, ctx.has_bias = vectors, recipe, n, bias is not None
         ctx.save_for_backward(x, *parameters)
-        return F.linear(x, one_matrix(parameters[:n], parameters[n:], vectors, x.dtype), bias)
+        return float8.linear(x, one_matrix(parameters[:n], parameters[n:], vectors, x.dtype), bias, recipe)
 
     @staticmethod
     @once_differentiable
@@ -123,5 +132,9 @@ class _Product(torch.autograd.Function):
         with torch.enable_grad():
             matrix = one_matrix(leaves[: ctx.n], leaves[ctx.n :], ctx.vectors, x.dtype)
         flat = gradient.flatten(0, -2)
-        slopes = torch.autograd.grad(matrix, leaves, flat.t() @ x.flatten(0, -2))
-        return gradient @ matrix.detach(), flat.sum(dim=0) if ctx.has_bias else None, None, None, *slopes
+        if ctx.recipe is None:
+            of_x, of_matrix = gradient @ matrix.detach(), flat.t() @ x.flatten(0, -2)
+        else:
+            of_x, of_matrix = float8.gradients(gradient, x, matrix.detach(), ctx.recipe)
+        slopes = torch.autograd.grad(matrix, leaves, of_matrix)
+        return of_x, flat.sum(dim=0) if ctx.has_bias else None, None, None, None, *slopes

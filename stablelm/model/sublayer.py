@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Added
+from stablelm.methods.sizes import fits_float8
 from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
@@ -87,6 +88,15 @@ class Sublayer(nn.Module):
         for linear, part in zip(first, columns.split([len(linear.weight) for linear in first], dim=1), strict=True):
             linear.weight = nn.Parameter(part.t(), requires_grad=False)
         self.stacked = columns.t()
+
+    def use_float8(self, recipe: str, least: int) -> None:
+        """Passes with gradients multiply by the maps in a recipe of `model.float8`, where `fits_float8`."""
+        first = [linear.first for linear in self.body.first_maps]
+        others = [[part] for part in self.body.modules() if isinstance(part, Linear) and part not in first]
+        for maps in (first, *others):
+            if fits_float8(maps[0].weight.shape[1], [len(linear.weight) for linear in maps], least):
+                for linear in maps:
+                    linear.float8 = recipe
 
     def _read(self, *chunks: Tensor) -> Tensor:
         x = self.stream.read(chunks, named_parameters_of(self, self.added))

@@ -16,7 +16,7 @@ from stablelm.engine.process import environment
 from stablelm.engine.process.compilation import obstacle, settled
 from stablelm.engine.process.compile_cache import CompileCache
 from stablelm.engine.process.torch_settings import set_switches
-from stablelm.engine.ranks import Ranks, check_precision, connect, disconnect
+from stablelm.engine.ranks import Ranks, check_float8, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
 from stablelm.model.attention.attention_kernels import described, gpu_of, order, preferred
@@ -85,6 +85,7 @@ def _settled(prepared: Prepared, ranks: Ranks) -> tuple[Prepared, list[str]]:
     """With what the devices decide, and lines about it; sets torch's switches. ConfigError if nothing will do."""
     config = prepared.config
     check_precision(str(config.train.precision), ranks.device)
+    check_float8(config.train.float8, ranks.device)
     set_switches(config)
     config, chosen = choice.resolved(settled(config, prepared.kind, ranks.device), prepared.kind, ranks)
     return dataclasses.replace(prepared, config=config), [chosen] if chosen else []

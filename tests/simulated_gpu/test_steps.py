@@ -9,6 +9,7 @@ from stablelm.methods.catalogue import METHODS
 STEP = ("forward", "backward", "update", "exchange")
 SHAPE = (4, 64)
 """Rows and tokens of a step on a rank, of `simulation.SMALL`."""
+FLOAT8 = ["train.float8_min_width=128"]
 OPTIONS = {
     "fp32": ["train.precision=fp32"],
     "bf16 stream": ["model.stream_dtype=bf16"],
@@ -31,6 +32,11 @@ OPTIONS = {
     "logit cap of grouped queries": ["model.attention.logit_cap=30", "model.kv_heads=1"],
     "learned positions": ["model.attention.position=learned"],
     "no positions": ["model.attention.position=none"],
+    "float8": [*FLOAT8, "train.float8=tensorwise"],
+    "float8 by rows, with sigma and recompute": [
+        *(*FLOAT8, "train.float8=rowwise", "model.method=magneto_sigma", "engine.recompute=selective"),
+    ],
+    "float8 under fsdp2": [*FLOAT8, "train.float8=tensorwise", "engine.kind=fsdp2", "ranks=8"],
     "recompute": ["engine.recompute=full"],
     "recompute with dropout": ["engine.recompute=full", "model.dropout=0.1"],
     "ddp": ["engine.kind=ddp", "ranks=2"],

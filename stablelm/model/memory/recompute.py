@@ -16,7 +16,7 @@ from stablelm.model.sublayer import Layer
 from stablelm.private_names import checkpoint_wrapper
 
 _ATEN = torch.ops.aten
-KEPT = {torch.ops.stablelm.causal_attention.default} | {
+KEPT = {torch.ops.stablelm.causal_attention.default, torch.ops.stablelm.float8_matmul.default} | {
     getattr(_ATEN, name).default
     for name in (
         *("mm", "addmm"),
