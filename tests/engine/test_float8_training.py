@@ -77,7 +77,9 @@ def test_recompute_changes_nothing(method: str, mode: str):
 def test_compiled(recipe: str):
     more = ("engine.recompute=every:2",)
     found = single(*float8(recipe), *more, "train.compile=true", steps=4)
-    assert worst(found, single(*float8(recipe), *more, steps=4)) < 4e-3  # a value that rounds the other way moves by an eighth
+    assert (
+        worst(found, single(*float8(recipe), *more, steps=4)) < 4e-3
+    )  # a value that rounds the other way moves by an eighth
 
 
 @pytest.mark.slow
