@@ -100,4 +100,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *gradients(gradient, *ctx.saved_tensors, ctx.recipe), None
+        x, matrix = ctx.saved_tensors
+        return *gradients(gradient, x, matrix, ctx.recipe), None

@@ -45,7 +45,7 @@ def test_the_matrices_are_those_whose_products_are_wide(method: str):
         for rows in sides
         if fits_float8(d_in, sides, 48)
     ]
-    found = [len(engine.module.get_submodule(name).weight) for name, recipe in maps_of(engine).items() if recipe]
+    found = [len(engine.module.get_parameter(f"{name}.weight")) for name, recipe in maps_of(engine).items() if recipe]
     assert sorted(found) == sorted(wide) and wide
 
 
