@@ -49,7 +49,7 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None, recipe: str | None) -
     """x (..., d_in), matrix (d_out, d_in), bias (d_out,), of one dtype -> x matrix^T + bias; None: not in float8."""
     if recipe is None:
         return F.linear(x, matrix, bias)
-    product: Any = _Product.apply(x, matrix, recipe)
+    product: Any = _Float8Product.apply(x, matrix, recipe)
     return product if bias is None else product + bias
 
 
@@ -88,7 +88,7 @@ def _scaled(matrix: Tensor, dtype: torch.dtype, by_row: bool) -> tuple[Tensor, T
     return (wide / scale).to(dtype).contiguous(), scale
 
 
-class _Product(torch.autograd.Function):
+class _Float8Product(torch.autograd.Function):
     """x matrix^T, which keeps both as they were given."""
 
     @staticmethod
