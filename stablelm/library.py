@@ -25,6 +25,7 @@ from stablelm.paths import expand
 
 if TYPE_CHECKING:
     from stablelm.export.writer import Exported
+    from stablelm.train.prepare import Prepared
 
 Place = str | os.PathLike[str]
 
@@ -75,7 +76,13 @@ def train(config: Config, *, resume: str = "auto") -> TrainingResult:
         )
     from stablelm.engine.process import environment
 
-    environment.set_variables(prepared.config)
+    with environment.variables_kept():
+        environment.set_variables(prepared.config)
+        return _trained(prepared, resume, started)
+
+
+def _trained(prepared: "Prepared", resume: str, started: float) -> TrainingResult:
+    """Trains a prepared run and leaves the process as it was."""
     from stablelm.engine.ranks import close_groups
     from stablelm.observe.progress import Progress
     from stablelm.supervise.shutdown import Ending

@@ -71,15 +71,18 @@ def wrapper_tensor(kind: type[Tensor], shape: Sequence[int], like: Tensor) -> An
     return torch.Tensor._make_wrapper_subclass(kind, torch.Size(shape), dtype=like.dtype, device=like.device)
 
 
+RECOMPILE_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
+
+
 def configure_compilation(*, memory_budget: float, recompile_limit: int | None) -> None:
     """Recompiling beyond the limit (None: torch's own) fails; `memory_budget` is a share of the activations."""
     import torch._functorch.config as functorch_config
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     functorch_config.activation_memory_budget = memory_budget
-    if recompile_limit is not None:
-        torch._dynamo.config.recompile_limit = recompile_limit
-        torch._dynamo.config.accumulated_recompile_limit = max(256, recompile_limit)
+    own, accumulated = (vars(torch._dynamo.config)["_config"][name].default for name in RECOMPILE_LIMITS)
+    torch._dynamo.config.recompile_limit = own if recompile_limit is None else recompile_limit
+    torch._dynamo.config.accumulated_recompile_limit = max(accumulated, recompile_limit or 0)
 
 
 def recompile_limit_errors() -> tuple[type[Exception], ...]:
@@ -95,10 +98,7 @@ def compilation_settings_kept() -> Iterator[None]:
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
-    ours = {
-        name: getattr(dynamo, name)
-        for name in ("fail_on_recompile_limit_hit", "recompile_limit", "accumulated_recompile_limit")
-    }
+    ours = {name: getattr(dynamo, name) for name in ("fail_on_recompile_limit_hit", *RECOMPILE_LIMITS)}
     with dynamo.patch(ours), functorch.patch(activation_memory_budget=functorch.activation_memory_budget):
         yield
 

@@ -9,11 +9,20 @@ import torch
 from stablelm.config.schema import Config, EngineConfig, TrainConfig
 from stablelm.engine.process import compilation
 from stablelm.engine.process.compilation import obstacle, settled
-from stablelm.engine.process.environment import in_words, recorded, set_variables
+from stablelm.engine.process.environment import in_words, recorded, set_variables, variables_kept
 from stablelm.engine.process.torch_settings import GarbageCollection, repeats, set_switches, switches_kept
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DETERMINISTIC = Config(train=TrainConfig(deterministic=True))
+
+
+@pytest.mark.parametrize("before", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "HOME": "/root"}])
+def test_variables_are_put_back(before: dict[str, str]):
+    environ = dict(before)
+    with variables_kept(environ):
+        set_variables(DETERMINISTIC, environ)
+        environ["TORCHINDUCTOR_CACHE_DIR"] = "/tmp/compiled"
+    assert environ == before
 
 
 @pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

@@ -22,7 +22,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import ConfigError
 from stablelm.methods import catformer, spectral
-from stablelm.private_names import compilation_settings_kept
+from stablelm.private_names import compilation_settings_kept, configure_compilation
 from stablelm.train.schedule import learning_rate
 from stablelm.train.step import train_step
 
@@ -129,6 +129,7 @@ def test_too_many_shapes_for_compiled_layers_are_said_in_a_sentence(monkeypatch:
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch.compiler.reset()
     with compilation_settings_kept():
+        configure_compilation(memory_budget=1.0, recompile_limit=640)  # as a deep model before this one does
         engine = TorchEngine(make_config("pre_ln", "train.compile=true"), "single", SINGLE)
         text = torch.randint(PIECES, (1, 17), generator=torch.Generator().manual_seed(0))
         parameters = [p for layer in engine.module.layers for p in layer.parameters()]

@@ -3,8 +3,8 @@
 import os
 import stat
 import tempfile
-from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stablelm.config.schema import Config
@@ -23,6 +23,20 @@ def set_variables(config: Config, environ: MutableMapping[str, str] = os.environ
         environ[ALLOCATOR[0]] = "expandable_segments:True"
     if config.train.deterministic:
         environ.setdefault(WORKSPACE, ":4096:8")
+
+
+@contextmanager
+def variables_kept(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Puts back what `set_variables` and `own_compile_folder` set."""
+    before = {name: environ.get(name) for name in (*ALLOCATOR, WORKSPACE, COMPILED)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                environ.pop(name, None)
+            else:
+                environ[name] = value
 
 
 def recorded(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
