@@ -242,7 +242,7 @@ class EngineConfig:
     memory_limit: float | None = key(
         None,
         "what recompute: auto fits a rank's predicted peak into; None: a GPU's memory less 5 GB, on a CPU nine tenths "
-        "of a rank's share of the available memory",
+        "of a rank's share of the available memory. With a limit, a CPU's freed tensors go back to the system at once",
         unit="bytes",
     )
     optimizer_in_backward: bool = key(
