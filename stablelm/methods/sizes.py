@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from stablelm.methods.axes import Added, Model, Widths
+from stablelm.methods.axes import Model, Widths
 
 FLOAT8_MULTIPLE = 16
 """What divides the sides of matrices of 8-bit floating-point numbers that GPUs multiply."""
@@ -29,12 +29,16 @@ def products(model: Model, sublayer: int) -> list[tuple[int, tuple[int, ...]]]:
     width = widths(model, sublayer)
     if sublayer % 2:
         assert model.d_ff is not None
-        return [(width.read, (model.d_ff,) * (1 + model.axes.activation.gated)), (model.d_ff, (width.branch,))]
+        rows = (model.d_ff,) * (1 + model.axes.activation.gated)
+        separate = model.axes.stream.separate_inputs(model, sublayer)
+        into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
+        return [*into, (model.d_ff, (width.branch,))]
     d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
     first, output = (width.attention, d_kv, d_kv), (width.attention, (width.branch,))
-    if inner is None:
-        return [(width.read, first), output]
-    return [(width.read, (inner,) * 3), *((inner, (rows,)) for rows in first), output]
+    rows = first if inner is None else (inner,) * 3
+    separate = model.axes.stream.separate_inputs(model, sublayer)
+    into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
+    return into + ([] if inner is None else [(inner, (rows,)) for rows in first]) + [output]
 
 
 def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
@@ -51,19 +55,21 @@ def parameter_counts(model: Model) -> dict[str, int]:
     """Numbers of parameters.
 
     `total`: distinct parameters; `embedding`: token table and learned positions; `head`: 0 when tied;
-    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, the
-    projection of a stream that grows and the head, tied or not).
+    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, with those that
+    the stream adds, the projection of a stream that grows and the head, tied or not).
     """
     assert model.vocab_size is not None
     assert model.max_seq_len is not None
     stream = model.axes.stream
-    if stream.grows:
+    if stream.layers_differ:
         matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in range(model.n_layers)), strict=True))
     else:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
     for layer in range(model.n_layers):
-        others += _added(stream.in_layer(model, layer))
-        others += sum(_added(stream.in_sublayer(model, index)) for index in (2 * layer, 2 * layer + 1))
+        added = (stream.in_layer(model, layer), *(stream.in_sublayer(model, 2 * layer + half) for half in (0, 1)))
+        maps = [(each.start.size, each.map) for parameters in added for each in parameters]
+        matrices += sum(size for size, is_map in maps if is_map)
+        others += sum(size for size, is_map in maps if not is_map)
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
@@ -98,10 +104,6 @@ def _layer(model: Model, layer: int) -> tuple[int, int]:
     return sum(matrix for matrix, _ in pairs), sum(other for _, other in pairs)
 
 
-def _added(parameters: tuple[Added, ...]) -> int:
-    return sum(parameter.start.size for parameter in parameters)
-
-
 def _attention(model: Model, width: Widths, index: int) -> tuple[int, int]:
     d_kv = d_key_value(model)
     others = 2 * d_head(model) if model.attention.qk_norm else 0
@@ -122,7 +124,9 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
     if reparam.applies(model, index):
         shapes = [shape for d_in, d_out in maps for shape in reparam.parameters(d_in, d_out).values()]
         others += sum(map(math.prod, shapes))
-    others += placement.before_body * _norm(model, width.read) + placement.before_output * _norm(model, inner)
+    inputs = 3 if index % 2 == 0 else 1 + model.axes.activation.gated
+    inputs = inputs if model.axes.stream.separate_inputs(model, index) else 1
+    others += placement.before_body * inputs * _norm(model, width.read) + placement.before_output * _norm(model, inner)
     others += (placement.on_branch + placement.after_write) * _norm(model, width.branch)
     return sum(d_in * d_out for d_in, d_out in maps), others
 
