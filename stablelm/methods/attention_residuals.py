@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionResidualsOptions(MethodOptions):
-    """Options of stream: attention."""
+    """Options of stream: depth_attention."""
 
     SECTION: ClassVar[str] = "attention_residuals"
 
@@ -36,7 +36,7 @@ class AttentionResiduals(Stream):
     A sub-layer holds the query of what is read after it; the first one reads the embedding, the only source so far.
     """
 
-    name: ClassVar[str] = "attention"
+    name: ClassVar[str] = "depth_attention"
     layers_differ: ClassVar[bool] = True
 
     opens: bool = True
@@ -116,7 +116,7 @@ def sources(model: Model, sublayer: int) -> int:
 ATTENTION_RESIDUALS = Method(
     "attention_residuals",
     "Kimi Team, Attention Residuals, 2026",
-    {"stream": "attention", "norm": "rmsnorm"},
+    {"stream": "depth_attention", "norm": "rmsnorm"},
     (AttentionResiduals(),),
     (AttentionResidualsOptions,),
 )

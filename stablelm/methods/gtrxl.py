@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GtrxlOptions(MethodOptions):
-    """Options of stream: gated."""
+    """Options of stream: gru."""
 
     SECTION: ClassVar[str] = "gtrxl"
 
@@ -25,13 +25,13 @@ class GtrxlOptions(MethodOptions):
 
 
 @dataclass(frozen=True)
-class GatedStream(Stream):
+class GruStream(Stream):
     """(1 - z) x + z h with y = relu(f), r = s(W_r y + U_r x), z = s(W_z y + U_z x - b), h = tanh(W_g y + U_g(r x)).
 
     Section 3.2, 'Gated-Recurrent-Unit-type gating', and the rectifier of the identity map reordering before it.
     """
 
-    name: ClassVar[str] = "gated"
+    name: ClassVar[str] = "gru"
     predicted: ClassVar[bool] = False
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
@@ -71,7 +71,7 @@ class GatedStream(Stream):
 GTRXL = Method(
     "gtrxl",
     "Parisotto et al., Stabilizing Transformers for Reinforcement Learning, ICML 2020",
-    {"stream": "gated", "activation": "relu"},
-    (GatedStream(),),
+    {"stream": "gru", "activation": "relu"},
+    (GruStream(),),
     (GtrxlOptions,),
 )

@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections: copies of the stream mixed by doubly stochastic matrices (Xie et al. 2025)."""
+"""mHC: copies of the stream that doubly stochastic matrices mix (Xie et al. 2025)."""
 
 import math
 from collections.abc import Mapping

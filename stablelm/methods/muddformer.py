@@ -1,4 +1,4 @@
-"""MUDDFormer: queries, keys, values and the stream each read a dynamic sum of all earlier outputs (Xiao et al. 2025)."""
+"""MUDDFormer: queries, keys, values and the stream read dynamic sums of all earlier outputs (Xiao et al. 2025)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,7 +118,8 @@ def _total(weights: "Tensor", outputs: "Chunks") -> "Tensor":
 
 MUDDFORMER = Method(
     "muddformer",
-    "Xiao et al., MUDDFormer: Breaking Residual Bottlenecks in Transformers via Multiway Dynamic Dense Connections, 2025",
+    "Xiao et al., MUDDFormer: Breaking Residual Bottlenecks in Transformers via Multiway Dynamic Dense Connections, "
+    "ICML 2025",
     {"stream": "mudd", "norm": "rmsnorm", "activation": "swiglu", "attention.qk_norm": True},
     (MultiwayDense(),),
     (MuddformerOptions,),

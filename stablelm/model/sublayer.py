@@ -89,7 +89,7 @@ class Sublayer(nn.Module):
 
     @torch.no_grad()
     def fix(self) -> None:
-        """For a model that is not trained any more: fixes its maps; first ones of one input become parts of a matrix."""
+        """For a model that is not trained any more: fixes its maps; first ones of one input become a matrix."""
         for part in self.body.modules():
             if isinstance(part, Linear):
                 part.fix()
