@@ -109,11 +109,10 @@ def doubly_stochastic(logits: "Tensor", iterations: int) -> "Tensor":
 
 
 def _sinkhorn(logits: "Tensor", iterations: int) -> "Tensor":
-    found = (logits - logits.detach().amax(dim=(-1, -2), keepdim=True)).exp()
+    """In logarithms, where nothing underflows to a sum of zero."""
     for _ in range(iterations):
-        found = found / found.sum(dim=-2, keepdim=True)
-        found = found / found.sum(dim=-1, keepdim=True)
-    return found
+        logits = logits.log_softmax(dim=-2).log_softmax(dim=-1)
+    return logits.exp()
 
 
 def _logit(share: Array) -> Array:
