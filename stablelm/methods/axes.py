@@ -24,6 +24,7 @@ from stablelm.methods.roles import (
     added_map,
 )
 from stablelm.theory.attention import Pattern, causal_pattern
+from stablelm.theory.gates import GateTheory
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
 
@@ -178,6 +179,10 @@ class Stream(Value):
     def gains_at_start(self, model: Model, sublayer: int) -> tuple[float, float]:
         """(skip, branch) of one sub-layer with every added parameter at its start, for the theory."""
         return self.gains(model)[0], self.branch_at_start(model)
+
+    def gate(self, model: Model) -> GateTheory | None:
+        """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
+        return None
 
     def plain_value(self, added: Added) -> Array:
         """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from stablelm.key import key
 from stablelm.methods.axes import Added, Method, MethodOptions, Model, Stream, added_map
+from stablelm.theory.gates import GateTheory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,6 @@ class GruStream(Stream):
     """
 
     name: ClassVar[str] = "gru"
-    predicted: ClassVar[bool] = False
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         """Matrices of std d_model^-1/2 (ours; the paper does not say), b = 2 (section 4.3.4)."""
@@ -43,6 +43,9 @@ class GruStream(Stream):
             added_map("gate_reset", (d, d), std=d**-0.5),  # U_g
             Added("gate_bias", np.full(d, model.option(GtrxlOptions).gate_bias)),
         )
+
+    def gate(self, model: Model) -> GateTheory:
+        return GateTheory(gain=1.0, bias=model.option(GtrxlOptions).gate_bias)
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         import torch.nn.functional as F

@@ -88,6 +88,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
         norm_after=_norm(config) if placement.after_write else None,
         dropout=config.dropout,
         concat=(width.read, width.branch) if stream.grows else None,
+        gate=stream.gate(config),
     )
 
 
