@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -102,6 +102,9 @@ class AttentionResiduals(Stream):
 
     def export_obstacle(self, model: Model) -> str:
         return "its sub-layers read softmax averages of all earlier outputs, which no standard architecture does"
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"depth_block": model.option(AttentionResidualsOptions).block_size}
 
     def import_obstacle(self, model: Model) -> str:
         return "its sub-layers read averages of earlier outputs, and a plain model's read sums"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class GruStream(Stream):
 
     def export_obstacle(self, model: Model) -> str:
         return "its stream passes through gates, which no standard architecture has"
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"gate_bias": model.option(GtrxlOptions).gate_bias}
 
     def import_obstacle(self, model: Model) -> str:
         return (

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class CopiedStream(Stream):
     def export_obstacle(self, model: Model) -> str:
         return f"its stream is {self.expansion(model)} tensors that learned weights mix, which no standard model has"
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"copies": self.expansion(model)}
+
 
 @dataclass(frozen=True)
 class HyperConnections(CopiedStream):
@@ -89,6 +92,9 @@ class HyperConnections(CopiedStream):
             Added("dynamic_scales", np.full(2, SCALE)),  # of read and mix, and of write
         )
         return static + dynamic
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return super().modelling(model) | {"copies_dynamic": model.option(HyperConnectionsOptions).dynamic}
 
     def read(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Tensor":
         import torch

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -66,6 +66,11 @@ class ManifoldHyperConnections(CopiedStream):
             added_map("dynamic_map", (n * model.d_model, n * n + 2 * n)),  # columns: read, write, mix
             Added("dynamic_scales", np.full(3, SCALE)),
         )
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        options = model.option(MhcOptions)
+        more = {"copies_iterations": options.iterations, "copies_exchange": options.exchange}
+        return super().modelling(model) | more
 
     def read(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Tensor":
         import torch

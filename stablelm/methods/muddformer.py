@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -104,6 +104,11 @@ class MultiwayDense(Stream):
 
     def export_obstacle(self, model: Model) -> str:
         return "its layers read weighted sums of all earlier ones, which no standard architecture does"
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        options = model.option(MuddformerOptions)
+        hidden = options.hidden_multiple if options.dynamic else None
+        return {"mixes_separately": True, "mix_hidden_multiple": hidden}
 
 
 def _total(weights: "Tensor", outputs: "Chunks") -> "Tensor":

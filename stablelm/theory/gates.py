@@ -30,7 +30,7 @@ class GateTheory:
 
 
 class GateState(NamedTuple):
-    """Kernels of the gate's parts: of y, of both gates' arguments before b, of r, z and 1 - z, of h and its argument."""
+    """Kernels of the gate's parts: of y, of the arguments of r and z before b, of r, z, 1 - z, h, and of h's argument."""
 
     rectified: Array
     argument: Array
