@@ -29,7 +29,7 @@ class GtrxlOptions(MethodOptions):
 class GruStream(Stream):
     """(1 - z) x + z h with y = relu(f), r = s(W_r y + U_r x), z = s(W_z y + U_z x - b), h = tanh(W_g y + U_g(r x)).
 
-    Section 3.2, 'Gated-Recurrent-Unit-type gating', and the rectifier of the identity map reordering before it.
+    Section 3.2, 'Gated-Recurrent-Unit-type gating', and the rectifier of section 3.1 before it.
     """
 
     name: ClassVar[str] = "gru"

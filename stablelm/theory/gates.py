@@ -30,7 +30,7 @@ class GateTheory:
 
 
 class GateState(NamedTuple):
-    """Kernels of the gate's parts: of y, of the arguments of r and z before b, of r, z, 1 - z, h, and of h's argument."""
+    """Kernels of y, of the arguments of r and z before b, of r, z, 1 - z and h, and of the argument of h."""
 
     rectified: Array
     argument: Array
