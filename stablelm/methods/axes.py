@@ -172,6 +172,10 @@ class Stream(Value):
         """Parameters that each layer gets; `end_layer` takes them by name, matrices in the compute dtype."""
         return ()
 
+    def multiplications(self, model: Model, sublayer: int) -> int:
+        """Of a token in matrix products of the stream, beside one with each entry of an added map."""
+        return 0
+
     def branch_at_start(self, model: Model) -> float:
         """`branch` with every added parameter at its start, for the theory."""
         return self.gains(model)[1]

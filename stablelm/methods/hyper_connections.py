@@ -46,6 +46,11 @@ class CopiedStream(Stream):
     def at(self, model: Model) -> "Stream":
         return replace(self, copies=self.expansion(model), eps=model.norm_eps)
 
+    def multiplications(self, model: Model, sublayer: int) -> int:
+        """Reading and mixing, of every feature of every copy."""
+        n = self.expansion(model)
+        return (n + n * n) * model.d_model
+
     def start(self, embedded: "Tensor") -> "Chunks":
         return (embedded.unsqueeze(-2).repeat_interleave(self.copies, dim=-2),)
 
@@ -95,6 +100,11 @@ class HyperConnections(CopiedStream):
 
     def modelling(self, model: Model) -> dict[str, Any]:
         return super().modelling(model) | {"copies_dynamic": model.option(HyperConnectionsOptions).dynamic}
+
+    def multiplications(self, model: Model, sublayer: int) -> int:
+        """The dynamic map is used by each copy."""
+        n, dynamic = self.expansion(model), model.option(HyperConnectionsOptions).dynamic
+        return super().multiplications(model, sublayer) + dynamic * (n - 1) * model.d_model * (n + 2)
 
     def read(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Tensor":
         import torch

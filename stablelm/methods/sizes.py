@@ -89,10 +89,16 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     """Operations a trained token, forward and backward, recompute not counted.
 
     6 x matmul parameters plus causal attention: two products of seq_len / 2 keys on average, 2 operations
-    each, three times for the two passes: 6 n_layers seq_len d_attention (Chowdhery et al. 2022, appendix B, halved).
+    each, three times for the two passes: 6 n_layers seq_len d_attention (Chowdhery et al. 2022, appendix B, halved);
+    plus what the stream multiplies beside.
     """
     attention = 6.0 * model.n_layers * seq_len * widths(model, 0).attention
-    return 6.0 * parameter_counts(model)["matmul"] + attention
+    return 6.0 * (parameter_counts(model)["matmul"] + stream_multiplications(model)) + attention
+
+
+def stream_multiplications(model: Model) -> int:
+    """Of a token in matrix products of the stream, beside one with each parameter of the count `matmul`."""
+    return sum(model.axes.stream.multiplications(model, index) for index in range(2 * model.n_layers))
 
 
 def _layer(model: Model, layer: int) -> tuple[int, int]:

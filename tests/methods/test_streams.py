@@ -8,6 +8,7 @@ import numpy as np
 import plain_streams as plain
 import pytest
 import torch
+from support.statistics import collision, resolved, zipf_tokens
 from torch import Tensor
 
 from stablelm.config.identity import differences, identity
@@ -21,7 +22,7 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import decays, initialise, roles
 from stablelm.observe.layer_hooks import Internals
 from stablelm.probe.measure import measure
-from stablelm.probe.predict import predict
+from stablelm.probe.predict import Prediction, predict
 
 METHODS = ("hyper_connections", "mhc", "muddformer", "attention_residuals", "gtrxl")
 SIZES = ("model.n_layers=3", "model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
@@ -186,10 +187,13 @@ def test_maps_decay_and_count_as_matrices_and_vectors_do_not(method: str):
 
 
 def test_operations_of_gates_are_counted():
-    """Six matrices of d_model^2 for each sub-layer, six operations for each entry."""
-    config = _config("gtrxl")
-    more = flops_per_token(config, 24) - flops_per_token(_residual(config), 24)
-    assert more == 6 * (6 * 32**2) * 2 * 3
+    """Six matrices of d_model^2 for each sub-layer, six operations for each entry; of copies reading and mixing, too."""
+    more = {}
+    for method in ("gtrxl", "hyper_connections"):
+        config = _config(method)
+        more[method] = flops_per_token(config, 24) - flops_per_token(_residual(config), 24)
+    assert more["gtrxl"] == 6 * (6 * 32**2) * 2 * 3
+    assert more["hyper_connections"] == 6 * 32 * (4 + 16 + 4 * 6) * 2 * 3
 
 
 @pytest.mark.parametrize("method", ["pre_ln", *METHODS])
@@ -222,3 +226,52 @@ def test_signal_and_gradient_at_the_start_are_those_of_the_residual_stream(metho
     predicted, expected = (predict(each, seq_len=64) for each in (config, _residual(config)))
     for name, column in dataclasses.asdict(expected).items():
         np.testing.assert_array_equal(getattr(predicted, name), column, err_msg=name)
+
+
+def _zipf(config: ModelConfig, seed: int, folder: Path) -> tuple[Internals, Prediction]:
+    assert config.max_seq_len is not None
+    rows = zipf_tokens(2, config.max_seq_len + 1, seed)
+    tokens, targets = rows[:, :-1], rows[:, 1:].contiguous()
+    found = measure(config, tokens, targets, precision="fp32", seed=seed, pieces=4096, folder=folder).internals
+    return found, predict(config, seq_len=config.max_seq_len, tokens=tokens.numel(), collision=collision(tokens))
+
+
+def _ratios(config: ModelConfig, folder: Path, seeds: int) -> dict[str, np.ndarray]:
+    """Predicted over measured at every layer, a geometric mean over seeds."""
+    names = ("stream_variance", "attention_branch_variance", "feedforward_branch_variance", "gradient_norm")
+    logs: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for seed in range(seeds):
+        found, predicted = _zipf(config, seed, folder)
+        for name in names:
+            first = int("branch" in name)
+            logs[name].append(np.log(getattr(predicted, name)[first:] / getattr(found, name)[first:]))
+        np.testing.assert_allclose(predicted.token_correlation, found.token_correlation, atol=0.1)
+    return {name: np.exp(np.mean(each, axis=0)) for name, each in logs.items()}
+
+
+def _within(ratios: dict[str, np.ndarray]) -> None:
+    for name, ratio in ratios.items():
+        low, high = (0.7, 1.4) if name == "stream_variance" else (0.6, 1.6)
+        assert low < ratio.min() and ratio.max() < high, (name, ratio)
+
+
+DERIVED = [
+    ("attention_residuals",),
+    ("attention_residuals", "model.attention_residuals.block_size=3"),
+    ("gtrxl",),
+    ("gtrxl", "model.gtrxl.gate_bias=0", "model.dropout=0.1", "model.placement=peri"),
+]
+
+
+@pytest.mark.parametrize("overrides", DERIVED, ids=" ".join)
+def test_means_and_gates_are_as_predicted(overrides: tuple[str, ...], tmp_path: Path):
+    method, *more = overrides
+    _within(_ratios(resolved(method, 6, 128, "data.seq_len=48", *more), tmp_path, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_layers", [24, 48])
+@pytest.mark.parametrize("method", METHODS)
+def test_deep_streams_are_as_predicted(method: str, n_layers: int, tmp_path: Path):
+    grouped = ("model.activation=swiglu", "model.norm=rmsnorm", "model.kv_heads=2") if n_layers == 24 else ()
+    _within(_ratios(resolved(method, n_layers, 256, *grouped, n_heads=8), tmp_path, 2))
