@@ -11,8 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from stablelm.methods.roles import BRANCH_MATRICES, MATRICES, TABLES, Added, Array, Rates, Refusal, Role, Widths
+from stablelm.methods.roles import (
+    BRANCH_MATRICES,
+    MATRICES,
+    TABLES,
+    Added,
+    Array,
+    Rates,
+    Refusal,
+    Role,
+    Widths,
+    added_map,
+)
 from stablelm.theory.attention import Pattern, causal_pattern
+from stablelm.theory.gates import GateTheory
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
 
@@ -23,7 +35,7 @@ if TYPE_CHECKING:
 
     Chunks = tuple[Tensor, ...]
 
-__all__ = ["BRANCH_MATRICES", "MATRICES", "TABLES", "Added", "Rates", "Refusal", "Role", "Widths"]
+__all__ = ["BRANCH_MATRICES", "MATRICES", "TABLES", "Added", "Rates", "Refusal", "Role", "Widths", "added_map"]
 
 Options = TypeVar("Options", bound="MethodOptions")
 M = TypeVar("M", bound="Model")
@@ -132,6 +144,10 @@ class Stream(Value):
         skip, branch = self.gains(model)
         return replace(self, skip=skip, branch=branch)
 
+    def placed(self, model: Model, sublayer: int) -> "Stream":
+        """The stream as one sub-layer reads and writes it, if that depends on its place."""
+        return self.at(model)
+
     def gains(self, model: Model) -> tuple[float, float]:
         """(skip, branch) of x <- skip x + branch f(x)."""
         return 1.0, 1.0
@@ -149,16 +165,28 @@ class Stream(Value):
         return model if model.d_ff is not None else model.changed(d_ff=model.axes.activation.d_ff(model.d_model))
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
-        """Parameters that each sub-layer gets; `read` and `write` take them by name."""
+        """Parameters that each sub-layer gets; `read` and `write` take them by name, matrices in the compute dtype."""
         return ()
 
     def in_layer(self, model: Model, layer: int) -> tuple[Added, ...]:
-        """Parameters that each layer gets; `end_layer` takes them by name."""
+        """Parameters that each layer gets; `end_layer` takes them by name, matrices in the compute dtype."""
         return ()
+
+    def multiplications(self, model: Model, sublayer: int) -> int:
+        """Of a token in matrix products of the stream, beside one with each entry of an added map."""
+        return 0
 
     def branch_at_start(self, model: Model) -> float:
         """`branch` with every added parameter at its start, for the theory."""
         return self.gains(model)[1]
+
+    def gains_at_start(self, model: Model, sublayer: int) -> tuple[float, float]:
+        """(skip, branch) of one sub-layer with every added parameter at its start, for the theory."""
+        return self.gains(model)[0], self.branch_at_start(model)
+
+    def gate(self, model: Model) -> GateTheory | None:
+        """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
+        return None
 
     def plain_value(self, added: Added) -> Array:
         """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""
@@ -185,6 +213,14 @@ class Stream(Value):
         """The input of a sub-layer, before any norm."""
         return chunks[0]
 
+    def separate_inputs(self, model: Model, sublayer: int) -> bool:
+        """Whether each of a sub-layer's first maps has an input and a norm of its own."""
+        return False
+
+    def read_each(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Chunks":
+        """The input of each first map where these are separate: of query, key and value, or of fc1 and a gate."""
+        raise NotImplementedError
+
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         """The new tensors that a sub-layer's branch makes of the stream, in the stream's dtype."""
         from stablelm.methods.kernels import weighted_sum
@@ -207,8 +243,12 @@ class Stream(Value):
         return chunks
 
     def state(self, chunks: "Chunks") -> "Chunks":
-        """The chunks whose variance and correlation are the stream's: what a sub-layer reads."""
+        """The tensors whose variance and correlation are the stream's: what a sub-layer reads."""
         return chunks[:1]
+
+    def state_gradient(self, gradients: "Chunks") -> "Chunks":
+        """The gradient to `state`, from those to all chunks, where changing it changes every chunk made of it."""
+        return self.state(gradients)
 
     def finish(self, chunks: "Chunks") -> "Tensor":
         """What the final norm and the head see."""

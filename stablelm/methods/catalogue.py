@@ -10,6 +10,7 @@ from stablelm.errors import ConfigError
 from stablelm.import_path import named
 from stablelm.methods.activations import ACTIVATIONS
 from stablelm.methods.alibi import Alibi
+from stablelm.methods.attention_residuals import ATTENTION_RESIDUALS
 from stablelm.methods.axes import Axes, M, Method, MethodOptions, Model, Value
 from stablelm.methods.catformer import CATFORMER
 from stablelm.methods.completep import COMPLETEP
@@ -18,9 +19,13 @@ from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
 from stablelm.methods.denseformer import DENSEFORMER
 from stablelm.methods.e_spa import E_SPA
 from stablelm.methods.gpt2 import GPT2
+from stablelm.methods.gtrxl import GTRXL
+from stablelm.methods.hyper_connections import HYPER_CONNECTIONS
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
 from stablelm.methods.magneto import MAGNETO
+from stablelm.methods.mhc import MHC
 from stablelm.methods.mlra import MLRA
+from stablelm.methods.muddformer import MUDDFORMER
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
 from stablelm.methods.positions import POSITIONS
@@ -38,6 +43,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
+        *(HYPER_CONNECTIONS, MHC, MUDDFORMER, ATTENTION_RESIDUALS, GTRXL),
         *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
     )
 }

@@ -33,23 +33,33 @@ class Role(NamedTuple):
     `kind`: embedding, position, head; query, key, value, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
     bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
     `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes the
-    function independent of its norm.
+    function independent of its norm; `added_map`: whether an axis value adds it as a matrix that multiplies features.
     """
 
     kind: str
     layer: int | None
     factor: str | None = None
     reparametrised: bool = False
+    added_map: bool = False
 
 
 class Added(NamedTuple):
     """A parameter that an axis value adds to a sub-layer or a layer: its name there, and its initial value.
 
-    `start` has the parameter's shape. Such parameters have no weight decay.
+    `start` has the parameter's shape; with a `std` the initial value is drawn from N(0, std^2) instead. Such parameters
+    have no weight decay, unless they are a `map`: a matrix that multiplies features, in the count of operations too.
+    Vectors stay whole on every rank, matrices are split by rows.
     """
 
     name: str
     start: Array
+    std: float | None = None
+    map: bool = False
+
+
+def added_map(name: str, shape: tuple[int, int], std: float = 0.0) -> Added:
+    """A matrix of that shape that multiplies features, N(0, std^2) or zero; its start takes no memory."""
+    return Added(name, np.broadcast_to(0.0, shape), std or None, True)
 
 
 class Rates(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from stablelm.methods.axes import Added, Model, Widths
+from stablelm.methods.axes import Model, Widths
 
 FLOAT8_MULTIPLE = 16
 """What divides the sides of matrices of 8-bit floating-point numbers that GPUs multiply."""
@@ -29,12 +29,16 @@ def products(model: Model, sublayer: int) -> list[tuple[int, tuple[int, ...]]]:
     width = widths(model, sublayer)
     if sublayer % 2:
         assert model.d_ff is not None
-        return [(width.read, (model.d_ff,) * (1 + model.axes.activation.gated)), (model.d_ff, (width.branch,))]
+        rows = (model.d_ff,) * (1 + model.axes.activation.gated)
+        separate = model.axes.stream.separate_inputs(model, sublayer)
+        into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
+        return [*into, (model.d_ff, (width.branch,))]
     d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
     first, output = (width.attention, d_kv, d_kv), (width.attention, (width.branch,))
-    if inner is None:
-        return [(width.read, first), output]
-    return [(width.read, (inner,) * 3), *((inner, (rows,)) for rows in first), output]
+    rows = first if inner is None else (inner,) * 3
+    separate = model.axes.stream.separate_inputs(model, sublayer)
+    into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
+    return into + ([] if inner is None else [(inner, (rows,)) for rows in first]) + [output]
 
 
 def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
@@ -51,19 +55,21 @@ def parameter_counts(model: Model) -> dict[str, int]:
     """Numbers of parameters.
 
     `total`: distinct parameters; `embedding`: token table and learned positions; `head`: 0 when tied;
-    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, the
-    projection of a stream that grows and the head, tied or not).
+    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, with those that
+    the stream adds, the projection of a stream that grows and the head, tied or not).
     """
     assert model.vocab_size is not None
     assert model.max_seq_len is not None
     stream = model.axes.stream
-    if stream.grows:
+    if stream.layers_differ:
         matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in range(model.n_layers)), strict=True))
     else:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
     for layer in range(model.n_layers):
-        others += _added(stream.in_layer(model, layer))
-        others += sum(_added(stream.in_sublayer(model, index)) for index in (2 * layer, 2 * layer + 1))
+        added = (stream.in_layer(model, layer), *(stream.in_sublayer(model, 2 * layer + half) for half in (0, 1)))
+        maps = [(each.start.size, each.map) for parameters in added for each in parameters]
+        matrices += sum(size for size, is_map in maps if is_map)
+        others += sum(size for size, is_map in maps if not is_map)
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
@@ -83,10 +89,16 @@ def flops_per_token(model: Model, seq_len: int) -> float:
     """Operations a trained token, forward and backward, recompute not counted.
 
     6 x matmul parameters plus causal attention: two products of seq_len / 2 keys on average, 2 operations
-    each, three times for the two passes: 6 n_layers seq_len d_attention (Chowdhery et al. 2022, appendix B, halved).
+    each, three times for the two passes: 6 n_layers seq_len d_attention (Chowdhery et al. 2022, appendix B, halved);
+    plus what the stream multiplies beside.
     """
     attention = 6.0 * model.n_layers * seq_len * widths(model, 0).attention
-    return 6.0 * parameter_counts(model)["matmul"] + attention
+    return 6.0 * (parameter_counts(model)["matmul"] + stream_multiplications(model)) + attention
+
+
+def stream_multiplications(model: Model) -> int:
+    """Of a token in matrix products of the stream, beside one with each parameter of the count `matmul`."""
+    return sum(model.axes.stream.multiplications(model, index) for index in range(2 * model.n_layers))
 
 
 def _layer(model: Model, layer: int) -> tuple[int, int]:
@@ -96,10 +108,6 @@ def _layer(model: Model, layer: int) -> tuple[int, int]:
         for index, part in ((2 * layer, _attention), (2 * layer + 1, _feedforward))
     ]
     return sum(matrix for matrix, _ in pairs), sum(other for _, other in pairs)
-
-
-def _added(parameters: tuple[Added, ...]) -> int:
-    return sum(parameter.start.size for parameter in parameters)
 
 
 def _attention(model: Model, width: Widths, index: int) -> tuple[int, int]:
@@ -122,7 +130,9 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
     if reparam.applies(model, index):
         shapes = [shape for d_in, d_out in maps for shape in reparam.parameters(d_in, d_out).values()]
         others += sum(map(math.prod, shapes))
-    others += placement.before_body * _norm(model, width.read) + placement.before_output * _norm(model, inner)
+    inputs = 3 if index % 2 == 0 else 1 + model.axes.activation.gated
+    inputs = inputs if model.axes.stream.separate_inputs(model, index) else 1
+    others += placement.before_body * inputs * _norm(model, width.read) + placement.before_output * _norm(model, inner)
     others += (placement.on_branch + placement.after_write) * _norm(model, width.branch)
     return sum(d_in * d_out for d_in, d_out in maps), others
 

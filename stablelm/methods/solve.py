@@ -117,7 +117,7 @@ def _shared_std(function: Function, read: float, d_ff: int, target: float) -> fl
 def _write(model: Model, variance: float, correlation: float, branch: float, index: int) -> tuple[float, float]:
     """The stream after a branch of variance 1 whose tokens have correlation `branch`."""
     stream = model.axes.stream
-    skip, share = stream.gains(model)[0], stream.branch_at_start(model)
+    skip, share = stream.gains_at_start(model, index)
     if stream.grows:
         width = stream.widths(model, index)
         total = width.read + width.branch

@@ -22,8 +22,10 @@ def roles(decoder: nn.Module) -> dict[str, Role]:
     reparametrised = {
         f"{name}.weight" for name, part in decoder.named_modules() if getattr(part, "reparam", None) is not None
     }
+    maps = {f"{name}.{own}" for name, part in decoder.named_modules() for own in getattr(part, "added_maps", ())}
     names = [name for name, _ in decoder.named_parameters()]
-    return {name: role_of(name, reparametrised=name in reparametrised) for name in names}
+    found = {name: role_of(name, reparametrised=name in reparametrised) for name in names}
+    return {name: role._replace(added_map=True) if name in maps else role for name, role in found.items()}
 
 
 def role_of(name: str, *, reparametrised: bool = False) -> Role:
@@ -49,9 +51,9 @@ def role_of(name: str, *, reparametrised: bool = False) -> Role:
 def decays(role: Role) -> bool:
     """Whether AdamW decays the parameter: matrices yes, but not reparametrised ones, whose size means nothing.
 
-    Norms, biases, embeddings, positions and what axis values add have no decay.
+    Norms, biases, embeddings, positions and what axis values add have no decay, but for their maps.
     """
-    return (role.kind in MATRICES or role.kind == "head") and not role.reparametrised
+    return (role.kind in MATRICES or role.kind == "head" or role.added_map) and not role.reparametrised
 
 
 def initial_values(
@@ -95,10 +97,15 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
     if role.kind == "bias" or init.starts_at_zero(role.kind):
         return torch.zeros(*shape)
     if role.kind not in MATRICES and role.kind not in TABLES:
-        return torch.as_tensor(_added(name, role, config).start, dtype=torch.float32)
-    value = torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
+        added = _added(name, role, config)
+        return _drawn(name, shape, seed) * added.std if added.std else torch.tensor(added.start, dtype=torch.float32)
+    value = _drawn(name, shape, seed)
     shaped = init.shaped(role.kind, value)
     return value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+
+
+def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:

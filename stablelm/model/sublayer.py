@@ -29,9 +29,10 @@ def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tu
     return tuple(parameter.name for parameter in parameters)
 
 
-def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """These parameters of a module, by name."""
-    return {name: getattr(module, name) for name in names}
+def named_parameters_of(module: nn.Module, names: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, Tensor]:
+    """These parameters of a module, by name; matrices in the compute dtype, in which engines may gather them."""
+    found = {name: getattr(module, name) for name in names}
+    return {name: value.to(compute_dtype) if value.ndim > 1 else value for name, value in found.items()}
 
 
 class Sublayer(nn.Module):
@@ -44,8 +45,9 @@ class Sublayer(nn.Module):
         super().__init__()
         axes, layer = config.axes, index // 2
         placement, width = axes.placement, axes.stream.widths(config, index)
-        self.stream = axes.stream.at(config)
+        self.stream = axes.stream.placed(config, index)
         self.compute_dtype = dtypes.compute
+        self.separate = axes.stream.separate_inputs(config, index)
         # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
         self.frees_input = self.stream.grows
         scale, eps_scale = placement.input_scale(layer), self.stream.eps_scale(config, index)
@@ -53,10 +55,16 @@ class Sublayer(nn.Module):
         self.norm_in = Norm(config, dtypes, width.read, scale=scale, eps_scale=eps_scale) if before else None
         self.body: Attention | FeedForward
         self.body = FeedForward(config, dtypes, width, index) if index % 2 else Attention(config, dtypes, width, layer)
+        # Of the maps after the first, where each has an input of its own.
+        self.others = [f"norm_in_{place}" for place in range(1, len(self.body.first_maps))] if self.separate else []
+        for name in self.others:
+            norm = Norm(config, dtypes, width.read, scale=scale, eps_scale=eps_scale) if before else None
+            self.register_module(name, norm)
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("stacked", None, persistent=False)
-        self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
+        added = self.stream.in_sublayer(config, index)
+        self.added, self.added_maps = _add(self, added, dtypes), [each.name for each in added if each.map]
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     if TYPE_CHECKING:
@@ -66,7 +74,10 @@ class Sublayer(nn.Module):
         """chunks: the stream -> what `body.first_maps` make of it, (batch, seq, each of `body.first_widths`) in the
         compute dtype."""
         maps = self.body.first_maps
-        if self.stacked is not None:
+        if self.separate:
+            inputs = self._read_each(chunks)
+            made = torch.cat([side_by_side((linear,), x) for linear, x in zip(maps, inputs, strict=True)], dim=-1)
+        elif self.stacked is not None:
             made = completed(maps, F.linear(self._read(*chunks), self.stacked))
         elif not self.frees_input or not torch.is_grad_enabled():
             made = side_by_side(maps, self._read(*chunks))
@@ -78,12 +89,13 @@ class Sublayer(nn.Module):
 
     @torch.no_grad()
     def fix(self) -> None:
-        """For a model that is not trained any more: fixes its maps; the first ones become parts of one matrix."""
+        """For a model that is not trained any more: fixes its maps; first ones of one input become a matrix."""
         for part in self.body.modules():
             if isinstance(part, Linear):
                 part.fix()
-        maps = self.body.first_maps
-        first = [linear.first for linear in maps]
+        if self.separate:
+            return
+        first = [linear.first for linear in self.body.first_maps]
         columns = torch.cat([linear.weight.t() for linear in first], dim=1)
         for linear, part in zip(first, columns.split([len(linear.weight) for linear in first], dim=1), strict=True):
             linear.weight = nn.Parameter(part.t(), requires_grad=False)
@@ -93,16 +105,25 @@ class Sublayer(nn.Module):
         """Passes with gradients multiply by the maps in a recipe of `model.float8`, where `fits_float8`."""
         first = [linear.first for linear in self.body.first_maps]
         others = [[part] for part in self.body.modules() if isinstance(part, Linear) and part not in first]
-        for maps in (first, *others):
+        side_by_side = [[linear] for linear in first] if self.separate else [first]
+        for maps in (*side_by_side, *others):
             if fits_float8(maps[0].weight.shape[1], [len(linear.weight) for linear in maps], least):
                 for linear in maps:
                     linear.float8 = recipe
 
     def _read(self, *chunks: Tensor) -> Tensor:
-        x = self.stream.read(chunks, named_parameters_of(self, self.added))
+        x = self.stream.read(chunks, self._added())
         if self.norm_in is not None:
             x = self.norm_in(x)
         return x.to(self.compute_dtype)
+
+    def _read_each(self, chunks: Chunks) -> Chunks:
+        norms = [self.norm_in, *(getattr(self, name) for name in self.others)]
+        read = zip(norms, self.stream.read_each(chunks, self._added()), strict=True)
+        return tuple((x if norm is None else norm(x)).to(self.compute_dtype) for norm, x in read)
+
+    def _added(self) -> dict[str, Tensor]:
+        return named_parameters_of(self, self.added, self.compute_dtype)
 
     def _product(self, *chunks: Tensor) -> Tensor:
         """The product comes last: recompute stops at its saved input and does not repeat it."""
@@ -115,7 +136,7 @@ class Sublayer(nn.Module):
         branch = self.body(products, positions, cache=cache)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        new = self.stream.write(chunks, self.dropout(branch), named_parameters_of(self, self.added))
+        new = self.stream.write(chunks, self.dropout(branch), self._added())
         if self.norm_out is not None:
             new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
         return new
@@ -130,7 +151,8 @@ class Layer(nn.Module):
         self.gives_values = self.value_mixing.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
-        self.added = _add(self, self.stream.in_layer(config, index), dtypes)
+        added, self.compute_dtype = self.stream.in_layer(config, index), dtypes.compute
+        self.added, self.added_maps = _add(self, added, dtypes), [each.name for each in added if each.map]
 
     def forward(
         self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
@@ -147,7 +169,8 @@ class Layer(nn.Module):
         attended, own = self.attend(chunks, positions, values, cache)
         between = self.stream.join(chunks, attended)
         fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
-        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
+        added = named_parameters_of(self, self.added, self.compute_dtype)
+        new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added)
         return (*new, own) if own is not None else new
 
     def attend(

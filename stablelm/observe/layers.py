@@ -54,14 +54,12 @@ class Recorder:
         return [{**stream, **figures} for stream, figures in zip(self._streams, own, strict=True)]
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
-        measured = self._decoder.stream.state(chunks)
         with torch.no_grad():
-            self._streams.append(stream_figures(measured))
-        watched: Chunks = _Watch.apply(partial(self._keep, index), *measured)  # pyright: ignore[reportAssignmentType]
-        return watched + chunks[len(measured) :]
+            self._streams.append(stream_figures(self._decoder.stream.state(chunks)))
+        return _Watch.apply(partial(self._keep, index), *chunks)  # pyright: ignore[reportReturnType]
 
     def _keep(self, index: int, gradients: tuple[Tensor, ...]) -> None:
-        self.gradients[index] = norm(gradients)
+        self.gradients[index] = norm(self._decoder.stream.state_gradient(gradients))
 
 
 class _Watch(torch.autograd.Function):

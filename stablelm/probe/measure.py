@@ -183,7 +183,7 @@ class _Walk:
     def _reach(self, gradient: tuple[Tensor, ...]) -> None:
         """Takes the gradient to a boundary."""
         self._gradient = gradient
-        self._gradients.append(norm(self.decoder.stream.state(gradient)))
+        self._gradients.append(norm(self.decoder.stream.state_gradient(gradient)))
 
     def backward(self, index: int) -> None:
         """Backward through layer `index`, which runs again from its stored input with the same dropout."""
@@ -197,7 +197,10 @@ class _Walk:
             matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
             gradient = (*self._gradient, *(self._values_gradient if own else ()))
             after = self._after(chunks, new)
-            found = torch.autograd.grad((*after, *own), [*chunks, *values, *matrices], gradient)
+            # A stream may hold what only other layers read.
+            found = torch.autograd.grad(
+                (*after, *own), [*chunks, *values, *matrices], gradient, allow_unused=True, materialize_grads=True
+            )
         width = len(chunks)
         self._weight_gradients.append(norm(found[width + len(values) :]))
         self._add_to_values(found[width : width + len(values)])

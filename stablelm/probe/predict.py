@@ -78,15 +78,17 @@ def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Ar
 def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     placement, stream = config.axes.placement, config.axes.stream
     width = widths(config, index)
+    keep, write = stream.gains_at_start(config, index)
     return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
-        keep=stream.gains(config)[0],
-        write=stream.branch_at_start(config),
+        keep=keep,
+        write=write,
         norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
         norm_branch=_norm(config) if placement.on_branch else None,
         norm_after=_norm(config) if placement.after_write else None,
         dropout=config.dropout,
         concat=(width.read, width.branch) if stream.grows else None,
+        gate=stream.gate(config),
     )
 
 

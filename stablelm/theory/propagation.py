@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablelm.theory.attention import AttentionBody, AttentionState, attention_backward, attention_forward
+from stablelm.theory.gates import GateState, GateTheory, gate_backward, gate_forward
 from stablelm.theory.kernels import (
     FeedForwardBody,
     FeedForwardState,
@@ -34,7 +35,8 @@ class SublayerTheory:
     """A body, its norms and its way onto the stream: norm_after(keep x + write dropout(norm_branch(body(norm_in(x))))).
 
     `dropout`: probability on the branch, 0 for evaluation. `concat`: (width, growth), instead of the sum the branch's
-    `growth` features are set beside the stream's `width` ones; keep and write are then not used.
+    `growth` features are set beside the stream's `width` ones; keep and write are then not used. `gate`: in place of
+    the sum.
     """
 
     body: AttentionBody | FeedForwardBody
@@ -45,6 +47,7 @@ class SublayerTheory:
     norm_after: NormTheory | None = None
     dropout: float = 0.0
     concat: tuple[int, int] | None = None
+    gate: GateTheory | None = None
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,17 @@ class Trace:
 
 class _Step(NamedTuple):
     """A sub-layer's forward pass: the stream before and after it, the latter also before `norm_after`; the branch
-    before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward."""
+    before `norm_branch`, before dropout and as written; the body's and the gate's state; the entropy, nan for
+    feed-forward."""
 
     before: Array
     written: Array
     after: Array
     output: Array
+    normed: Array
     branch: Array
     state: AttentionState | FeedForwardState
+    gate: GateState | None
     entropy: float
 
 
@@ -181,13 +187,17 @@ def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _S
         output, entropy, state = attention_forward(body, inside, first)
     else:
         output, state = feedforward_forward(body, inside)
-    branch = times_diagonal(norm_forward(sublayer.norm_branch, output), 1 / (1 - sublayer.dropout))
-    if sublayer.concat is None:
+    normed, gate = norm_forward(sublayer.norm_branch, output), None
+    branch = times_diagonal(normed, 1 / (1 - sublayer.dropout))
+    if sublayer.gate is not None:
+        written, gate = gate_forward(sublayer.gate, before, normed, sublayer.dropout)
+    elif sublayer.concat is None:
         written = sublayer.keep**2 * before + sublayer.write**2 * branch
     else:
         width, growth = sublayer.concat
         written = (width * before + growth * branch) / (width + growth)
-    return _Step(before, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
+    after = norm_forward(sublayer.norm_after, written)
+    return _Step(before, written, after, output, normed, branch, state, gate, entropy)
 
 
 def _backward(
@@ -198,8 +208,12 @@ def _backward(
     Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel.
     """
     gradient = norm_backward(sublayer.norm_after, step.written, gradient)
-    keep, write = (sublayer.keep, sublayer.write) if sublayer.concat is None else (1.0, 1.0)
-    inner = times_diagonal(write**2 * gradient, 1 / (1 - sublayer.dropout))
+    if sublayer.gate is not None:
+        assert step.gate is not None
+        kept, inner = gate_backward(sublayer.gate, step.gate, step.before, step.normed, gradient, sublayer.dropout)
+    else:
+        keep, write = (sublayer.keep, sublayer.write) if sublayer.concat is None else (1.0, 1.0)
+        kept, inner = keep**2 * gradient, times_diagonal(write**2 * gradient, 1 / (1 - sublayer.dropout))
     inner, to_values = norm_backward(sublayer.norm_branch, step.output, inner), None
     if isinstance(sublayer.body, AttentionBody):
         assert isinstance(step.state, AttentionState)
@@ -207,4 +221,4 @@ def _backward(
     else:
         assert isinstance(step.state, FeedForwardState)
         inner = feedforward_backward(sublayer.body, step.state, inner)
-    return keep**2 * gradient + norm_backward(sublayer.norm_in, step.before, inner), to_values
+    return kept + norm_backward(sublayer.norm_in, step.before, inner), to_values

@@ -7,8 +7,11 @@ import torch
 from hf_folders import load, moved_decoder, our_logits, write_folder
 
 from stablelm.config.schema import AttentionConfig, ModelConfig
+from stablelm.methods.attention_residuals import AttentionResidualsOptions
 from stablelm.methods.catalogue import METHODS, apply_method, problems
 from stablelm.methods.deepscalelm import DeepscaleOptions
+from stablelm.methods.hyper_connections import HyperConnectionsOptions
+from stablelm.methods.muddformer import MuddformerOptions
 from stablelm.model.decoder import Decoder
 
 END = 7
@@ -43,6 +46,9 @@ CONFIGS = {name: model_of(name) for name in METHODS} | {
     "catformer_documents": model_of("catformer", {"document_end": END, "position": "learned"}, tie_embeddings=True),
     "espa_rope": model_of("e_spa", {"position": "rope"}, placement="pre", kv_heads=2, activation="gelu"),
     "shrinking_eps": model_of("deepscalelm_pre", norm_eps=0.01, options=(DeepscaleOptions(norm_eps="shrinking"),)),
+    "hyper_static": model_of("hyper_connections", options=(HyperConnectionsOptions(expansion=3, dynamic=False),)),
+    "mudd_static": model_of("muddformer", options=(MuddformerOptions(dynamic=False),), placement="pre_scaled"),
+    "depth_blocks": model_of("attention_residuals", options=(AttentionResidualsOptions(block_size=3),)),
     "completep_tied": model_of("completep", tie_embeddings=True, d_model=64),
 }
 

@@ -22,7 +22,7 @@ from stablelm.methods import catalogue
 
 FITTING = (
     *("pre_ln", "gpt2", "deepscalelm_pre", "sigma_reparam", "layernorm_scaling", "completep", "denseformer"),
-    "deepscalelm_sigma",
+    *("deepscalelm_sigma", "hyper_connections", "mhc"),
 )
 
 
@@ -83,6 +83,16 @@ def test_a_gain_that_starts_at_zero_is_one_where_branches_must_count(folders, tm
     folder, ids, expected = folders("llama")
     import_model(folder, tmp_path / "run", method="rezero", overrides=["model.placement=pre"])
     torch.testing.assert_close(logits(tmp_path / "run", ids), expected, atol=1e-5, rtol=0)
+
+
+def test_separate_norms_start_alike_and_a_network_that_is_still_silent_can_learn(folders, tmp_path: Path):
+    folder, ids, expected = folders("qwen3")
+    import_model(folder, tmp_path / "run", method="muddformer")
+    torch.testing.assert_close(logits(tmp_path / "run", ids), expected, atol=1e-5, rtol=0)
+    module = load_module(open_run(str(tmp_path / "run")))
+    first, last = (module.get_parameter(f"layers.0.mix_{name}") for name in ("hidden", "out"))
+    assert first.std().item() == pytest.approx(first.shape[1] ** -0.5, rel=0.1)
+    assert not last.any()
 
 
 def test_every_method_fits_or_says_why_not():

@@ -163,6 +163,7 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stream": "deepnorm"}, {"placement": "post"}),
     ({"stream": "concat", "placement": "post"}, {"placement": "sub"}),
     ({"stream": "rezero", "placement": "peri"}, {"placement": "none"}),
+    ({"stream": "depth_attention", "placement": "post"}, {"placement": "pre"}),
     ({"stream": "skipless"}, {"stream": "residual"}),
     ({"attention.shaping": "espa"}, {"stream": "skipless", "init": "orthogonal"}),
     ({"init": "orthogonal"}, {"init": "fan_in"}),

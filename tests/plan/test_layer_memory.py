@@ -17,6 +17,7 @@ VARIANTS = {
     "sigma_attention": ("model.method=sigma_reparam", "model.sigma.targets=attention"),
 }
 CASES = {name: (f"model.method={name}",) for name in METHODS} | VARIANTS
+CASES["gtrxl"] += ("data.seq_len=80",)  # with 64, activations would have the shape of its matrices
 
 
 EACH = ("pre_ln", "deepscalelm_pre", "sigma_reparam", "catformer")

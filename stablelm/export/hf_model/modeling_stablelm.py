@@ -23,6 +23,9 @@ from transformers.utils.generic import can_return_tuple
 # Versions before the rename call the cache past_key_values, in arguments and outputs.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+Tensors = tuple[Tensor, ...]
+Inputs = Tensor | Tensors
+
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -60,6 +63,14 @@ DEFAULTS: dict[str, Any] = {
     "learned_gain": False,
     "growth": None,
     "mixes_outputs": False,
+    "mixes_separately": False,
+    "mix_hidden_multiple": None,
+    "copies": None,
+    "copies_dynamic": False,
+    "copies_iterations": None,
+    "copies_exchange": 0.01,
+    "depth_block": None,
+    "gate_bias": None,
     "embedding_scale": 1.0,
     "head_scale": 1.0,
     "hidden_act": "gelu",
@@ -89,8 +100,13 @@ class StablelmDecoderConfig(PreTrainedConfig):
     of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
     sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
     gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    layer x is a learned sum of the embeddings and all layers' outputs; `mixes_separately`: and so are, with sums and
+    norms of their own, the inputs of the next layer's query, key and value, with `mix_hidden_multiple` by weights of
+    each token. `copies`: x is that many tensors which learned weights mix, with `copies_dynamic` of each token, with
+    `copies_iterations` those of Sinkhorn and Knopp, at the start a share `copies_exchange` of the others.
+    `depth_block`: a softmax average of the embedding and of sums of so many sub-layers' outputs is read. `gate_bias`:
+    a recurrent unit's gate in place of the sum, and the start of its bias. `embedding_scale` and `head_scale` multiply
+    the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
@@ -214,10 +230,12 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, d_out, bias=bias)
 
     def forward(
-        self, x: Tensor, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
+        self, x: Inputs, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: (batch, q, d_in) -> its branch, its values (batch, q, d_kv), and the attention weights if asked for."""
-        query, key, own_value = self.query(x), self.key(x), self.value(x)
+        """x: (batch, q, d_in), or one for each of the first maps -> its branch, its values (batch, q, d_kv), and the
+        attention weights if asked for."""
+        read = x if isinstance(x, tuple) else (x, x, x)
+        query, key, own_value = self.query(read[0]), self.key(read[1]), self.value(read[2])
         share, value = self.config.first_value_share, own_value
         if share is not None and first_value is not None:
             value = (1 - share) * own_value + share * first_value
@@ -319,21 +337,32 @@ class Sublayer(nn.Module):
 
     def __init__(self, config: StablelmDecoderConfig, index: int):
         super().__init__()
-        self.skip_gain, self.branch_gain, self.grows = config.skip_gain, config.branch_gain, config.growth is not None
+        self.config, self.index, self.grows = config, index, config.growth is not None
         growth = config.growth or 0
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
         self.norm_in = Norm(config, d_in, reads=index) if config.norm_before_body else None
         self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
+        self.separate = config.mixes_separately and index % 2 == 0 and index > 0
+        for name in ("norm_in_1", "norm_in_2") if self.separate else ():
+            self.register_module(name, Norm(config, d_in, reads=index) if config.norm_before_body else None)
         self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.gain = nn.Parameter(torch.zeros(1)) if config.learned_gain else None
+        for name, start in stream_starts(config, index).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(start.shape)))
         self.norm_out = Norm(config, d_out) if config.norm_after_write else None
 
-    def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, x: Tensor, outputs: Tensors, dtype: torch.dtype) -> Inputs:
+        if self.separate:
+            norms = (self.norm_in, self.norm_in_1, self.norm_in_2)
+            read = zip(norms, outputs[:3], strict=True)
+            return tuple((each if norm is None else norm(each)).to(dtype) for norm, each in read)
+        if self.config.copies is not None:
+            x = torch.einsum("...n,...nd->...d", self._copy_weights(x, "read"), x)
         return (x if self.norm_in is None else self.norm_in(x)).to(dtype)
 
-    def write(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The stream after the branch has joined it, in the stream's dtype."""
+    def write(self, x: Tensor, outputs: Tensors, branch: Tensor) -> tuple[Tensor, Tensors]:
+        """The stream after the branch has joined it, in the stream's dtype, and the outputs that are kept beside it."""
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
         branch = self.dropout(branch)
@@ -341,9 +370,98 @@ class Sublayer(nn.Module):
             branch = branch * self.gain.to(branch.dtype)
         branch = branch.to(x.dtype)
         if self.grows:
-            return torch.cat((x, branch), dim=-1)
-        x = self.branch_gain * branch if self.skip_gain == 0 else self.skip_gain * x + self.branch_gain * branch
-        return x if self.norm_out is None else self.norm_out(x).to(x.dtype)
+            return torch.cat((x, branch), dim=-1), outputs
+        if self.config.depth_block is not None:
+            return self._averaged(outputs, branch)
+        if self.config.gate_bias is not None:
+            x = self._gated(x, branch)
+        elif self.config.copies is not None:
+            written = self._copy_weights(x, "write").unsqueeze(-1) * branch.unsqueeze(-2)
+            x = torch.matmul(self._copy_weights(x, "mix"), x) + written
+        else:
+            skip, gain = self.config.skip_gain, self.config.branch_gain
+            x = gain * branch if skip == 0 else skip * x + gain * branch
+        return (x if self.norm_out is None else self.norm_out(x).to(x.dtype)), outputs
+
+    def _copy_weights(self, x: Tensor, kind: str) -> Tensor:
+        """What copies are read, written (..., n) or mixed with, (..., n, n) from column to row; x: (..., n, d)."""
+        config, n = self.config, self.config.copies
+        static = getattr(self, f"static_{kind}").to(x.dtype)
+        square = (n, n) if kind == "mix" else (n,)
+        if config.copies_iterations is not None:
+            columns = {"read": slice(0, n), "write": slice(n, 2 * n), "mix": slice(2 * n, None)}[kind]
+            flat, weight = x.flatten(-2), self.dynamic_map[:, columns]
+            flat = flat * (flat.square().mean(dim=-1, keepdim=True) + config.norm_eps).rsqrt()
+            scale = self.dynamic_scales[("read", "write", "mix").index(kind)].to(x.dtype)
+            logits = scale * torch.matmul(flat.to(weight.dtype), weight).to(x.dtype) + static
+            if kind != "mix":
+                return logits.sigmoid() * (2 if kind == "write" else 1)
+            logits = logits.unflatten(-1, square)
+            for _ in range(config.copies_iterations):
+                logits = logits.log_softmax(dim=-2).log_softmax(dim=-1)
+            return logits.exp()
+        weights = static.unflatten(0, square)
+        if config.copies_dynamic:
+            columns = {"read": slice(0, 1), "mix": slice(1, n + 1), "write": slice(n + 1, n + 2)}[kind]
+            normed = F.layer_norm(x, x.shape[-1:], self.dynamic_norm.to(x.dtype), eps=config.norm_eps)
+            weight = self.dynamic_map[:, columns]
+            found = torch.matmul(normed.to(weight.dtype), weight).to(x.dtype).tanh()
+            found = self.dynamic_scales[1 if kind == "write" else 0].to(x.dtype) * found
+            weights = weights + (found if kind == "mix" else found.squeeze(-1))
+        return weights.transpose(-1, -2) if kind == "mix" else weights
+
+    def _averaged(self, outputs: Tensors, branch: Tensor) -> tuple[Tensor, Tensors]:
+        """outputs: the sum of the block begun, the embedding, the sums of full blocks."""
+        block = self.config.depth_block
+        total = branch if self.index % block == 0 else outputs[0] + branch
+        query = (self.depth_query * self.depth_gain).to(branch.dtype)
+        sources = (*outputs[1:], total)
+        norms = [(each.square().mean(dim=-1) + self.config.norm_eps).rsqrt() for each in sources]
+        logits = [(each @ query) * norm for each, norm in zip(sources, norms, strict=True)]
+        weights = torch.stack(logits, dim=-1).softmax(dim=-1)
+        x = torch.stack(sources, dim=-1) @ weights.unsqueeze(-1)
+        kept = (total, *outputs[1:])
+        return x.squeeze(-1), (*kept, total) if (self.index + 1) % block == 0 else kept
+
+    def _gated(self, x: Tensor, branch: Tensor) -> Tensor:
+        def times(matrix: Tensor, inputs: Tensor) -> Tensor:
+            return F.linear(inputs.to(matrix.dtype), matrix).to(x.dtype)
+
+        reset, update, candidate = times(self.gate_branch, branch.relu()).chunk(3, dim=-1)
+        from_reset, from_update = times(self.gate_stream, x).chunk(2, dim=-1)
+        update = (update + from_update - self.gate_bias.to(x.dtype)).sigmoid()
+        candidate = candidate + times(self.gate_reset, (reset + from_reset).sigmoid() * x)
+        return x.lerp(candidate.tanh(), update)
+
+
+def stream_starts(config: StablelmDecoderConfig, index: int) -> dict[str, Tensor]:
+    """What the stream adds to a sub-layer, with its initial values."""
+    n, d = config.copies, config.hidden_size
+    if config.depth_block is not None:
+        return {"depth_query": torch.zeros(d), "depth_gain": torch.ones(d)}
+    if config.gate_bias is not None:
+        shapes = {"gate_branch": (3 * d, d), "gate_stream": (2 * d, d), "gate_reset": (d, d)}
+        drawn = {name: torch.randn(shape) * d**-0.5 for name, shape in shapes.items()}
+        return drawn | {"gate_bias": torch.full((d,), float(config.gate_bias))}
+    if n is None:
+        return {}
+    read = F.one_hot(torch.tensor(index % n), n).float()
+    if config.copies_iterations is None:
+        static = {"static_read": read, "static_mix": torch.eye(n).flatten(), "static_write": torch.ones(n)}
+        dynamic = {
+            "dynamic_norm": torch.ones(d),
+            "dynamic_map": torch.zeros(d, n + 2),
+            "dynamic_scales": torch.full((2,), 0.01),
+        }
+        return static | dynamic if config.copies_dynamic else static
+    exchange = config.copies_exchange
+    return {
+        "static_read": torch.logit(0.5 * read + 0.5 / n),
+        "static_mix": (math.log((1 - exchange) * (n - 1) / exchange) * torch.eye(n)).flatten(),
+        "static_write": torch.zeros(n),
+        "dynamic_map": torch.zeros(n * d, n * n + 2 * n),
+        "dynamic_scales": torch.full((3,), 0.01),
+    }
 
 
 class Layer(GradientCheckpointingLayer):
@@ -353,30 +471,58 @@ class Layer(GradientCheckpointingLayer):
         super().__init__()
         self.attention = Sublayer(config, 2 * index)
         self.feedforward = Sublayer(config, 2 * index + 1)
-        self.mix = nn.Parameter(torch.zeros(index + 2)) if config.mixes_outputs else None
+        self.eps, width, count = config.norm_eps, config.hidden_size, index + 2
+        last = index == config.num_hidden_layers - 1
+        self.ways = 0 if not config.mixes_separately else 1 if last else 4
+        self.mix = self.mix_hidden = self.mix_out = None
+        if config.mixes_outputs or self.ways:
+            self.mix = nn.Parameter(torch.zeros(max(1, self.ways) * count))
+        if self.ways and config.mix_hidden_multiple:
+            hidden, multiple = self.ways * count * (4 if last else 1), config.mix_hidden_multiple
+            hidden = (hidden // multiple + 1) * multiple
+            self.mix_hidden = nn.Parameter(torch.zeros(hidden, width))
+            self.mix_out = nn.Parameter(torch.zeros(self.ways * count, hidden))
 
     def forward(
         self,
         x: Tensor,
-        outputs: tuple[Tensor, ...],
+        outputs: Tensors,
         shared: Shared,
         first_value: Tensor | None = None,
         cache: Cache | None = None,
         weights_too: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x: the stream; outputs: those of all layers before -> (the stream, own output, own values, weights)."""
+    ) -> tuple[Tensor, Tensors, Tensor, Tensor | None]:
+        """x: the stream; outputs: what is kept of earlier layers -> both after this one, own values, weights."""
         attention, feedforward = self.attention, self.feedforward
         branch, value, weights = attention.body(
-            attention.read(x, shared.dtype), shared, first_value, cache, weights_too
+            attention.read(x, outputs, shared.dtype), shared, first_value, cache, weights_too
         )
-        x = attention.write(x, branch)
-        x = output = feedforward.write(x, feedforward.body(feedforward.read(x, shared.dtype)))
+        x, outputs = attention.write(x, outputs, branch)
+        x, outputs = feedforward.write(x, outputs, feedforward.body(feedforward.read(x, outputs, shared.dtype)))
         if self.mix is not None:
-            mix = self.mix.to(x.dtype)
-            x = torch.zeros_like(output)
-            for weight, each in zip(mix.unbind(), (*outputs, output), strict=True):
-                x = x.addcmul(each, weight)
-        return x, output, value, weights
+            x, outputs = self._mixed(x, outputs)
+        return x, outputs, value, weights
+
+    def _mixed(self, x: Tensor, outputs: Tensors) -> tuple[Tensor, Tensors]:
+        """outputs: the inputs of query, key and value where these are separate, the embedding, all layers' outputs."""
+        assert self.mix is not None
+        inputs = 3 if self.ways else 0
+        outputs, weights = (*outputs, x), self.mix.to(x.dtype)
+        kept = outputs[inputs:]
+        if self.mix_hidden is not None and self.mix_out is not None:
+            normed = x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+            hidden = F.gelu(F.linear(normed.to(self.mix_hidden.dtype), self.mix_hidden))
+            weights = weights + F.linear(hidden, self.mix_out).to(x.dtype)
+        sums = [_weighted(each, kept) for each in weights.split(len(kept), dim=-1)]
+        return sums[-1], (*sums[:-1], *kept) if len(sums) > 1 else outputs
+
+
+def _weighted(weights: Tensor, outputs: Tensors) -> Tensor:
+    """weights: (..., outputs), of each token or of all."""
+    total = torch.zeros_like(outputs[-1])
+    for weight, each in zip(weights.split(1, dim=-1), outputs, strict=True):
+        total = total.addcmul(each, weight)
+    return total
 
 
 class StablelmDecoderPreTrainedModel(PreTrainedModel):
@@ -399,9 +545,17 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.constant_(module.alpha, module.slope)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
+        if isinstance(module, Sublayer):
+            for name, start in stream_starts(module.config, module.index).items():
+                init.copy_(getattr(module, name), start)
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
-            init.copy_(module.mix, F.one_hot(torch.tensor(len(module.mix) - 1), len(module.mix)).to(module.mix))
+            count = len(module.mix) // max(1, module.ways)
+            newest = F.one_hot(torch.tensor(count - 1), count).repeat(len(module.mix) // count)
+            init.copy_(module.mix, newest.to(module.mix))
+            if module.mix_hidden is not None and module.mix_out is not None:
+                init.normal_(module.mix_hidden, std=module.mix_hidden.shape[1] ** -0.5)
+                init.zeros_(module.mix_out)
 
 
 class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
@@ -457,21 +611,23 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         embedded = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         shared, position_ids = self._shared(embedded, input_ids, attention_mask, position_ids, cache)
         x = self._embed(embedded, position_ids)
-        states, all_weights, outputs, first_value = [x], [], (x,), None
+        states, all_weights, first_value = [x], [], None
+        # Beside the stream: separate inputs or the block begun, and the embedding.
+        outputs = (x,) * (4 if config.mixes_separately else 2 if config.depth_block is not None else 1)
+        if config.copies is not None:
+            x = x.unsqueeze(-2).repeat_interleave(config.copies, dim=-2)
         attentions = config.output_attentions if output_attentions is None else output_attentions
         for layer in self.layers:
-            x, output, value, weights = layer(
+            x, outputs, value, weights = layer(
                 x, outputs, shared, first_value, cache=cache, weights_too=bool(attentions)
             )
-            if config.mixes_outputs:
-                outputs = (*outputs, output)
             if config.first_value_share is not None and first_value is None:
                 first_value = value
-            states.append(x)
+            states.append(x if config.copies is None else x.mean(dim=-2))
             all_weights.append(weights)
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=self._finish(x, shared.dtype),
+            last_hidden_state=self._finish(states[-1], shared.dtype),
             hidden_states=tuple(states) if wanted else None,
             attentions=tuple(all_weights) if attentions else None,
             **{CACHE: cache},

@@ -4,6 +4,7 @@ The modelling file computes whatever the axis values answer with settings, so th
 spectral norms and the scales of norms by depth are multiplied into the tensors.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +113,6 @@ def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
 
 def _norm_scale(model: ModelConfig, layer: int | None, parts: list[str]) -> float:
     """What multiplies a tensor: a norm before a body is scaled by depth, but for the slope inside it."""
-    if layer is None or parts[-2] != "norm_in" or parts[-1] not in ("weight", "bias"):
+    if layer is None or not re.fullmatch(r"norm_in(_\d+)?", parts[-2]) or parts[-1] not in ("weight", "bias"):
         return 1.0
     return model.axes.placement.input_scale(layer)

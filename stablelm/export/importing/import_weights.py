@@ -1,5 +1,7 @@
 """Our tensors made of another program's, one at a time."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from stablelm.export.importing.import_scales import scale_of
 from stablelm.export.importing.source_folder import SourceFolder
 from stablelm.export.importing.source_models import SourceModel
 from stablelm.methods import spectral
+from stablelm.model.initialise import initial_value, role_of
 
 
 class ImportedWeights:
@@ -23,7 +26,8 @@ class ImportedWeights:
 
     def read(self, name: str) -> Tensor:
         """The tensor of a checkpoint's name. Raises ConfigError where the source's cannot be used."""
-        name = name.removeprefix(MODEL_PREFIX)
+        # Norms of separate inputs of a body's maps start alike.
+        name = re.sub(r"\.norm_in_\d+\.", ".norm_in.", name.removeprefix(MODEL_PREFIX))
         stem, _, leaf = name.rpartition(".")
         if name in self._source.tensors:
             return self._plain(name)
@@ -62,4 +66,7 @@ class ImportedWeights:
         else:
             added = stream.in_sublayer(self._model, 2 * layer + (parts[2] == "feedforward"))
         found = next(each for each in added if each.name == leaf)
-        return torch.as_tensor(stream.plain_value(found), dtype=self._dtype)
+        if found.std:  # what it is does not matter yet, but all zeros would not train
+            name = f"{stem}.{leaf}"
+            return initial_value(name, role_of(name), found.start.shape, self._model, seed=0).to(self._dtype)
+        return torch.tensor(stream.plain_value(found), dtype=self._dtype)
