@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.axes import Added
 from stablelm.methods.sizes import fits_float8
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
@@ -21,19 +21,6 @@ Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]
 
 
-def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
-    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
-    for parameter in parameters:
-        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
-        module.register_parameter(parameter.name, nn.Parameter(empty))
-    return tuple(parameter.name for parameter in parameters)
-
-
-def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """These parameters of a module, by name."""
-    return {name: getattr(module, name) for name in names}
-
-
 class Sublayer(nn.Module):
     """One body (attention or feed-forward) with its norms and its way onto the stream; `index` counts both kinds.
 
@@ -43,8 +30,8 @@ class Sublayer(nn.Module):
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
         axes, layer = config.axes, index // 2
-        placement, width = axes.placement, axes.stream.widths(config, index)
-        self.stream = axes.stream.at(config)
+        placement, width = axes.placement.at(config, index), axes.stream.widths(config, index)
+        self.stream = axes.stream.at(config, index)
         self.compute_dtype = dtypes.compute
         # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
         self.frees_input = self.stream.grows
@@ -56,7 +43,7 @@ class Sublayer(nn.Module):
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("stacked", None, persistent=False)
-        self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_sublayer(config, index), dtypes)
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     if TYPE_CHECKING:
@@ -117,7 +104,8 @@ class Sublayer(nn.Module):
             branch = self.norm_branch(branch)
         new = self.stream.write(chunks, self.dropout(branch), named_parameters_of(self, self.added))
         if self.norm_out is not None:
-            new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
+            normed = len(new) if self.stream.normed is None else self.stream.normed
+            new = (*(self.norm_out(chunk).to(chunk.dtype) for chunk in new[:normed]), *new[normed:])
         return new
 
 
@@ -130,7 +118,7 @@ class Layer(nn.Module):
         self.gives_values = self.value_mixing.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
-        self.added = _add(self, self.stream.in_layer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(
         self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None

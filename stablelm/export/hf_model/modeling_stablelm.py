@@ -58,6 +58,9 @@ DEFAULTS: dict[str, Any] = {
     "skip_gain": 1.0,
     "branch_gain": 1.0,
     "learned_gain": False,
+    "learned_skip": None,
+    "dual_stream": False,
+    "head_scales": False,
     "growth": None,
     "mixes_outputs": False,
     "embedding_scale": 1.0,
@@ -85,10 +88,13 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
+    the last; `head_scales`: a learned factor of what each head averages. Norms: `norm_*` say where, of all sub-layers
+    or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
     of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
+    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the
+    branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
+    `learned_skip` times a learned factor for each feature; `dual_stream`: beside x a sum of all branches without norms,
+    which the final norm reads and to which x is added; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
     layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
     embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
@@ -133,6 +139,11 @@ class Shared(NamedTuple):
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def of_sublayer(setting: Any, index: int) -> Any:
+    """The setting of a sub-layer: its entry of a list, or the one of all."""
+    return setting[index] if isinstance(setting, (list, tuple)) else setting
 
 
 class Norm(nn.Module):
@@ -210,7 +221,8 @@ class Attention(nn.Module):
         self.query, self.key, self.value = first(width), first(d_kv), first(d_kv)
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
-        self.norm_inner = Norm(config, width) if config.norm_before_output else None
+        self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
+        self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads)) if config.head_scales else None
         self.output = nn.Linear(width, d_out, bias=bias)
 
     def forward(
@@ -235,7 +247,10 @@ class Attention(nn.Module):
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
-        mixed = mixed.transpose(1, 2).flatten(-2)
+        mixed = mixed.transpose(1, 2)
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale.to(mixed.dtype)[:, None]
+        mixed = mixed.flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed).to(mixed.dtype)
         return self.output(mixed), own_value, weights
@@ -293,7 +308,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """fc2(act(fc1 x)), or with a gate fc2(act(gate x) * fc1 x)."""
 
-    def __init__(self, config: StablelmDecoderConfig, d_in: int, d_out: int):
+    def __init__(self, config: StablelmDecoderConfig, d_in: int, d_out: int, index: int):
         super().__init__()
         width = config.intermediate_size
         self.fc1 = nn.Linear(d_in, width, bias=config.bias)
@@ -301,7 +316,7 @@ class FeedForward(nn.Module):
         slope = config.negative_slope
         self.act = ACT2FN[config.hidden_act] if slope is None else nn.LeakyReLU(slope)
         self.scale = config.activation_scale
-        self.norm_inner = Norm(config, width) if config.norm_before_output else None
+        self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, index) else None
         self.fc2 = nn.Linear(width, d_out, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,21 +334,23 @@ class Sublayer(nn.Module):
 
     def __init__(self, config: StablelmDecoderConfig, index: int):
         super().__init__()
-        self.skip_gain, self.branch_gain, self.grows = config.skip_gain, config.branch_gain, config.growth is not None
-        growth = config.growth or 0
+        self.skip_gain, self.branch_gain = (of_sublayer(gain, index) for gain in (config.skip_gain, config.branch_gain))
+        self.grows, growth = config.growth is not None, config.growth or 0
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
-        self.norm_in = Norm(config, d_in, reads=index) if config.norm_before_body else None
-        self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
-        self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
+        self.norm_in = Norm(config, d_in, reads=index) if of_sublayer(config.norm_before_body, index) else None
+        self.body = FeedForward(config, d_in, d_out, index) if index % 2 else Attention(config, d_in, d_out, index // 2)
+        self.norm_branch = Norm(config, d_out) if of_sublayer(config.norm_on_branch, index) else None
         self.dropout = nn.Dropout(config.dropout)
-        self.gain = nn.Parameter(torch.zeros(1)) if config.learned_gain else None
-        self.norm_out = Norm(config, d_out) if config.norm_after_write else None
+        self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if config.learned_gain else None
+        kind = "feedforward" if index % 2 else "attention"
+        self.skip = nn.Parameter(torch.ones(d_out)) if kind in (config.learned_skip or ()) else None
+        self.norm_out = Norm(config, d_out) if of_sublayer(config.norm_after_write, index) else None
 
     def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return (x if self.norm_in is None else self.norm_in(x)).to(dtype)
 
-    def write(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The stream after the branch has joined it, in the stream's dtype."""
+    def write(self, x: Tensor, branch: Tensor, dual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The stream after the branch has joined it, in the stream's dtype, and the sum beside it."""
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
         branch = self.dropout(branch)
@@ -341,9 +358,13 @@ class Sublayer(nn.Module):
             branch = branch * self.gain.to(branch.dtype)
         branch = branch.to(x.dtype)
         if self.grows:
-            return torch.cat((x, branch), dim=-1)
+            return torch.cat((x, branch), dim=-1), None
+        if dual is not None:
+            dual = dual + branch
+        if self.skip is not None:
+            x = x * self.skip.to(x.dtype)
         x = self.branch_gain * branch if self.skip_gain == 0 else self.skip_gain * x + self.branch_gain * branch
-        return x if self.norm_out is None else self.norm_out(x).to(x.dtype)
+        return x if self.norm_out is None else self.norm_out(x).to(x.dtype), dual
 
 
 class Layer(GradientCheckpointingLayer):
@@ -363,20 +384,23 @@ class Layer(GradientCheckpointingLayer):
         first_value: Tensor | None = None,
         cache: Cache | None = None,
         weights_too: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x: the stream; outputs: those of all layers before -> (the stream, own output, own values, weights)."""
+        dual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x: the stream; outputs: those of all layers before; dual: the sum of all branches, if it is kept -> (the
+        stream, own output, own values, weights, the sum)."""
         attention, feedforward = self.attention, self.feedforward
         branch, value, weights = attention.body(
             attention.read(x, shared.dtype), shared, first_value, cache, weights_too
         )
-        x = attention.write(x, branch)
-        x = output = feedforward.write(x, feedforward.body(feedforward.read(x, shared.dtype)))
+        x, dual = attention.write(x, branch, dual)
+        x, dual = feedforward.write(x, feedforward.body(feedforward.read(x, shared.dtype)), dual)
+        output = x
         if self.mix is not None:
             mix = self.mix.to(x.dtype)
             x = torch.zeros_like(output)
             for weight, each in zip(mix.unbind(), (*outputs, output), strict=True):
                 x = x.addcmul(each, weight)
-        return x, output, value, weights
+        return x, output, value, weights, dual
 
 
 class StablelmDecoderPreTrainedModel(PreTrainedModel):
@@ -399,6 +423,10 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.constant_(module.alpha, module.slope)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
+        if isinstance(module, Sublayer) and module.skip is not None:
+            init.ones_(module.skip)
+        if isinstance(module, Attention) and module.head_scale is not None:
+            init.ones_(module.head_scale)
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             init.copy_(module.mix, F.one_hot(torch.tensor(len(module.mix) - 1), len(module.mix)).to(module.mix))
@@ -457,11 +485,12 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         embedded = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         shared, position_ids = self._shared(embedded, input_ids, attention_mask, position_ids, cache)
         x = self._embed(embedded, position_ids)
+        dual = x if config.dual_stream else None
         states, all_weights, outputs, first_value = [x], [], (x,), None
         attentions = config.output_attentions if output_attentions is None else output_attentions
         for layer in self.layers:
-            x, output, value, weights = layer(
-                x, outputs, shared, first_value, cache=cache, weights_too=bool(attentions)
+            x, output, value, weights, dual = layer(
+                x, outputs, shared, first_value, cache=cache, weights_too=bool(attentions), dual=dual
             )
             if config.mixes_outputs:
                 outputs = (*outputs, output)
@@ -471,7 +500,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             all_weights.append(weights)
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=self._finish(x, shared.dtype),
+            last_hidden_state=self._finish(x, dual, shared.dtype),
             hidden_states=tuple(states) if wanted else None,
             attentions=tuple(all_weights) if attentions else None,
             **{CACHE: cache},
@@ -486,8 +515,10 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             x = self.norm_embedding(x)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def _finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = (x if self.norm_final is None else self.norm_final(x)).to(dtype)
+    def _finish(self, x: Tensor, dual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        end = x if dual is None else dual
+        end = end if self.norm_final is None else self.norm_final(end)
+        x = (end if dual is None else x + end).to(dtype)
         if self.projection is not None:
             x = self.projection(x)
         return x if self.config.head_scale == 1 else x * self.config.head_scale
