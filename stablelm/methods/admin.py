@@ -28,7 +28,6 @@ class LearnedSkip(Stream):
     """w * x + f(x), w (width,) for each sub-layer, all alike at the start (section 4.1, eq. 7)."""
 
     name: ClassVar[str] = "admin"
-    layers_differ: ClassVar[bool] = False
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         return (Added("skip", np.full(model.d_model, profiled(model)[sublayer])),)
@@ -153,6 +152,7 @@ def _feedforward(model: Model, read: _Moments, index: int) -> _Moments:
 ADMIN = Method(
     "admin",
     "Liu et al., Understanding the Difficulty of Training Transformers, EMNLP 2020",
-    {"stream": "admin", "placement": "post"},
+    # Embeddings of variance 1, as the released code has them.
+    {"stream": "admin", "placement": "post", "init": "fan_in"},
     (LearnedSkip(),),
 )

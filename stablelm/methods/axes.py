@@ -237,7 +237,7 @@ class Stream(Value):
         return self.gains_in(model, sublayer)
 
     def trained_scale(self, added: "Mapping[str, Tensor]") -> "Tensor | None":
-        """What multiplies the features of a trained branch beside `trained_gains`, (width,), for export; None: nothing."""
+        """What multiplies each feature of a trained branch besides, (width,), for export; None: nothing."""
         return None
 
     def export_obstacle(self, model: Model) -> str | None:

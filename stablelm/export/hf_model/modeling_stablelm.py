@@ -94,9 +94,10 @@ class StablelmDecoderConfig(PreTrainedConfig):
     sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the
     branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
     `learned_skip` times a learned factor for each feature; `dual_stream`: beside x a sum of all branches without norms,
-    which the final norm reads and to which x is added; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    which the final norm reads and to which x is added; `growth`: the output of that width is appended to x instead;
+    `mixes_outputs`: after each layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale`
+    and `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name,
+    of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
