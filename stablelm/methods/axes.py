@@ -124,6 +124,8 @@ class Stream(Value):
     """Whether there is a skip connection; the theory of gradients assumes one."""
     predicted: ClassVar[bool] = True
     """Whether the theory knows the stream."""
+    dual: ClassVar[bool] = False
+    """Whether the head reads x + norm(d), d being the embedding and every branch, summed, for the theory."""
     layers_differ: ClassVar[bool] = False
     """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
     normed: ClassVar[int | None] = None

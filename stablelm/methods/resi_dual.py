@@ -18,6 +18,7 @@ class Dual(Stream):
     x + norm(d) (released code; section 3)."""
 
     name: ClassVar[str] = "dual"
+    dual: ClassVar[bool] = True
     normed: ClassVar[int | None] = 1
 
     def start(self, embedded: "Tensor") -> "Chunks":
@@ -50,6 +51,7 @@ class Dual(Stream):
 RESI_DUAL = Method(
     "resi_dual",
     "Xie et al., ResiDual: Transformer with Dual Residual Connections, 2023",
-    {"stream": "dual", "placement": "post_final"},
+    # Embeddings of variance 1, as the released code has them.
+    {"stream": "dual", "placement": "post_final", "init": "fan_in"},
     (Dual(), Placement("post_final", after_write=True, final=True)),
 )

@@ -157,4 +157,6 @@ def _end(config: ModelConfig, tokens: int, collision: float) -> End:
         gradient *= config.d_model / stream_width(config, config.n_layers)
     final = _norm(config) if config.axes.placement.final else None
     # Probabilities are close to uniform at the start: sum_v (p_v - y_v)^2 is 1 but for terms of 1 / vocabulary.
-    return End(norm=final, head_gradient=gradient, target_collision=collision, tokens=tokens)
+    return End(
+        norm=final, head_gradient=gradient, target_collision=collision, tokens=tokens, dual=config.axes.stream.dual
+    )
