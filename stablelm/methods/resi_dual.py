@@ -22,7 +22,8 @@ class Dual(Stream):
     normed: ClassVar[int | None] = 1
 
     def start(self, embedded: "Tensor") -> "Chunks":
-        return (embedded, embedded)
+        # Two tensors, or the first layer would be compiled for one that comes twice.
+        return (embedded, embedded.view_as(embedded))
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         branch = branch.to(chunks[0].dtype)
