@@ -43,6 +43,8 @@ CONFIGS = {name: model_of(name) for name in METHODS} | {
     "catformer_documents": model_of("catformer", {"document_end": END, "position": "learned"}, tie_embeddings=True),
     "espa_rope": model_of("e_spa", {"position": "rope"}, placement="pre", kv_heads=2, activation="gelu"),
     "shrinking_eps": model_of("deepscalelm_pre", norm_eps=0.01, options=(DeepscaleOptions(norm_eps="shrinking"),)),
+    "res_scale": model_of("normformer", stream="res_scale", norm="rmsnorm", bias=True, activation="swiglu"),
+    "mix_sigma": model_of("mix_ln", reparam="sigma", kv_heads=2),
     "completep_tied": model_of("completep", tie_embeddings=True, d_model=64),
 }
 

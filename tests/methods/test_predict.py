@@ -136,7 +136,7 @@ def _gradients(method: str) -> Gradients:
     return "all" if method == "deepscalelm_pre" else "stream"
 
 
-@pytest.mark.parametrize("method", (*METHODS, *PLACED_METHODS))
+@pytest.mark.parametrize("method", [*METHODS, *PLACED_METHODS])
 def test_twelve_layers(method):
     _check(resolved(method, 12, 256), (0,) if method == "sigma_reparam" else (0, 1))
 
