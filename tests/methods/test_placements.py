@@ -22,12 +22,12 @@ from stablelm.methods.admin import profiled
 from stablelm.methods.sizes import parameter_counts
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
+from stablelm.model.sublayer import Layer
 
 LAYERS, WIDTH, HEADS = 4, 16, 2
 SIZES = (f"model.n_layers={LAYERS}", f"model.d_model={WIDTH}", f"model.n_heads={HEADS}", "data.seq_len=12")
 PLAIN = ("model.attention.position=none", "model.norm=layernorm", "model.activation=gelu", "model.bias=false")
 Weights = Mapping[str, Tensor]
-Norm = Callable[[str, Tensor], Tensor]
 
 
 def _config(method: str, *overrides: str) -> ModelConfig:
@@ -44,6 +44,10 @@ def _decoder(config: ModelConfig, *, moved: float = 0.3) -> Decoder:
             if parameter.ndim == 1:
                 parameter.add_(moved * torch.randn(parameter.shape, generator=generator))
     return decoder
+
+
+def _layers(decoder: Decoder) -> list[Layer]:
+    return [layer for layer in decoder.layers if isinstance(layer, Layer)]
 
 
 def _text() -> tuple[Tensor, Tensor]:
@@ -216,9 +220,9 @@ def test_mix_lns_layers_of_each_kind(n_layers, share, post):
     """3 of 12 and 6 of 24 in the released scripts; 2 of 32 for the paper's model of 7B."""
     config = _config("mix_ln", f"model.n_layers={n_layers}", f"model.mix_ln.share={share}")
     decoder = Decoder(config, "fp32")
-    kinds = [layer.attention.norm_out is not None for layer in decoder.layers]
+    kinds = [layer.attention.norm_out is not None for layer in _layers(decoder)]
     assert kinds == [True] * post + [False] * (n_layers - post)
-    assert [layer.feedforward.norm_in is None for layer in decoder.layers] == kinds
+    assert [layer.feedforward.norm_in is None for layer in _layers(decoder)] == kinds
 
 
 @pytest.mark.parametrize(("n_layers", "start"), [(2, 0.1), (18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6), (96, 1e-6)])
@@ -228,7 +232,7 @@ def test_layerscales_start_by_depth(n_layers, start):
     initialise(decoder, config, 0)
     gains = [each for name, each in decoder.named_parameters() if name.endswith(".gain")]
     assert len(gains) == 2 * n_layers
-    assert all(torch.equal(gain, torch.full_like(gain, torch.tensor(start))) for gain in gains)
+    assert all(torch.equal(gain, torch.full_like(gain, torch.tensor(start).item())) for gain in gains)
 
 
 def test_layerscale_at_1_is_pre_ln_and_skipinit_at_0_the_identity():
@@ -246,7 +250,7 @@ def test_layerscale_at_1_is_pre_ln_and_skipinit_at_0_the_identity():
 def test_normformer_starts_with_branches_of_attention_of_unit_variance():
     """gamma is 1: each token's output of attention has mean 0 and mean square 1."""
     decoder, seen = _decoder(_config("normformer", *PLAIN), moved=0), []
-    for layer in decoder.layers:
+    for layer in _layers(decoder):
         layer.attention.dropout.register_forward_hook(lambda _, args, out: seen.append(out))
     decoder(_text()[0])
     assert len(seen) == LAYERS
@@ -264,11 +268,11 @@ def _measured_skips(config: ModelConfig, seeds: int) -> list[float]:
         decoder, skip, found = make_decoder(config, seed), 1.0, []
         tokens = zipf_tokens(2, 128, seed)
         positions, x = decoder.positions(tokens), decoder.embed(tokens).detach()
-        for layer in decoder.layers:
+        for layer in _layers(decoder):
             for part in (layer.attention, layer.feedforward):
                 found.append(skip)
                 with torch.no_grad():
-                    part.skip.fill_(skip)
+                    part.get_parameter("skip").fill_(skip)
                     branch = part.body(part.enter((x,)), positions)
                     skip = math.sqrt((skip * x).var().item() + branch.var().item())
                     (x,) = part.leave((x,), part.enter((x,)), positions)
