@@ -12,7 +12,8 @@ from stablelm.model.attention.body import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
 from stablelm.model.products import Vectors, one_matrix
-from stablelm.model.sublayer import Chunks, Sublayer, named_parameters_of
+from stablelm.model.added_parameters import named_parameters_of
+from stablelm.model.sublayer import Chunks, Sublayer
 
 Work = Callable[[], None]
 M = TypeVar("M", bound=nn.Module)

@@ -38,6 +38,13 @@ class Affine:
         """Both multiplied."""
         return Affine(self.weight.times(factor), None if self.bias is None else self.bias.times(factor))
 
+    def of_features(self, scale: Tensor | None) -> "Affine":
+        """Each feature of what it makes multiplied by its own factor, (d_out,); None: nothing."""
+        if scale is None:
+            return self
+        weight = self.weight.map(lambda x: x.mul_(scale if x.ndim == 1 else scale[:, None]))
+        return Affine(weight, None if self.bias is None else self.bias.map(lambda x: x.mul_(scale)))
+
 
 @dataclass(frozen=True)
 class FoldedLayer:
@@ -116,11 +123,11 @@ class Folded:
         """Why no standard architecture of pre-norm layers computes the model, whatever its sizes."""
         model, placement, found = self.model, self.model.axes.placement, catalogue.export_obstacles(self.model)
         where = f"model.placement={placement.name}"
-        if not (placement.before_body and placement.final):
+        if not (placement.final and all(at.before_body for at in placement.used())):
             found.append(f"{where} leaves out norms that every standard architecture has")
-        if placement.before_output:
+        if any(at.before_output for at in placement.used()):
             found.append(f"{where} has a norm inside its sub-layers, in front of their last matrix")
-        if placement.after_write:
+        if any(at.after_write for at in placement.used()):
             found.append(f"{where} has norms on the stream itself")
         if model.axes.norm.standard is None:
             found.append(f"model.norm={model.axes.norm.name} is in no standard architecture")
@@ -142,8 +149,14 @@ class Folded:
             stem = _stem(sublayer)
             names = [each.name for each in stream.in_sublayer(model, sublayer)]
             added = {name: self.weights.read(f"{stem}.{name}").double() for name in names}
-            found.append(stream.trained_gains(model, added))
+            found.append(stream.trained_gains(model, sublayer, added))
         return found
+
+    def _branch_scale(self, sublayer: int) -> Tensor | None:
+        """What multiplies each feature of a branch beside its gain, (width,) float64; None: nothing."""
+        stream, stem = self.model.axes.stream, _stem(sublayer)
+        names = [each.name for each in stream.in_sublayer(self.model, sublayer)]
+        return stream.trained_scale({name: self.weights.read(f"{stem}.{name}").double() for name in names})
 
     @cached_property
     def scales(self) -> list[float]:
@@ -247,11 +260,11 @@ class Folded:
 
     def _last(self, sublayer: int, name: str) -> tuple[Affine, Affine | None]:
         """The map at a sub-layer's end and the norm on its branch, one of which takes the branch's scale."""
-        scale = self.gains[sublayer][1] / self.scales[sublayer + 1]
+        scale, features = self.gains[sublayer][1] / self.scales[sublayer + 1], self._branch_scale(sublayer)
         found = self._map(sublayer, name)
-        if self.model.axes.placement.on_branch:
-            return found, self._norm(f"{_stem(sublayer)}.norm_branch").times(scale)
-        found = found.times(scale)
+        if self.model.axes.placement.at(self.model, sublayer).on_branch:
+            return found, self._norm(f"{_stem(sublayer)}.norm_branch").times(scale).of_features(features)
+        found = found.times(scale).of_features(features)
         bias = None if found.bias is None else self._centred(found.bias, dim=0)
         return Affine(self._centred(found.weight, dim=0), bias), None
 

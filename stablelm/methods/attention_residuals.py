@@ -45,10 +45,9 @@ class AttentionResiduals(Stream):
     """Whether it is the last one."""
     eps: float = 0.0
 
-    def at(self, model: Model) -> "Stream":
-        return replace(self, eps=model.norm_eps)
-
-    def placed(self, model: Model, sublayer: int) -> "Stream":
+    def at(self, model: Model, sublayer: int | None = None) -> "Stream":
+        if sublayer is None:
+            return replace(self, eps=model.norm_eps)
         size = model.option(AttentionResidualsOptions).block_size
         return replace(self, opens=sublayer % size == 0, closes=(sublayer + 1) % size == 0, eps=model.norm_eps)
 

@@ -7,7 +7,7 @@ called.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -136,21 +136,25 @@ class Stream(Value):
     """Whether there is a skip connection; the theory of gradients assumes one."""
     predicted: ClassVar[bool] = True
     """Whether the theory knows the stream."""
+    dual: ClassVar[bool] = False
+    """Whether the head reads x + norm(d), d being the embedding and every branch, summed, for the theory."""
     layers_differ: ClassVar[bool] = False
     """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
+    normed: ClassVar[int | None] = None
+    """How many of the tensors that `write` returns the norm after the sub-layer takes, the first ones; None: all."""
 
-    def at(self, model: Model) -> "Stream":
-        """The stream with the gains of this model."""
-        skip, branch = self.gains(model)
+    def at(self, model: Model, sublayer: int | None = None) -> "Stream":
+        """The stream with the gains of this model, or as one sub-layer reads and writes it."""
+        skip, branch = self.gains(model) if sublayer is None else self.gains_in(model, sublayer)
         return replace(self, skip=skip, branch=branch)
-
-    def placed(self, model: Model, sublayer: int) -> "Stream":
-        """The stream as one sub-layer reads and writes it, if that depends on its place."""
-        return self.at(model)
 
     def gains(self, model: Model) -> tuple[float, float]:
         """(skip, branch) of x <- skip x + branch f(x)."""
         return 1.0, 1.0
+
+    def gains_in(self, model: Model, sublayer: int) -> tuple[float, float]:
+        """`gains` of a sub-layer, where they differ between these."""
+        return self.gains(model)
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
         plain = Stream.export_obstacle(self, model) is None and type(self).write is Stream.write
@@ -181,8 +185,8 @@ class Stream(Value):
         return self.gains(model)[1]
 
     def gains_at_start(self, model: Model, sublayer: int) -> tuple[float, float]:
-        """(skip, branch) of one sub-layer with every added parameter at its start, for the theory."""
-        return self.gains(model)[0], self.branch_at_start(model)
+        """(skip, branch) of a sub-layer with every added parameter at its start, for the theory."""
+        return self.gains_in(model, sublayer)[0], self.branch_at_start(model)
 
     def gate(self, model: Model) -> GateTheory | None:
         """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
@@ -254,17 +258,26 @@ class Stream(Value):
         """What the final norm and the head see."""
         return chunks[0]
 
-    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+    def end(self, chunks: "Chunks", norm: "Callable[[Tensor], Tensor] | None") -> "Tensor":
+        """What the head sees; `norm`: the final one, None where there is none."""
+        x = self.finish(chunks)
+        return x if norm is None else norm(x)
+
+    def trained_gains(self, model: Model, sublayer: int, added: "Mapping[str, Tensor]") -> tuple[float, float]:
         """(skip, branch) of a trained sub-layer, for export: x <- skip x + branch f(x).
 
         `added`: its own parameters by name. A value that overrides `write` overrides this, or cannot be exported.
         """
-        return self.gains(model)
+        return self.gains_in(model, sublayer)
+
+    def trained_scale(self, added: "Mapping[str, Tensor]") -> "Tensor | None":
+        """What multiplies each feature of a trained branch besides, (width,), for export; None: nothing."""
+        return None
 
     def export_obstacle(self, model: Model) -> str | None:
         kind = type(self)
         kept = all(getattr(kind, name) is getattr(Stream, name) for name in ("start", "read", "join", "end_layer"))
-        kept = kept and all(getattr(kind, name) is getattr(Stream, name) for name in ("settle", "finish"))
+        kept = kept and all(getattr(kind, name) is getattr(Stream, name) for name in ("settle", "finish", "end"))
         if kept and (kind.write is Stream.write or kind.trained_gains is not Stream.trained_gains):
             return None
         return f"model.stream={self.name} is not a sum of a skip and a branch, as every standard architecture's is"
@@ -277,7 +290,11 @@ class Placement(Value):
     `before_body`: on what the sub-layer reads; `before_output`: inside the body, before its last matrix (over all
     heads together, or after the activation); `on_branch`: on the body's output; `after_write`: on the stream after
     the sub-layer; `final`: before the head; `by_depth`: the norm before the body is divided by sqrt(layer from 1).
+    A value whose places differ between sub-layers says so in `at`; its own fields are then those of most of them.
     """
+
+    layers_differ: ClassVar[bool] = False
+    """Whether layers have norms at different places, so that they cannot share a compiled graph."""
 
     name: str  # type: ignore[misc]
     before_body: bool = False
@@ -287,14 +304,36 @@ class Placement(Value):
     final: bool = False
     by_depth: bool = False
 
+    def at(self, model: Model, sublayer: int) -> "Placement":
+        """The places in a sub-layer, counted from 0 over both kinds."""
+        return self
+
+    def used(self) -> "tuple[Placement, ...]":
+        """The places that `at` gives, in a model of any depth."""
+        return (self,)
+
     def input_scale(self, layer: int) -> float:
         """What multiplies the norm before the body of a layer, counted from 0."""
         return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
 
+    def in_attention(self, model: Model) -> tuple[Added, ...]:
+        """Parameters that the body of each attention sub-layer gets; `mixed` takes them by name."""
+        return ()
+
+    def mixed(self, heads: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+        """Values averaged by attention, (batch, seq, heads, d_head), on their way to the output map."""
+        return heads
+
+    def export_obstacle(self, model: Model) -> str | None:
+        if self.in_attention(model):
+            return f"model.placement={self.name} scales its heads, which no standard architecture does"
+        return None
+
     def import_obstacle(self, model: Model) -> str | None:
-        if self.after_write or self.on_branch or self.before_output:
+        each = self.used()
+        if any(at.after_write or at.on_branch or at.before_output for at in each):
             return "it has norms where a plain model has none, and a norm undoes any scale of the weights"
-        if not (self.before_body and self.final):
+        if not (self.final and all(at.before_body for at in each)):
             return "it lacks norms that a plain model has before each sub-layer and at the end"
         return None
 
@@ -339,6 +378,8 @@ class Init(Value):
 
     sizes_branches: ClassVar[bool] = False
     """Whether it sets the size of a branch by the size of its matrices, which a spectral norm of 1 undoes."""
+    solved: ClassVar[bool] = False
+    """Whether stds are solved such that each branch has variance 1 after its dropout."""
     unit_variance: ClassVar[bool] = False
     """Whether embeddings and activations have variance 1, as the activation `tailored` assumes."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from stablelm.errors import ConfigError
 from stablelm.import_path import named
 from stablelm.methods.activations import ACTIVATIONS
+from stablelm.methods.admin import ADMIN
 from stablelm.methods.alibi import Alibi
 from stablelm.methods.attention_residuals import ATTENTION_RESIDUALS
 from stablelm.methods.axes import Axes, M, Method, MethodOptions, Model, Value
@@ -21,19 +22,25 @@ from stablelm.methods.e_spa import E_SPA
 from stablelm.methods.gpt2 import GPT2
 from stablelm.methods.gtrxl import GTRXL
 from stablelm.methods.hyper_connections import HYPER_CONNECTIONS
+from stablelm.methods.keel import KEEL
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
+from stablelm.methods.layerscale import LAYERSCALE
 from stablelm.methods.magneto import MAGNETO
 from stablelm.methods.mhc import MHC
+from stablelm.methods.mix_ln import MIX_LN
 from stablelm.methods.mlra import MLRA
 from stablelm.methods.muddformer import MUDDFORMER
+from stablelm.methods.normformer import NORMFORMER
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
 from stablelm.methods.positions import POSITIONS
 from stablelm.methods.post_ln import POST_LN
 from stablelm.methods.pre_ln import PRE_LN
 from stablelm.methods.qk_norm import QK_NORM
+from stablelm.methods.resi_dual import RESI_DUAL
 from stablelm.methods.rezero import REZERO
 from stablelm.methods.sigma_reparam import SIGMA_REPARAM, SIGMA_REPARAM_NONORM
+from stablelm.methods.skipinit import SKIPINIT
 from stablelm.methods.tfixup import TFIXUP
 from stablelm.methods.value_residual import VALUE_RESIDUAL
 from stablelm.methods.with_sigma import CATFORMER_SIGMA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA
@@ -45,6 +52,7 @@ METHODS: dict[str, Method] = {
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
         *(HYPER_CONNECTIONS, MHC, MUDDFORMER, ATTENTION_RESIDUALS, GTRXL),
         *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
+        *(KEEL, MIX_LN, LAYERSCALE, SKIPINIT, ADMIN, NORMFORMER, RESI_DUAL),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())

@@ -64,7 +64,7 @@ class Concat(Stream):
         return _sized(model)
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
-        if model.axes.placement.after_write:
+        if any(at.after_write for at in model.axes.placement.used()):
             yield Refusal(
                 ("model.stream", "model.placement"),
                 "a concatenated stream has no sum to normalise; use model.placement=pre, sub or peri",
@@ -116,6 +116,7 @@ class Concat(Stream):
 class UnitInit(Init):
     name: ClassVar[str] = "unit"
     sizes_branches: ClassVar[bool] = True
+    solved: ClassVar[bool] = True
     unit_variance: ClassVar[bool] = True
 
     def std(self, role: Role, shape: Any, model: Model) -> float:

@@ -19,7 +19,7 @@ class DeepNormStream(Stream):
         return (2 * model.n_layers) ** 0.25, 1.0
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
-        if not model.axes.placement.after_write:
+        if not all(at.after_write for at in model.axes.placement.used()):
             yield Refusal(
                 ("model.stream", "model.placement"),
                 "deepnorm multiplies the skip at every sub-layer, so without a norm after the sum the stream explodes; "

@@ -69,6 +69,7 @@ def solved_std(role: Role, stds: Sequence[dict[str, float]]) -> float:
 class DeepscaleInit(Init):
     name: ClassVar[str] = "deepscale"
     sizes_branches: ClassVar[bool] = True
+    solved: ClassVar[bool] = True
     unit_variance: ClassVar[bool] = True
 
     def std(self, role: Role, shape: Sequence[int], model: Model) -> float:

@@ -117,14 +117,14 @@ class Skipless(Stream):
         return 0.0, 1.0
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
-        placement = model.axes.placement
+        placement, each = model.axes.placement, model.axes.placement.used()
         if not model.axes.shaping.replaces_skip:
             yield Refusal(
                 ("model.stream", "model.attention.shaping"),
                 "without a skip, attention that starts uniform makes all tokens equal within a few layers; "
                 "use model.attention.shaping=espa, or a stream with a skip",
             )
-        if placement.after_write or placement.on_branch or placement.before_output or placement.by_depth:
+        if any(at.after_write or at.on_branch or at.before_output or at.by_depth for at in each):
             yield Refusal(
                 ("model.stream", "model.placement"),
                 "espa's decay leaves the size of the stream alone, which norms at other places would not; "

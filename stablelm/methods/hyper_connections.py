@@ -43,7 +43,7 @@ class CopiedStream(Stream):
         """The number of copies."""
         raise NotImplementedError
 
-    def at(self, model: Model) -> "Stream":
+    def at(self, model: Model, sublayer: int | None = None) -> "Stream":
         return replace(self, copies=self.expansion(model), eps=model.norm_eps)
 
     def multiplications(self, model: Model, sublayer: int) -> int:

@@ -49,7 +49,7 @@ class ManifoldHyperConnections(CopiedStream):
     def expansion(self, model: Model) -> int:
         return model.option(MhcOptions).expansion
 
-    def at(self, model: Model) -> "Stream":
+    def at(self, model: Model, sublayer: int | None = None) -> "Stream":
         return replace(super().at(model), iterations=model.option(MhcOptions).iterations)
 
     def in_sublayer(self, model: Model, sublayer: int) -> tuple[Added, ...]:

@@ -44,7 +44,7 @@ class MultiwayDense(Stream):
 
     eps: float = 0.0
 
-    def at(self, model: Model) -> "Stream":
+    def at(self, model: Model, sublayer: int | None = None) -> "Stream":
         return replace(self, eps=model.norm_eps)
 
     def in_layer(self, model: Model, layer: int) -> tuple[Added, ...]:

@@ -35,16 +35,21 @@ class ReZeroStream(Stream):
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         return super().write(chunks, branch * added["gain"].to(branch.dtype), added)
 
-    def trained_gains(self, model: Model, added: "Mapping[str, Tensor]") -> tuple[float, float]:
+    def trained_gains(self, model: Model, sublayer: int, added: "Mapping[str, Tensor]") -> tuple[float, float]:
         return 1.0, added["gain"].item()
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
-        if model.axes.placement.on_branch:
-            yield Refusal(
-                ("model.stream", "model.placement"),
-                "a norm on the branch and a learned gain that starts at zero both set the branch's size; "
-                "use model.placement=none or pre, or model.stream=residual",
-            )
+        return sized_twice(model)
+
+
+def sized_twice(model: Model) -> Iterable[Refusal]:
+    """Of streams with a learned gain on the branch."""
+    if any(at.on_branch for at in model.axes.placement.used()):
+        yield Refusal(
+            ("model.stream", "model.placement"),
+            "a norm on the branch and a learned gain that starts at zero both set the branch's size; "
+            "use model.placement=none or pre, or model.stream=residual",
+        )
 
 
 REZERO = Method(

@@ -61,7 +61,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
     assert model.vocab_size is not None
     assert model.max_seq_len is not None
     stream = model.axes.stream
-    if stream.layers_differ:
+    if stream.layers_differ or model.axes.placement.layers_differ:
         matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in range(model.n_layers)), strict=True))
     else:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
@@ -126,7 +126,7 @@ def _feedforward(model: Model, width: Widths, index: int) -> tuple[int, int]:
 def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> tuple[int, int]:
     """With the norms of the placement, and what the reparametrisation adds to each map."""
     maps = [(d_in, d_out) for d_in, rows in products(model, index) for d_out in rows]
-    placement, reparam = model.axes.placement, model.axes.reparam
+    placement, reparam = model.axes.placement.at(model, index), model.axes.reparam
     if reparam.applies(model, index):
         shapes = [shape for d_in, d_out in maps for shape in reparam.parameters(d_in, d_out).values()]
         others += sum(map(math.prod, shapes))
@@ -134,6 +134,7 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
     inputs = inputs if model.axes.stream.separate_inputs(model, index) else 1
     others += placement.before_body * inputs * _norm(model, width.read) + placement.before_output * _norm(model, inner)
     others += (placement.on_branch + placement.after_write) * _norm(model, width.branch)
+    others += 0 if index % 2 else sum(each.start.size for each in placement.in_attention(model))
     return sum(d_in * d_out for d_in, d_out in maps), others
 
 

@@ -60,7 +60,7 @@ def _start(model: Model, literal: bool) -> tuple[float, float]:
 
 
 def _read_variance(model: Model, variance: float, index: int) -> float:
-    placement = model.axes.placement
+    placement = model.axes.placement.at(model, index)
     if not placement.before_body:
         return variance
     return model.axes.norm.variance(model, variance) * placement.input_scale(index // 2) ** 2
@@ -82,7 +82,7 @@ def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tup
 def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:
     width, target = widths(model, index), 1 - model.dropout
     fan_in = 1 / math.sqrt(width.read * reading.variance)
-    if model.axes.placement.before_output:
+    if model.axes.placement.at(model, index).before_output:
         return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / width.attention)}
     if shared:
         both = (target / (width.read * width.attention * reading.variance * kept)) ** 0.25
@@ -94,7 +94,7 @@ def _feedforward_stds(model: Model, reading: Reading, index: int, shared: bool) 
     width, target, activation = widths(model, index), 1 - model.dropout, model.axes.activation
     assert model.d_ff is not None
     fan_in = 1 / math.sqrt(width.read * reading.variance)
-    if model.axes.placement.before_output:
+    if model.axes.placement.at(model, index).before_output:
         return {"fc1": fan_in, "gate": fan_in, "fc2": math.sqrt(target / model.d_ff)}
     if shared and activation.scales_evenly:
         function = activation.function(model.n_layers)
@@ -124,4 +124,4 @@ def _write(model: Model, variance: float, correlation: float, branch: float, ind
         skip, share = math.sqrt(width.read / total), math.sqrt(width.branch / total)
     after = skip**2 * variance + share**2
     mixed = (skip**2 * variance * correlation + share**2 * branch) / after
-    return (1.0 if model.axes.placement.after_write else after), mixed
+    return (1.0 if model.axes.placement.at(model, index).after_write else after), mixed

@@ -25,3 +25,19 @@ def _factor_std(role: Role, shape: Sequence[int], model: Model) -> float:
     whole = (width.attention if role.kind == "query" else d_key_value(model), width.read)
     inner = shape[0] if role.factor == "down" else shape[1]
     return (model.axes.init.std(Role(role.kind, role.layer), whole, model) ** 2 / inner) ** 0.25
+
+
+def map_variance(model: Model, kind: str, sublayer: int, d_in: int, d_out: int) -> float:
+    """Variance of the entries of a map as it acts at the start: of low-rank factors, of a reparametrised matrix."""
+    if model.axes.init.starts_at_zero(kind):
+        return 0.0
+    layer, inner = sublayer // 2, model.axes.maps.rank(model) if kind in ("query", "key", "value") else None
+    if inner is None:
+        return _entry(model, Role(kind, layer), (d_out, d_in), sublayer)
+    down = _entry(model, Role(kind, layer, "down"), (inner, d_in), sublayer)
+    return down * _entry(model, Role(kind, layer, "up"), (d_out, inner), sublayer) * inner
+
+
+def _entry(model: Model, role: Role, shape: tuple[int, int], sublayer: int) -> float:
+    std, reparam = initial_std(role, shape, model), model.axes.reparam
+    return reparam.entry_variance(model, std, shape) if reparam.applies(model, sublayer) else std**2

@@ -141,10 +141,7 @@ class Decoder(nn.Module):
 
     def finish(self, chunks: Chunks) -> Tensor:
         """The stream after all layers -> what the head multiplies, (batch, seq, d_model) in the compute dtype."""
-        x = self.stream.finish(chunks)
-        if self.norm_final is not None:
-            x = self.norm_final(x)
-        x = x.to(self.dtypes.compute)
+        x = self.stream.end(chunks, self.norm_final).to(self.dtypes.compute)
         if self.projection is not None:
             x = self.projection(x)
         scale = self.config.axes.init.head_scale(self.config)

@@ -24,7 +24,8 @@ class FeedForward(nn.Module):
         self.fc1 = Linear(width.read, config.d_ff, bias=bias, dtypes=dtypes, reparam=reparam)
         if self.activation.gated:
             self.gate = Linear(width.read, config.d_ff, bias=bias, dtypes=dtypes, reparam=reparam)
-        self.norm_inner = Norm(config, dtypes, config.d_ff) if config.axes.placement.before_output else None
+        placement = config.axes.placement.at(config, index)
+        self.norm_inner = Norm(config, dtypes, config.d_ff) if placement.before_output else None
         self.fc2 = Linear(config.d_ff, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
 
     @property

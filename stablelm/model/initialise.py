@@ -109,13 +109,16 @@ def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What the stream adds to the layer or sub-layer under that name."""
+    """What the stream adds to the layer or sub-layer, or the placement to the body, under that name."""
     assert role.layer is not None, name
-    stream, module = config.axes.stream, name.split(".")[-2]
-    if module.isdigit():
-        found = stream.in_layer(config, role.layer)
+    axes, parts = config.axes, name.split(".")
+    sublayer = 2 * role.layer + ("feedforward" in parts)
+    if parts[-2].isdigit():
+        found = axes.stream.in_layer(config, role.layer)
+    elif parts[-2] == "body":
+        found = axes.placement.in_attention(config)
     else:
-        found = stream.in_sublayer(config, 2 * role.layer + (module == "feedforward"))
+        found = axes.stream.in_sublayer(config, sublayer)
     return next(parameter for parameter in found if parameter.name == role.kind)
 
 

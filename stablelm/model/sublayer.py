@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.axes import Added
 from stablelm.methods.sizes import fits_float8
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
@@ -21,20 +21,6 @@ Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]
 
 
-def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
-    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
-    for parameter in parameters:
-        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
-        module.register_parameter(parameter.name, nn.Parameter(empty))
-    return tuple(parameter.name for parameter in parameters)
-
-
-def named_parameters_of(module: nn.Module, names: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, Tensor]:
-    """These parameters of a module, by name; matrices in the compute dtype, in which engines may gather them."""
-    found = {name: getattr(module, name) for name in names}
-    return {name: value.to(compute_dtype) if value.ndim > 1 else value for name, value in found.items()}
-
-
 class Sublayer(nn.Module):
     """One body (attention or feed-forward) with its norms and its way onto the stream; `index` counts both kinds.
 
@@ -44,8 +30,8 @@ class Sublayer(nn.Module):
     def __init__(self, config: ModelConfig, dtypes: Dtypes, index: int):
         super().__init__()
         axes, layer = config.axes, index // 2
-        placement, width = axes.placement, axes.stream.widths(config, index)
-        self.stream = axes.stream.placed(config, index)
+        placement, width = axes.placement.at(config, index), axes.stream.widths(config, index)
+        self.stream = axes.stream.at(config, index)
         self.compute_dtype = dtypes.compute
         self.separate = axes.stream.separate_inputs(config, index)
         # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
@@ -64,7 +50,7 @@ class Sublayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("stacked", None, persistent=False)
         added = self.stream.in_sublayer(config, index)
-        self.added, self.added_maps = _add(self, added, dtypes), [each.name for each in added if each.map]
+        self.added, self.added_maps = add_parameters(self, added, dtypes), [each.name for each in added if each.map]
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     if TYPE_CHECKING:
@@ -138,7 +124,8 @@ class Sublayer(nn.Module):
             branch = self.norm_branch(branch)
         new = self.stream.write(chunks, self.dropout(branch), self._added())
         if self.norm_out is not None:
-            new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
+            normed = len(new) if self.stream.normed is None else self.stream.normed
+            new = (*(self.norm_out(chunk).to(chunk.dtype) for chunk in new[:normed]), *new[normed:])
         return new
 
 
@@ -152,7 +139,7 @@ class Layer(nn.Module):
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
         added, self.compute_dtype = self.stream.in_layer(config, index), dtypes.compute
-        self.added, self.added_maps = _add(self, added, dtypes), [each.name for each in added if each.map]
+        self.added, self.added_maps = add_parameters(self, added, dtypes), [each.name for each in added if each.map]
 
     def forward(
         self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Role, Widths
 from stablelm.methods.sizes import d_head, d_key_value, stream_width, widths
-from stablelm.methods.stds import initial_std
+from stablelm.methods.stds import initial_std, map_variance
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
 from stablelm.theory.moments import token_collision
@@ -76,7 +76,7 @@ def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Ar
 
 
 def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
-    placement, stream = config.axes.placement, config.axes.stream
+    stream, placement = config.axes.stream, config.axes.placement.at(config, index)
     width = widths(config, index)
     keep, write = stream.gains_at_start(config, index)
     return SublayerTheory(
@@ -97,8 +97,8 @@ def _norm(config: ModelConfig, scale: float = 1.0) -> NormTheory:
 
 
 def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> AttentionBody:
-    into = {kind: _variance(config, kind, index, width.read, out) for kind, out in _heads(config, width).items()}
-    output = _variance(config, "output", index, width.attention, width.branch)
+    into = {kind: map_variance(config, kind, index, width.read, out) for kind, out in _heads(config, width).items()}
+    output = map_variance(config, "output", index, width.attention, width.branch)
     return AttentionBody(
         pattern=_pattern(config, index // 2, seq_len),
         query_gain=width.read * into["query"],
@@ -113,7 +113,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         d_head=d_head(config),
         qk_norm=bool(config.attention.qk_norm),
         logit_cap=config.attention.logit_cap or None,
-        inner_norm=_norm(config) if config.axes.placement.before_output else None,
+        inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
         value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
     )
@@ -134,9 +134,9 @@ def _pattern(config: ModelConfig, layer: int, seq_len: int) -> Pattern:
 def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardBody:
     assert config.d_ff is not None
     activation = config.axes.activation
-    first = _variance(config, "fc1", index, width.read, config.d_ff)
-    gate = _variance(config, "gate", index, width.read, config.d_ff) if activation.gated else 0.0
-    last = _variance(config, "fc2", index, config.d_ff, width.branch)
+    first = map_variance(config, "fc1", index, width.read, config.d_ff)
+    gate = map_variance(config, "gate", index, width.read, config.d_ff) if activation.gated else 0.0
+    last = map_variance(config, "fc2", index, config.d_ff, width.branch)
     return FeedForwardBody(
         function=activation.function(config.n_layers),
         fc1_gain=width.read * first,
@@ -145,26 +145,10 @@ def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardB
         fc2_back=width.branch * last,
         gate_gain=width.read * gate,
         gate_back=config.d_ff * gate,
-        inner_norm=_norm(config) if config.axes.placement.before_output else None,
+        inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
         output_scale=activation.output_scale(config.n_layers),
         gated=activation.gated,
     )
-
-
-def _variance(config: ModelConfig, kind: str, index: int, d_in: int, d_out: int) -> float:
-    """Variance of the entries of a map as it acts at the start: of low-rank factors, of a reparametrised matrix."""
-    if config.axes.init.starts_at_zero(kind):
-        return 0.0
-    layer, inner = index // 2, config.axes.maps.rank(config) if kind in ("query", "key", "value") else None
-    if inner is None:
-        return _entry(config, Role(kind, layer), (d_out, d_in), index)
-    down = _entry(config, Role(kind, layer, "down"), (inner, d_in), index)
-    return down * _entry(config, Role(kind, layer, "up"), (d_out, inner), index) * inner
-
-
-def _entry(config: ModelConfig, role: Role, shape: tuple[int, int], index: int) -> float:
-    std, reparam = initial_std(role, shape, config), config.axes.reparam
-    return reparam.entry_variance(config, std, shape) if reparam.applies(config, index) else std**2
 
 
 def _end(config: ModelConfig, tokens: int, collision: float) -> End:
@@ -174,4 +158,6 @@ def _end(config: ModelConfig, tokens: int, collision: float) -> End:
         gradient *= config.d_model / stream_width(config, config.n_layers)
     final = _norm(config) if config.axes.placement.final else None
     # Probabilities are close to uniform at the start: sum_v (p_v - y_v)^2 is 1 but for terms of 1 / vocabulary.
-    return End(norm=final, head_gradient=gradient, target_collision=collision, tokens=tokens)
+    return End(
+        norm=final, head_gradient=gradient, target_collision=collision, tokens=tokens, dual=config.axes.stream.dual
+    )

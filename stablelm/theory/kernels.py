@@ -104,6 +104,17 @@ def norm_backward(norm: NormTheory | None, kernel: Array, gradient: Array) -> Ar
     return norm.scale**2 * gradient / _variances(norm, kernel)
 
 
+def norm_slopes(norm: NormTheory | None, kernel: Array) -> Array:
+    """What a gradient is multiplied with on its way through the norm, the mean over features, by token (T,)."""
+    if norm is None:
+        return np.ones(len(kernel))
+    if norm.alpha is not None:
+        inside = norm.alpha**2 * np.diagonal(kernel)
+        # Of two independent features the mean product is the product of the means.
+        return norm.scale * norm.alpha * np.sqrt(TANH.dual_slope(inside, np.zeros_like(inside), inside))
+    return norm.scale / np.sqrt(np.diagonal(kernel) + norm.eps)
+
+
 def _variances(norm: NormTheory, kernel: Array) -> Array:
     std = np.sqrt(np.diagonal(kernel) + norm.eps)
     return np.outer(std, std)

@@ -24,6 +24,7 @@ from stablelm.theory.kernels import (
     feedforward_forward,
     norm_backward,
     norm_forward,
+    norm_slopes,
     times_diagonal,
 )
 
@@ -56,13 +57,15 @@ class End:
 
     `head_gradient`: E|g|^2 / width for g = gradient of one token's cross-entropy to the head's input, that is
     (multiplier * std of the head)^2 * sum_v E[(p_v - y_v)^2]; `target_collision`: probability that the targets of
-    two positions are equal, which is the correlation of their gradients as long as p is close to uniform.
+    two positions are equal, which is the correlation of their gradients as long as p is close to uniform. `dual`: the
+    head reads x + norm(d), d being the embedding and every branch, summed (Xie et al. 2023).
     """
 
     norm: NormTheory | None
     head_gradient: float
     target_collision: float
     tokens: int
+    dual: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,13 @@ class _Step(NamedTuple):
     entropy: float
 
 
+class _Beside(NamedTuple):
+    """The gradient to the sum d beside the stream: its kernel, and E[dL/dx_a . dL/dd_b] / width with the stream's."""
+
+    kernel: Array
+    cross: Array
+
+
 def token_correlation(kernel: Array) -> float:
     """Mean over pairs of positions of K_ab / sqrt(K_aa K_bb); `kernel`: (T, T) with T > 1."""
     std = np.sqrt(np.diagonal(kernel))
@@ -117,16 +127,16 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> T
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
     run = max(1, math.isqrt(len(sublayers)))
-    kept, records, first = [], [_record(kernel)], None
+    kept, records, first, summed = [], [_record(kernel)], None, kernel
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
             kept.append(kernel)
         step = _forward(sublayer, kernel, first)
         if first is None and isinstance(step.state, AttentionState):
             first = step.state.values
-        kernel = step.after
+        kernel, summed = step.after, summed + step.branch
         records.append(_record(kernel, step))
-    gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, end))
+    gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, summed, end))
     attention, feedforward = records[1::2], records[2::2]
     layers = [records[0], *feedforward]
     return Trace(
@@ -153,17 +163,25 @@ def _record(kernel: Array, step: _Step | None = None) -> _Record:
     return _Record(float(np.diagonal(kernel).mean()), token_correlation(kernel), float(branch), entropy)
 
 
-def _start(kernel: Array, end: End) -> Array:
-    """Gradient kernel of the loss at the stream's end."""
+def _start(kernel: Array, summed: Array, end: End) -> tuple[Array, _Beside | None]:
+    """Gradient kernel of the loss at the stream's end, and that to the sum beside it."""
     per_token = end.head_gradient / end.tokens**2
     at_head = per_token * (end.target_collision + (1 - end.target_collision) * np.eye(len(kernel)))
-    return norm_backward(end.norm, kernel, at_head)
+    if not end.dual:
+        return norm_backward(end.norm, kernel, at_head), None
+    cross = at_head * norm_slopes(end.norm, summed)[None, :]
+    return at_head, _Beside(norm_backward(end.norm, summed, at_head), cross)
 
 
 def _gradients(
-    kept: list[Array], run: int, sublayers: Sequence[SublayerTheory], first: Array | None, gradient: Array
+    kept: list[Array],
+    run: int,
+    sublayers: Sequence[SublayerTheory],
+    first: Array | None,
+    start: tuple[Array, _Beside | None],
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
+    gradient, beside = start
     variances, to_first = [float(np.diagonal(gradient).mean())], None
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
@@ -172,11 +190,15 @@ def _gradients(
             steps.append((i, _forward(sublayers[i], kernel, None if i == owner else first)))
             kernel = steps[-1][1].after
         for i, step in reversed(steps):
-            gradient, to_values = _backward(sublayers[i], step, gradient, to_first if i == owner else None)
+            gradient, to_values, beside = _backward(
+                sublayers[i], step, gradient, to_first if i == owner else None, beside
+            )
             if to_values is not None:
                 to_first = to_values if to_first is None else to_first + to_values
             if i % 2 == 0:
                 variances.append(float(np.diagonal(gradient).mean()))
+    if beside is not None:
+        gradient = gradient + beside.kernel + beside.cross + beside.cross.T
     return np.array(variances[::-1]), gradient
 
 
@@ -201,19 +223,26 @@ def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _S
 
 
 def _backward(
-    sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None
-) -> tuple[Array, Array | None]:
-    """Gradient kernels at the stream before the sub-layer, and at the first attention body's values.
+    sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None, beside: _Beside | None
+) -> tuple[Array, Array | None, _Beside | None]:
+    """Gradient kernels at the stream before the sub-layer, at the first attention body's values, and beside the stream.
 
-    Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel.
+    Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel. A
+    branch that is also added to a sum beside the stream gets that sum's gradient too, which has a part in common with
+    the stream's: what passed no branch.
     """
     gradient = norm_backward(sublayer.norm_after, step.written, gradient)
     if sublayer.gate is not None:
-        assert step.gate is not None
+        assert step.gate is not None and beside is None
         kept, inner = gate_backward(sublayer.gate, step.gate, step.before, step.normed, gradient, sublayer.dropout)
     else:
         keep, write = (sublayer.keep, sublayer.write) if sublayer.concat is None else (1.0, 1.0)
-        kept, inner = keep**2 * gradient, times_diagonal(write**2 * gradient, 1 / (1 - sublayer.dropout))
+        kept, inner = keep**2 * gradient, write**2 * gradient
+        if beside is not None:
+            cross = beside.cross * norm_slopes(sublayer.norm_after, step.written)[:, None]
+            inner = inner + beside.kernel + write * (cross + cross.T)
+            beside = _Beside(beside.kernel, keep * cross)
+        inner = times_diagonal(inner, 1 / (1 - sublayer.dropout))
     inner, to_values = norm_backward(sublayer.norm_branch, step.output, inner), None
     if isinstance(sublayer.body, AttentionBody):
         assert isinstance(step.state, AttentionState)
@@ -221,4 +250,4 @@ def _backward(
     else:
         assert isinstance(step.state, FeedForwardState)
         inner = feedforward_backward(sublayer.body, step.state, inner)
-    return kept + norm_backward(sublayer.norm_in, step.before, inner), to_values
+    return kept + norm_backward(sublayer.norm_in, step.before, inner), to_values, beside

@@ -168,6 +168,7 @@ def test_the_learning_rate_before_the_step_does_not_change():
 
 def test_a_run_saved_before_a_key_existed_had_its_default():
     new = ("data.packing", "data.document_mask", "data.mixture", "model.attention.document_end")
+    new += ("model.keel.alpha", "model.mix_ln.share", "model.layerscale.start", "model.skipinit.start")
     old = {name: value for name, value in make().items() if name not in new}
     assert differences(old, make()) == []
     (line,) = differences(old, make("data.packing=best_fit"))

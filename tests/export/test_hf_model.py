@@ -49,6 +49,8 @@ CONFIGS = {name: model_of(name) for name in METHODS} | {
     "hyper_static": model_of("hyper_connections", options=(HyperConnectionsOptions(expansion=3, dynamic=False),)),
     "mudd_static": model_of("muddformer", options=(MuddformerOptions(dynamic=False),), placement="pre_scaled"),
     "depth_blocks": model_of("attention_residuals", options=(AttentionResidualsOptions(block_size=3),)),
+    "res_scale": model_of("normformer", stream="res_scale", norm="rmsnorm", bias=True, activation="swiglu"),
+    "mix_sigma": model_of("mix_ln", reparam="sigma", kv_heads=2),
     "completep_tied": model_of("completep", tie_embeddings=True, d_model=64),
 }
 

@@ -65,7 +65,13 @@ def test_48_layers_give_our_logits(method: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", ["catformer", "denseformer", "rezero", "value_residual", "deepnorm", "documents"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("catformer", "denseformer", "rezero", "value_residual", "deepnorm", "documents"),
+        *("keel", "layerscale", "admin", "res_scale", "resi_dual"),
+    ],
+)
 def test_loss_and_gradients_are_ours(name: str, checkpointed: bool, tmp_path: Path):
     decoder = moved_decoder(CONFIGS[name])
     model = load(write_folder(decoder, tmp_path / "model")).train()

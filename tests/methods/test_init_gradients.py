@@ -42,7 +42,11 @@ def _loss(decoder: Decoder, start: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "method", ["deepscalelm_pre", "deepscalelm_post", "deepnorm", "magneto", "completep", "catformer", "peri_ln"]
+    "method",
+    [
+        *("deepscalelm_pre", "deepscalelm_post", "deepnorm", "magneto", "completep", "catformer", "peri_ln"),
+        *("keel", "mix_ln", "admin", "normformer", "resi_dual"),
+    ],
 )
 def test_gradient_to_the_stream_is_the_finite_difference(method):
     decoder = _decoder(method)

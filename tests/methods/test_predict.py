@@ -45,6 +45,8 @@ METHODS = (
 )
 # A model of spectrally normalised matrices is its plain twin (tested below), and starts slowly.
 PLAIN_METHODS = tuple(method for method in METHODS if method != "sigma_reparam")
+# Norms that differ between sub-layers, and learned factors of skips and branches.
+PLACED_METHODS = ("keel", "mix_ln", "layerscale", "skipinit", "admin", "normformer", "resi_dual")
 
 
 def _predict(config: ModelConfig, measured: Measured, batch: int = 2) -> Prediction:
@@ -66,13 +68,14 @@ def _shares(config: ModelConfig, prediction: Prediction) -> Array:
     if config.stream == "concat":
         each = [widths(config, index) for index in range(2 * config.n_layers)]
         return np.array([width.branch / (width.read + width.branch) for width in each])
-    keep, write = (factor**2 for factor in config.axes.stream.gains(config))
-    before = prediction.stream_variance[:-1]
-    attention = write * prediction.attention_branch_variance[1:]
-    feedforward = write * prediction.feedforward_branch_variance[1:]
-    between = np.ones_like(before) if config.axes.placement.after_write else keep * before + attention
-    shares = (attention / (keep * before + attention), feedforward / (keep * between + feedforward))
-    return np.stack(shares, axis=1).flatten()
+    shares, before = [], prediction.stream_variance[0]
+    branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
+    for index, branch in enumerate(np.stack(branches, axis=1).flatten()):
+        keep, write = (factor**2 for factor in config.axes.stream.gains_at_start(config, index))
+        after = keep * before + write * branch
+        shares.append(write * branch / after)
+        before = 1.0 if config.axes.placement.at(config, index).after_write else after
+    return np.array(shares)
 
 
 def _gradient_spread(config: ModelConfig, prediction: Prediction) -> Array:
@@ -133,7 +136,7 @@ def _gradients(method: str) -> Gradients:
     return "all" if method == "deepscalelm_pre" else "stream"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *PLACED_METHODS])
 def test_twelve_layers(method):
     _check(resolved(method, 12, 256), (0,) if method == "sigma_reparam" else (0, 1))
 
@@ -141,6 +144,12 @@ def test_twelve_layers(method):
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_48_layers(method):
     _check(resolved(method, 48, 256), (0, 1), _gradients(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PLACED_METHODS)
+def test_48_layers_of_other_placements(method):
+    _check(resolved(method, 48, 256), (0, 1))
 
 
 @pytest.mark.slow
@@ -162,6 +171,9 @@ def test_a_thousand_layers(method):
         ("deepscalelm_pre", 12, ("model.activation=gelu", "model.attention.position=learned")),
         ("deepscalelm_pre", 12, ("deepscale.form=literal",)),
         ("sigma_reparam", 4, ("model.sigma.gamma=one",)),
+        ("resi_dual", 6, ("model.dropout=0.1", "model.norm=rmsnorm")),
+        ("skipinit", 12, ("model.skipinit.start=0.2", "model.bias=false")),
+        ("admin", 12, ("model.dropout=0.1", "model.activation=relu")),
     ],
 )
 def test_variants(method, n_layers, overrides):

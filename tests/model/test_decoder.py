@@ -206,9 +206,20 @@ def test_compiled_layers_equal_eager_ones(name):
 @pytest.mark.parametrize(
     ("method", "precision"),
     [(method, precision) for method in ("pre_ln", "post_ln", "gpt2") for precision in ("fp32", "bf16")]
-    + [(method, "fp32") for method in ("magneto", "sigma_reparam", "deepscalelm_pre", "deepnorm", "rezero", "mlra")],
+    + [(method, "fp32") for method in ("magneto", "sigma_reparam", "deepscalelm_pre", "deepnorm", "rezero", "mlra")]
+    + [(method, "fp32") for method in ("layerscale", "skipinit", "admin", "normformer", "resi_dual")],
 )
 def test_all_layers_share_one_graph(method, precision):
+    assert len(_graphs(method, precision)) == 1
+
+
+@pytest.mark.parametrize("method", ["keel", "mix_ln"])
+def test_layers_with_norms_at_the_same_places_share_a_graph(method):
+    assert len(_graphs(method, "fp32")) == 2
+
+
+def _graphs(method: str, precision: str) -> list:
+    """What ten layers are compiled to."""
     torch.compiler.reset()
     config = small_config(method, n_layers=10)
     graphs = []
@@ -222,4 +233,4 @@ def test_all_layers_share_one_graph(method, precision):
         layer.compile(backend=backend, fullgraph=True)
     tokens, targets = sample(config)
     decoder(tokens, targets).total.backward()
-    assert len(graphs) == 1
+    return graphs

@@ -15,6 +15,7 @@ from stablelm.theory.kernels import (
     feedforward_forward,
     norm_backward,
     norm_forward,
+    norm_slopes,
     times_diagonal,
 )
 from stablelm.theory.moments import GELU, RELU, SILU, LeakyRelu
@@ -56,6 +57,16 @@ def test_norms_equal_random_features(norm):
     (back,) = torch.autograd.grad(y, x, features(GRADIENT, 1))
     assert norm_forward(norm, KERNEL) == pytest.approx(kernel_of(y), rel=0.02)
     assert norm_backward(norm, KERNEL, GRADIENT) == pytest.approx(kernel_of(back), rel=0.02)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_a_gradient_keeps_its_product_with_another_but_for_the_norms_slopes(norm):
+    """Of E[(J^T g)_a . h_b] / width, g and h having features in common; what the norm projects out is little."""
+    x, both = features(KERNEL, 0), features(GRADIENT, 1)
+    (back,) = torch.autograd.grad(normalise(norm, x), x, both)
+    cross = (back @ both.T).detach().numpy() / FEATURES
+    assert norm_slopes(norm, KERNEL)[:, None] * GRADIENT == pytest.approx(cross, rel=0.02)
+    assert (norm_slopes(None, KERNEL) == 1).all()
 
 
 @pytest.mark.parametrize("inner_norm", [None, NormTheory(centred=True), NormTheory()])

@@ -56,6 +56,14 @@ def end(norm: NormTheory | None = LAYER_NORM, width: int = D_MODEL) -> End:
     return End(norm, 1 / width, COLLISION, BATCH * SEQ_LEN)
 
 
+def test_a_sum_beside_the_stream_passes_its_gradient_to_every_branch():
+    """Without norms both hold the same: the head reads 2 x, and its gradient is twice that of x alone."""
+    sublayers = stack(3, *xavier())
+    one, two = (propagate(start(), sublayers, replace(end(None), dual=dual)) for dual in (False, True))
+    assert two.stream_variance == pytest.approx(one.stream_variance, rel=1e-12)
+    assert two.gradient_kernel == pytest.approx(4 * one.gradient_kernel, rel=1e-12)
+
+
 def scaled(n_layers: int, function: Function = RELU, **keys) -> list[SublayerTheory]:
     """DeepScaleLM's skip and branch with unit branches: values grow where attention averages them away."""
     beta_squared, sublayers = 2 / n_layers, []

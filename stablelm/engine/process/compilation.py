@@ -49,7 +49,7 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
     own_compile_folder()
     axes, limit = config.axes, None
     differ = axes.stream.layers_differ or axes.stream.eps_scale(config, 2) != axes.stream.eps_scale(config, 0)
-    if axes.placement.by_depth or differ or axes.shaping.active:
+    if axes.placement.by_depth or axes.placement.layers_differ or differ or axes.shaping.active:
         limit = 8 * config.n_layers  # torch's own limit of shapes and modes, for each layer
     configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
     for layer in layers.modules():

@@ -61,6 +61,9 @@ DEFAULTS: dict[str, Any] = {
     "skip_gain": 1.0,
     "branch_gain": 1.0,
     "learned_gain": False,
+    "learned_skip": None,
+    "dual_stream": False,
+    "head_scales": False,
     "growth": None,
     "mixes_outputs": False,
     "mixes_separately": False,
@@ -96,17 +99,21 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
+    the last; `head_scales`: a learned factor of what each head averages. Norms: `norm_*` say where, of all sub-layers
+    or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
     of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs; `mixes_separately`: and so are, with sums and
-    norms of their own, the inputs of the next layer's query, key and value, with `mix_hidden_multiple` by weights of
-    each token. `copies`: x is that many tensors which learned weights mix, with `copies_dynamic` of each token, with
-    `copies_iterations` those of Sinkhorn and Knopp, at the start a share `copies_exchange` of the others.
-    `depth_block`: a softmax average of the embedding and of sums of so many sub-layers' outputs is read. `gate_bias`:
-    a recurrent unit's gate in place of the sum, and the start of its bias. `embedding_scale` and `head_scale` multiply
-    the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the
+    branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
+    `learned_skip` times a learned factor for each feature; `dual_stream`: beside x a sum of all branches without norms,
+    which the final norm reads and to which x is added; `growth`: the output of that width is appended to x instead;
+    `mixes_outputs`: after each layer x is a learned sum of the embeddings and all layers' outputs; `mixes_separately`:
+    and so are, with sums and norms of their own, the inputs of the next layer's query, key and value, with
+    `mix_hidden_multiple` by weights of each token. `copies`: x is that many tensors which learned weights mix, with
+    `copies_dynamic` of each token, with `copies_iterations` those of Sinkhorn and Knopp, at the start a share
+    `copies_exchange` of the others. `depth_block`: a softmax average of the embedding and of sums of so many
+    sub-layers' outputs is read. `gate_bias`: a recurrent unit's gate in place of the sum, and the start of its bias.
+    `embedding_scale` and `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by
+    transformers' name, of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
@@ -149,6 +156,11 @@ class Shared(NamedTuple):
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def of_sublayer(setting: Any, index: int) -> Any:
+    """The setting of a sub-layer: its entry of a list, or the one of all."""
+    return setting[index] if isinstance(setting, (list, tuple)) else setting
 
 
 class Norm(nn.Module):
@@ -226,7 +238,8 @@ class Attention(nn.Module):
         self.query, self.key, self.value = first(width), first(d_kv), first(d_kv)
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
-        self.norm_inner = Norm(config, width) if config.norm_before_output else None
+        self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
+        self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads)) if config.head_scales else None
         self.output = nn.Linear(width, d_out, bias=bias)
 
     def forward(
@@ -253,7 +266,10 @@ class Attention(nn.Module):
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
-        mixed = mixed.transpose(1, 2).flatten(-2)
+        mixed = mixed.transpose(1, 2)
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale.to(mixed.dtype)[:, None]
+        mixed = mixed.flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed).to(mixed.dtype)
         return self.output(mixed), own_value, weights
@@ -311,7 +327,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """fc2(act(fc1 x)), or with a gate fc2(act(gate x) * fc1 x)."""
 
-    def __init__(self, config: StablelmDecoderConfig, d_in: int, d_out: int):
+    def __init__(self, config: StablelmDecoderConfig, d_in: int, d_out: int, index: int):
         super().__init__()
         width = config.intermediate_size
         self.fc1 = nn.Linear(d_in, width, bias=config.bias)
@@ -319,7 +335,7 @@ class FeedForward(nn.Module):
         slope = config.negative_slope
         self.act = ACT2FN[config.hidden_act] if slope is None else nn.LeakyReLU(slope)
         self.scale = config.activation_scale
-        self.norm_inner = Norm(config, width) if config.norm_before_output else None
+        self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, index) else None
         self.fc2 = nn.Linear(width, d_out, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -338,19 +354,22 @@ class Sublayer(nn.Module):
     def __init__(self, config: StablelmDecoderConfig, index: int):
         super().__init__()
         self.config, self.index, self.grows = config, index, config.growth is not None
-        growth = config.growth or 0
+        self.skip_gain, self.branch_gain = (of_sublayer(gain, index) for gain in (config.skip_gain, config.branch_gain))
+        growth, before = config.growth or 0, of_sublayer(config.norm_before_body, index)
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
-        self.norm_in = Norm(config, d_in, reads=index) if config.norm_before_body else None
-        self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
+        self.norm_in = Norm(config, d_in, reads=index) if before else None
+        self.body = FeedForward(config, d_in, d_out, index) if index % 2 else Attention(config, d_in, d_out, index // 2)
         self.separate = config.mixes_separately and index % 2 == 0 and index > 0
         for name in ("norm_in_1", "norm_in_2") if self.separate else ():
-            self.register_module(name, Norm(config, d_in, reads=index) if config.norm_before_body else None)
-        self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
+            self.register_module(name, Norm(config, d_in, reads=index) if before else None)
+        self.norm_branch = Norm(config, d_out) if of_sublayer(config.norm_on_branch, index) else None
         self.dropout = nn.Dropout(config.dropout)
-        self.gain = nn.Parameter(torch.zeros(1)) if config.learned_gain else None
+        self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if config.learned_gain else None
+        kind = "feedforward" if index % 2 else "attention"
+        self.skip = nn.Parameter(torch.ones(d_out)) if kind in (config.learned_skip or ()) else None
         for name, start in stream_starts(config, index).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(start.shape)))
-        self.norm_out = Norm(config, d_out) if config.norm_after_write else None
+        self.norm_out = Norm(config, d_out) if of_sublayer(config.norm_after_write, index) else None
 
     def read(self, x: Tensor, outputs: Tensors, dtype: torch.dtype) -> Inputs:
         if self.separate:
@@ -373,14 +392,17 @@ class Sublayer(nn.Module):
             return torch.cat((x, branch), dim=-1), outputs
         if self.config.depth_block is not None:
             return self._averaged(outputs, branch)
+        if self.config.dual_stream:
+            outputs = (outputs[0] + branch,)
         if self.config.gate_bias is not None:
             x = self._gated(x, branch)
         elif self.config.copies is not None:
             written = self._copy_weights(x, "write").unsqueeze(-1) * branch.unsqueeze(-2)
             x = torch.matmul(self._copy_weights(x, "mix"), x) + written
         else:
-            skip, gain = self.config.skip_gain, self.config.branch_gain
-            x = gain * branch if skip == 0 else skip * x + gain * branch
+            if self.skip is not None:
+                x = x * self.skip.to(x.dtype)
+            x = self.branch_gain * branch if self.skip_gain == 0 else self.skip_gain * x + self.branch_gain * branch
         return (x if self.norm_out is None else self.norm_out(x).to(x.dtype)), outputs
 
     def _copy_weights(self, x: Tensor, kind: str) -> Tensor:
@@ -548,6 +570,10 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
         if isinstance(module, Sublayer):
             for name, start in stream_starts(module.config, module.index).items():
                 init.copy_(getattr(module, name), start)
+        if isinstance(module, Sublayer) and module.skip is not None:
+            init.ones_(module.skip)
+        if isinstance(module, Attention) and module.head_scale is not None:
+            init.ones_(module.head_scale)
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             count = len(module.mix) // max(1, module.ways)
@@ -627,7 +653,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             all_weights.append(weights)
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
-            last_hidden_state=self._finish(states[-1], shared.dtype),
+            last_hidden_state=self._finish(states[-1], outputs[0] if config.dual_stream else None, shared.dtype),
             hidden_states=tuple(states) if wanted else None,
             attentions=tuple(all_weights) if attentions else None,
             **{CACHE: cache},
@@ -642,8 +668,10 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
             x = self.norm_embedding(x)
         return F.dropout(x, self.config.dropout, self.training)
 
-    def _finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = (x if self.norm_final is None else self.norm_final(x)).to(dtype)
+    def _finish(self, x: Tensor, dual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        end = x if dual is None else dual
+        end = end if self.norm_final is None else self.norm_final(end)
+        x = (end if dual is None else x + end).to(dtype)
         if self.projection is not None:
             x = self.projection(x)
         return x if self.config.head_scale == 1 else x * self.config.head_scale

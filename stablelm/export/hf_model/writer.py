@@ -5,7 +5,7 @@ spectral norms and the scales of norms by depth are multiplied into the tensors.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +50,9 @@ def _obstacle(axis: str, value: Value, model: ModelConfig) -> str:
 def config(source: TrainedModel) -> dict[str, Any]:
     """The entries of config.json that say what the model computes, without token ids and dtype."""
     model, axes = source.model, source.model.axes
-    skip, branch = axes.stream.gains(model)
-    placement, attention = axes.placement, model.attention
+    sublayers = range(2 * model.n_layers)
+    gains = [axes.stream.gains_in(model, index) for index in sublayers]
+    places, attention = [axes.placement.at(model, index) for index in sublayers], model.attention
     eps_scales = [axes.stream.eps_scale(model, index) for index in range(2 * model.n_layers + 1)]
     settings: dict[str, Any] = {
         "architectures": [CLASSES["AutoModelForCausalLM"]],
@@ -74,16 +75,16 @@ def config(source: TrainedModel) -> dict[str, Any]:
         "qk_norm": bool(attention.qk_norm),
         "document_end": attention.document_end,
         "norm_embedding": bool(model.embedding_norm),
-        "norm_before_body": placement.before_body,
-        "norm_before_output": placement.before_output,
-        "norm_on_branch": placement.on_branch,
-        "norm_after_write": placement.after_write,
-        "norm_final": placement.final,
+        "norm_before_body": _common(at.before_body for at in places),
+        "norm_before_output": _common(at.before_output for at in places),
+        "norm_on_branch": _common(at.on_branch for at in places),
+        "norm_after_write": _common(at.after_write for at in places),
+        "norm_final": axes.placement.final,
         "norm_bias": bool(model.bias) and axes.norm.has_bias,
         "norm_eps": model.norm_eps,
         "norm_eps_scales": None if set(eps_scales) == {1.0} else eps_scales,
-        "skip_gain": skip,
-        "branch_gain": branch,
+        "skip_gain": _common(skip for skip, _ in gains),
+        "branch_gain": _common(branch for _, branch in gains),
         "embedding_scale": axes.init.embedding_scale(model),
         "head_scale": axes.init.head_scale(model),
         "gated": axes.activation.gated,
@@ -93,6 +94,12 @@ def config(source: TrainedModel) -> dict[str, Any]:
     for value in axes.each():
         settings |= value.modelling(model) or {}
     return settings
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The value that all sub-layers have, else a list."""
+    each = list(values)
+    return each[0] if len(set(each)) == 1 else each
 
 
 def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
@@ -107,7 +114,7 @@ def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
             yield outside + name, weights.lazy(name).times(_norm_scale(model, layer, parts))
         elif leaf == "weight":
             yield outside + name, weights.matrix(stem, model, 2 * layer + (parts[2] == "feedforward"))
-        elif leaf == "bias":
+        elif leaf == "bias" or parts[-2] == "body":
             yield outside + name, weights.lazy(name)
 
 

@@ -10,6 +10,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
 from stablelm.methods.sizes import d_head, d_key_value
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
@@ -49,8 +50,11 @@ class Attention(nn.Module):
             # RMSNorm over each head, gains shared by heads (Wortsman et al. 2024; OLMo et al. 2024).
             self.norm_query = Norm(config, dtypes, self.d_head, kind=RmsNorm())
             self.norm_key = Norm(config, dtypes, self.d_head, kind=RmsNorm())
-        self.norm_inner = Norm(config, dtypes, width.attention) if config.axes.placement.before_output else None
+        self.placement = config.axes.placement
+        inner_norm = self.placement.at(config, 2 * layer).before_output
+        self.norm_inner = Norm(config, dtypes, width.attention) if inner_norm else None
         self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
+        self.added = add_parameters(self, config.axes.placement.in_attention(config), dtypes)
 
     @property
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
@@ -73,7 +77,8 @@ class Attention(nn.Module):
         value = products[1].contiguous().unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed = self._mix(query, key, value, positions, cache).transpose(1, 2).flatten(-2)
+        heads = self._mix(query, key, value, positions, cache).transpose(1, 2)
+        mixed = self.placement.mixed(heads, named_parameters_of(self, self.added, heads.dtype)).flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed)
         return self.output(mixed)
