@@ -30,11 +30,17 @@ def products(model: Model, sublayer: int) -> list[tuple[int, tuple[int, ...]]]:
     if sublayer % 2:
         assert model.d_ff is not None
         return [(width.read, (model.d_ff,) * (1 + model.axes.activation.gated)), (model.d_ff, (width.branch,))]
-    d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
-    first, output = (width.attention, d_kv, d_kv), (width.attention, (width.branch,))
+    d_kv, maps, gate = d_key_value(model), model.axes.maps, model.axes.gate.width(model)
+    first, inner = (width.attention, d_kv, d_kv)[: 2 + maps.has_values], maps.rank(model)
+    gates, output = (gate,) * bool(gate), [(width.attention, (width.branch,))] * maps.has_values
     if inner is None:
-        return [(width.read, first), output]
-    return [(width.read, (inner,) * 3), *((inner, (rows,)) for rows in first), output]
+        return [(width.read, first + gates), *output]
+    return [(width.read, (inner,) * len(first) + gates), *((inner, (rows,)) for rows in first), *output]
+
+
+def logit_scale(model: Model) -> float:
+    """What multiplies query . key."""
+    return model.axes.init.logit_scale(d_head(model)) * model.axes.shaping.logit_factor(model)
 
 
 def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
@@ -63,6 +69,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
     for layer in range(model.n_layers):
         others += _added(stream.in_layer(model, layer))
+        others += sum(_added(value.in_attention(model, layer)) for value in model.axes.each())
         others += sum(_added(stream.in_sublayer(model, index)) for index in (2 * layer, 2 * layer + 1))
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
@@ -105,7 +112,8 @@ def _added(parameters: tuple[Added, ...]) -> int:
 def _attention(model: Model, width: Widths, index: int) -> tuple[int, int]:
     d_kv = d_key_value(model)
     others = 2 * d_head(model) if model.attention.qk_norm else 0
-    others += width.attention + 2 * d_kv + width.branch if model.bias else 0
+    values = model.axes.maps.has_values
+    others += width.attention + d_kv + values * (d_kv + width.branch) if model.bias else 0
     return _body(model, width, index, others, width.attention)
 
 

@@ -13,7 +13,7 @@ def initial_std(role: Role, shape: Sequence[int], model: Model) -> float:
         return init.embedding_std(model)
     if role.kind == "head":
         return init.head_std(model)
-    if role.kind == "projection":
+    if role.kind in ("projection", "head_gate"):
         return shape[1] ** -0.5
     return init.std(role, shape, model) if role.factor is None else _factor_std(role, shape, model)
 

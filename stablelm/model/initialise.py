@@ -13,14 +13,16 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import MATRICES, TABLES, Added, Role
 from stablelm.methods.stds import initial_std
-from stablelm.model.linear import derive
+from stablelm.model.linear import Linear, derive
 from stablelm.seeds import seed_from
 
 
 def roles(decoder: nn.Module) -> dict[str, Role]:
     """The role of every parameter of a Decoder, by name; a tied head is the embedding."""
     reparametrised = {
-        f"{name}.weight" for name, part in decoder.named_modules() if getattr(part, "reparam", None) is not None
+        f"{name}.weight"
+        for name, part in decoder.named_modules()
+        if isinstance(part, Linear) and part.reparam is not None and part.reparam.scale_free
     }
     names = [name for name, _ in decoder.named_parameters()]
     return {name: role_of(name, reparametrised=name in reparametrised) for name in names}
@@ -75,10 +77,9 @@ def initial_values(
         sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
         applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
         value = initial_value(name, role, shape, config, seed)
-        yield name, value
-        if applies:
-            stem = name.removesuffix(".weight")
-            yield from ((f"{stem}.{own}", first) for own, first in reparam.starts(value, config, start).items())
+        own = reparam.starts(value, config, start, initial_std(role, shape, config)) if applies else {}
+        yield name, own.pop("weight", value)
+        yield from ((f"{name.removesuffix('.weight')}.{beside}", first) for beside, first in own.items())
 
 
 def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
@@ -102,10 +103,12 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What the stream adds to the layer or sub-layer under that name."""
+    """What an axis value adds to the layer, sub-layer or body of attention under that name."""
     assert role.layer is not None, name
     stream, module = config.axes.stream, name.split(".")[-2]
-    if module.isdigit():
+    if module == "body":
+        found = [added for value in config.axes.each() for added in value.in_attention(config, role.layer)]
+    elif module.isdigit():
         found = stream.in_layer(config, role.layer)
     else:
         found = stream.in_sublayer(config, 2 * role.layer + (module == "feedforward"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
-from stablelm.methods.axes import Reparam
+from stablelm.methods.axes import Added, Reparam
 from stablelm.model import float8
 from stablelm.model.products import Vectors, product
 
@@ -175,6 +175,14 @@ def _factors(maps: Sequence[Linear]) -> list[Tensor]:
 def _bias(maps: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
     biases = [linear.bias for linear in maps if linear.bias is not None]
     return (biases[0] if len(biases) == 1 else torch.cat([*biases])).to(dtype) if biases else None
+
+
+def add_parameters(module: nn.Module, parameters: Sequence[Added], dtypes: Dtypes) -> tuple[str, ...]:
+    """Registers the parameters that axis values add to a module, uninitialised, and returns their names."""
+    for parameter in parameters:
+        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
+        module.register_parameter(parameter.name, nn.Parameter(empty))
+    return tuple(parameter.name for parameter in parameters)
 
 
 class LowRankLinear(nn.Module):

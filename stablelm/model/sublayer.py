@@ -8,25 +8,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.axes import Added
 from stablelm.methods.sizes import fits_float8
 from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Dtypes, Linear, completed, finished, first_product, side_by_side
+from stablelm.model.linear import Dtypes, Linear, add_parameters, completed, finished, first_product, side_by_side
 from stablelm.model.norms import Norm
 
 Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]
-
-
-def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
-    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
-    for parameter in parameters:
-        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
-        module.register_parameter(parameter.name, nn.Parameter(empty))
-    return tuple(parameter.name for parameter in parameters)
 
 
 def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -56,7 +47,7 @@ class Sublayer(nn.Module):
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("stacked", None, persistent=False)
-        self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_sublayer(config, index), dtypes)
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     if TYPE_CHECKING:
@@ -64,17 +55,20 @@ class Sublayer(nn.Module):
 
     def enter(self, chunks: Chunks) -> Products:
         """chunks: the stream -> what `body.first_maps` make of it, (batch, seq, each of `body.first_widths`) in the
-        compute dtype."""
-        maps = self.body.first_maps
-        if self.stacked is not None:
-            made = completed(maps, F.linear(self._read(*chunks), self.stacked))
-        elif not self.frees_input or not torch.is_grad_enabled():
-            made = side_by_side(maps, self._read(*chunks))
-        else:
+        compute dtype; with `body.passes_input`, what they read comes second."""
+        maps, read = self.body.first_maps, None
+        if self.frees_input and self.stacked is None and torch.is_grad_enabled():
             made = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
             made = finished(maps, made)
+        else:
+            read = self._read(*chunks)
+            made = side_by_side(maps, read) if self.stacked is None else completed(maps, F.linear(read, self.stacked))
         widths = self.body.first_widths
-        return (made,) if len(widths) == 1 else made.split(widths, dim=-1)
+        products = (made,) if len(widths) == 1 else made.split(widths, dim=-1)
+        if not self.body.passes_input:
+            return products
+        assert read is not None
+        return (products[0], read, *products[1:])
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -130,7 +124,7 @@ class Layer(nn.Module):
         self.gives_values = self.value_mixing.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
-        self.added = _add(self, self.stream.in_layer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(
         self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
@@ -146,7 +140,8 @@ class Layer(nn.Module):
         """`forward`; apart, so that recompute may wrap it inside of what is compiled."""
         attended, own = self.attend(chunks, positions, values, cache)
         between = self.stream.join(chunks, attended)
-        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
+        read = chunks if self.stream.parallel else between
+        fed = self.feedforward.leave(between, self.feedforward.enter(read), positions)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
         return (*new, own) if own is not None else new
 
@@ -155,7 +150,7 @@ class Layer(nn.Module):
     ) -> tuple[Chunks, Tensor | None]:
         """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
         products = self.attention.enter(chunks)
-        *rest, own = products
+        own = products[1]
         if values:
-            products = (*rest, self.value_mixing.mix(own, values[0]))
+            products = (products[0], self.value_mixing.mix(own, values[0]), *products[2:])
         return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None

@@ -34,7 +34,8 @@ class SublayerTheory:
     """A body, its norms and its way onto the stream: norm_after(keep x + write dropout(norm_branch(body(norm_in(x))))).
 
     `dropout`: probability on the branch, 0 for evaluation. `concat`: (width, growth), instead of the sum the branch's
-    `growth` features are set beside the stream's `width` ones; keep and write are then not used.
+    `growth` features are set beside the stream's `width` ones; keep and write are then not used. `parallel`: the body
+    reads what the sub-layer before it read.
     """
 
     body: AttentionBody | FeedForwardBody
@@ -45,6 +46,7 @@ class SublayerTheory:
     norm_after: NormTheory | None = None
     dropout: float = 0.0
     concat: tuple[int, int] | None = None
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,11 @@ class Trace:
 
 
 class _Step(NamedTuple):
-    """A sub-layer's forward pass: the stream before and after it, the latter also before `norm_after`; the branch
-    before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward."""
+    """A sub-layer's forward pass: the stream before it, as it reads it, and after it, the latter also before
+    `norm_after`; the branch before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward."""
 
     before: Array
+    read: Array
     written: Array
     after: Array
     output: Array
@@ -110,12 +113,12 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> T
     the square root of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
-    run = max(1, math.isqrt(len(sublayers)))
-    kept, records, first = [], [_record(kernel)], None
+    run = max(2, math.isqrt(len(sublayers)) // 2 * 2)  # whole layers
+    kept, records, first, step = [], [_record(kernel)], None, None
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
             kept.append(kernel)
-        step = _forward(sublayer, kernel, first)
+        step = _forward(sublayer, kernel, first, step)
         if first is None and isinstance(step.state, AttentionState):
             first = step.state.values
         kernel = step.after
@@ -158,15 +161,19 @@ def _gradients(
     kept: list[Array], run: int, sublayers: Sequence[SublayerTheory], first: Array | None, gradient: Array
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
-    variances, to_first = [float(np.diagonal(gradient).mean())], None
+    variances, to_first, waiting = [float(np.diagonal(gradient).mean())], None, 0.0
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
         kernel, steps = kept[block], []
+        step = None
         for i in range(block * run, min((block + 1) * run, len(sublayers))):
-            steps.append((i, _forward(sublayers[i], kernel, None if i == owner else first)))
-            kernel = steps[-1][1].after
+            step = _forward(sublayers[i], kernel, None if i == owner else first, step)
+            steps.append((i, step))
+            kernel = step.after
         for i, step in reversed(steps):
-            gradient, to_values = _backward(sublayers[i], step, gradient, to_first if i == owner else None)
+            gradient, own, to_values = _backward(sublayers[i], step, gradient, to_first if i == owner else None)
+            # What a parallel body reads stands before the sub-layer below it.
+            gradient, waiting = (gradient, own) if sublayers[i].parallel else (gradient + own + waiting, 0.0)
             if to_values is not None:
                 to_first = to_values if to_first is None else to_first + to_values
             if i % 2 == 0:
@@ -174,9 +181,13 @@ def _gradients(
     return np.array(variances[::-1]), gradient
 
 
-def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _Step:
-    body, entropy = sublayer.body, math.nan
-    inside = norm_forward(sublayer.norm_in, before)
+def _forward(sublayer: SublayerTheory, before: Array, first: Array | None, below: _Step | None) -> _Step:
+    """`below`: the sub-layer before this one, for one that is parallel to it."""
+    body, entropy, read = sublayer.body, math.nan, before
+    if sublayer.parallel:
+        assert below is not None
+        read = below.before
+    inside = norm_forward(sublayer.norm_in, read)
     if isinstance(body, AttentionBody):
         output, entropy, state = attention_forward(body, inside, first)
     else:
@@ -187,13 +198,14 @@ def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _S
     else:
         width, growth = sublayer.concat
         written = (width * before + growth * branch) / (width + growth)
-    return _Step(before, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
+    return _Step(before, read, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
 
 
 def _backward(
     sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None
-) -> tuple[Array, Array | None]:
-    """Gradient kernels at the stream before the sub-layer, and at the first attention body's values.
+) -> tuple[Array, Array, Array | None]:
+    """Gradient kernels at the stream before the sub-layer by way of its skip, at what it reads by way of its body, and
+    at the first attention body's values.
 
     Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel.
     """
@@ -207,4 +219,4 @@ def _backward(
     else:
         assert isinstance(step.state, FeedForwardState)
         inner = feedforward_backward(sublayer.body, step.state, inner)
-    return keep**2 * gradient + norm_backward(sublayer.norm_in, step.before, inner), to_values
+    return keep**2 * gradient, norm_backward(sublayer.norm_in, step.read, inner), to_values

@@ -10,6 +10,8 @@ from stablelm.export.importing.import_scales import scale_of
 from stablelm.export.importing.source_folder import SourceFolder
 from stablelm.export.importing.source_models import SourceModel
 from stablelm.methods import spectral
+from stablelm.methods.axes import MATRICES
+from stablelm.model.initialise import role_of
 
 
 class ImportedWeights:
@@ -26,10 +28,23 @@ class ImportedWeights:
         name = name.removeprefix(MODEL_PREFIX)
         stem, _, leaf = name.rpartition(".")
         if name in self._source.tensors:
-            return self._plain(name)
+            plain = self._plain(name)
+            return self._in_place_of(name, plain) if leaf == "weight" and name.startswith("layers.") else plain
         if leaf in self._beside:
             return self._start(stem)[leaf].to(self._dtype)
         return self._added(stem, leaf)
+
+    def _is_replaced(self, name: str) -> bool:
+        if not self._model.axes.reparam.replaces:
+            return False
+        role = role_of(name)
+        sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
+        matrix = role.layer is not None and role.kind in MATRICES
+        return matrix and self._model.axes.reparam.applies(self._model, sublayer)
+
+    def _replaced(self, name: str) -> Tensor:
+        """The matrix that stands, beside its gain, for the source's."""
+        return self._model.axes.reparam.starts(self._plain(name), self._model, spectral.start)["weight"]
 
     def _plain(self, name: str) -> Tensor:
         origin = self._source.tensors[name]
@@ -45,7 +60,8 @@ class ImportedWeights:
         if stem not in self._starts:
             weight = self._plain(f"{stem}.weight")
             try:
-                self._starts[stem] = self._model.axes.reparam.starts(weight, self._model, spectral.start)
+                found = self._model.axes.reparam.starts(weight, self._model, spectral.start)
+                self._starts[stem] = {own: value for own, value in found.items() if own in self._beside}
             except ValueError as error:
                 raise ConfigError(
                     f"{self._folder.path}: {stem} cannot be reparametrised ({error}); use a method without "
