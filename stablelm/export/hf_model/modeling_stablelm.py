@@ -101,14 +101,14 @@ class StablelmDecoderConfig(PreTrainedConfig):
     one more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head;
     `weight_limits` (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity
     is added to the weights and what they are without queries subtracted, each with a gain for each head with
-    `learned_identity`. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs; `attention_skip` off: attention's output is the
-    stream, and learned gains are the feed-forwards' alone; `parallel`: these read what attention reads. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
-    `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    `learned_identity`. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x)
+    in place of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of
+    each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned gain with
+    `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each layer x is
+    a learned sum of the embeddings and all layers' outputs; `attention_skip` off: attention's output is the stream, and
+    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads. `embedding_scale` and
+    `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of
+    the gate if `gated`; `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
