@@ -72,7 +72,7 @@ class OffByOne(WithNull):
 
 
 @dataclass(frozen=True)
-class Sink(WithNull):
+class LearnedSink(WithNull):
     name: ClassVar[str] = "sink"
 
     def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
@@ -108,7 +108,7 @@ class Clipped(Softmax):
 MILLER = "Miller, Attention Is Off By One, 2023"
 GPT_OSS = "OpenAI, gpt-oss-120b & gpt-oss-20b Model Card, 2025"
 SOFTMAX_ONE = Method("softmax_one", MILLER, {"attention.softmax": "off_by_one"}, (OffByOne(),))
-ATTENTION_SINK = Method("attention_sink", GPT_OSS, {"attention.softmax": "sink"}, (Sink(),))
+ATTENTION_SINK = Method("attention_sink", GPT_OSS, {"attention.softmax": "sink"}, (LearnedSink(),))
 CLIPPED_SOFTMAX = Method(
     "clipped_softmax", BONDARENKO, {"attention.softmax": "clipped"}, (Clipped(),), (ClippedOptions,)
 )
