@@ -198,7 +198,7 @@ def _with_variances(kernel: Array) -> tuple[Array, Array, Array]:
 
 def _scaled_rows(scale: Array | float, matrices: Array) -> Array:
     """scale_a M_ab scale_b; a number counts as such a vector."""
-    return matrices * scale**2 if isinstance(scale, float) else _both(scale, matrices)
+    return _both(scale, matrices) if isinstance(scale, np.ndarray) else matrices * scale**2
 
 
 def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
@@ -321,7 +321,7 @@ def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) ->
     cross = p @ (seen_values * seen_keys)
     centred = _sandwich(p, values * keys) - cross - _transposed(cross) + mixed_values * (p @ seen_keys)
     # Where keys share their weight with a key without a value, all their logits move that share as well.
-    lost = outer * turn * _both(1 - state.rows.kept, mixed_values) if isinstance(state.rows.kept, np.ndarray) else 0.0
+    lost = outer * turn * _scaled_rows(1.0 - state.rows.kept, mixed_values)
     to_queries = (weight * centred + lost * (p @ seen_keys)).mean(axis=0)
     weight, lost = weight * state.keys, lost * state.keys
     pulled = weight @ p

@@ -36,7 +36,8 @@ def test_two_processes_train_as_one(kinds: tuple[str, ...]):
         expected = single(*overrides, FP64, steps=STEPS)
         assert expected[0] != expected[-1]
         for kind in kinds:
-            assert worst(found[name, kind], expected) < 1e-9, (name, kind)
+            # DeepSpeed's norm for clipping is in single precision.
+            assert worst(found[name, kind], expected) < (1e-7 if kind == "zero3" else 1e-9), (name, kind)
 
 
 @pytest.mark.parametrize("name", ["wesar_sink", "clipped_softmax", "shaped_attention", "sas_p"])

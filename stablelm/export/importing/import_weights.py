@@ -28,8 +28,7 @@ class ImportedWeights:
         name = name.removeprefix(MODEL_PREFIX)
         stem, _, leaf = name.rpartition(".")
         if name in self._source.tensors:
-            plain = self._plain(name)
-            return self._in_place_of(name, plain) if leaf == "weight" and name.startswith("layers.") else plain
+            return self._replaced(name) if self._is_replaced(name) else self._plain(name)
         if leaf in self._beside:
             return self._start(stem)[leaf].to(self._dtype)
         return self._added(stem, leaf)
