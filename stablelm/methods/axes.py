@@ -369,8 +369,8 @@ class Reparam(Value):
     after_step: ClassVar[bool] = False
     """Whether `update` runs after each optimizer step."""
     replaces: ClassVar[bool] = False
-    """Whether `starts` puts another matrix in the place of the one that was drawn."""
-    scale_free: ClassVar[bool] = False
+    """Whether another matrix takes the place of the one that was drawn, by `split` in place of `starts`."""
+    scale_free: ClassVar[bool] = True
     """Whether the function does not depend on the size of its matrices, which therefore have no decay."""
 
     def applies(self, model: Model, sublayer: int) -> bool:
@@ -398,14 +398,20 @@ class Reparam(Value):
         `update` has to leave in them, to the last bit, what this would.
         """
 
-    def starts(self, weight: "Tensor", model: Model, top: Any, std: float | None = None) -> "dict[str, Tensor]":
-        """Initial values of those parameters and buffers, and of `weight` itself if `replaces`.
+    def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
+        """Initial values of those parameters and buffers; `top` finds the weight's largest singular value.
 
-        `top` finds the weight's largest singular value; `std`: with which it was drawn, None for one that was not.
-        When another rank computes this matrix's singular vectors, `top` returns zeros; every float64 value must then be
-        zero too, because the ranks' results are summed. Values in float32 are the same on all ranks.
+        When another rank computes this matrix's singular vectors, `top` returns zeros; every value must then be zero
+        too, because the ranks' results are summed.
         """
         return {}
+
+    def split(self, weight: "Tensor", model: Model, std: float | None) -> "dict[str, Tensor]":
+        """If `replaces`: initial values in float32 of those parameters and buffers, and of `weight` in its place.
+
+        `std`: with which the weight was drawn, None for one that was not.
+        """
+        raise NotImplementedError
 
     def factor(self, linear: Any) -> "Tensor | None":
         """What multiplies the rows of a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.

@@ -37,7 +37,6 @@ class SigmaOptions(MethodOptions):
 class Sigma(Reparam):
     name: ClassVar[str] = "sigma"
     after_step: ClassVar[bool] = True
-    scale_free: ClassVar[bool] = True
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         init = model.axes.init
@@ -71,7 +70,7 @@ class Sigma(Reparam):
 
         spectral.find_sigma(matrices, reduce)
 
-    def starts(self, weight: "Tensor", model: Model, top: Any, std: float | None = None) -> "dict[str, Tensor]":
+    def starts(self, weight: "Tensor", model: Model, top: Any) -> "dict[str, Tensor]":
         import torch
 
         found = top(weight)

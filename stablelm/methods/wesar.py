@@ -31,6 +31,7 @@ class WesarOptions(MethodOptions):
 class Wesar(Reparam):
     name: ClassVar[str] = "wesar"
     replaces: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = False
 
     def applies(self, model: Model, sublayer: int) -> bool:
         return True
@@ -38,7 +39,7 @@ class Wesar(Reparam):
     def parameters(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         return {"matrix_gain": (1,)}
 
-    def starts(self, weight: "Tensor", model: Model, top: Any, std: float | None = None) -> "dict[str, Tensor]":
+    def split(self, weight: "Tensor", model: Model, std: float | None) -> "dict[str, Tensor]":
         """The gain, and the matrix divided by it; a matrix that was not drawn counts by its root mean square."""
         import torch
 

@@ -77,7 +77,11 @@ def initial_values(
         sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
         applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
         value = initial_value(name, role, shape, config, seed)
-        own = reparam.starts(value, config, start, initial_std(role, shape, config)) if applies else {}
+        own: dict[str, Tensor] = {}
+        if applies and reparam.replaces:
+            own = reparam.split(value, config, initial_std(role, shape, config))
+        elif applies:
+            own = reparam.starts(value, config, start)
         yield name, own.pop("weight", value)
         yield from ((f"{name.removesuffix('.weight')}.{beside}", first) for beside, first in own.items())
 

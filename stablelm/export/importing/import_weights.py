@@ -43,7 +43,7 @@ class ImportedWeights:
 
     def _replaced(self, name: str) -> Tensor:
         """The matrix that stands, beside its gain, for the source's."""
-        return self._model.axes.reparam.starts(self._plain(name), self._model, spectral.start)["weight"]
+        return self._model.axes.reparam.split(self._plain(name), self._model, None)["weight"]
 
     def _plain(self, name: str) -> Tensor:
         origin = self._source.tensors[name]
@@ -59,14 +59,20 @@ class ImportedWeights:
         if stem not in self._starts:
             weight = self._plain(f"{stem}.weight")
             try:
-                found = self._model.axes.reparam.starts(weight, self._model, spectral.start)
-                self._starts[stem] = {own: value for own, value in found.items() if own in self._beside}
+                self._starts[stem] = self._beside_of(weight)
             except ValueError as error:
                 raise ConfigError(
                     f"{self._folder.path}: {stem} cannot be reparametrised ({error}); use a method without "
                     "reparametrisation"
                 ) from error
         return self._starts[stem]
+
+    def _beside_of(self, weight: Tensor) -> dict[str, Tensor]:
+        reparam = self._model.axes.reparam
+        if not reparam.replaces:
+            return reparam.starts(weight, self._model, spectral.start)
+        found = reparam.split(weight, self._model, None)
+        return {own: value for own, value in found.items() if own in self._beside}
 
     def _added(self, stem: str, leaf: str) -> Tensor:
         """A parameter that the stream adds to a layer or sub-layer."""
