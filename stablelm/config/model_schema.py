@@ -30,6 +30,12 @@ class AttentionConfig(AttentionKeys):
         "None: the method's own",
         identity=True,
     )
+    value_maps: bool | None = key(
+        None,
+        "whether attention has value and output maps; without, each head averages its slice of what the sub-layer "
+        "reads; None: the method's own",
+        identity=True,
+    )
     document_end: int | None = key(
         None,
         "token that ends a document, which attention does not cross; set by data.document_mask; None: it crosses",
@@ -37,10 +43,27 @@ class AttentionConfig(AttentionKeys):
     )
     shaping: str | None = key(
         None,
-        "espa: attention starts as a fixed decay that needs no skip; None: the method's own",
+        "espa: attention starts as a fixed decay that needs no skip; shaped, simplified: the identity is added to its "
+        "weights and what they are without queries subtracted; None: the method's own",
         identity=True,
         path=False,
         axis="shaping",
+    )
+    gate: str | None = key(
+        None,
+        "a sigmoid gate, of what the sub-layer reads, on each head's output or each of its features; None: the "
+        "method's own",
+        identity=True,
+        path=False,
+        axis="gate",
+    )
+    softmax: str | None = key(
+        None,
+        "how logits become weights: off_by_one adds 1 to the denominator, sink a learned term for each head, clipped "
+        "stretches weights and clips them to 0 and 1; None: the method's own",
+        identity=True,
+        path=False,
+        axis="softmax",
     )
 
     def changed(self, **changes: Any) -> "AttentionConfig":
@@ -77,6 +100,9 @@ class ModelConfig(Model):
     norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
     norm_alpha: float = key(0.5, "start of the slope inside dyt's tanh", identity=True)
     embedding_norm: bool | None = key(None, "a norm on the embeddings; None: the method's own", identity=True)
+    embedding_gradient_scale: float = key(
+        1.0, "what multiplies the gradient of looked-up token embeddings; GLM-130B: 0.1", identity=True
+    )
     init: str | None = key(None, "initialisation of the weights", identity=True, path=False, axis="init")
     reparam: str | None = key(None, "reparametrisation of the weights", identity=True, path=False, axis="reparam")
     activation: str | None = key(

@@ -31,7 +31,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "observe.hang_seconds observe.first_step_seconds engine.memory_limit",
     ),
     ("at least 2", lambda v: v >= 2, "guards.window"),
-    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank engine.memory_budget"),
+    ("0 to 1", lambda v: 0 <= v <= 1, "model.attention.low_rank model.embedding_gradient_scale engine.memory_budget"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "model.dropout"),
     ("two numbers at least 0 and below 1", lambda v: all(0 <= beta < 1 for beta in v), "train.betas"),
     ("below 2**63", lambda v: v < 2**63, "run.seed train.tokens"),

@@ -25,6 +25,7 @@ _VALUES = (
     "model.norm_alpha model.embedding_norm model.init model.reparam model.activation model.bias "
     "model.attention.position model.attention.rope_base model.attention.qk_norm model.attention.logit_cap "
     "model.attention.value_residual model.attention.low_rank model.attention.document_end model.attention.shaping "
+    "model.attention.gate model.attention.softmax model.attention.value_maps model.embedding_gradient_scale "
     "data.add_bos data.eos_token data.seq_len data.document_mask data.text_column data.text_unit data.bad_rows "
     "data.max_document_bytes "
     "train.precision train.compile train.global_batch_size "

@@ -39,6 +39,7 @@ __all__ = ["BRANCH_MATRICES", "MATRICES", "TABLES", "Added", "Rates", "Refusal",
 
 Options = TypeVar("Options", bound="MethodOptions")
 M = TypeVar("M", bound="Model")
+A = TypeVar("A", bound="Activation")
 
 
 class AttentionKeys:
@@ -49,6 +50,7 @@ class AttentionKeys:
     logit_cap: float | None
     value_residual: bool | None
     low_rank: float | None
+    value_maps: bool | None
 
     def changed(self, **changes: Any) -> Any:
         """A copy with other values."""
@@ -69,6 +71,7 @@ class Model:
     dropout: float
     tie_embeddings: bool | None
     embedding_norm: bool | None
+    embedding_gradient_scale: float
     norm_eps: float
     norm_alpha: float
     bias: bool | None
@@ -88,6 +91,12 @@ class Value:
     """What every axis value answers."""
 
     name: ClassVar[str]
+    predicted: ClassVar[bool] = True
+    """Whether the theory knows what it does to signals at the start."""
+
+    def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
+        """Parameters that the body of a layer's attention gets; what computes there takes them by name."""
+        return ()
 
     def asked(self, model: Model) -> bool:
         """Whether the keys ask for it, on the axes whose values no key names: value mixing and maps."""
@@ -138,6 +147,8 @@ class Stream(Value):
     """Whether the theory knows the stream."""
     dual: ClassVar[bool] = False
     """Whether the head reads x + norm(d), d being the embedding and every branch, summed, for the theory."""
+    parallel: ClassVar[bool] = False
+    """Whether the feed-forward reads what the attention of its layer reads, and writes onto what it wrote."""
     layers_differ: ClassVar[bool] = False
     """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
     normed: ClassVar[int | None] = None
@@ -316,16 +327,12 @@ class Placement(Value):
         """What multiplies the norm before the body of a layer, counted from 0."""
         return 1 / math.sqrt(layer + 1) if self.by_depth else 1.0
 
-    def in_attention(self, model: Model) -> tuple[Added, ...]:
-        """Parameters that the body of each attention sub-layer gets; `mixed` takes them by name."""
-        return ()
-
     def mixed(self, heads: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
         """Values averaged by attention, (batch, seq, heads, d_head), on their way to the output map."""
         return heads
 
     def export_obstacle(self, model: Model) -> str | None:
-        if self.in_attention(model):
+        if self.in_attention(model, 0):
             return f"model.placement={self.name} scales its heads, which no standard architecture does"
         return None
 
@@ -436,6 +443,10 @@ class Reparam(Value):
 
     after_step: ClassVar[bool] = False
     """Whether `update` runs after each optimizer step."""
+    replaces: ClassVar[bool] = False
+    """Whether another matrix takes the place of the one that was drawn, by `split` in place of `starts`."""
+    scale_free: ClassVar[bool] = True
+    """Whether the function does not depend on the size of its matrices, which therefore have no decay."""
 
     def applies(self, model: Model, sublayer: int) -> bool:
         """Whether it applies to the matrices of a sub-layer."""
@@ -469,6 +480,13 @@ class Reparam(Value):
         too, because the ranks' results are summed.
         """
         return {}
+
+    def split(self, weight: "Tensor", model: Model, std: float | None) -> "dict[str, Tensor]":
+        """If `replaces`: initial values in float32 of those parameters and buffers, and of `weight` in its place.
+
+        `std`: with which the weight was drawn, None for one that was not.
+        """
+        raise NotImplementedError
 
     def factor(self, linear: Any) -> "Tensor | None":
         """What multiplies the rows of a matrix, (1,) or (d_out,); None: nothing. `linear`: `model.linear.Linear`.
@@ -520,6 +538,10 @@ class Activation(Value):
     standard: ClassVar[str | None] = None
     """The name of the pointwise function, of the gate if `gated`, in `hidden_act` of transformers' configurations, for
     export; None: there is none. A subclass that computes something else sets its own."""
+
+    def at(self: A, model: Model) -> A:
+        """The activation with the slopes of this model, whose other axes are not known yet."""
+        return self
 
     def d_ff(self, d_model: int) -> int:
         """Feed-forward width unless it is given: 4 d_model."""
@@ -611,15 +633,31 @@ class Position(Value):
 
 
 class Shaping(Value):
-    """A fixed bias and row scale that shape attention at initialisation."""
+    """What shapes attention at initialisation: a fixed bias and row scale, or the identity beside the softmax."""
 
     replaces_skip: ClassVar[bool] = False
     """Whether the stream needs no skip."""
     active: ClassVar[bool] = False
     """Whether `bias_and_scale` is used; it differs between layers, and needs whole sequences."""
+    combines: ClassVar[bool] = False
+    """Whether `combine` is used."""
+
+    def logit_factor(self, model: Model) -> float:
+        """What multiplies `Init.logit_scale`."""
+        return 1.0
+
+    def combine(self, own: "Tensor", averaged: "Tensor", centre: "Tensor", added: "Mapping[str, Tensor]") -> "Tensor":
+        """The heads' output, of their own values, those that attention averages, and those it would average if all
+        queries were zero: (batch, heads, seq, d_head) each."""
+        raise NotImplementedError
+
+    def moments(self, kept: float, common: float, correlation: float) -> tuple[float, float]:
+        """Variance and covariance of the heads' output per unit of the values' variance, from those of averaged values
+        and the tokens' correlation."""
+        return kept, common
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
-        return None if self.active else {}
+        return None if self.active or self.combines else {}
 
     def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
@@ -631,10 +669,86 @@ class Shaping(Value):
         return bias[places], factors[places]
 
     def export_obstacle(self, model: Model) -> str | None:
+        if self.combines:
+            return "its attention adds the identity to its weights, which no standard architecture does"
         return "its attention has a fixed bias, which no standard architecture has" if self.active else None
 
     def import_obstacle(self, model: Model) -> str | None:
+        if self.combines:
+            return "it adds the identity to the attention weights, which a plain model does not"
         return "it adds a fixed bias to attention, which a plain model does not have" if self.active else None
+
+
+class AttentionGate(Value):
+    """What multiplies the heads' output, made of what the sub-layer reads."""
+
+    def width(self, model: Model) -> int:
+        """Rows of the gate's map; 0: there is none."""
+        return 0
+
+    def apply(self, mixed: "Tensor", logits: "Tensor", added: "Mapping[str, Tensor]") -> "Tensor":
+        """mixed: (batch, seq, heads, d_head), logits: (batch, seq, width) -> as mixed."""
+        raise NotImplementedError
+
+    def moments(self, kept: float, common: float, model: Model, variance: float, r: float) -> tuple[float, float]:
+        """Variance and covariance of two tokens after it, from those before it and the variance and correlation of what
+        the sub-layer reads."""
+        return kept, common
+
+    def logit_mean(self, model: Model) -> float:
+        """Mean of its logits at the start."""
+        return 0.0
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return None if self.width(model) else {}
+
+    def export_obstacle(self, model: Model) -> str | None:
+        return "its heads have gates, which none of the formats has" if self.width(model) else None
+
+    def import_obstacle(self, model: Model) -> str | None:
+        return "its heads have gates, which a plain model does not have" if self.width(model) else None
+
+
+class Softmax(Value):
+    """How logits become attention weights."""
+
+    null_at_start: ClassVar[float | None] = None
+    """The logit at the start of a further term of the denominator, as of a key without a value; None: there is none."""
+
+    def null_logits(self, heads: int, added: "Mapping[str, Tensor]", like: "Tensor") -> "Tensor | None":
+        """That logit of each head, (heads,), in at least the precision of `like`, on its device."""
+        return None
+
+    def clip(self, model: Model) -> tuple[float, float] | None:
+        """(zeta, gamma): weights become clip((zeta - gamma) w + gamma, 0, 1); None: they stay."""
+        return None
+
+    def is_plain(self, model: Model) -> bool:
+        """Whether it is the softmax of every standard kernel."""
+        return self.null_at_start is None and self.clip(model) is None
+
+    def weights(self, model: Model, logits: "Tensor", null: "Tensor | None") -> "Tensor":
+        """logits: (batch, heads, queries, keys), null: (heads,) -> the weights of the keys, in the dtype of logits."""
+        import torch
+
+        weights = logits.softmax(dim=-1)
+        if null is not None:
+            sums = logits.logsumexp(dim=-1, keepdim=True)
+            weights = weights * torch.sigmoid(sums - null.to(logits.dtype)[:, None, None])
+        limits = self.clip(model)
+        if limits is None:
+            return weights
+        zeta, gamma = limits  # gamma is not above 0, so that what a query may not see keeps a weight of 0
+        return ((zeta - gamma) * weights + gamma).clamp(0, 1)
+
+    def modelling(self, model: Model) -> dict[str, Any] | None:
+        return {} if self.is_plain(model) else None
+
+    def export_obstacle(self, model: Model) -> str | None:
+        return None if self.is_plain(model) else "its attention weights are no plain softmax"
+
+    def import_obstacle(self, model: Model) -> str | None:
+        return None if self.is_plain(model) else "its attention weights are no plain softmax, which the source's are"
 
 
 class ValueMixing(Value):
@@ -664,7 +778,10 @@ class ValueMixing(Value):
 
 
 class Maps(Value):
-    """How the first maps of attention are made."""
+    """How the maps of attention are made."""
+
+    has_values: ClassVar[bool] = True
+    """Whether there are a value and an output map; without, heads average their slices of what the sub-layer reads."""
 
     def rank(self, model: Model) -> int | None:
         """Inner width of factorised query, key and value maps; None: they are whole."""
@@ -697,6 +814,8 @@ class Axes:
     activation: Activation
     position: Position
     shaping: Shaping
+    gate: AttentionGate
+    softmax: Softmax
     value_mixing: ValueMixing
     maps: Maps
 

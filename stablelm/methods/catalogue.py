@@ -19,6 +19,7 @@ from stablelm.methods.deepnorm import DEEPNORM
 from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
 from stablelm.methods.denseformer import DENSEFORMER
 from stablelm.methods.e_spa import E_SPA
+from stablelm.methods.gated_attention import GATED_ATTENTION
 from stablelm.methods.gpt2 import GPT2
 from stablelm.methods.gtrxl import GTRXL
 from stablelm.methods.hyper_connections import HYPER_CONNECTIONS
@@ -39,10 +40,15 @@ from stablelm.methods.pre_ln import PRE_LN
 from stablelm.methods.qk_norm import QK_NORM
 from stablelm.methods.resi_dual import RESI_DUAL
 from stablelm.methods.rezero import REZERO
+from stablelm.methods.scaled_embedding import EMBED_LN, SCALED_EMBED
+from stablelm.methods.shaped_attention import SHAPED_ATTENTION
 from stablelm.methods.sigma_reparam import SIGMA_REPARAM, SIGMA_REPARAM_NONORM
+from stablelm.methods.simplified import SAS, SAS_P
 from stablelm.methods.skipinit import SKIPINIT
+from stablelm.methods.softmax_variants import ATTENTION_SINK, CLIPPED_SOFTMAX, SOFTMAX_ONE
 from stablelm.methods.tfixup import TFIXUP
 from stablelm.methods.value_residual import VALUE_RESIDUAL
+from stablelm.methods.wesar import WESAR
 from stablelm.methods.with_sigma import CATFORMER_SIGMA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA
 
 METHODS: dict[str, Method] = {
@@ -53,13 +59,15 @@ METHODS: dict[str, Method] = {
         *(HYPER_CONNECTIONS, MHC, MUDDFORMER, ATTENTION_RESIDUALS, GTRXL),
         *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
         *(KEEL, MIX_LN, LAYERSCALE, SKIPINIT, ADMIN, NORMFORMER, RESI_DUAL),
+        *(GATED_ATTENTION, SOFTMAX_ONE, ATTENTION_SINK, CLIPPED_SOFTMAX, SHAPED_ATTENTION, SAS, SAS_P),
+        *(SCALED_EMBED, EMBED_LN, WESAR),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())
 """Axis values that belong to no single method."""
 KEYS = {
     **{axis: axis for axis in ("stream", "placement", "norm", "init", "reparam", "activation")},
-    **{axis: f"attention.{axis}" for axis in ("position", "shaping")},
+    **{axis: f"attention.{axis}" for axis in ("position", "shaping", "gate", "softmax")},
 }
 """The keys, below `model.`, of the axes whose values are named."""
 ASKED = ("value_mixing", "maps")
@@ -126,7 +134,10 @@ def apply_method(model: M) -> M:
 
 def axes(model: Model) -> Axes:
     """The values that a model's keys ask for; `apply_method` fills those that are None."""
-    named = {axis: values(axis, model.method)[str(attrgetter(key)(model))] for axis, key in KEYS.items()}
+    named: dict[str, Any] = {
+        axis: values(axis, model.method)[str(attrgetter(key)(model))] for axis, key in KEYS.items()
+    }
+    named["activation"] = named["activation"].at(model)
     # Of a method's own value and a general one that ask the same key the method's counts; the plain one is the first.
     asked = {axis: _last_asked(values(axis, model.method), model) for axis in ASKED}
     found: dict[str, Any] = {**named, **asked}

@@ -66,7 +66,7 @@ class GruStream(Stream):
         return "its stream passes through gates, which no standard architecture has"
 
     def modelling(self, model: Model) -> dict[str, Any]:
-        return {"gate_bias": model.option(GtrxlOptions).gate_bias}
+        return {"gru_bias": model.option(GtrxlOptions).gate_bias}
 
     def import_obstacle(self, model: Model) -> str:
         return (

@@ -1,13 +1,13 @@
 """MUDDFormer: queries, keys, values and the stream read dynamic sums of all earlier outputs (Xiao et al. 2025)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from stablelm.key import AT_LEAST_1, key
-from stablelm.methods.axes import Added, Method, MethodOptions, Model, Stream, added_map
+from stablelm.methods.axes import Added, Method, MethodOptions, Model, Refusal, Stream, added_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,19 @@ class MultiwayDense(Stream):
             added_map("mix_hidden", (hidden, d), std=d**-0.5),
             added_map("mix_out", (ways * outputs, hidden)),
         )
+
+    def refusals(self, model: Model) -> Iterable[Refusal]:
+        if model.axes.gate.width(model):
+            yield Refusal(
+                ("model.stream", "model.attention.gate"),
+                "queries, keys and values have inputs of their own here, and the paper names none for a gate; use "
+                "model.attention.gate=none",
+            )
+        if not model.axes.maps.has_values:
+            yield Refusal(
+                ("model.stream", "model.attention.value_maps"),
+                "values have an input of their own here, which needs a map; use model.attention.value_maps=true",
+            )
 
     def separate_inputs(self, model: Model, sublayer: int) -> bool:
         return sublayer % 2 == 0 and sublayer > 0

@@ -48,7 +48,7 @@ class MoreNorms(Placement):
     def used(self) -> tuple[Placement, ...]:
         return ATTENTION, FEEDFORWARD
 
-    def in_attention(self, model: Model) -> tuple[Added, ...]:
+    def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
         return (Added("head_scale", np.ones(model.n_heads)),)
 
     def modelling(self, model: Model) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stablelm.methods.axes import (
+    AttentionGate,
     Init,
     Maps,
     Method,
@@ -14,6 +15,7 @@ from stablelm.methods.axes import (
     Reparam,
     Role,
     Shaping,
+    Softmax,
     Stream,
     ValueMixing,
 )
@@ -34,6 +36,16 @@ class NoReparam(Reparam):
 @dataclass(frozen=True)
 class NoShaping(Shaping):
     name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class NoGate(AttentionGate):
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class PlainSoftmax(Softmax):
+    name: ClassVar[str] = "standard"
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,8 @@ VALUES = (
     Placement("none"),
     NoReparam(),
     NoShaping(),
+    NoGate(),
+    PlainSoftmax(),
     OwnValues(),
     WholeMaps(),
     Xavier(),
@@ -104,7 +118,10 @@ DEFAULTS = {
     "attention.logit_cap": 0.0,
     "attention.value_residual": False,
     "attention.low_rank": 0.0,
+    "attention.value_maps": True,
     "attention.shaping": "none",
+    "attention.gate": "none",
+    "attention.softmax": "standard",
 }
 PRE_LN = Method(
     "pre_ln", "Xiong et al., On Layer Normalization in the Transformer Architecture, ICML 2020", DEFAULTS, VALUES

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-MATRICES = ("query", "key", "value", "output", "fc1", "gate", "fc2", "projection")
+MATRICES = ("query", "key", "value", "head_gate", "output", "fc1", "gate", "fc2", "projection")
 TABLES = ("embedding", "position", "head")
 BRANCH_MATRICES = ("value", "output", "fc1", "gate", "fc2")
 """The matrices on a branch's own path; queries and keys only set the logits."""
@@ -30,10 +30,11 @@ class Widths(NamedTuple):
 class Role(NamedTuple):
     """What a parameter does.
 
-    `kind`: embedding, position, head; query, key, value, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
-    bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
-    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes the
-    function independent of its norm; `added_map`: whether an axis value adds it as a matrix that multiplies features.
+    `kind`: embedding, position, head; query, key, value, head_gate, output, fc1, gate, fc2, projection; norm_gain,
+    norm_alpha, bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the
+    layers; `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes
+    the function independent of its norm; `added_map`: whether an axis value adds it as a matrix that multiplies
+    features.
     """
 
     kind: str

@@ -30,15 +30,25 @@ def products(model: Model, sublayer: int) -> list[tuple[int, tuple[int, ...]]]:
     if sublayer % 2:
         assert model.d_ff is not None
         rows = (model.d_ff,) * (1 + model.axes.activation.gated)
-        separate = model.axes.stream.separate_inputs(model, sublayer)
-        into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
-        return [*into, (model.d_ff, (width.branch,))]
-    d_kv, inner = d_key_value(model), model.axes.maps.rank(model)
-    first, output = (width.attention, d_kv, d_kv), (width.attention, (width.branch,))
-    rows = first if inner is None else (inner,) * 3
-    separate = model.axes.stream.separate_inputs(model, sublayer)
-    into = [(width.read, (each,)) for each in rows] if separate else [(width.read, rows)]
-    return into + ([] if inner is None else [(inner, (rows,)) for rows in first]) + [output]
+        return [*_entering(model, sublayer, width.read, rows), (model.d_ff, (width.branch,))]
+    d_kv, maps, gate = d_key_value(model), model.axes.maps, model.axes.gate.width(model)
+    first, inner = (width.attention, d_kv, d_kv)[: 2 + maps.has_values], maps.rank(model)
+    rows = (first if inner is None else (inner,) * len(first)) + (gate,) * bool(gate)
+    factors = [] if inner is None else [(inner, (each,)) for each in first]
+    output = [(width.attention, (width.branch,))] * maps.has_values
+    return [*_entering(model, sublayer, width.read, rows), *factors, *output]
+
+
+def _entering(model: Model, sublayer: int, d_in: int, rows: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """The first products: one of all rows, or one for each input."""
+    if model.axes.stream.separate_inputs(model, sublayer):
+        return [(d_in, (each,)) for each in rows]
+    return [(d_in, rows)]
+
+
+def logit_scale(model: Model) -> float:
+    """What multiplies query . key."""
+    return model.axes.init.logit_scale(d_head(model)) * model.axes.shaping.logit_factor(model)
 
 
 def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
@@ -66,10 +76,13 @@ def parameter_counts(model: Model) -> dict[str, int]:
     else:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
     for layer in range(model.n_layers):
-        added = (stream.in_layer(model, layer), *(stream.in_sublayer(model, 2 * layer + half) for half in (0, 1)))
-        maps = [(each.start.size, each.map) for parameters in added for each in parameters]
-        matrices += sum(size for size, is_map in maps if is_map)
-        others += sum(size for size, is_map in maps if not is_map)
+        added = (
+            *stream.in_layer(model, layer),
+            *(each for half in (0, 1) for each in stream.in_sublayer(model, 2 * layer + half)),
+            *(each for value in model.axes.each() for each in value.in_attention(model, layer)),
+        )
+        matrices += sum(each.start.size for each in added if each.map)
+        others += sum(each.start.size for each in added if not each.map)
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
@@ -113,7 +126,8 @@ def _layer(model: Model, layer: int) -> tuple[int, int]:
 def _attention(model: Model, width: Widths, index: int) -> tuple[int, int]:
     d_kv = d_key_value(model)
     others = 2 * d_head(model) if model.attention.qk_norm else 0
-    others += width.attention + 2 * d_kv + width.branch if model.bias else 0
+    values = model.axes.maps.has_values
+    others += width.attention + d_kv + values * (d_kv + width.branch) if model.bias else 0
     return _body(model, width, index, others, width.attention)
 
 
@@ -134,7 +148,6 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
     inputs = inputs if model.axes.stream.separate_inputs(model, index) else 1
     others += placement.before_body * inputs * _norm(model, width.read) + placement.before_output * _norm(model, inner)
     others += (placement.on_branch + placement.after_write) * _norm(model, width.branch)
-    others += 0 if index % 2 else sum(each.start.size for each in placement.in_attention(model))
     return sum(d_in * d_out for d_in, d_out in maps), others
 
 

@@ -72,11 +72,15 @@ def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tup
     if literal:
         return r, r
     width = d_head(model)
-    logit_variance = 1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width
+    factor = model.axes.shaping.logit_factor(model) ** 2
+    logit_variance = factor * (1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width)
     own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
     own /= 1 - model.dropout
     kept, common = r + (1 - r) * own, r + (1 - r) * shared
-    return model.axes.value_mixing.moments(kept, common) if index else (kept, common)
+    if index:
+        kept, common = model.axes.value_mixing.moments(kept, common)
+    kept, common = model.axes.shaping.moments(kept, common, r)
+    return model.axes.gate.moments(kept, common, model, reading.variance, r)
 
 
 def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:

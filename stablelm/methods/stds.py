@@ -13,7 +13,7 @@ def initial_std(role: Role, shape: Sequence[int], model: Model) -> float:
         return init.embedding_std(model)
     if role.kind == "head":
         return init.head_std(model)
-    if role.kind == "projection":
+    if role.kind in ("projection", "head_gate"):
         return shape[1] ** -0.5
     return init.std(role, shape, model) if role.factor is None else _factor_std(role, shape, model)
 
@@ -33,11 +33,12 @@ def map_variance(model: Model, kind: str, sublayer: int, d_in: int, d_out: int) 
         return 0.0
     layer, inner = sublayer // 2, model.axes.maps.rank(model) if kind in ("query", "key", "value") else None
     if inner is None:
-        return _entry(model, Role(kind, layer), (d_out, d_in), sublayer)
-    down = _entry(model, Role(kind, layer, "down"), (inner, d_in), sublayer)
-    return down * _entry(model, Role(kind, layer, "up"), (d_out, inner), sublayer) * inner
+        return entry_variance(model, Role(kind, layer), (d_out, d_in), sublayer)
+    down = entry_variance(model, Role(kind, layer, "down"), (inner, d_in), sublayer)
+    return down * entry_variance(model, Role(kind, layer, "up"), (d_out, inner), sublayer) * inner
 
 
-def _entry(model: Model, role: Role, shape: tuple[int, int], sublayer: int) -> float:
+def entry_variance(model: Model, role: Role, shape: tuple[int, int], sublayer: int) -> float:
+    """Of the entries of one matrix (fan_out, fan_in), of a reparametrised one as it acts."""
     std, reparam = initial_std(role, shape, model), model.axes.reparam
     return reparam.entry_variance(model, std, shape) if reparam.applies(model, sublayer) else std**2

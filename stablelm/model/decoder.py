@@ -121,6 +121,9 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(batch, seq) -> (batch, seq, d_model) in the stream's dtype; `cache`: of a call under way."""
         x = self.embedding(tokens)
+        share = self.config.embedding_gradient_scale
+        if share != 1:
+            x = x.detach() + share * (x - x.detach())  # the value to the last bit
         scale = self.config.axes.init.embedding_scale(self.config)
         if scale != 1:
             x = x * scale

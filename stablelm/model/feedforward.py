@@ -16,6 +16,8 @@ class FeedForward(nn.Module):
     `first_maps` project what the sub-layer reads; `forward` continues from their products.
     """
 
+    passes_input = False
+
     def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, index: int):
         super().__init__()
         assert config.d_ff is not None

@@ -13,14 +13,16 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import MATRICES, TABLES, Added, Role
 from stablelm.methods.stds import initial_std
-from stablelm.model.linear import derive
+from stablelm.model.linear import Linear, derive
 from stablelm.seeds import seed_from
 
 
 def roles(decoder: nn.Module) -> dict[str, Role]:
     """The role of every parameter of a Decoder, by name; a tied head is the embedding."""
     reparametrised = {
-        f"{name}.weight" for name, part in decoder.named_modules() if getattr(part, "reparam", None) is not None
+        f"{name}.weight"
+        for name, part in decoder.named_modules()
+        if isinstance(part, Linear) and part.reparam is not None and part.reparam.scale_free
     }
     maps = {f"{name}.{own}" for name, part in decoder.named_modules() for own in getattr(part, "added_maps", ())}
     names = [name for name, _ in decoder.named_parameters()]
@@ -77,10 +79,13 @@ def initial_values(
         sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
         applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
         value = initial_value(name, role, shape, config, seed)
-        yield name, value
-        if applies:
-            stem = name.removesuffix(".weight")
-            yield from ((f"{stem}.{own}", first) for own, first in reparam.starts(value, config, start).items())
+        own: dict[str, Tensor] = {}
+        if applies and reparam.replaces:
+            own = reparam.split(value, config, initial_std(role, shape, config))
+        elif applies:
+            own = reparam.starts(value, config, start)
+        yield name, own.pop("weight", value)
+        yield from ((f"{name.removesuffix('.weight')}.{beside}", first) for beside, first in own.items())
 
 
 def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
@@ -109,14 +114,14 @@ def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What the stream adds to the layer or sub-layer, or the placement to the body, under that name."""
+    """What an axis value adds to the layer, sub-layer or body of attention under that name."""
     assert role.layer is not None, name
     axes, parts = config.axes, name.split(".")
     sublayer = 2 * role.layer + ("feedforward" in parts)
     if parts[-2].isdigit():
         found = axes.stream.in_layer(config, role.layer)
     elif parts[-2] == "body":
-        found = axes.placement.in_attention(config)
+        found = [added for value in axes.each() for added in value.in_attention(config, role.layer)]
     else:
         found = axes.stream.in_sublayer(config, sublayer)
     return next(parameter for parameter in found if parameter.name == role.kind)

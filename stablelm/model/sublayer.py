@@ -58,20 +58,23 @@ class Sublayer(nn.Module):
 
     def enter(self, chunks: Chunks) -> Products:
         """chunks: the stream -> what `body.first_maps` make of it, (batch, seq, each of `body.first_widths`) in the
-        compute dtype."""
-        maps = self.body.first_maps
+        compute dtype; with `body.passes_input`, what they read comes second."""
+        maps, read = self.body.first_maps, None
         if self.separate:
             inputs = self._read_each(chunks)
             made = torch.cat([side_by_side((linear,), x) for linear, x in zip(maps, inputs, strict=True)], dim=-1)
-        elif self.stacked is not None:
-            made = completed(maps, F.linear(self._read(*chunks), self.stacked))
-        elif not self.frees_input or not torch.is_grad_enabled():
-            made = side_by_side(maps, self._read(*chunks))
-        else:
+        elif self.frees_input and self.stacked is None and torch.is_grad_enabled():
             made = checkpoint(self._product, *chunks, use_reentrant=False, preserve_rng_state=False)
             made = finished(maps, made)
+        else:
+            read = self._read(*chunks)
+            made = side_by_side(maps, read) if self.stacked is None else completed(maps, F.linear(read, self.stacked))
         widths = self.body.first_widths
-        return (made,) if len(widths) == 1 else made.split(widths, dim=-1)
+        products = (made,) if len(widths) == 1 else made.split(widths, dim=-1)
+        if not self.body.passes_input:
+            return products
+        assert read is not None
+        return (products[0], read, *products[1:])
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -155,7 +158,8 @@ class Layer(nn.Module):
         """`forward`; apart, so that recompute may wrap it inside of what is compiled."""
         attended, own = self.attend(chunks, positions, values, cache)
         between = self.stream.join(chunks, attended)
-        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
+        read = chunks if self.stream.parallel else between
+        fed = self.feedforward.leave(between, self.feedforward.enter(read), positions)
         added = named_parameters_of(self, self.added, self.compute_dtype)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added)
         return (*new, own) if own is not None else new
@@ -165,7 +169,7 @@ class Layer(nn.Module):
     ) -> tuple[Chunks, Tensor | None]:
         """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
         products = self.attention.enter(chunks)
-        *rest, own = products
+        own = products[1]
         if values:
-            products = (*rest, self.value_mixing.mix(own, values[0]))
+            products = (products[0], self.value_mixing.mix(own, values[0]), *products[2:])
         return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None

@@ -87,7 +87,9 @@ def token_correlation(x: Tensor) -> Tensor:
 def attention_figures(attention: Attention, products: tuple[Tensor, ...], positions: Positions) -> dict[str, Tensor]:
     """`attention_entropy`: mean over heads, rows and sequences, nats; `logit_max`: largest |logit| of a visible key.
 
-    Logits as the softmax sees them, with the biases of positions; `LOGITS` of them at a time, or one head's.
+    Logits as the softmax sees them, with the biases of positions; `LOGITS` of them at a time, or one head's. Entropy is
+    -sum_j w_j ln w_j over the weights of keys, also where these do not sum to 1; what is added to weights afterwards,
+    as the identity of shaped attention, does not count.
     """
     query, key = attention.queries_and_keys(products, positions)
     batch, heads, seq_len = query.shape[:3]
@@ -101,9 +103,10 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
             part = slice(first, first + some)
             places = positions.part(slice(begin, begin + rows), part)
             logits = attention.logits(queries[:, part], keys[:, part], places)
-            # A hidden key's logarithm is made finite, for its weight is 0.
-            logs = logits.log_softmax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
-            entropy -= logs.mul_(logits.softmax(dim=-1)).sum(dim=-1).sum(dtype=torch.float64)
+            weights = attention.weights(logits, part)
+            # The logarithm of a weight of 0 is made finite.
+            logs = weights.log().clamp_(min=torch.finfo(logits.dtype).min)
+            entropy -= logs.mul_(weights).sum(dim=-1).sum(dtype=torch.float64)
             largest += logits.masked_fill_(logits == -torch.inf, 0).aminmax()
     return {
         "attention_entropy": entropy / (batch * heads * seq_len),

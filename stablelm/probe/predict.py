@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Role, Widths
-from stablelm.methods.sizes import d_head, d_key_value, stream_width, widths
-from stablelm.methods.stds import initial_std, map_variance
+from stablelm.methods.sizes import d_head, d_key_value, logit_scale, stream_width, widths
+from stablelm.methods.stds import entry_variance, initial_std, map_variance
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
-from stablelm.theory.moments import token_collision
+from stablelm.theory.moments import gate_function, token_collision
 from stablelm.theory.propagation import End, SublayerTheory, propagate
 
 Array = NDArray[np.float64]
@@ -46,7 +46,7 @@ def predict(
     which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
-    if not config.axes.stream.predicted:
+    if not all(value.predicted for value in config.axes.each()):
         return Prediction(*(np.full(config.n_layers + 1, np.nan) for _ in fields(Prediction)))
     if collision is None:
         collision = float(token_collision(config.vocab_size))
@@ -83,6 +83,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=keep,
         write=write,
+        parallel=stream.parallel and index % 2 == 1,
         norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
         norm_branch=_norm(config) if placement.on_branch else None,
         norm_after=_norm(config) if placement.after_write else None,
@@ -98,7 +99,10 @@ def _norm(config: ModelConfig, scale: float = 1.0) -> NormTheory:
 
 def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> AttentionBody:
     into = {kind: map_variance(config, kind, index, width.read, out) for kind, out in _heads(config, width).items()}
-    output = map_variance(config, "output", index, width.attention, width.branch)
+    axes, output = config.axes, map_variance(config, "output", index, width.attention, width.branch)
+    if not axes.maps.has_values:  # the identity in their place: width.read, width.attention and width.branch are equal
+        into["value"] = output = 1 / width.attention
+    gates = entry_variance(config, Role("head_gate", index // 2), (axes.gate.width(config), width.read), index)
     return AttentionBody(
         pattern=_pattern(config, index // 2, seq_len),
         query_gain=width.read * into["query"],
@@ -109,13 +113,18 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         key_back=width.attention * into["key"],
         value_back=width.attention * into["value"],
         output_back=width.branch * output,
-        scale=config.axes.init.logit_scale(d_head(config)),
+        scale=logit_scale(config),
         d_head=d_head(config),
         qk_norm=bool(config.attention.qk_norm),
         logit_cap=config.attention.logit_cap or None,
         inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
         value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
+        null_logit=axes.softmax.null_at_start,
+        centred=axes.shaping.combines,
+        gate=gate_function(axes.gate.logit_mean(config)) if axes.gate.width(config) else None,
+        gate_gain=width.read * gates,
+        gate_back=width.attention * gates,
     )
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablelm.theory.hermite import expectation
-from stablelm.theory.kernels import NormTheory, norm_backward, norm_forward
-from stablelm.theory.moments import dyt_second_moment
+from stablelm.theory.kernels import NormTheory, columns_and_rows, norm_backward, norm_forward
+from stablelm.theory.moments import Function, dyt_second_moment
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
@@ -55,7 +55,9 @@ class AttentionBody:
     `logit_cap` c makes logits c tanh(logit / c); `qk_norm`: queries and keys of each head have unit RMS.
     `inner_norm` is over all heads together, before the output projection. `value_mix` m: values are
     (1 - m) own + m those of the first attention body that is propagated, which itself mixes nothing (Zhou et al.
-    2025); None: off. `dropout` is that of the attention weights.
+    2025); None: off. `dropout` is that of the attention weights. `null_logit`: of one more term in the denominator of
+    the softmax; None: there is none. `centred`: the identity is added to the weights, and their mean subtracted (Noci
+    et al. 2023). `gate`, of inputs of gain `gate_gain` (`gate_back` as the others), multiplies what heads give.
     """
 
     pattern: Pattern
@@ -74,6 +76,11 @@ class AttentionBody:
     inner_norm: NormTheory | None = None
     value_mix: float | None = None
     dropout: float = 0.0
+    null_logit: float | None = None
+    centred: bool = False
+    gate: Function | None = None
+    gate_gain: float = 0.0
+    gate_back: float = 0.0
 
 
 class _Tables(NamedTuple):
@@ -88,20 +95,23 @@ class _Tables(NamedTuple):
 
 class _Fluctuations(NamedTuple):
     """Of random softmax rows: c_ab, (groups, T, T); (groups, T): RMS slope of a row over that of p, and its entropy
-    in nats."""
+    in nats; and the share of a row's weight that keys get, (groups, T) or 1."""
 
     size: Array
     slope: Array
     entropy: Array
+    kept: Array | float
 
 
 class AttentionState(NamedTuple):
     """What the backward pass needs: kernels, (T, T), of the body's input, of its keys (and queries) but for their
-    gain, of the values and of the heads' output; the first body's share in the values; the rows' fluctuations."""
+    gain, of the values, of what heads average, and of the heads' output after the gate; the first body's share in the
+    values; the rows' fluctuations."""
 
     kernel: Array
     keys: Array
     values: Array
+    averaged: Array
     mixed: Array
     mix: float
     rows: _Fluctuations
@@ -156,15 +166,39 @@ def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -
     rows = _fluctuations(body, keys)
     seen = values @ _transposed(p)  # (groups, key, row)
     mean, shared, one_sided = p @ seen, _shared(p, values), p @ (_transposed(p) * seen)
-    mixed = mean + rows.size * (shared - one_sided - _transposed(one_sided) + overlap * mean)
+    mixed = rows.size * (shared - one_sided - _transposed(one_sided) + overlap * mean)
+    if not body.centred:
+        mixed = mixed + mean
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
         mixed = mixed + noise * np.eye(len(kernel))
-    mixed = mixed.mean(axis=0)
+    averaged = _scaled_rows(rows.kept, mixed).mean(axis=0)
+    if body.centred:
+        averaged = averaged + values
     if body.pattern.row_scale is not None:
-        mixed = mixed * np.outer(body.pattern.row_scale, body.pattern.row_scale)
+        averaged = averaged * np.outer(body.pattern.row_scale, body.pattern.row_scale)
+    mixed = averaged * _gates(body, kernel)
     output = body.output_gain * norm_forward(body.inner_norm, mixed)
-    return output, float(rows.entropy.mean()), AttentionState(kernel, keys, values, mixed, mix, rows)
+    return output, float(rows.entropy.mean()), AttentionState(kernel, keys, values, averaged, mixed, mix, rows)
+
+
+def _gates(body: AttentionBody, kernel: Array) -> Array | float:
+    """E[gate_a gate_b] for inputs of that kernel."""
+    if body.gate is None:
+        return 1.0
+    inside = body.gate_gain * kernel
+    return body.gate.dual(*_with_variances(inside))
+
+
+def _with_variances(kernel: Array) -> tuple[Array, Array, Array]:
+    """k_aa, k_ab and k_bb, as functions of pairs take them."""
+    rows, columns = columns_and_rows(kernel)
+    return rows, kernel, columns
+
+
+def _scaled_rows(scale: Array | float, matrices: Array) -> Array:
+    """scale_a M_ab scale_b; a number counts as such a vector."""
+    return _both(scale, matrices) if isinstance(scale, np.ndarray) else matrices * scale**2
 
 
 def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
@@ -175,15 +209,31 @@ def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
     alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
     gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
     covariance = gain * keys * (turn * alike - turn_keys * apart)
-    kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(keys) * (p @ np.diagonal(keys)))
+    variance = gain * np.diagonal(keys) * (p @ np.diagonal(keys))
+    kept, cap_slope = _cap(body.logit_cap, variance)
     spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
     one_key = np.einsum("gaa->ga", overlap) > 1 - 1e-9
     rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
     damping = np.sqrt(kept * np.divide(rows.growth, spread, out=np.ones_like(spread), where=spread > 0))
     excess = np.expm1(np.clip(_both(damping, covariance), -_LARGEST, _LARGEST))
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) - np.where(one_key, 0.0, rows.entropy_loss)
-    size = excess / (1 + excess * overlap)
-    return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), np.maximum(entropy, 0.0))
+    size, entropy = excess / (1 + excess * overlap), np.maximum(entropy, 0.0)
+    share: Array | float = 1.0
+    if body.null_logit is not None:
+        share = _share_of_keys(body.pattern, spread, kept * variance - spread, body.null_logit)
+        entropy = share * (entropy - np.log(share))
+    return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), entropy, share)
+
+
+def _share_of_keys(pattern: Pattern, spread: Array, common: Array, null_logit: float) -> Array:
+    """(groups, T): the weight of all keys of a row beside a key of a fixed logit, whose value is zero.
+
+    sum_j e^(b_j + z_j) is taken at its mean, but for what all logits of the row have in common, whose variance is
+    `common`: E[sigmoid(m + c)] is near sigmoid(m / sqrt(1 + pi var(c) / 8)).
+    """
+    largest = pattern.log_weights.max(axis=-1)
+    sums = np.log(np.exp(pattern.log_weights - largest[..., None]).sum(axis=-1)) + largest + spread / 2
+    return 1 / (1 + np.exp((null_logit - sums) / np.sqrt(1 + np.pi / 8 * np.maximum(common, 0.0))))
 
 
 def _both(rows: Array, matrix: Array) -> Array:
@@ -219,25 +269,42 @@ def attention_backward(
     """
     (p, overlap, _, _), size = _tables(body.pattern), state.rows.size
     outer = norm_backward(body.inner_norm, state.mixed, body.output_back * gradient)
+    result = through_gate(body, state, outer)
+    outer = outer * _gates(body, state.kernel)
     if body.pattern.row_scale is not None:
         outer = outer * np.outer(body.pattern.row_scale, body.pattern.row_scale)
+    straight, outer = outer, _scaled_rows(state.rows.kept, outer)
     drawn = size * outer
     pulled = drawn @ p
     one_sided = _transposed(pulled * p) @ p
-    to_values = _transposed(p) @ (outer + drawn * overlap) @ p - one_sided - _transposed(one_sided)
+    whole = drawn * overlap if body.centred else outer + drawn * overlap
+    to_values = _transposed(p) @ whole @ p - one_sided - _transposed(one_sided)
     noise = (p * pulled).sum(axis=1)
     if body.dropout:
         own_row = np.einsum("gaa->ga", outer * (1 + size * (1 - overlap)))
         noise = noise + body.dropout / (1 - body.dropout) * (p**2 * own_row[:, :, None]).sum(axis=1)
     to_values = to_values.mean(axis=0) + np.diag(noise.mean(axis=0))
+    if body.centred:
+        to_values = to_values + straight
     to_first = state.mix**2 * to_values if state.mix else None
     if later is not None:
         to_values = to_values + later
-    result = (1 - state.mix) ** 2 * body.value_back * to_values
+    result = result + (1 - state.mix) ** 2 * body.value_back * to_values
     if body.query_back or body.key_back:
         result = result + _through_logits(body, state, outer)
     # Asymmetry from rounding would grow on the way down.
     return (result + result.T) / 2, to_first
+
+
+def through_gate(body: AttentionBody, state: AttentionState, outer: Array) -> Array | float:
+    """Gradient kernel at the body's input by way of the gate; `outer`: that at what it multiplies.
+
+    A gate's logit gets g o gate' of each feature that it multiplies, so one of a head gets the sum over d_head.
+    """
+    if body.gate is None:
+        return 0.0
+    slopes = body.gate.dual_slope(*_with_variances(body.gate_gain * state.kernel))
+    return body.gate_back * outer * state.averaged * slopes
 
 
 def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) -> Array:
@@ -253,12 +320,14 @@ def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) ->
     mixed_values = p @ seen_values
     cross = p @ (seen_values * seen_keys)
     centred = _sandwich(p, values * keys) - cross - _transposed(cross) + mixed_values * (p @ seen_keys)
-    to_queries = (weight * centred).mean(axis=0)
-    weight = weight * state.keys
+    # Where keys share their weight with a key without a value, all their logits move that share as well.
+    lost = outer * turn * _scaled_rows(1.0 - state.rows.kept, mixed_values)
+    to_queries = (weight * centred + lost * (p @ seen_keys)).mean(axis=0)
+    weight, lost = weight * state.keys, lost * state.keys
     pulled = weight @ p
     cross = (_transposed(pulled) * seen_values) @ p
     to_keys = (_transposed(p) @ pulled) * values - cross - _transposed(cross)
-    to_keys = (to_keys + _transposed(p) @ (weight * mixed_values) @ p).mean(axis=0)
+    to_keys = (to_keys + _transposed(p) @ (weight * mixed_values + lost) @ p).mean(axis=0)
     scale = body.scale**2 * body.d_head
     if not body.qk_norm:
         return scale * (body.key_gain * body.query_back * to_queries + body.query_gain * body.key_back * to_keys)

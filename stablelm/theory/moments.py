@@ -6,6 +6,7 @@ the next linear map sees. Correlations r are between tokens, of one channel. Wha
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -151,6 +152,19 @@ class Expanded(Function):
 
     def second_moment(self, variance: ArrayLike) -> Array:
         return hermite.expectation(lambda x: self.function(x) ** 2, _float(variance))
+
+
+@lru_cache(maxsize=64)
+def gate_function(mean: float) -> Function:
+    """sigmoid(mean + x)."""
+
+    def gate(x: Array) -> Array:
+        return _sigmoid(mean + x)
+
+    def slope(x: Array) -> Array:
+        return gate(x) * (1 - gate(x))
+
+    return Expanded("sigmoid", gate, slope)
 
 
 RELU, GELU = LeakyRelu(), Gelu()

@@ -37,7 +37,7 @@ class SublayerTheory:
 
     `dropout`: probability on the branch, 0 for evaluation. `concat`: (width, growth), instead of the sum the branch's
     `growth` features are set beside the stream's `width` ones; keep and write are then not used. `gate`: in place of
-    the sum.
+    the sum. `parallel`: the body reads what the sub-layer before it read.
     """
 
     body: AttentionBody | FeedForwardBody
@@ -49,6 +49,7 @@ class SublayerTheory:
     dropout: float = 0.0
     concat: tuple[int, int] | None = None
     gate: GateTheory | None = None
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ class Trace:
 
 
 class _Step(NamedTuple):
-    """A sub-layer's forward pass: the stream before and after it, the latter also before `norm_after`; the branch
-    before `norm_branch`, before dropout and as written; the body's and the gate's state; the entropy, nan for
-    feed-forward."""
+    """A sub-layer's forward pass: the stream before it, what it reads of it, and the stream after it, also before
+    `norm_after`; the branch before `norm_branch`, before dropout and as written; the body's and the gate's state; the
+    entropy, nan for feed-forward."""
 
     before: Array
+    read: Array
     written: Array
     after: Array
     output: Array
@@ -126,12 +128,12 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> T
     the square root of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
-    run = max(1, math.isqrt(len(sublayers)))
-    kept, records, first, summed = [], [_record(kernel)], None, kernel
+    run = max(2, math.isqrt(len(sublayers)) // 2 * 2)  # whole layers
+    kept, records, first, summed, step = [], [_record(kernel)], None, kernel, None
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
             kept.append(kernel)
-        step = _forward(sublayer, kernel, first)
+        step = _forward(sublayer, kernel, first, step)
         if first is None and isinstance(step.state, AttentionState):
             first = step.state.values
         kernel, summed = step.after, summed + step.branch
@@ -182,17 +184,21 @@ def _gradients(
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
     gradient, beside = start
-    variances, to_first = [float(np.diagonal(gradient).mean())], None
+    variances, to_first, waiting = [float(np.diagonal(gradient).mean())], None, 0.0
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
         kernel, steps = kept[block], []
+        step = None
         for i in range(block * run, min((block + 1) * run, len(sublayers))):
-            steps.append((i, _forward(sublayers[i], kernel, None if i == owner else first)))
-            kernel = steps[-1][1].after
+            step = _forward(sublayers[i], kernel, None if i == owner else first, step)
+            steps.append((i, step))
+            kernel = step.after
         for i, step in reversed(steps):
-            gradient, to_values, beside = _backward(
+            gradient, own, to_values, beside = _backward(
                 sublayers[i], step, gradient, to_first if i == owner else None, beside
             )
+            # What a parallel body reads stands before the sub-layer below it.
+            gradient, waiting = (gradient, own) if sublayers[i].parallel else (gradient + own + waiting, 0.0)
             if to_values is not None:
                 to_first = to_values if to_first is None else to_first + to_values
             if i % 2 == 0:
@@ -202,9 +208,13 @@ def _gradients(
     return np.array(variances[::-1]), gradient
 
 
-def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _Step:
-    body, entropy = sublayer.body, math.nan
-    inside = norm_forward(sublayer.norm_in, before)
+def _forward(sublayer: SublayerTheory, before: Array, first: Array | None, below: _Step | None) -> _Step:
+    """`below`: the sub-layer before this one, for one that is parallel to it."""
+    body, entropy, read = sublayer.body, math.nan, before
+    if sublayer.parallel:
+        assert below is not None
+        read = below.before
+    inside = norm_forward(sublayer.norm_in, read)
     if isinstance(body, AttentionBody):
         output, entropy, state = attention_forward(body, inside, first)
     else:
@@ -219,13 +229,14 @@ def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _S
         width, growth = sublayer.concat
         written = (width * before + growth * branch) / (width + growth)
     after = norm_forward(sublayer.norm_after, written)
-    return _Step(before, written, after, output, normed, branch, state, gate, entropy)
+    return _Step(before, read, written, after, output, normed, branch, state, gate, entropy)
 
 
 def _backward(
     sublayer: SublayerTheory, step: _Step, gradient: Array, later: Array | None, beside: _Beside | None
-) -> tuple[Array, Array | None, _Beside | None]:
-    """Gradient kernels at the stream before the sub-layer, at the first attention body's values, and beside the stream.
+) -> tuple[Array, Array, Array | None, _Beside | None]:
+    """Gradient kernels at the stream before the sub-layer by way of its skip, at what it reads by way of its body, at
+    the first attention body's values, and beside the stream.
 
     Beside a concatenated branch the stream's features keep their gradients, and the branch's have the same kernel. A
     branch that is also added to a sum beside the stream gets that sum's gradient too, which has a part in common with
@@ -250,4 +261,4 @@ def _backward(
     else:
         assert isinstance(step.state, FeedForwardState)
         inner = feedforward_backward(sublayer.body, step.state, inner)
-    return kept + norm_backward(sublayer.norm_in, step.before, inner), to_values, beside
+    return kept, norm_backward(sublayer.norm_in, step.read, inner), to_values, beside

@@ -10,7 +10,9 @@ from stablelm.methods.catalogue import METHODS, apply_method, problems, values
 from stablelm.methods.pre_ln import Residual
 
 AXES = {"stream", "placement", "norm", "embedding_norm", "init", "reparam", "activation", "bias", "tie_embeddings"}
-ATTENTION = {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "shaping"}
+ATTENTION = {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "value_maps"} | {
+    *("shaping", "gate", "softmax")
+}
 
 
 def _value(model: ModelConfig, key: str) -> object:
@@ -73,7 +75,16 @@ def test_the_three_points():
 def test_keys_that_are_set_override_the_method():
     own = {"placement": "post", "norm": "rmsnorm", "init": "gpt2", "activation": "swiglu", "bias": True}
     attention = AttentionConfig(
-        "none", 500.0, qk_norm=True, logit_cap=9.0, value_residual=True, low_rank=0.25, shaping="none"
+        "none",
+        500.0,
+        qk_norm=True,
+        logit_cap=9.0,
+        value_residual=True,
+        low_rank=0.25,
+        value_maps=True,
+        shaping="none",
+        gate="headwise",
+        softmax="sink",
     )
     model = apply_method(ModelConfig(method="pre_ln", tie_embeddings=True, attention=attention, **own))
     assert {key: getattr(model, key) for key in own} == own

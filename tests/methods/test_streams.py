@@ -187,7 +187,7 @@ def test_maps_decay_and_count_as_matrices_and_vectors_do_not(method: str):
 
 
 def test_operations_of_gates_are_counted():
-    """Six matrices of d_model^2 for each sub-layer, six operations for each entry; of copies reading and mixing, too."""
+    """Six matrices of d_model^2 for each sub-layer, six operations for each entry; of copies reading and mixing."""
     more = {}
     for method in ("gtrxl", "hyper_connections"):
         config = _config(method)

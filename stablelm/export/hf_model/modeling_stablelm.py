@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+IDENTITY_GAINS = ("own_gain", "average_gain", "centre_gain")
 # Versions before the rename call the cache past_key_values, in arguments and outputs.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -47,6 +48,14 @@ DEFAULTS: dict[str, Any] = {
     "first_value_share": None,
     "document_end": None,
     "attention_innovations": None,
+    "value_maps": True,
+    "gate_rows": 0,
+    "gate_bias": False,
+    "null_key": False,
+    "learned_null": False,
+    "weight_limits": None,
+    "identity_heads": False,
+    "learned_identity": False,
     "norm_embedding": False,
     "norm_before_body": True,
     "norm_before_output": False,
@@ -64,6 +73,8 @@ DEFAULTS: dict[str, Any] = {
     "learned_skip": None,
     "dual_stream": False,
     "head_scales": False,
+    "attention_skip": True,
+    "parallel": False,
     "growth": None,
     "mixes_outputs": False,
     "mixes_separately": False,
@@ -73,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "copies_iterations": None,
     "copies_exchange": 0.01,
     "depth_block": None,
-    "gate_bias": None,
+    "gru_bias": None,
     "embedding_scale": 1.0,
     "head_scale": 1.0,
     "hidden_act": "gelu",
@@ -99,22 +110,28 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last; `head_scales`: a learned factor of what each head averages. Norms: `norm_*` say where, of all sub-layers
-    or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the
-    branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
-    `learned_skip` times a learned factor for each feature; `dual_stream`: beside x a sum of all branches without norms,
-    which the final norm reads and to which x is added; `growth`: the output of that width is appended to x instead;
-    `mixes_outputs`: after each layer x is a learned sum of the embeddings and all layers' outputs; `mixes_separately`:
-    and so are, with sums and norms of their own, the inputs of the next layer's query, key and value, with
-    `mix_hidden_multiple` by weights of each token. `copies`: x is that many tensors which learned weights mix, with
-    `copies_dynamic` of each token, with `copies_iterations` those of Sinkhorn and Knopp, at the start a share
-    `copies_exchange` of the others. `depth_block`: a softmax average of the embedding and of sums of so many
-    sub-layers' outputs is read. `gate_bias`: a recurrent unit's gate in place of the sum, and the start of its bias.
-    `embedding_scale` and `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by
-    transformers' name, of the gate if `gated`;
-    `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    the last; `value_maps` off: heads average their slices of what is read, without an output map; `gate_rows`: sigmoids
+    of what is read multiply the heads' output, one for each head or each feature, `gate_bias` with a bias;
+    `head_scales`: a learned factor of what each head averages; `null_key`: one more term in the denominator of the
+    softmax, e^0 or, with `learned_null`, of a logit for each head; `weight_limits` (zeta, gamma): weights w become
+    clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity is added to the weights and what they are
+    without queries subtracted, each with a gain for each head with `learned_identity`. Norms: `norm_*` say where, of
+    all sub-layers or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place of
+    a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each sub-layer,
+    and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the branch
+    times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
+    `learned_skip` times a learned factor for each feature; `attention_skip` off: attention's output is the stream, and
+    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads; `dual_stream`: beside x a
+    sum of all branches without norms, which the final norm reads and to which x is added; `growth`: the output of that
+    width is appended to x instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all
+    layers' outputs; `mixes_separately`: and so are, with sums and norms of their own, the inputs of the next layer's
+    query, key and value, with `mix_hidden_multiple` by weights of each token. `copies`: x is that many tensors which
+    learned weights mix, with `copies_dynamic` of each token, with `copies_iterations` those of Sinkhorn and Knopp, at
+    the start a share `copies_exchange` of the others. `depth_block`: a softmax average of the embedding and of sums of
+    so many sub-layers' outputs is read. `gru_bias`: a recurrent unit's gate in place of the sum, and the start of its
+    bias. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act`
+    by transformers' name, of the gate if `gated`; `negative_slope`: a leaky relu in its place; times
+    `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
@@ -235,12 +252,19 @@ class Attention(nn.Module):
         def first(d_out: int) -> nn.Module:
             return nn.Linear(d_in, d_out, bias=bias) if rank is None else LowRank(d_in, rank, d_out, bias)
 
-        self.query, self.key, self.value = first(width), first(d_kv), first(d_kv)
+        self.query, self.key = first(width), first(d_kv)
+        self.value = first(d_kv) if config.value_maps else None
+        self.head_gate = nn.Linear(d_in, config.gate_rows, bias=False) if config.gate_rows else None
+        heads = config.num_attention_heads
+        self.gate_bias = nn.Parameter(torch.zeros(config.gate_rows)) if config.gate_bias else None
+        self.sink = nn.Parameter(torch.zeros(heads)) if config.learned_null else None
+        for name in IDENTITY_GAINS if config.learned_identity else ():
+            self.register_parameter(name, nn.Parameter(torch.ones(heads)))
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
         self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads)) if config.head_scales else None
-        self.output = nn.Linear(width, d_out, bias=bias)
+        self.output = nn.Linear(width, d_out, bias=bias) if config.value_maps else None
 
     def forward(
         self, x: Inputs, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
@@ -248,7 +272,8 @@ class Attention(nn.Module):
         """x: (batch, q, d_in), or one for each of the first maps -> its branch, its values (batch, q, d_kv), and the
         attention weights if asked for."""
         read = x if isinstance(x, tuple) else (x, x, x)
-        query, key, own_value = self.query(read[0]), self.key(read[1]), self.value(read[2])
+        query, key = self.query(read[0]), self.key(read[1])
+        own_value = read[2] if self.value is None else self.value(read[2])
         share, value = self.config.first_value_share, own_value
         if share is not None and first_value is not None:
             value = (1 - share) * own_value + share * first_value
@@ -257,6 +282,7 @@ class Attention(nn.Module):
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
         if shared.rotation is not None:
             query, key = rotate(query, *shared.rotation), rotate(key, *shared.rotation)
+        own = value
         if cache is not None:
             key, value = self._cached(key, value, shared, cache)
         bias, rows = shared.bias, None
@@ -266,13 +292,40 @@ class Attention(nn.Module):
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
+        if self.config.identity_heads:
+            centre, _ = self._average(torch.zeros_like(query), key, value, shared.allowed, bias, False)
+            mixed = self._with_identity(own.repeat_interleave(len(query[0]) // len(own[0]), dim=1), mixed, centre)
         mixed = mixed.transpose(1, 2)
+        if self.head_gate is not None:
+            logits = at_least_fp32(self.head_gate(read[0]))
+            logits = logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
+            mixed = mixed * logits.sigmoid().to(mixed.dtype).unflatten(-1, (mixed.shape[-2], -1))
         if self.head_scale is not None:
             mixed = mixed * self.head_scale.to(mixed.dtype)[:, None]
         mixed = mixed.flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed).to(mixed.dtype)
-        return self.output(mixed), own_value, weights
+        return mixed if self.output is None else self.output(mixed), own_value, weights
+
+    def _with_identity(self, own: Tensor, averaged: Tensor, centre: Tensor) -> Tensor:
+        """(batch, heads, q, head_dim) each: the heads' own values, and what is added to them."""
+        if not self.config.learned_identity:
+            return own + (averaged - centre)
+        gains = (getattr(self, name).to(own.dtype)[:, None, None] for name in IDENTITY_GAINS)
+        of_own, of_average, of_centre = gains
+        return of_own * own + (of_average * averaged - of_centre * centre)
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """(batch, heads, q, k): the softmax of logits, of which a further term takes a share, clipped."""
+        weights = logits.softmax(dim=-1)
+        if self.config.null_key:
+            sums = logits.logsumexp(dim=-1, keepdim=True)
+            null = 0.0 if self.sink is None else self.sink.to(logits.dtype)[:, None, None]
+            weights = weights * torch.sigmoid(sums - null)
+        if self.config.weight_limits is None:
+            return weights
+        zeta, gamma = self.config.weight_limits
+        return ((zeta - gamma) * weights + gamma).clamp(0, 1)
 
     def _cached(self, key: Tensor, value: Tensor, shared: Shared, cache: Cache) -> tuple[Tensor, Tensor]:
         """With those of earlier calls. The first layer's keys carry one more feature: whether a document ends."""
@@ -295,7 +348,8 @@ class Attention(nn.Module):
         config = self.config
         dropout = config.dropout if self.training else 0.0
         cap, causal, groups = config.logit_cap, query.shape[-2] > 1, query.shape[1] // key.shape[1]
-        if not cap and not weights_too and config._attn_implementation != "eager":
+        plain = not (cap or config.null_key or config.weight_limits is not None)
+        if plain and not weights_too and config._attn_implementation != "eager":
             mask = allowed if bias is None else bias.to(query.dtype)
             options = {"dropout_p": dropout, "is_causal": mask is None and causal, "scale": config.logit_scale}
             if mask is not None and query.is_cuda:
@@ -314,7 +368,7 @@ class Attention(nn.Module):
         elif causal:
             after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(after, -math.inf)
-        weights = F.dropout(logits.softmax(dim=-1).to(value.dtype), dropout)
+        weights = F.dropout(self._weights(logits).to(value.dtype), dropout)
         return weights @ value, weights
 
 
@@ -364,7 +418,10 @@ class Sublayer(nn.Module):
             self.register_module(name, Norm(config, d_in, reads=index) if before else None)
         self.norm_branch = Norm(config, d_out) if of_sublayer(config.norm_on_branch, index) else None
         self.dropout = nn.Dropout(config.dropout)
-        self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if config.learned_gain else None
+        if not config.attention_skip and index % 2 == 0:
+            self.skip_gain = 0.0
+        has_gain = config.learned_gain and (config.attention_skip or index % 2 == 1)
+        self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if has_gain else None
         kind = "feedforward" if index % 2 else "attention"
         self.skip = nn.Parameter(torch.ones(d_out)) if kind in (config.learned_skip or ()) else None
         for name, start in stream_starts(config, index).items():
@@ -394,7 +451,7 @@ class Sublayer(nn.Module):
             return self._averaged(outputs, branch)
         if self.config.dual_stream:
             outputs = (outputs[0] + branch,)
-        if self.config.gate_bias is not None:
+        if self.config.gru_bias is not None:
             x = self._gated(x, branch)
         elif self.config.copies is not None:
             written = self._copy_weights(x, "write").unsqueeze(-1) * branch.unsqueeze(-2)
@@ -461,10 +518,10 @@ def stream_starts(config: StablelmDecoderConfig, index: int) -> dict[str, Tensor
     n, d = config.copies, config.hidden_size
     if config.depth_block is not None:
         return {"depth_query": torch.zeros(d), "depth_gain": torch.ones(d)}
-    if config.gate_bias is not None:
+    if config.gru_bias is not None:
         shapes = {"gate_branch": (3 * d, d), "gate_stream": (2 * d, d), "gate_reset": (d, d)}
         drawn = {name: torch.randn(shape) * d**-0.5 for name, shape in shapes.items()}
-        return drawn | {"gate_bias": torch.full((d,), float(config.gate_bias))}
+        return drawn | {"gate_bias": torch.full((d,), float(config.gru_bias))}
     if n is None:
         return {}
     read = F.one_hot(torch.tensor(index % n), n).float()
@@ -504,6 +561,7 @@ class Layer(GradientCheckpointingLayer):
             hidden = (hidden // multiple + 1) * multiple
             self.mix_hidden = nn.Parameter(torch.zeros(hidden, width))
             self.mix_out = nn.Parameter(torch.zeros(self.ways * count, hidden))
+        self.parallel = config.parallel
 
     def forward(
         self,
@@ -519,8 +577,10 @@ class Layer(GradientCheckpointingLayer):
         branch, value, weights = attention.body(
             attention.read(x, outputs, shared.dtype), shared, first_value, cache, weights_too
         )
+        before = x
         x, outputs = attention.write(x, outputs, branch)
-        x, outputs = feedforward.write(x, outputs, feedforward.body(feedforward.read(x, outputs, shared.dtype)))
+        read = feedforward.read(before if self.parallel else x, outputs, shared.dtype)
+        x, outputs = feedforward.write(x, outputs, feedforward.body(read))
         if self.mix is not None:
             x, outputs = self._mixed(x, outputs)
         return x, outputs, value, weights
@@ -574,6 +634,12 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
             init.ones_(module.skip)
         if isinstance(module, Attention) and module.head_scale is not None:
             init.ones_(module.head_scale)
+        if isinstance(module, Attention):
+            for parameter in (module.gate_bias, module.sink):
+                if parameter is not None:
+                    init.zeros_(parameter)
+            for name in IDENTITY_GAINS if module.config.learned_identity else ():
+                init.ones_(getattr(module, name))
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             count = len(module.mix) // max(1, module.ways)

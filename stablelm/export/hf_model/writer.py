@@ -13,7 +13,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.export.weights import LazyTensor, Weights
 from stablelm.methods.axes import Value
 from stablelm.methods.catalogue import KEYS
-from stablelm.methods.sizes import d_head
+from stablelm.methods.sizes import d_head, logit_scale
 
 MODELLING_FILE = Path(__file__).with_name("modeling_stablelm.py")
 """Copied beside the weights under the same name."""
@@ -70,7 +70,7 @@ def config(source: TrainedModel) -> dict[str, Any]:
         "bias": bool(model.bias),
         "dropout": model.dropout,
         "position_table": axes.position.adds_table,
-        "logit_scale": axes.init.logit_scale(d_head(model)),
+        "logit_scale": logit_scale(model),
         "logit_cap": attention.logit_cap or None,
         "qk_norm": bool(attention.qk_norm),
         "document_end": attention.document_end,

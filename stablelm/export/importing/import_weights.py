@@ -12,6 +12,7 @@ from stablelm.export.importing.import_scales import scale_of
 from stablelm.export.importing.source_folder import SourceFolder
 from stablelm.export.importing.source_models import SourceModel
 from stablelm.methods import spectral
+from stablelm.methods.axes import MATRICES
 from stablelm.model.initialise import initial_value, role_of
 
 
@@ -30,10 +31,22 @@ class ImportedWeights:
         name = re.sub(r"\.norm_in_\d+\.", ".norm_in.", name.removeprefix(MODEL_PREFIX))
         stem, _, leaf = name.rpartition(".")
         if name in self._source.tensors:
-            return self._plain(name)
+            return self._replaced(name) if self._is_replaced(name) else self._plain(name)
         if leaf in self._beside:
             return self._start(stem)[leaf].to(self._dtype)
         return self._added(stem, leaf)
+
+    def _is_replaced(self, name: str) -> bool:
+        if not self._model.axes.reparam.replaces:
+            return False
+        role = role_of(name)
+        sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
+        matrix = role.layer is not None and role.kind in MATRICES
+        return matrix and self._model.axes.reparam.applies(self._model, sublayer)
+
+    def _replaced(self, name: str) -> Tensor:
+        """The matrix that stands, beside its gain, for the source's."""
+        return self._model.axes.reparam.split(self._plain(name), self._model, None)["weight"]
 
     def _plain(self, name: str) -> Tensor:
         origin = self._source.tensors[name]
@@ -49,13 +62,20 @@ class ImportedWeights:
         if stem not in self._starts:
             weight = self._plain(f"{stem}.weight")
             try:
-                self._starts[stem] = self._model.axes.reparam.starts(weight, self._model, spectral.start)
+                self._starts[stem] = self._beside_of(weight)
             except ValueError as error:
                 raise ConfigError(
                     f"{self._folder.path}: {stem} cannot be reparametrised ({error}); use a method without "
                     "reparametrisation"
                 ) from error
         return self._starts[stem]
+
+    def _beside_of(self, weight: Tensor) -> dict[str, Tensor]:
+        reparam = self._model.axes.reparam
+        if not reparam.replaces:
+            return reparam.starts(weight, self._model, spectral.start)
+        found = reparam.split(weight, self._model, None)
+        return {own: value for own, value in found.items() if own in self._beside}
 
     def _added(self, stem: str, leaf: str) -> Tensor:
         """A parameter that the stream adds to a layer or sub-layer."""

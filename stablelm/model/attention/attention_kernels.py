@@ -31,6 +31,7 @@ HALF = (torch.bfloat16, torch.float16)
 AMPERE, HOPPER = (8, 0), (9, 0)
 WIDEST_HEAD = 256  # of flash attention, and of the sizes that FlexAttention's kernels are tuned for
 NARROWEST_FLEX_HEAD = 16
+NULL_FEATURES = 8  # flash attention wants multiples of it
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,25 @@ def gpu_of(device: torch.device) -> Gpu | None:
 def choose(config: ModelConfig, dtype: torch.dtype, gpu: Gpu | None) -> Kernel:
     """The kernel of whole sequences for a resolved config; dtype: of queries and keys.
 
-    FlexAttention has no dropout, and its kernels for the CPU cannot train.
+    FlexAttention has no dropout, and its kernels for the CPU cannot train. It also gives the log-sum-exp of each row,
+    from which follows what a further term in the denominator takes; nothing but weights as tensors can be clipped.
     """
     attention, axes = config.attention, config.axes
-    plain = not (axes.position.biases_logits or axes.shaping.active or attention.logit_cap)
-    if plain and attention.document_end is None:
+    clips = axes.softmax.clip(config) is not None
+    causal = not (axes.position.biases_logits or axes.shaping.active or attention.logit_cap or clips)
+    causal, plain = causal and attention.document_end is None, causal and axes.softmax.is_plain(config)
+    if plain and causal:
         return "sdpa"
     width = d_head(config)
+    if clips:
+        return "dense"
     if gpu is not None and gpu.capability >= AMPERE and config.dropout == 0 and width <= WIDEST_HEAD:
         if plain and gpu.flash and dtype in HALF and width % 8 == 0:
             return "varlen"
         if gpu.triton and dtype != torch.float64 and width >= NARROWEST_FLEX_HEAD:
             return "flex"
+    if causal:
+        return "sdpa"
     return "dense" if attention.logit_cap else "sdpa_masked"
 
 
@@ -124,13 +132,25 @@ def _flash_attention_3() -> Iterator[None]:
         restore_flash_attention_impl()
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scale: float, dropout: float) -> Tensor:
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    dropout: float,
+    null: Tensor | None = None,
+) -> Tensor:
     """torch's fused kernels, or our own on a CPU: (batch, heads, queries, d_head).
 
     `bias` holds the causal mask, without one it is causal. Queries fewer than keys, without a bias, see all of them.
+    `null`: (heads,), logits of a key without a value.
     """
     if blockwise.fits(query, key, bias, dropout):
-        return blockwise.causal_attention(query, key, value, scale)
+        return blockwise.causal_attention(query, key, value, scale, null)
+    if null is not None:
+        return _with_null(query, key, value, bias, null, scale=scale, dropout=dropout)
     grouped, cuda = query.shape[1] != key.shape[1], query.device.type == "cuda"
     if bias is not None and cuda:
         bias = bias.to(query.dtype)  # as `positions` made it, but for masks of a cache and fixed biases of layers
@@ -150,6 +170,33 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, scal
     )
 
 
+def _with_null(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, null: Tensor, *, scale: float, dropout: float
+) -> Tensor:
+    """`sdpa` with a key before all others, whose value is zero and whose logit is `null`.
+
+    Features that are appended make that logit: the null key has ones there, the other keys zeros, the queries null /
+    scale, in two parts that keep its precision. Where torch's causal mask is meant, a query before all others makes the
+    matrix square.
+    """
+    wanted = (null / scale).view(1, -1, 1, 1)
+    high = wanted.to(query.dtype)
+    low = (wanted - high).to(query.dtype)
+    square = bias is None and query.shape[2] == key.shape[2]
+    query, key, value = (F.pad(part, (0, NULL_FEATURES)) for part in (query, key, value))
+    spread = torch.cat((high, low, high.new_zeros(1, len(null), 1, NULL_FEATURES - 2)), dim=-1)
+    query = query + F.pad(spread, (query.shape[-1] - NULL_FEATURES, 0))
+    first = F.pad(key.new_ones(2), (key.shape[-1] - NULL_FEATURES, NULL_FEATURES - 2))
+    key = torch.cat((first.expand(*key.shape[:2], 1, -1), key), dim=2)
+    value = F.pad(value, (0, 0, 1, 0))
+    if square:
+        query = F.pad(query, (0, 0, 1, 0))
+    elif bias is not None:
+        bias = F.pad(bias, (1, 0))
+    mixed = sdpa(query, key, value, bias, scale=scale, dropout=dropout)[..., :-NULL_FEATURES]
+    return mixed[:, :, 1:] if square else mixed
+
+
 def flex(
     query: Tensor,
     key: Tensor,
@@ -160,13 +207,21 @@ def flex(
     cap: float | None = None,
     slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    null: Tensor | None = None,
 ) -> Tensor:
-    """FlexAttention: (batch, heads, seq, d_head), within `blocks` of `block_mask`; the rest as of `score_mod`."""
-    from torch.nn.attention.flex_attention import flex_attention
+    """FlexAttention: (batch, heads, seq, d_head), within `blocks` of `block_mask`; the rest as of `score_mod`.
+
+    `null`: as of `sdpa`; with the log-sum-exp L of a row's logits, its share is sigmoid(null - L).
+    """
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     call: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
     grouped = query.shape[1] != key.shape[1]
-    return call(query, key, value, score_mod(cap, slopes, bias), blocks, scale, grouped)
+    changed = score_mod(cap, slopes, bias)
+    if null is None:
+        return call(query, key, value, changed, blocks, scale, grouped)
+    mixed, beside = call(query, key, value, changed, blocks, scale, grouped, return_aux=AuxRequest(lse=True))
+    return mixed * torch.sigmoid(beside.lse - null[:, None]).to(mixed.dtype)[..., None]
 
 
 def score_mod(cap: float | None, slopes: Tensor | None, bias: Tensor | None) -> ScoreMod | None:

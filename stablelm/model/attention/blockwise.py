@@ -31,28 +31,38 @@ def fits(query: Tensor, key: Tensor, bias: Tensor | None, dropout: float) -> boo
     )
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query: (batch, heads, seq, d_head); key, value: (batch, kv_heads, seq, d_head) -> as query."""
-    return _attend(query, key, value, scale)[0].transpose(1, 2)
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, null: Tensor | None = None) -> Tensor:
+    """query: (batch, heads, seq, d_head); key, value: (batch, kv_heads, seq, d_head) -> as query.
+
+    null: (heads,), the logit of a further term in the denominator of each head's softmax.
+    """
+    return _attend(query, key, value, null, scale)[0].transpose(1, 2)
 
 
 @torch.library.custom_op("stablelm::causal_attention", mutates_args=(), device_types="cpu")
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """-> (batch, seq, heads, d_head), as the next product reads it, so that it is kept once; and the log-sum-exp of
     each row of logits, (groups, heads, seq, 1) in at least fp32: `_grouped`."""
-    return _compiled(forward)(query, key, value, scale)
+    return _compiled(forward)(query, key, value, null, scale)
 
 
 @torch.library.custom_op("stablelm::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _attend_backward(
-    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_sums: Tensor, gradient: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous, from that of `mixed`."""
-    return _compiled(backward)(query, key, value, mixed, log_sums, gradient, scale)
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null: Tensor | None,
+    mixed: Tensor,
+    log_sums: Tensor,
+    gradient: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous, and of null (empty if there is none), from that of `mixed`."""
+    return _compiled(backward)(query, key, value, null, mixed, log_sums, gradient, scale)
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, seq, width = query.shape
     groups = batch * key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -61,17 +71,21 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, 
 
 
 @_attend_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_null = query.new_empty(0) if null is None else torch.empty_like(null)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), of_null
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.scale = inputs[3]
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.scale = inputs[4]
 
 
 def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(*ctx.saved_tensors, gradient, ctx.scale), None
+    *found, of_null = _attend_backward(*ctx.saved_tensors, gradient, ctx.scale)
+    return *found, None if ctx.saved_tensors[3] is None else of_null, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_keep)
@@ -82,17 +96,20 @@ def _compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """What `_attend` returns."""
     batch, heads, (query, key, value) = len(query), query.shape[1], _grouped(query, key, value)
+    nulls = None if null is None else _of_groups(null, query)
     wide_query, wide_key, shared = _wide(query), _wide(key[:, 0]), query.shape[1]
     means, sums = [], []
     for block in _blocks(query.shape[2]):
         products = _rows(wide_query, block) @ wide_key[:, : block.stop].transpose(1, 2)
         logits = torch.where(_seen(block), products.unflatten(1, (shared, -1)) * scale, -torch.inf)
         largest = logits.amax(dim=-1, keepdim=True)
+        largest = largest if nulls is None else torch.maximum(largest, nulls)
         weights = torch.exp(logits - largest)
         total = weights.sum(dim=-1, keepdim=True)
+        total = total if nulls is None else total + torch.exp(nulls - largest)
         mean = weights.to(value.dtype).flatten(1, 2) @ value[:, 0, : block.stop]
         means.append((mean.unflatten(1, (shared, -1)) / total).to(value.dtype))
         sums.append(largest + total.log())
@@ -101,17 +118,29 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, log_sums: Tensor, gradient: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null: Tensor | None,
+    mixed: Tensor,
+    log_sums: Tensor,
+    gradient: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_attend_backward` returns; with weights P = e^(S - log-sum-exp):
 
-    dV = P^T dO; dS = P (dO V^T - sum(dO O)); dQ = dS K; dK = dS^T Q.
+    dV = P^T dO; dS = P (dO V^T - sum(dO O)); dQ = dS K; dK = dS^T Q; and for the null logit, whose value is 0,
+    -P_null sum(dO O).
     """
     shapes = [part.shape for part in (query, key, value)]
     query, key, value = _grouped(query, key, value)
     gradient, mixed = (part.transpose(1, 2).reshape(query.shape) for part in (gradient, mixed))
     wide_query, wide_key, shared = _wide(query), _wide(key[:, 0]), query.shape[1]
     common = (_wide(gradient) * _wide(mixed)).sum(dim=-1, keepdim=True)
+    of_null = query.new_zeros(0)
+    if null is not None:
+        shares = torch.exp(_of_groups(null, query) - log_sums)
+        of_null = -(shares * common).sum(dim=(2, 3)).view(-1, len(null)).sum(dim=0).to(null.dtype)
     of_query, of_key, of_value = [], [], []
     for block in _blocks(query.shape[2]):
         keys, values, rows = key[:, 0, : block.stop], value[:, 0, : block.stop], _rows(gradient, block)
@@ -125,7 +154,12 @@ def backward(
         of_value.append(weights.to(value.dtype).flatten(1, 2).transpose(1, 2) @ rows)
     made = torch.cat(of_query, dim=2), _added(of_key), _added(of_value)
     first, second, third = (part.view(shape) for part, shape in zip(made, shapes, strict=True))
-    return first, second, third
+    return first, second, third, of_null
+
+
+def _of_groups(null: Tensor, grouped: Tensor) -> Tensor:
+    """(heads,) -> (groups, heads that share keys, 1, 1), for queries in that form."""
+    return null.repeat(grouped.shape[0] * grouped.shape[1] // len(null)).view(*grouped.shape[:2], 1, 1)
 
 
 def _grouped(query: Tensor, *keys_and_values: Tensor) -> list[Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
-from stablelm.methods.sizes import d_head, d_key_value
-from stablelm.model.added_parameters import add_parameters, named_parameters_of
+from stablelm.methods.sizes import d_head, d_key_value, logit_scale
+from stablelm.model.added_parameters import add_parameters
 from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
@@ -32,8 +32,9 @@ class Attention(nn.Module):
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
         self.position, self.shaping = config.axes.position, config.axes.shaping
+        self.gate, self.softmax = config.axes.gate, config.axes.softmax
         self.d_head, self.kv_heads = d_head(config), config.kv_heads
-        self.scale = config.axes.init.logit_scale(self.d_head)
+        self.scale = logit_scale(config)
         self.dropout = config.dropout
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
         bias, reparam, d_kv = bool(config.bias), reparam_of(config, 2 * layer), d_key_value(config)
@@ -44,7 +45,11 @@ class Attention(nn.Module):
                 return Linear(width.read, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
             return LowRankLinear(width.read, inner, d_out, bias=bias, dtypes=dtypes, reparam=reparam)
 
-        self.query, self.key, self.value = first(width.attention), first(d_kv), first(d_kv)
+        self.query, self.key = first(width.attention), first(d_kv)
+        self.value = first(d_kv) if config.axes.maps.has_values else None
+        gates = self.gate.width(config)
+        own = {"bias": False, "dtypes": dtypes, "reparam": reparam}
+        self.head_gate = Linear(width.read, gates, **own) if gates else None
         self.norm_query = self.norm_key = None
         if config.attention.qk_norm:
             # RMSNorm over each head, gains shared by heads (Wortsman et al. 2024; OLMo et al. 2024).
@@ -53,22 +58,31 @@ class Attention(nn.Module):
         self.placement = config.axes.placement
         inner_norm = self.placement.at(config, 2 * layer).before_output
         self.norm_inner = Norm(config, dtypes, width.attention) if inner_norm else None
-        self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
-        self.added = add_parameters(self, config.axes.placement.in_attention(config), dtypes)
+        self.output = None
+        if self.value is not None:
+            self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
+        added = tuple(parameter for value in config.axes.each() for parameter in value.in_attention(config, layer))
+        self.added = add_parameters(self, added, dtypes)
 
     @property
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
-        return self.query, self.key, self.value
+        return tuple(part for part in (self.query, self.key, self.value, self.head_gate) if part is not None)
 
     @property
     def first_widths(self) -> list[int]:
-        """Of queries and keys together, which `Position.turn` takes at once, and of values."""
-        d_kv = self.kv_heads * self.d_head
-        return [self.config.n_heads * self.d_head + d_kv, d_kv]
+        """Of queries and keys together, which `Position.turn` takes at once, of values, and of the gate's logits."""
+        d_kv, gates = self.kv_heads * self.d_head, self.gate.width(self.config)
+        values = [] if self.value is None else [d_kv]
+        return [self.config.n_heads * self.d_head + d_kv, *values, *([gates] if gates else [])]
+
+    @property
+    def passes_input(self) -> bool:
+        """Whether what the sub-layer reads is the second of the products, in the place of values."""
+        return self.value is None
 
     def forward(self, products: tuple[Tensor, ...], positions: Positions, *, cache: LayerCache | None = None) -> Tensor:
-        """products: queries and keys (batch, seq, d_attention + d_kv), values (batch, seq, d_kv)
-        -> (batch, seq, branch).
+        """products: queries and keys (batch, seq, d_attention + d_kv), values (batch, seq, d_kv), with a gate its
+        logits -> (batch, seq, branch).
 
         With a cache, the products are of the new tokens, which see the earlier ones too.
         """
@@ -77,11 +91,17 @@ class Attention(nn.Module):
         value = products[1].contiguous().unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
-        heads = self._mix(query, key, value, positions, cache).transpose(1, 2)
-        mixed = self.placement.mixed(heads, named_parameters_of(self, self.added, heads.dtype)).flatten(-2)
+        mixed = self._mix(query, key, value, positions, cache).transpose(1, 2)  # (batch, seq, heads, d_head)
+        if self.head_gate is not None:
+            mixed = self.gate.apply(mixed, products[2], self.added_parameters())
+        mixed = self.placement.mixed(mixed, self.added_parameters()).flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed)
-        return self.output(mixed)
+        return mixed if self.output is None else self.output(mixed)
+
+    def added_parameters(self) -> dict[str, Tensor]:
+        """What axis values add to this body, by name."""
+        return {name: getattr(self, name) for name in self.added}
 
     def queries_and_keys(self, products: tuple[Tensor, ...], positions: Positions) -> tuple[Tensor, Tensor]:
         """(batch, heads, seq, d_head) each, with norms and positions."""
@@ -113,6 +133,15 @@ class Attention(nn.Module):
         after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1 + earlier)
         return logits.masked_fill(after, -torch.inf)
 
+    def weights(self, logits: Tensor, heads: slice = slice(None)) -> Tensor:
+        """The weights of these logits, of `logits` for some of the heads."""
+        null = self._null(logits)
+        return self.softmax.weights(self.config, logits, None if null is None else null[heads])
+
+    def _null(self, like: Tensor) -> Tensor | None:
+        """(heads,): the logits of what takes weight beside the keys; None: nothing does."""
+        return self.softmax.null_logits(self.config.n_heads, self.added_parameters(), like)
+
     def _bias(self, positions: Positions, query: Tensor, cache: LayerCache | None) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
         if self.shaping.active:
@@ -132,22 +161,45 @@ class Attention(nn.Module):
         return self._kept[1]
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None) -> Tensor:
-        """(batch, heads, seq, d_head): values averaged by softmax attention."""
-        mixed = self._average(query, key, value, positions, cache)
+        """(batch, heads, queries, d_head): values averaged by softmax attention, shaped."""
+        mixed = self._average(query, key, value, positions, cache, self.dropout if self.training else 0.0)
+        if self.shaping.combines:
+            own = value if cache is None else cache.of_new(value)
+            own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            centre = self._centre(query, key, value, positions, cache)
+            return self.shaping.combine(own, mixed, centre, self.added_parameters())
         return mixed * self._shaped(query, cache)[1].to(mixed.dtype) if self.shaping.active else mixed
 
-    def _average(
+    def _centre(
         self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, cache: LayerCache | None
     ) -> Tensor:
-        dropout, cap = self.dropout if self.training else 0.0, self.config.attention.logit_cap
+        """What attention would average if all queries were zero: the mean of all values so far, where nothing else
+        tells keys apart."""
+        if cache is not None or not positions.is_causal or not self.softmax.is_plain(self.config):
+            return self._average(torch.zeros_like(query), key, value, positions, cache, 0.0)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        counts = torch.arange(1, value.shape[2] + 1, dtype=wide, device=value.device)
+        means = (value.cumsum(dim=2, dtype=wide) / counts[:, None]).to(value.dtype)
+        return means.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+    def _average(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Positions,
+        cache: LayerCache | None,
+        dropout: float,
+    ) -> Tensor:
+        cap, null = self.config.attention.logit_cap, self._null(query)
         if positions.boundaries is not None:
             return documents.average(query, key, value, positions.boundaries, self.scale)
         if positions.blocks is not None:
             bias = self._shaped(query, cache)[0] if self.shaping.active else positions.bias
-            changes = {"cap": cap, "slopes": positions.slopes, "bias": bias}
+            changes = {"cap": cap, "slopes": positions.slopes, "bias": bias, "null": null}
             return attention_kernels.flex(query, key, value, positions.blocks, scale=self.scale, **changes)
-        if cap:
-            weights = F.dropout(self.logits(query, key, positions, cache).softmax(dim=-1).to(value.dtype), dropout)
+        if cap or self.softmax.clip(self.config) is not None:
+            weights = F.dropout(self.weights(self.logits(query, key, positions, cache)).to(value.dtype), dropout)
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         bias = self._bias(positions, query, cache)
-        return attention_kernels.sdpa(query, key, value, bias, scale=self.scale, dropout=dropout)
+        return attention_kernels.sdpa(query, key, value, bias, scale=self.scale, dropout=dropout, null=null)

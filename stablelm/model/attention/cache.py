@@ -44,6 +44,16 @@ class LayerCache:
             held[self._whole.rows, :, self._whole.places] = new.transpose(1, 2)
         return held
 
+    def of_new(self, kept: Tensor) -> Tensor:
+        """Those of the new tokens, (batch, heads, new, d_head), from all that `extend` returned."""
+        whole = self._whole
+        if whole.start == 0:
+            return kept
+        if whole.start is not None:
+            return kept[:, :, whole.start :]
+        places = whole.places[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3])
+        return kept.gather(2, places)
+
     def shaped(self, shaping: Shaping, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The shaping's bias (batch or 1, 1, new, columns) and factors (batch or 1, 1, new, 1) for the new tokens."""
         places, whole = self._whole.places, self._whole

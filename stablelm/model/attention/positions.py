@@ -30,6 +30,11 @@ class Positions(NamedTuple):
     """int32, of `documents.boundaries`."""
     blocks: "BlockMask | None" = None
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether nothing is added to the logits but the causal mask."""
+        return self.bias is None and self.slopes is None and self.numbers is None
+
     def dense_bias(self, seq_len: int, dtype: torch.dtype) -> Tensor | None:
         """`bias` with slopes and documents in it; None where nothing is added but the causal mask."""
         bias = self.bias
