@@ -213,4 +213,4 @@ def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
         load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
     except CheckpointError as error:
         raise ConfigError(f"run.init_from={found} does not fit this model: {error}") from error
-    engine.loaded()
+    engine.loaded(weights_alone=True)

@@ -18,6 +18,10 @@ from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
 
 
+WATCHED_QUERIES = 256
+"""Queries whose logits are looked at together."""
+
+
 class Attention(nn.Module):
     """The body of an attention sub-layer; query head i reads key/value head i // (n_heads / kv_heads).
 
@@ -35,6 +39,8 @@ class Attention(nn.Module):
         self.scale = config.axes.init.logit_scale(self.d_head)
         self.dropout = config.dropout
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.largest_logits: Tensor | None = None
+        """(n_heads,) of training passes, before cap and bias, where an engine asks for them by setting it."""
         bias, reparam, d_kv = bool(config.bias), reparam_of(config, 2 * layer), d_key_value(config)
         inner = config.axes.maps.rank(config)
 
@@ -73,6 +79,8 @@ class Attention(nn.Module):
         value = products[1].contiguous().unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
+        if self.largest_logits is not None and torch.is_grad_enabled():
+            self._watch(query, key, self.largest_logits)
         mixed = self._mix(query, key, value, positions, cache).transpose(1, 2).flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed)
@@ -107,6 +115,19 @@ class Attention(nn.Module):
         earlier = key.shape[-2] - query.shape[-2]
         after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1 + earlier)
         return logits.masked_fill(after, -torch.inf)
+
+    @torch.compiler.disable()
+    @torch.no_grad()
+    def _watch(self, query: Tensor, key: Tensor, largest: Tensor) -> None:
+        """Raises `largest` (n_heads,) to the logits of these rows, a few queries at a time."""
+        key = key.detach().repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2)
+        for start in range(0, query.shape[-2], WATCHED_QUERIES):
+            own = query[..., start : start + WATCHED_QUERIES, :].detach()
+            stop = start + own.shape[-2]
+            logits = own @ key[..., :stop]
+            later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1 + start)
+            found = logits.masked_fill_(later, -torch.inf).amax(dim=(0, 2, 3)) * self.scale
+            torch.maximum(largest, found.to(largest.dtype), out=largest)
 
     def _bias(self, positions: Positions, query: Tensor, cache: LayerCache | None) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
