@@ -11,9 +11,10 @@ from stablelm.checkpoint.format import load_tensors
 from stablelm.checkpoint.manifest import TENSORS, step_of
 from stablelm.checkpoint.reader import MODEL_PREFIX
 from stablelm.checkpoint.remote_path import CheckpointPath
-from stablelm.checkpoint.selection import step_directories
-from stablelm.config.averages import EMA, Average, chosen
+from stablelm.checkpoint.selection import step_directories, verify_together
+from stablelm.config.averages import EMA, NONE, Average, chosen
 from stablelm.config.schema import Config, TrainConfig
+from stablelm.engine.consensus import Consensus
 from stablelm.engine.tensor_parts import FlatShard, local_part
 from stablelm.errors import CheckpointError
 from stablelm.optimizers import catalogue
@@ -33,6 +34,11 @@ class EvaluatedWeights:
     def of(cls, checkpoint: CheckpointPath, config: Config) -> "EvaluatedWeights":
         """As the run's `evaluate.average` says."""
         return cls(checkpoint, config.train, chosen(config.evaluate, config.train))
+
+    @property
+    def trained(self) -> bool:
+        """Whether these are the tensors `model.*` themselves."""
+        return self.average.kind == NONE and not catalogue.find(self.train).evaluation_state()
 
     def load(self, tensors: Mapping[str, Tensor], parameters: set[str], group: dist.ProcessGroup | None = None) -> None:
         """Fills live tensors `model.<name>` of any layout; the names in `parameters` are learned, the rest buffers.
@@ -70,14 +76,21 @@ class EvaluatedWeights:
         for tensor in learned.values():
             local(tensor).zero_()
         for path in paths:
+            if path != self.checkpoint:
+                verified(path, group)
             self._read(path, part, group)
             for name, tensor in learned.items():
                 local(tensor).add_(local(part[name]), alpha=1 / len(paths))
 
-    def averaged(self) -> list[CheckpointPath]:
-        """The checkpoint and the newest before it, as many as are averaged. Raises CheckpointError if there are fewer."""
+    def averaged(self, *, strict: bool = False) -> list[CheckpointPath]:
+        """The checkpoint and the newest before it, as many as are averaged, or as there are.
+
+        Raises CheckpointError if there are fewer and `strict`.
+        """
+        if self.average.checkpoints == 1:
+            return [self.checkpoint]
         found = [self.checkpoint, *earlier(self.checkpoint)][: self.average.checkpoints]
-        if len(found) < self.average.checkpoints:
+        if strict and len(found) < self.average.checkpoints:
             raise CheckpointError(
                 f"the mean of {self.average.checkpoints} checkpoints was asked for, and {self.checkpoint.parent} has "
                 f"{len(found)} up to step {step_of(self.checkpoint)}: ask for fewer, or use --average none"
@@ -87,6 +100,13 @@ class EvaluatedWeights:
     def _read(self, path: CheckpointPath, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
         if tensors:
             load_tensors(path / TENSORS, tensors, group, partial=True)
+
+
+def verified(path: CheckpointPath, group: dist.ProcessGroup | None) -> None:
+    """Raises CheckpointError on all ranks if a checkpoint is damaged; each hashes a share of its files."""
+    rank = 0 if group is None else dist.get_rank(group)
+    if problems := verify_together(path, Consensus(group, rank)):
+        raise CheckpointError(f"{path} is damaged ({problems[0]}), and its weights are to be averaged: average fewer")
 
 
 def earlier(checkpoint: CheckpointPath) -> list[CheckpointPath]:

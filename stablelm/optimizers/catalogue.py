@@ -32,6 +32,11 @@ def find(train: Any) -> Update:
     return OPTIMIZERS[train.optimizer](train)
 
 
+def extra_passes(train: Any) -> float:
+    """Passes over the batch beyond the first, a step on average."""
+    return find(train).extra_passes()
+
+
 def update_name(train: Any) -> str:
     """The optimizer that makes the update: the base of sam and looksam, else itself."""
     return train.sam.base if train.optimizer in SECTIONS["sam"] else train.optimizer

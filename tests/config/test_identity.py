@@ -120,7 +120,7 @@ def test_a_cosine_cannot_grow():
     (sentence,) = differences(make(), make("train.steps=200"), step=50)
     assert sentence == (
         "train.steps: saved with 100, now 200 "
-        "(it may grow where train.schedule is constant, or wsd before its cooldown)"
+        "(it may grow where train.schedule is constant, or wsd or power before its cooldown)"
     )
 
 
