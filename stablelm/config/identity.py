@@ -110,7 +110,9 @@ def _sentence(name: str, saved: Any, current: Any) -> str:
     if isinstance(saved, list) and isinstance(current, list):
         saved, current = _what_only_one_has(saved, current)
     hint = (
-        " (it may grow where train.schedule is constant, or wsd or power before its cooldown)" if name == "train.steps" else ""
+        " (it may grow where train.schedule is constant, or wsd or power before its cooldown)"
+        if name == "train.steps"
+        else ""
     )
     return f"{name}: saved with {_show(saved)}, now {_show(current)}{hint}"
 

@@ -37,7 +37,9 @@ def _options(config: Config) -> Iterator[Problem]:
     used = {train.optimizer, catalogue.update_name(train)}
     for section, names in catalogue.SECTIONS.items():
         options = getattr(train, section)
-        given = [each.name for each in fields(options) if getattr(options, each.name) != getattr(type(options)(), each.name)]
+        given = [
+            each.name for each in fields(options) if getattr(options, each.name) != getattr(type(options)(), each.name)
+        ]
         if used.isdisjoint(names):
             for name in given:
                 key = f"train.{section}.{name}"

@@ -110,7 +110,9 @@ def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate
         micro_batch_size=_or(train.micro_batch_size, train.batch_sizes.largest // world_size),
         min_lr=_or(train.min_lr, train.lr / 10),
         cooldown_steps=_or(train.cooldown_steps, steps // 5 if train.schedule in ("wsd", "power") else 0),
-        power_after=_or(train.power_after, max(1, train.warmup_steps)) if train.schedule == "power" else train.power_after,
+        power_after=_or(train.power_after, max(1, train.warmup_steps))
+        if train.schedule == "power"
+        else train.power_after,
         precision=_or(train.precision, accelerate_precision or "fp32"),
     )
 

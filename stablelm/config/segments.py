@@ -24,7 +24,11 @@ CHANGEABLE = (
     f"train.power_after train.power_exponent train.steps train.weight_decay train.grad_clip train.z_loss {BATCH}"
 ).split()
 """Keys that later steps may have other values of, while all that was trained so far stays what it is."""
-FOLLOWS = {"train.min_lr": ("train.lr",), "train.cooldown_steps": ("train.steps", "train.schedule"), "train.power_after": ("train.warmup_steps",)}
+FOLLOWS = {
+    "train.min_lr": ("train.lr",),
+    "train.cooldown_steps": ("train.steps", "train.schedule"),
+    "train.power_after": ("train.warmup_steps",),
+}
 """Keys that change with others where they are derived from them."""
 _REASONS = {
     "model.": "the weights belong to it",

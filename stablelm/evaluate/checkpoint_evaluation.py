@@ -48,7 +48,8 @@ def evaluate_checkpoint(
     """Prints the figures of each set and task and writes them to `out`; returns the exit code.
 
     `reading`: fields of `ReadOptions` that differ from the run's. `config`: files of the user's own configuration;
-    `trusted`: the checkpoint's is used like it. `average`: which weights, in place of the run's. With `tasks` and without `data` no set is scored.
+    `trusted`: the checkpoint's is used like it. `average`: which weights, in place of the run's. With `tasks` and
+    without `data` no set is scored.
     """
     launch = Launch()
     try:

@@ -61,9 +61,7 @@ def export(request: ExportRequest) -> Exported:
     cannot be opened and a model that the format does not compute; StorageError where `out` cannot be written.
     """
     _check_out(request)
-    run = open_run(
-        request.checkpoint, tokenizer=request.tokenizer, trusted=request.trusted, average=request.average
-    )
+    run = open_run(request.checkpoint, tokenizer=request.tokenizer, trusted=request.trusted, average=request.average)
     folded = Folded(run.config.model, Weights(run.checkpoint, run))
     name = choose(request.format, folded)
     texts = sample_documents(run, request.checked)

@@ -87,7 +87,7 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes
 
 
 def drawn_tokens(hidden: Tensor, weight: Tensor, draws: Tensor) -> Tensor:
-    """Tokens (n,) int64 from the softmax after hidden (n, d): the inverse of its cumulative sum at draws (n,) in [0, 1).
+    """Tokens (n,) int64 of the softmax after hidden (n, d): the inverse of its cumulative sum at draws (n,) in [0, 1).
 
     Without gradients; the softmax and its sums are in weight's dtype (vocab, d).
     """

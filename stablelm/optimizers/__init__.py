@@ -1,1 +1,1 @@
-"""How gradients become updates: one file an optimizer, listed in catalogue.py; their tensors are spread by the engine."""
+"""How gradients become updates: one file an optimizer, listed in catalogue.py; the engine spreads their tensors."""

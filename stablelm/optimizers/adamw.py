@@ -1,4 +1,4 @@
-"""AdamW with eps inside the root. The usual form, with eps outside, is torch's own fused kernel (`engine.optimizers`)."""
+"""AdamW with eps inside the root; the usual form, with eps outside, is torch's fused kernel (`engine.optimizers`)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

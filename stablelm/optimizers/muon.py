@@ -31,7 +31,7 @@ class MuonOptions:
     iterations: int = key(5, "of Newton-Schulz", identity=True, range=AT_LEAST_1)
     scale: Literal["rms", "spectral"] = key(
         "rms",
-        "of a matrix's update. rms: 0.2 sqrt(max(rows, columns)), so that train.lr and weight_decay mean what they mean "
+        "of a matrix's update. rms: 0.2 sqrt(max(rows, columns)), so that train.lr and weight_decay mean what they do "
         "to AdamW; spectral: sqrt(max(1, rows / columns))",
         identity=True,
     )

@@ -25,9 +25,7 @@ class SamOptions:
         "adamw", "the optimizer that gets the gradient", identity=True
     )
     rho: float = key(0.05, "how far the weights are moved: the norm of the move", identity=True, range=ABOVE_0)
-    every: int = key(
-        5, "looksam: steps between those with two passes", unit="steps", identity=True, range=AT_LEAST_1
-    )
+    every: int = key(5, "looksam: steps between those with two passes", unit="steps", identity=True, range=AT_LEAST_1)
     alpha: float = key(
         0.7,
         "looksam: the length of the direction that other steps add, as a share of the gradient's",

@@ -39,7 +39,7 @@ class ScheduleFreeUpdate(Update):
         largest = piece.state["lr_max"].clamp_(min=piece.lr)
         total = piece.state["weight_sum"].add_(largest.square())
         # Before the first rate above zero nothing has moved, and any share will do.
-        share = piece.each((largest.square() / total.clamp(min=1e-38)))
+        share = piece.each(largest.square() / total.clamp(min=1e-38))
         square.mul_(second).addcmul_(piece.gradient, piece.gradient, value=1 - second)
         direction = piece.gradient / (square / piece.each(1 - second**piece.step)).sqrt_().add_(piece.eps)
         direction.add_(y, alpha=piece.decay)

@@ -8,16 +8,12 @@ from stablelm.key import ABOVE_0, AT_LEAST_1, key
 from stablelm.methods.roles import Refusal
 from stablelm.optimizers.interface import CURVATURE, GRADIENT, Piece, StateTensor, Update
 
-# ruff: noqa: RUF009 - key() makes dataclass fields
-
 
 @dataclass(frozen=True)
 class SophiaOptions:
     """Sophia-G's options"""
 
-    every: int = key(
-        10, "steps between estimates of the curvature", unit="steps", identity=True, range=AT_LEAST_1
-    )
+    every: int = key(10, "steps between estimates of the curvature", unit="steps", identity=True, range=AT_LEAST_1)
     gamma: float = key(
         0.05, "what multiplies the curvature: a larger one clips fewer elements", identity=True, range=ABOVE_0
     )

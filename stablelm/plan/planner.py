@@ -175,7 +175,7 @@ def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "R
 def _dry_run(
     request: PlanRequest, listed: "list[Parameter]", layout: "Layout", near: tuple["Plan", ...]
 ) -> "Simulation | None":
-    """None for engines that have no dry run, where none was asked for, and of updates or steps that it does not make."""
+    """None for engines that have no dry run, where none was asked for, and of steps that it does not make."""
     special = request.config.engine.optimizer_in_backward or extra_passes(request.config.train) > 0
     if not request.simulated or special or layout.kind not in ("single", *SHARDED):
         return None

@@ -5,7 +5,14 @@ import sys
 
 from stablelm.errors import UserError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, add_average, add_checkpoint, local_path, path_or_url, refuse_several_processes
+from stablelm.programs.arguments import (
+    Parser,
+    add_average,
+    add_checkpoint,
+    local_path,
+    path_or_url,
+    refuse_several_processes,
+)
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
 DTYPES = ("bf16", "fp32", "q8_0")

@@ -33,8 +33,8 @@ class _CutShort(Exception):
 def validate(job: Job, exchange: StepExchange) -> bool:
     """Scores every validation set and task at the current step, and writes samples, at the end to the terminal too.
 
-    All of them with the weights of `evaluate.average`. Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is recorded,
-    and the evaluation stays due.
+    All of them with the weights of `evaluate.average`. Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`.
+    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
     """
     progress, rows, reached = job.progress, job.config.evaluate.micro_batch_size, partial(_reached, job, exchange)
     scores: dict[str, Scores] = {}

@@ -86,7 +86,9 @@ def _parameters(model: ModelConfig, precision: str) -> tuple[Parameter, ...]:
     for name, parameter in decoder.named_parameters():
         role = found[name]
         factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
-        listed.append(Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role)), is_hidden(role)))
+        listed.append(
+            Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role)), is_hidden(role))
+        )
     return tuple(listed)
 
 

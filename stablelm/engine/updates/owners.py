@@ -42,7 +42,10 @@ def directions_by_owner(
     shapes = [(member.parameter.shape[0], member.parameter.shape[1]) for member in members]
     for bucket in buckets(shapes, group.size()):
         part = [members[index] for index in bucket]
-        yield part, _exchanged([inputs(member) for member in part], [shapes[index] for index in bucket], direction, group)
+        yield (
+            part,
+            _exchanged([inputs(member) for member in part], [shapes[index] for index in bucket], direction, group),
+        )
 
 
 def buckets(shapes: Sequence[Shape], ranks: int) -> list[list[int]]:
@@ -95,12 +98,19 @@ def _exchanged(
         for index, place in enumerate(here)
     ]
     made = [each.to(flat.dtype).contiguous().view(-1) for each in whole]
-    pieces = [each.split([_numel(shapes[place], of, ranks) for of in range(ranks)]) for each, place in zip(made, here, strict=True)]
+    pieces = [
+        each.split([_numel(shapes[place], of, ranks) for of in range(ranks)])
+        for each, place in zip(made, here, strict=True)
+    ]
     back = torch.cat([piece[of] for of in range(ranks) for piece in pieces]) if pieces else flat.new_empty(0)
     returned = torch.empty_like(flat)
     dist.all_to_all_single(returned, back, out_sizes, in_sizes, group=group)
     given = _split(returned, out_sizes, [[inputs[place].numel() for place in places] for places in sent])
-    found = {place: part for places, parts in zip(sent, given, strict=True) for place, part in zip(places, parts, strict=True)}
+    found = {
+        place: part
+        for places, parts in zip(sent, given, strict=True)
+        for place, part in zip(places, parts, strict=True)
+    }
     return [found[place].view(inputs[place].shape) for place in range(len(inputs))]
 
 

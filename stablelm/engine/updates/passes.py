@@ -1,4 +1,4 @@
-"""Steps of several passes over the batch: SAM moves the weights between two of them, Sophia keeps a curvature of one."""
+"""Steps of several passes over the batch: SAM moves weights between two of them, Sophia keeps a curvature of one."""
 
 from collections.abc import Callable, Mapping
 

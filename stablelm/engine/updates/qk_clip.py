@@ -26,7 +26,8 @@ class QkClip:
     def begin(self, device: torch.device) -> None:
         """Before the passes of a step, or without one: what was seen is forgotten."""
         for body in self._bodies:
-            body.largest_logits = torch.full((body.config.n_heads,), -math.inf, device=device)
+            dtype = torch.promote_types(body.output.weight.dtype, torch.float32)
+            body.largest_logits = torch.full((body.config.n_heads,), -math.inf, dtype=dtype, device=device)
 
     @torch.no_grad()
     def clip(self, skipped: Tensor) -> None:

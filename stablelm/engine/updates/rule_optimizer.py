@@ -114,7 +114,10 @@ def _update_elements(
 ) -> None:
     """`values` (K,) of single state become those after the update."""
     names = [name for name, each in rule.states(hidden=group["hidden"]).items() if not each.single]
-    means, new = _means(rule, group, members, step, values, names), {name: each.clone() for name, each in values.items()}
+    means, new = (
+        _means(rule, group, members, step, values, names),
+        {name: each.clone() for name, each in values.items()},
+    )
     for chunk in _chunks(members):
         at = torch.tensor([each.member.index for each in chunk], device=step.device)
         own = {name: each[at] for name, each in values.items()}

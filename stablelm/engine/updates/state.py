@@ -1,4 +1,4 @@
-"""The tensors of state of a parameter, for every optimizer: which there are, their shapes and bytes, and their start."""
+"""The tensors of state of a parameter, for every optimizer: which there are, their shapes, bytes and first values."""
 
 import math
 from collections.abc import Mapping

@@ -17,7 +17,6 @@ from stablelm.model.devices import to_device
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
 
-
 WATCHED_QUERIES = 256
 """Queries whose logits are looked at together."""
 
