@@ -1,7 +1,8 @@
 """Where each parameter lies in the flat buffers of DeepSpeed's ZeRO optimizers, and its part as a FlatShard.
 
-A ZeRO optimizer keeps fp32 master weights and the optimizer's state of this rank as one flat tensor a group. This reads
-the layout from its attributes, which are not a public interface: the version is pinned, and a test reads everything back.
+A ZeRO optimizer keeps fp32 master weights and the optimizer's state of this rank as one flat tensor a group. This
+reads the layout from its attributes, which are not a public interface: the version is pinned, and a test reads
+everything back.
 """
 
 import math

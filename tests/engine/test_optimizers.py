@@ -27,6 +27,7 @@ from stablelm.engine.optimizers import make_optimizer, set_learning_rate
 from stablelm.engine.peak_memory import rank_memory
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.engine.updates.owners import buckets, owners
+from stablelm.engine.updates.rule_optimizer import RuleOptimizer
 from stablelm.engine.updates.state import follow_weights
 from stablelm.errors import ConfigError
 from stablelm.methods.axes import Role
@@ -126,6 +127,33 @@ def test_many_small_pieces_are_one_update(monkeypatch: pytest.MonkeyPatch):
             found.append(torch.cat([parameter.detach().flatten() for parameter in parameters.values()]))
     assert torch.allclose(found[0], found[2], atol=1e-14)
     assert torch.allclose(found[1], found[3], atol=1e-14)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "adamw"])
+def test_what_a_gpu_computes_of_a_skipped_update_is_dropped(name: str):
+    """Where the host does not look, results are those of where it does, and a skipped update changes no bit."""
+    config = configuration("model.method=pre_ln", *CASES[name][0])
+    found = []
+    for looks in (True, False):
+        parameters, own_roles = parameters_and_roles()
+        optimizer = make_optimizer(parameters, own_roles, config.train, config.model)
+        assert isinstance(optimizer, RuleOptimizer)
+        optimizer.looks = looks
+        set_learning_rate(optimizer, 0.01)
+        for bad in (False, True, False):
+            before = [value.clone() for value in held(optimizer)]
+            for parameter in parameters.values():
+                parameter.grad = torch.full_like(parameter, math.nan if bad else 0.5)
+            setattr(optimizer, "found_inf", torch.tensor(float(bad)))  # noqa: B010
+            optimizer.step()
+            assert all(map(torch.equal, before, held(optimizer))) == bad
+        found.append(held(optimizer))
+    assert all(map(torch.equal, *found))
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    tensors = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+    return tensors + [value for state in optimizer.state.values() for value in state.values()]
 
 
 class PlainRun:

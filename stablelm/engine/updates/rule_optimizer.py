@@ -54,6 +54,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas})
         self.rule = rule
         self.curvature: dict[nn.Parameter, Tensor] = {}
+        self.looks: bool | None = None
+        """Whether the host looks at `found_inf` before an update; None: where that is on the CPU."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,7 +67,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 def update(optimizer: RuleOptimizer, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
     """The update of some parameters of a group that have gradients."""
     skipped: Tensor | None = getattr(optimizer, "found_inf", None)
-    if skipped is not None and skipped.is_cpu:
+    if skipped is not None and (skipped.is_cpu if optimizer.looks is None else optimizer.looks):
         if bool(skipped):
             return
         skipped = None
