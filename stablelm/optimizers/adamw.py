@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stablelm.optimizers.interface import Piece, StateTensor, Update
+from stablelm.optimizers.interface import Elements, StateTensor, Update
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class AdamWUpdate(Update):
     def states(self, *, hidden: bool) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor(), "exp_avg_sq": StateTensor()}
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         (first, second), gradient = piece.betas, piece.gradient
         mean, square = piece.state["exp_avg"], piece.state["exp_avg_sq"]
         mean.lerp_(gradient, 1 - first)

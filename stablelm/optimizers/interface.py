@@ -22,7 +22,7 @@ class StateTensor(NamedTuple):
 
 
 @dataclass
-class Piece:
+class Elements:
     """Elements of one or several parameters of a group, joined: what `Update.update` changes in place.
 
     weight, gradient (clipped), state of an element each: (n,) in the parameters' dtype. step and single values of
@@ -63,11 +63,11 @@ class Update:
         """The state of a parameter by name; `hidden`: whether it is a matrix of the layers. A count is kept beside."""
         raise NotImplementedError
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         """One update of the elements of `piece` and of their state, in place."""
         raise NotImplementedError
 
-    def statistic(self, piece: Piece) -> "Tensor | None":
+    def statistic(self, piece: Elements) -> "Tensor | None":
         """(n,): what the update needs the mean of over each whole parameter, of the state before it; None: nothing."""
         return None
 

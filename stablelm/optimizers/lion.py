@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stablelm.optimizers.interface import Piece, StateTensor, Update
+from stablelm.optimizers.interface import Elements, StateTensor, Update
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LionUpdate(Update):
     def states(self, *, hidden: bool) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor()}
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         (first, second), mean = piece.betas, piece.state["exp_avg"]
         direction = mean.lerp(piece.gradient, 1 - first).sign_()
         piece.weight.mul_(1 - piece.lr * piece.decay).sub_(direction, alpha=piece.lr)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from stablelm.key import ABOVE_0, AT_LEAST_1, Range, key
 from stablelm.methods.roles import Refusal
 from stablelm.optimizers.adamw import AdamWUpdate
-from stablelm.optimizers.interface import ASCENDED, GRADIENT, Piece, StateTensor, Update, WholeMatrices
+from stablelm.optimizers.interface import ASCENDED, GRADIENT, Elements, StateTensor, Update, WholeMatrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,10 +57,10 @@ class SamUpdate(Update):
     def states(self, *, hidden: bool) -> dict[str, StateTensor]:
         return self.base.states(hidden=hidden) | ({DIRECTION: StateTensor()} if self.looks else {})
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         self.base.update(piece)
 
-    def statistic(self, piece: Piece) -> "Tensor | None":
+    def statistic(self, piece: Elements) -> "Tensor | None":
         return self.base.statistic(piece)
 
     def whole(self, *, hidden: bool) -> WholeMatrices | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stablelm.methods.roles import Refusal
-from stablelm.optimizers.interface import Piece, StateTensor, Update
+from stablelm.optimizers.interface import Elements, StateTensor, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class ScheduleFreeUpdate(Update):
             "weight_sum": StateTensor(single=True),
         }
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         first, second = piece.betas
         y, z, square = piece.weight, piece.state["z"], piece.state["exp_avg_sq"]
         largest = piece.state["lr_max"].clamp_(min=piece.lr)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from stablelm.key import ABOVE_0, AT_LEAST_1, key
 from stablelm.methods.roles import Refusal
-from stablelm.optimizers.interface import CURVATURE, GRADIENT, Piece, StateTensor, Update
+from stablelm.optimizers.interface import CURVATURE, GRADIENT, Elements, StateTensor, Update
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SophiaUpdate(Update):
     def states(self, *, hidden: bool) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor(), "hessian": StateTensor()}
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         (first, second), mean, hessian = piece.betas, piece.state["exp_avg"], piece.state["hessian"]
         mean.lerp_(piece.gradient, 1 - first)
         if piece.curvature is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from stablelm.optimizers.interface import Piece, StateTensor, Update
+from stablelm.optimizers.interface import Elements, StateTensor, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +27,13 @@ class StableAdamWUpdate(Update):
     def states(self, *, hidden: bool) -> dict[str, StateTensor]:
         return {"exp_avg": StateTensor(), "exp_avg_sq": StateTensor()}
 
-    def statistic(self, piece: Piece) -> "Tensor":
+    def statistic(self, piece: Elements) -> "Tensor":
         share = piece.each(_new_share(piece.betas[1], piece.step))
         square = piece.gradient.square()
         renewed = piece.state["exp_avg_sq"] + (square - piece.state["exp_avg_sq"]) * share
         return square.div_(renewed.clamp_(min=piece.eps**2))
 
-    def update(self, piece: Piece) -> None:
+    def update(self, piece: Elements) -> None:
         assert piece.mean is not None
         mean, square = piece.state["exp_avg"], piece.state["exp_avg_sq"]
         first, second = (piece.each(_new_share(beta, piece.step)) for beta in piece.betas)

@@ -31,6 +31,7 @@ from stablelm.engine.updates.rule_optimizer import RuleOptimizer
 from stablelm.engine.updates.state import follow_weights
 from stablelm.errors import ConfigError
 from stablelm.methods.axes import Role
+from stablelm.model.attention.body import Attention
 from stablelm.model.initialise import roles
 from stablelm.optimizers.catalogue import find
 from stablelm.optimizers.muon import newton_schulz
@@ -323,11 +324,12 @@ def test_qk_clip_brings_logits_to_the_bound():
     config = tiny("train.optimizer=muon", "train.muon.qk_clip=0.05", "train.precision=fp64")
     engine = build_engine(config, "single", ALONE)
     assert isinstance(engine, TorchEngine)
-    body = engine.module.layers[0].attention.body  # pyright: ignore[reportAttributeAccessIssue]
+    body = next(part for part in engine.module.modules() if isinstance(part, Attention))
     rows = torch.randint(0, VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(0))
 
     def step(lr: float) -> torch.Tensor:
         train_step(engine, ALONE, rows[:, :-1], rows[:, 1:], step=1, lr=lr, seed=0, micro=2)
+        assert body.largest_logits is not None
         return body.largest_logits.clone()
 
     assert float(step(0.0).max()) > 0.05
@@ -396,7 +398,7 @@ def test_updates_in_the_backward_pass_are_the_ordinary_ones(name: str):
 @pytest.mark.parametrize("name", ALL)
 def test_the_plans_bytes_are_those_of_the_state(name: str):
     config = tiny(*ALL[name])
-    engine = build_engine(config, "single", ALONE)
+    engine = TorchEngine(config, "single", ALONE)
     held = sum(tensor.nbytes for key, tensor in engine.tensors().items() if key.startswith("optim.") and tensor.ndim)
     copies = find(config.train).copies() * sum(each.nbytes for each in engine.parameters().values())
     layout = rank_memory.make_layout(config, "single", 1, 1)

@@ -70,7 +70,7 @@ class Passes:
         assert isinstance(self._optimizer, RuleOptimizer)
         self._not_finite = self._norm() * 0
         for parameter in self._with_gradients():
-            own = local_part(parameter.grad).detach()
+            own = _gradient(parameter)
             self._optimizer.curvature[parameter] = own.square().mul_(valid.to(own.device, own.dtype))
         self._clear()
 
@@ -80,7 +80,7 @@ class Passes:
         self._not_finite = norm * 0
         factor = self._rule.options.rho / (norm + NORM_EPS)
         for parameter in self._with_gradients():
-            weight, gradient = local_part(parameter).detach(), local_part(parameter.grad).detach()
+            weight, gradient = local_part(parameter).detach(), _gradient(parameter)
             self._weights[parameter] = weight.clone()
             if self._rule.looks:
                 self._first[parameter] = gradient.clone()
@@ -94,7 +94,7 @@ class Passes:
         self._weights = {}
         self._moved()
         if self._first:
-            second = {parameter: local_part(parameter.grad).detach() for parameter in self._with_gradients()}
+            second = {parameter: _gradient(parameter) for parameter in self._with_gradients()}
             # The part of the second gradient along the first, which every step has anyway.
             along = _dot(self._first, second) / (_dot(self._first, self._first) + NORM_EPS)
             for parameter, gradient in second.items():
@@ -106,7 +106,7 @@ class Passes:
         length = _dot(directions, directions).sqrt()
         factor = alpha * self._norm() / (length + NORM_EPS)
         for parameter, direction in directions.items():
-            gradient = local_part(parameter.grad).detach()
+            gradient = _gradient(parameter)
             gradient.add_(direction * to_device(factor, gradient.device))
 
     def _with_gradients(self) -> list[nn.Parameter]:
@@ -115,6 +115,12 @@ class Passes:
     def _clear(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """This rank's part, live."""
+    assert parameter.grad is not None
+    return local_part(parameter.grad).detach()
 
 
 def _dot(one: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.engine.tensor_parts import local_part
 from stablelm.engine.updates.owners import directions_by_owner
-from stablelm.optimizers.interface import Piece, Update, WholeMatrices
+from stablelm.optimizers.interface import Elements, Update, WholeMatrices
 from stablelm.private_names import copy_all
 
 STEP = "step"
@@ -44,7 +44,7 @@ class _Range(NamedTuple):
 
     member: _Member
     part: slice
-    count: int
+    size: int
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -150,7 +150,7 @@ def _means(
         found = rule.statistic(_piece(rule, group, chunk, names, step[at], own, copied=False))
         if found is None:
             return None
-        parts = found.double().split([each.count for each in chunk])
+        parts = found.double().split([each.size for each in chunk])
         sums.index_add_(0, at, torch.stack([part.sum() for part in parts]))
     first = members[0].parameter
     if isinstance(first, DTensor):
@@ -166,7 +166,7 @@ def _chunks(members: list[_Member]) -> Iterator[list[_Range]]:
         total = member.gradient.numel()
         for start in range(0, total, AT_ONCE):
             count = min(AT_ONCE, total - start)
-            if found and sum(each.count for each in found) + count > AT_ONCE:
+            if found and sum(each.size for each in found) + count > AT_ONCE:
                 yield found
                 found = []
             found.append(_Range(member, slice(start, start + count), count))
@@ -183,7 +183,7 @@ def _piece(
     singles: dict[str, Tensor],
     *,
     copied: bool,
-) -> Piece:
+) -> Elements:
     """What is stored itself where it is one range in the parameters' dtype, unless it is to be `copied`."""
     dtype = chunk[0].member.gradient.dtype
 
@@ -194,9 +194,9 @@ def _piece(
 
     state = {name: joined([each.member.state[name][each.part] for each in chunk]) for name in names}
     estimates = [each.member.curvature[each.part] for each in chunk if each.member.curvature is not None]
-    counts = torch.tensor([each.count for each in chunk], device=step.device)
-    each = partial(_spread, counts=counts, total=sum(found.count for found in chunk))
-    return Piece(
+    counts = torch.tensor([each.size for each in chunk], device=step.device)
+    each = partial(_spread, counts=counts, total=sum(found.size for found in chunk))
+    return Elements(
         joined([each.member.weight[each.part] for each in chunk]),
         joined([each.member.gradient[each.part] for each in chunk]),
         state | singles,
@@ -222,7 +222,7 @@ def _write(stored: list[Tensor], value: Tensor, chunk: list[_Range], skipped: Te
     value = value.to(stored[0].dtype)
     if skipped is not None:
         value = torch.where(skipped > 0, torch.cat(stored), value)
-    copy_all(stored, value.split([each.count for each in chunk]))
+    copy_all(stored, value.split([each.size for each in chunk]))
 
 
 def _update_matrices(
