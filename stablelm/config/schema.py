@@ -186,9 +186,6 @@ class TrainConfig:
     betas: tuple[float, float] = key((0.9, 0.95), "the optimizer's averaging constants", identity=True)
     eps: float = key(1e-8, "Adam's epsilon", identity=True)
     eps_inside: bool = key(False, "AdamW divides by sqrt(v + eps) in place of sqrt(v) + eps", identity=True)
-    muon: MuonOptions = key(MuonOptions, str(MuonOptions.__doc__))
-    sophia: SophiaOptions = key(SophiaOptions, str(SophiaOptions.__doc__))
-    sam: SamOptions = key(SamOptions, str(SamOptions.__doc__))
     ema: float = key(
         0.0, "decay of an exponential moving average of the weights, kept beside them; 0: none", identity=True
     )
@@ -226,6 +223,9 @@ class TrainConfig:
         False,
         "only kernels that repeat their results bit for bit, on GPUs at some cost in speed; CPUs repeat theirs anyway",
     )
+    muon: MuonOptions = key(MuonOptions, str(MuonOptions.__doc__))
+    sophia: SophiaOptions = key(SophiaOptions, str(SophiaOptions.__doc__))
+    sam: SamOptions = key(SamOptions, str(SamOptions.__doc__))
 
     @property
     def batch_sizes(self) -> BatchSizes:

@@ -89,7 +89,7 @@ class TorchEngine:
             self._updates = BackwardUpdates(optimizer)
         self._passes = Passes(catalogue.find(train), optimizer, self._total_norm, self.loaded)
         if catalogue.update_name(train) == "muon" and train.muon.qk_clip is not None:
-            self._qk_clip = QkClip(self.module, train.muon.qk_clip)
+            self._qk_clip = QkClip(self.module, train.muon.qk_clip, self.device)
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""

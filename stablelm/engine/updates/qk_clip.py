@@ -18,10 +18,11 @@ from stablelm.model.linear import Linear, LowRankLinear
 class QkClip:
     """The attention of a model whose logits are watched; weights are held as they were at the start."""
 
-    def __init__(self, module: nn.Module, bound: float):
+    def __init__(self, module: nn.Module, bound: float, device: torch.device):
         self._bound = bound
         self._bodies = [part for part in module.modules() if isinstance(part, Attention)]
         self._maps = [[_tensors(body.query), _tensors(body.key)] for body in self._bodies]
+        self.begin(device)
 
     def begin(self, device: torch.device) -> None:
         """Before the passes of a step, or without one: what was seen is forgotten."""
