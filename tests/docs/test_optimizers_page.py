@@ -14,6 +14,8 @@ PAGE = DOCS / "optimizers.md"
 def test_the_page_runs_from_top_to_bottom(tiny_corpus: TinyCorpus, tmp_path: Path):
     losses = []
     for line in commands(PAGE):
+        if "benchmarks/" in line:
+            line = line.replace("24x512x1x256 --compile", "1x64x1x16 --rounds 1")
         done = run_command(line, tmp_path, tiny_corpus, "train.steps=4", here={"power_after=100": "power_after=2"})
         assert done.returncode == 0, (line, done.stderr)
         if "eval.py" in line:

@@ -464,6 +464,13 @@ def test_fsdp2_is_one_process_and_each_continues_the_other(name: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sam", "sophia", "muon"])
+def test_ddp_is_one_process(name: str, tmp_path: Path):
+    arguments = (("model.method=magneto_sigma", *SHARDED[name]), str(tmp_path), "")
+    assert worst(launch(losses, 2, "ddp", *arguments), losses(0, 1, "single", *arguments)) < 1e-9  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lion", "eps_inside", "schedule_free", "ema"])
 def test_zero_is_one_process_and_continues_it(name: str, tmp_path: Path):
     arguments = (("train.lr=1e-3", *ALL[name]), str(tmp_path))

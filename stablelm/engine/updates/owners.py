@@ -40,12 +40,11 @@ def directions_by_owner(
         return
     group = first.device_mesh.get_group("shard")
     shapes = [(member.parameter.shape[0], member.parameter.shape[1]) for member in members]
+    device = torch.device(first.device_mesh.device_type)
     for bucket in buckets(shapes, group.size()):
         part = [members[index] for index in bucket]
-        yield (
-            part,
-            _exchanged([inputs(member) for member in part], [shapes[index] for index in bucket], direction, group),
-        )
+        rows, whole = [inputs(member) for member in part], [shapes[index] for index in bucket]
+        yield part, _exchanged(rows, whole, direction, group, device)
 
 
 def buckets(shapes: Sequence[Shape], ranks: int) -> list[list[int]]:
@@ -80,9 +79,13 @@ def _rows(rows: int, rank: int, ranks: int) -> int:
 
 
 def _exchanged(
-    inputs: list[Tensor], shapes: list[Shape], direction: Callable[[Tensor], Tensor], group: dist.ProcessGroup
+    inputs: list[Tensor],
+    shapes: list[Shape],
+    direction: Callable[[Tensor], Tensor],
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> list[Tensor]:
-    """This rank's rows of the directions, from its rows of the inputs."""
+    """This rank's rows of the directions, computed on `device`, from its rows of the inputs, which may be offloaded."""
     ranks, own = group.size(), group.rank()
     owner = owners(shapes, ranks)
     sent = [[place for place, rank in enumerate(owner) if rank == to] for to in range(ranks)]
@@ -94,10 +97,10 @@ def _exchanged(
     dist.all_to_all_single(received, flat, in_sizes, out_sizes, group=group)
     parts = _split(received, in_sizes, [[_numel(shapes[place], of, ranks) for place in here] for of in range(ranks)])
     whole = [
-        direction(torch.cat([parts[of][index] for of in range(ranks)]).view(shapes[place]))
+        direction(torch.cat([parts[of][index] for of in range(ranks)]).view(shapes[place]).to(device))
         for index, place in enumerate(here)
     ]
-    made = [each.to(flat.dtype).contiguous().view(-1) for each in whole]
+    made = [each.to(flat.device, flat.dtype).contiguous().view(-1) for each in whole]
     pieces = [
         each.split([_numel(shapes[place], of, ranks) for of in range(ranks)])
         for each, place in zip(made, here, strict=True)
