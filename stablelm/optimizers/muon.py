@@ -104,11 +104,11 @@ class MuonUpdate(Update):
         if config.train.muon.qk_clip is None:
             return
         clip = f"train.muon.qk_clip={config.train.muon.qk_clip}"
-        if config.engine.recompute == "selective":
+        if config.engine.recompute in ("selective", "auto"):
             yield Refusal(
                 ("train.muon.qk_clip", "engine.recompute"),
-                f"{clip} is not possible with engine.recompute=selective, which would keep the logits that it looks "
-                "at; use engine.recompute=attention",
+                f"{clip} is not possible with engine.recompute={config.engine.recompute}, as selective recomputation "
+                "would keep the logits that it looks at; use engine.recompute=attention",
             )
         if config.data.document_mask:
             yield Refusal(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.engine.tensor_parts import local_part
 from stablelm.engine.updates.owners import directions_by_owner
+from stablelm.model.devices import to_device
 from stablelm.optimizers.interface import Elements, Update, WholeMatrices
 from stablelm.private_names import copy_all
 
@@ -116,12 +117,10 @@ def _update_elements(
 ) -> None:
     """`values` (K,) of single state become those after the update."""
     names = [name for name, each in rule.states(hidden=group["hidden"]).items() if not each.single]
-    means, new = (
-        _means(rule, group, members, step, values, names),
-        {name: each.clone() for name, each in values.items()},
-    )
+    means = _means(rule, group, members, step, values, names)
+    new = {name: each.clone() for name, each in values.items()}
     for chunk in _chunks(members):
-        at = torch.tensor([each.member.index for each in chunk], device=step.device)
+        at = _numbers([each.member.index for each in chunk], step.device)
         own = {name: each[at] for name, each in values.items()}
         piece = _piece(rule, group, chunk, names, step[at], own, copied=skipped is not None)
         piece.mean = None if means is None else means[at]
@@ -145,7 +144,7 @@ def _means(
     """Of `Update.statistic` over each whole parameter, (K,); a collective where they are split."""
     sums = torch.zeros(len(members), dtype=torch.float64, device=step.device)
     for chunk in _chunks(members):
-        at = torch.tensor([each.member.index for each in chunk], device=step.device)
+        at = _numbers([each.member.index for each in chunk], step.device)
         own = {name: each[at] for name, each in values.items()}
         found = rule.statistic(_piece(rule, group, chunk, names, step[at], own, copied=False))
         if found is None:
@@ -155,7 +154,7 @@ def _means(
     first = members[0].parameter
     if isinstance(first, DTensor):
         dist.all_reduce(sums, group=first.device_mesh.get_group("shard"))
-    counts = torch.tensor([each.parameter.numel() for each in members], dtype=torch.float64, device=step.device)
+    counts = _numbers([each.parameter.numel() for each in members], step.device)
     return (sums / counts).to(first.dtype)
 
 
@@ -194,7 +193,7 @@ def _piece(
 
     state = {name: joined([each.member.state[name][each.part] for each in chunk]) for name in names}
     estimates = [each.member.curvature[each.part] for each in chunk if each.member.curvature is not None]
-    counts = torch.tensor([each.size for each in chunk], device=step.device)
+    counts = _numbers([each.size for each in chunk], step.device)
     each = partial(_spread, counts=counts, total=sum(found.size for found in chunk))
     return Elements(
         joined([each.member.weight[each.part] for each in chunk]),
@@ -209,6 +208,11 @@ def _piece(
         each,
         curvature=joined(estimates) if estimates else None,
     )
+
+
+def _numbers(values: list[int], device: torch.device) -> Tensor:
+    """On the device, which is not waited for."""
+    return to_device(torch.tensor(values), device)
 
 
 def _spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
