@@ -35,6 +35,7 @@ from stablelm.model.attention.body import Attention
 from stablelm.model.initialise import roles
 from stablelm.optimizers.catalogue import find
 from stablelm.optimizers.muon import newton_schulz
+from stablelm.plan.collectives import collectives
 from stablelm.train.step import draws_of, train_step
 
 ALONE = make_ranks(0, 1)
@@ -461,6 +462,31 @@ def test_fsdp2_is_one_process_and_each_continues_the_other(name: str, tmp_path: 
     assert worst(losses(0, 1, "single", *arguments, "fsdp2-2"), wanted) < 1e-9
     assert worst(launch(losses, 2, "fsdp2", *arguments, "single-1"), wanted) < 1e-9  # type: ignore[arg-type]
     assert launch(losses, 2, "fsdp2", *arguments, "fsdp2-2") == launch(losses, 2, "fsdp2", *arguments, "fsdp2-2")
+
+
+def muon_step(rank: int, world_size: int) -> tuple[int, list[float]]:
+    """All-to-alls of two steps on shards of different sizes, and their losses."""
+    ranks, config = make_ranks(rank, world_size), configuration("model.n_layers=2", *SHARDED["muon"])
+    engine, calls, exchange = build_engine(config, "fsdp2", ranks), [], torch.distributed.all_to_all_single
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return exchange(*arguments, **options)
+
+    torch.distributed.all_to_all_single = counted
+    found = run_steps(engine, ranks, config, 1, 2, micro=BATCH // world_size // 2)
+    return len(calls), found
+
+
+@pytest.mark.slow
+def test_matrices_take_one_exchange_there_and_one_back():
+    config = configuration("model.n_layers=2", *SHARDED["muon"])
+    layout = rank_memory.make_layout(config, "fsdp2", 3, 1)
+    planned = collectives(config, rank_memory.parameters(config), layout).counts["all_to_all"]
+    counted, found = launch(muon_step, 3)
+    alone = run_steps(build_engine(config, "single", ALONE), ALONE, config, 1, 2, micro=BATCH // 2)
+    assert counted == 2 * planned
+    assert worst(found, alone) < 1e-9
 
 
 @pytest.mark.slow
