@@ -30,7 +30,7 @@ from stablelm.config.schema import (
     TrainConfig,
 )
 from stablelm.engine.after_step import Reparametrised
-from stablelm.engine.optimizers import adamw
+from stablelm.engine.optimizers import make_optimizer
 from stablelm.methods import catalogue
 from stablelm.methods.catalogue import apply_method
 from stablelm.methods.completep import CompletepOptions
@@ -126,7 +126,7 @@ def train(model: ModelConfig, steps: int) -> list[float]:
     """The loss of the same random tokens before each step and after the last."""
     decoder = Decoder(model, "fp32")
     initialise(decoder, model, 0)
-    optimizer = adamw(dict(decoder.named_parameters()), roles(decoder), TrainConfig(lr=LR), model)
+    optimizer = make_optimizer(dict(decoder.named_parameters()), roles(decoder), TrainConfig(lr=LR), model)
     sigma = Reparametrised(decoder)
     text = torch.randint(VOCABULARY, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
 

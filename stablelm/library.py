@@ -114,14 +114,15 @@ def evaluate(
     tokenizer: str | None = None,
     config: Sequence[Place] = (),
     trust_checkpoint: bool = False,
+    average: str | None = None,
     **reading: str,
 ) -> dict[str, Any]:
     """Loss, perplexity, bits per byte and tasks of a run or checkpoint: what `stablelm eval --out` writes.
 
     `data`: paths, by name in a mapping; the run's own validation sets if there are neither data nor tasks. `sequences`:
     of each set at most, 0 for all, None for as many as training used. `limit` and `few_shot` are of `tasks`. `config`:
-    files of your own configuration. `reading`: text_column, text_unit and bad_rows, where they differ from the run's.
-    Raises CheckpointError, ConfigError and DataError.
+    files of your own configuration. `average`: which weights, as `evaluate.average`. `reading`: text_column, text_unit
+    and bad_rows, where they differ from the run's. Raises CheckpointError, ConfigError and DataError.
     """
     from stablelm.evaluate import consent
     from stablelm.evaluate.checkpoint_evaluation import figures, prepare
@@ -135,7 +136,7 @@ def evaluate(
     asked = TaskOptions([*tasks], limit=limit, few_shot=few_shot) if tasks else None
     own = consent.own_configuration([os.fspath(file) for file in config])
     place = expand(os.fspath(checkpoint), "checkpoint=")
-    request = prepare(place, sets, tokenizer, sequences, reading, Launch(), own, trust_checkpoint, asked)
+    request = prepare(place, sets, tokenizer, sequences, reading, Launch(), own, trust_checkpoint, asked, average)
     from stablelm.engine.process.torch_settings import switches_kept
 
     with switches_kept():
@@ -196,6 +197,7 @@ def export(
     check_tokenizer: str | None = None,
     push: str | None = None,
     trust_checkpoint: bool = False,
+    average: str | None = None,
 ) -> "Exported":
     """Writes the new folder `out`, which transformers, vLLM or llama.cpp load; options as of `stablelm export`.
 
@@ -215,6 +217,7 @@ def export(
             checked=check_tokenizer,
             push=push,
             trusted=trust_checkpoint,
+            average=average,
         )
     )
 

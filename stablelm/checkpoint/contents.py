@@ -9,19 +9,20 @@ from stablelm.checkpoint.manifest import COMMITTED, CONFIG, STATE, TENSORS, read
 from stablelm.checkpoint.remote_path import CheckpointPath, StoreError
 from stablelm.checkpoint.saved_run import read_state
 from stablelm.checkpoint.tensor_index import EarlierFormat, TensorIndex, read_index
-from stablelm.config.schema import ModelConfig
-from stablelm.engine.updates.moments import moment_shapes
+from stablelm.config.schema import ModelConfig, TrainConfig
+from stablelm.engine.updates.state import is_hidden, state_shapes
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.methods.catalogue import apply_method
+from stablelm.model.initialise import roles
 from stablelm.printable import few
 
-STEP = "step"
 
-
-def expected_shapes(model: ModelConfig, *, optimizer: bool = True, moments: str = "fp32") -> dict[str, torch.Size]:
+def expected_shapes(
+    model: ModelConfig, train: TrainConfig | None = None, *, optimizer: bool = True
+) -> dict[str, torch.Size]:
     """Shape of every tensor that a checkpoint of a resolved model holds, by portable name.
 
-    `moments` as of `train.moments`.
+    With the optimizer's state, of `train` (None: the default AdamW), or without it the weights alone.
     """
     from stablelm.model.decoder import Decoder
     from stablelm.private_names import saved_buffers
@@ -32,9 +33,11 @@ def expected_shapes(model: ModelConfig, *, optimizer: bool = True, moments: str 
     buffers = {name: buffer.shape for name, buffer in saved_buffers(decoder).items()}
     shapes = {f"model.{name}": shape for name, shape in (parameters | buffers).items()}
     if optimizer:
+        train = train or TrainConfig()
+        of_names = roles(decoder)
         for name, shape in parameters.items():
-            shapes |= {f"optim.{name}.{moment}": own for moment, own in moment_shapes(shape, moments).items()}
-            shapes[f"optim.{name}.{STEP}"] = torch.Size()
+            states = state_shapes(tuple(shape), train, hidden=is_hidden(of_names[name]))
+            shapes |= {f"optim.{name}.{state}": own for state, own in states.items()}
     return shapes
 
 
@@ -68,7 +71,7 @@ def problems(path: CheckpointPath, *, optimizer: bool = True, trusted: bool = Fa
         return [f"its contents cannot be checked ({error})"]
     if weights or not optimizer:
         return [f"it was saved incomplete: {few(weights)} missing or incomplete"] if weights else []
-    moments = gaps(held, expected_shapes(model, moments=saved_run.saved(path).train.moments))
+    moments = gaps(held, expected_shapes(model, saved_run.saved(path).train))
     if not moments:
         return []
     return [

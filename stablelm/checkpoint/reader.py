@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from stablelm import json_text
-from stablelm.checkpoint import selection
+from stablelm.checkpoint import saved_run, selection
 from stablelm.checkpoint.manifest import TENSORS, read_commit
 from stablelm.checkpoint.remote_path import FULL, UNWRITABLE, CheckpointPath, StoreError, checkpoint_path
 from stablelm.checkpoint.tensor_index import (
@@ -31,6 +31,8 @@ from stablelm.checkpoint.tensor_index import (
 from stablelm.engine.tensor_parts import Part, part_of
 from stablelm.errors import CheckpointError, ConfigError, StorageError
 from stablelm.new_files import sync_directory
+from stablelm.optimizers import catalogue
+from stablelm.optimizers.interface import Update
 
 MODEL_PREFIX = "model."
 THREADS = 2
@@ -174,6 +176,19 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def _evaluated(reader: Reader, name: str, update: Update) -> torch.Tensor:
+    """A weight, that of evaluations where gradients are taken at another. Raises CheckpointError without its state."""
+    tensor, of_name = reader.tensor(name), f"optim.{name.removeprefix(MODEL_PREFIX)}"
+    needed = [f"{of_name}.{state}" for state in update.evaluation_state()]
+    if not needed or f"{of_name}.step" not in reader.index.tensors:
+        return tensor
+    if missing := [each for each in needed if each not in reader.index.tensors]:
+        raise CheckpointError(f"{reader.directory} lacks {missing[0]}, without which its weights are not known")
+    state = dict(zip(update.evaluation_state(), map(reader.tensor, needed), strict=True))
+    evaluated = update.evaluated(tensor, state)
+    return tensor if evaluated is None else evaluated
+
+
 def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> str:
     """Writes the weights, named as in the decoder, to a new file; returns a line that says what is in it.
 
@@ -191,12 +206,13 @@ def consolidate(checkpoint: str, out: Path, *, elsewhere: str | None = None) -> 
     held = reader.index.tensors
     slots = {name: Slot(name.removeprefix(MODEL_PREFIX), held[name].dtype, held[name].shape) for name in sorted(held)}
     weights = {name: slot for name, slot in slots.items() if name.startswith(MODEL_PREFIX)}
+    update = catalogue.find(saved_run.saved(found).train)
     temporary = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
             file.write(header(weights.values(), {"format": "pt", "step": str(read_commit(found).step)}))
             for name in weights:
-                tensor = reader.tensor(name)
+                tensor = _evaluated(reader, name, update)
                 file.write(bytes_of(tensor) if tensor.numel() else b"")
             file.flush()
             os.fsync(file.fileno())

@@ -86,7 +86,7 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
     """Whether the run may become as long as `current` says, with its first `step` steps as they were.
 
     True if it does not shrink and its learning rate up to `step` does not depend on its length: the
-    schedule is constant, or wsd before its cooldown.
+    schedule is constant, or wsd or power before its cooldown.
     """
     if saved["train.steps"] is None:  # a damaged one, which does not say
         return False
@@ -100,7 +100,7 @@ def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> boo
         max(length["train.warmup_steps"], length["train.steps"] - length["train.cooldown_steps"])
         for length in (saved, current)
     ]
-    return saved["train.schedule"] == "wsd" and step <= min(starts)
+    return saved["train.schedule"] in ("wsd", "power") and step <= min(starts)
 
 
 def _sentence(name: str, saved: Any, current: Any) -> str:
@@ -112,7 +112,9 @@ def _sentence(name: str, saved: Any, current: Any) -> str:
     if isinstance(saved, list) and isinstance(current, list):
         saved, current = _what_only_one_has(saved, current)
     hint = (
-        " (it may grow where train.schedule is constant, or wsd before its cooldown)" if name == "train.steps" else ""
+        " (it may grow where train.schedule is constant, or wsd or power before its cooldown)"
+        if name == "train.steps"
+        else ""
     )
     return f"{name}: saved with {_show(saved)}, now {_show(current)}{hint}"
 

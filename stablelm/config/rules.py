@@ -11,6 +11,7 @@ from stablelm.config import (
     evaluation_rules,
     guard_rules,
     memory_rules,
+    optimizer_rules,
     secret_rules,
     segments,
     train_rules,
@@ -108,7 +109,10 @@ def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate
         steps=steps,
         micro_batch_size=_or(train.micro_batch_size, train.batch_sizes.largest // world_size),
         min_lr=_or(train.min_lr, train.lr / 10),
-        cooldown_steps=_or(train.cooldown_steps, steps // 5 if train.schedule == "wsd" else 0),
+        cooldown_steps=_or(train.cooldown_steps, steps // 5 if train.schedule in ("wsd", "power") else 0),
+        power_after=_or(train.power_after, max(1, train.warmup_steps))
+        if train.schedule == "power"
+        else train.power_after,
         precision=_or(train.precision, accelerate_precision or "fp32"),
     )
 
@@ -162,6 +166,7 @@ class _Rules:
         self.add(engine_rules.reduction(self.config, accelerate_precision))
         self.add(engine_rules.float8(self.config, accelerate_precision))
         self.add(memory_rules.problems(self.config, world_size))
+        self.add(optimizer_rules.problems(self.config))
         return self
 
     def add(self, found: Iterable[tuple[str, str | tuple[str, ...]]]) -> None:
@@ -208,6 +213,7 @@ class _Rules:
             self.broken(problem, *names, "model.method")
         self.add(data_rules.document_problems(self.config.data, whole))
         self.add(memory_rules.selective_problems(self.config, whole))
+        self.add(optimizer_rules.model_problems(self.config, whole))
         even = 2 if whole.axes.position.pairs_features and "model.method" not in self.unread else 1
         if not whole.axes.stream.grows and model.d_model % (model.n_heads * even):
             why = (

@@ -15,6 +15,9 @@ from stablelm.config.batch_sizes import BatchSizes
 from stablelm.config.model_schema import AttentionConfig as AttentionConfig
 from stablelm.config.model_schema import ModelConfig
 from stablelm.key import key
+from stablelm.optimizers.muon import MuonOptions
+from stablelm.optimizers.sam import SamOptions
+from stablelm.optimizers.sophia import SophiaOptions
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,38 @@ class TrainConfig:
     lr: float = key(3e-4, "peak learning rate", identity=True)
     min_lr: float | None = key(None, "learning rate at the end; None: lr / 10", identity=True)
     warmup_steps: int = key(100, "linear warm-up from zero; may exceed steps", unit="steps", identity=True)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
-        "cosine", "shape after the warm-up; wsd: constant, then linear in the cooldown", identity=True
+    schedule: Literal["cosine", "linear", "wsd", "power", "constant"] = key(
+        "cosine",
+        "shape after the warm-up; wsd: constant until the cooldown; power: constant up to power_after, then a power of "
+        "the step until the cooldown",
+        identity=True,
     )
-    cooldown_steps: int | None = key(None, "last steps of wsd; None: a fifth of the steps", unit="steps", identity=True)
-    weight_decay: float = key(0.1, "AdamW decay of matrices; norms, biases and embeddings have none", identity=True)
-    betas: tuple[float, float] = key((0.9, 0.95), "Adam's averaging constants", identity=True)
+    cooldown_steps: int | None = key(
+        None, "last steps of wsd and power; None: a fifth of the steps", unit="steps", identity=True
+    )
+    cooldown_shape: Literal["linear", "1-sqrt"] = key(
+        "linear", "how the rate falls to min_lr in the cooldown; 1-sqrt: fast at first", identity=True
+    )
+    power_after: int | None = key(
+        None, "power: last step at the full rate; None: warmup_steps", unit="steps", identity=True
+    )
+    power_exponent: float = key(0.51, "power: the rate is lr (step / power_after)^-power_exponent", identity=True)
+    optimizer: Literal["adamw", "muon", "sophia", "sam", "looksam", "stable_adamw", "lion", "schedule_free"] = key(
+        "adamw", "how gradients become updates, see docs/optimizers.md", identity=True
+    )
+    weight_decay: float = key(0.1, "decay of matrices; norms, biases and embeddings have none", identity=True)
+    independent_decay: bool = key(
+        False,
+        "a step decays by weight_decay times the schedule, a share of the peak rate, and not by weight_decay times the "
+        "rate itself",
+        identity=True,
+    )
+    betas: tuple[float, float] = key((0.9, 0.95), "the optimizer's averaging constants", identity=True)
     eps: float = key(1e-8, "Adam's epsilon", identity=True)
+    eps_inside: bool = key(False, "AdamW divides by sqrt(v + eps) in place of sqrt(v) + eps", identity=True)
+    ema: float = key(
+        0.0, "decay of an exponential moving average of the weights, kept beside them; 0: none", identity=True
+    )
     moments: Literal["fp32", "bf16", "int8"] = key(
         "fp32",
         "storage of Adam's moments, updated in fp32: the parameters' dtype, bf16, or int8 with a scale for each block "
@@ -195,6 +223,9 @@ class TrainConfig:
         False,
         "only kernels that repeat their results bit for bit, on GPUs at some cost in speed; CPUs repeat theirs anyway",
     )
+    muon: MuonOptions = key(MuonOptions, str(MuonOptions.__doc__))
+    sophia: SophiaOptions = key(SophiaOptions, str(SophiaOptions.__doc__))
+    sam: SamOptions = key(SamOptions, str(SamOptions.__doc__))
 
     @property
     def batch_sizes(self) -> BatchSizes:
@@ -314,6 +345,12 @@ class EvaluateConfig:
         path=True,
     )
     task_items: int | None = key(None, "at most so many items of each task, the first ones; None: all", unit="items")
+    average: str | None = key(
+        None,
+        "weights that evaluations, samples and exports take: none, the trained ones; ema, their average train.ema; "
+        "last:K, the mean of the newest K checkpoints; None: ema where there is one, else none",
+        path=False,
+    )
     best: str | None = key(
         None,
         "keep the checkpoint that is best by this metric besides the newest ones, and save whenever an evaluation is "

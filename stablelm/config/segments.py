@@ -20,11 +20,15 @@ from stablelm.json_text import Count
 SEGMENTS = "run.segments"
 BATCH = "train.global_batch_size"
 CHANGEABLE = (
-    "train.lr train.min_lr train.warmup_steps train.schedule train.cooldown_steps train.steps train.weight_decay "
-    f"train.grad_clip train.z_loss {BATCH}"
+    "train.lr train.min_lr train.warmup_steps train.schedule train.cooldown_steps train.cooldown_shape "
+    f"train.power_after train.power_exponent train.steps train.weight_decay train.grad_clip train.z_loss {BATCH}"
 ).split()
 """Keys that later steps may have other values of, while all that was trained so far stays what it is."""
-FOLLOWS = {"train.min_lr": ("train.lr",), "train.cooldown_steps": ("train.steps", "train.schedule")}
+FOLLOWS = {
+    "train.min_lr": ("train.lr",),
+    "train.cooldown_steps": ("train.steps", "train.schedule"),
+    "train.power_after": ("train.warmup_steps",),
+}
 """Keys that change with others where they are derived from them."""
 _REASONS = {
     "model.": "the weights belong to it",
@@ -33,6 +37,12 @@ _REASONS = {
     "run.init_from": "it is what the run began with",
     "train.betas": "Adam's averages were made with it",
     "train.eps": "Adam's averages were made with it",
+    "train.optimizer": "its state belongs to it",
+    "train.independent_decay": "it is part of the optimizer",
+    "train.muon.": "it is part of the optimizer",
+    "train.sophia.": "it is part of the optimizer",
+    "train.sam.": "it is part of the optimizer",
+    "train.ema": "the average was made with it",
     "train.moments": "Adam's averages are kept in it",
     "train.loss": "it is what the whole run minimises",
     "train.float8": "it is the arithmetic of the whole run",

@@ -28,8 +28,8 @@ _VALUES = (
     "model.attention.gate model.attention.softmax model.attention.value_maps model.embedding_gradient_scale "
     "data.add_bos data.eos_token data.seq_len data.document_mask data.text_column data.text_unit data.bad_rows "
     "data.max_document_bytes "
-    "train.precision train.compile train.global_batch_size "
-    "evaluate.batches evaluate.micro_batch_size"
+    "train.precision train.compile train.global_batch_size train.optimizer train.betas train.ema "
+    "evaluate.batches evaluate.micro_batch_size evaluate.average"
 )
 VALUES = frozenset(_VALUES.split())
 """Numbers, choices, and strings that are only compared; so are all options of our own methods."""

@@ -16,11 +16,12 @@ from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine import zero_shards
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.deepspeed_config import check, settings
-from stablelm.engine.optimizers import adamw, refused, set_learning_rate, set_weight_decay
+from stablelm.engine.optimizers import decay_now, make_optimizer, refused, set_learning_rate, set_weight_decay
 from stablelm.engine.process.compilation import compile_layers, limit_explained, settled, uncompiled
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import clean_name
-from stablelm.engine.updates.moments import MOMENTS
+from stablelm.engine.updates.ema import update_average
+from stablelm.engine.updates.state import follow_weights
 from stablelm.errors import ConfigError
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
@@ -28,6 +29,7 @@ from stablelm.model.initialise import roles
 from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.memory import recompute
 from stablelm.model.token_loss import TokenLoss
+from stablelm.optimizers.interface import GRADIENT
 
 
 class DeepSpeedEngine:
@@ -41,6 +43,7 @@ class DeepSpeedEngine:
         self.kind, self.device, config = kind, ranks.device, settled(config, kind, ranks.device)
         self._stage, self._world_size = int(kind.removeprefix("zero")), ranks.world_size
         self._z_loss, self._compiled = config.train.z_loss, bool(config.train.compile)
+        self._train = config.train
         self._token_loss = TokenLoss(config.train.loss) if config.train.loss and train else None
         with torch.device("meta"):
             self.module = Decoder(config.model, str(config.train.precision))
@@ -64,7 +67,7 @@ class DeepSpeedEngine:
         if self.optimizer is not None:
             names = {parameter: name for name, parameter in self.parameters().items()}
             self._slices = zero_shards.buffer_slices(self._engine.optimizer, self._stage, names)
-            zero_shards.make_moments(self.optimizer, self._masters(), config.train.moments)
+            zero_shards.make_state(self.optimizer, self._masters(), config.train)
             self._largest_norm = math.inf
             self.optimizer.register_step_pre_hook(self._refuse)
 
@@ -129,13 +132,26 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks; the loss is already divided by the tokens of all ranks.
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
+    def drawn(self, tokens: Tensor, draws: Tensor, *, boundaries: Tensor | None = None) -> Tensor:
+        raise AssertionError("optimizers that draw targets are refused here")
+
     def begin(self, lr: float | None) -> None:
         """Nothing: no update comes before `step`."""
+
+    def passes(self, step: int) -> tuple[str, ...]:
+        """One: optimizers with others are refused here."""
+        return (GRADIENT,)
+
+    def begin_pass(self, kind: str) -> None:
+        """Nothing."""
+
+    def end_pass(self, kind: str, valid: Tensor) -> None:
+        """Nothing."""
 
     def use(self, train: TrainConfig) -> None:
         assert self.optimizer is not None
         self._z_loss, self._engine.optimizer.clip_grad = train.z_loss, train.grad_clip
-        set_weight_decay(self.optimizer, train.weight_decay)
+        set_weight_decay(self.optimizer, decay_now(train))
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
         """As in the protocol; DeepSpeed itself skips an update whose norm is not finite and gives infinity."""
@@ -145,6 +161,8 @@ class DeepSpeedEngine:
         self._engine.step()
         norm = self._norm()
         self._scale_rows(self.matrices.update(refused(norm, largest_norm)))
+        if self._train.ema:
+            update_average(self.optimizer, self._train.ema, refused(norm, largest_norm))
         self.clear_gradients()
         return norm
 
@@ -181,13 +199,14 @@ class DeepSpeedEngine:
             found[f"model.{name}"] = place.shard(flats[place.group])
             if optimizer:
                 state = self.optimizer.state[flats[place.group]]
-                found[f"optim.{name}.step"] = state["step"]
-                for moment in MOMENTS:
-                    found[f"optim.{name}.{moment}"] = place.shard(state[moment])
+                for own, value in state.items():
+                    found[f"optim.{name}.{own}"] = place.shard(value) if value.ndim else value
         return found
 
-    def loaded(self) -> None:
+    def loaded(self, *, weights_alone: bool = False) -> None:
         if self.optimizer is not None:
+            if weights_alone:
+                follow_weights(self.optimizer, self._train)
             zero_shards.publish(self._engine.optimizer, self._stage)
         elif self._stage == 3:
             self._engine.optimizer.partition_all_parameters()
@@ -265,9 +284,9 @@ def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def _optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
-    """Our AdamW over a model on the meta device, whose shapes are whole still; its moments take no memory."""
-    return adamw(dict(module.named_parameters()), roles(module), config.train, config.model)
+def _optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Our optimizer over a model on the meta device, whose shapes are whole still; its state takes no memory."""
+    return make_optimizer(dict(module.named_parameters()), roles(module), config.train, config.model)
 
 
 def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:

@@ -56,6 +56,11 @@ class Engine(Protocol):
         """
         ...
 
+    def drawn(self, tokens: Tensor, draws: Tensor, *, boundaries: Tensor | None = None) -> Tensor:
+        """Targets (batch, seq) int64 from the model's own distribution after tokens (batch, seq): the inverse of its
+        cumulative sum at draws (batch, seq), uniform in [0, 1). Without gradients; called by all ranks."""
+        ...
+
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (batch, vocab_size) of one column of each row of tokens (batch, seq), on every rank alike.
 
@@ -81,8 +86,23 @@ class Engine(Protocol):
         """
         ...
 
+    def passes(self, step: int) -> tuple[str, ...]:
+        """The passes over the batch of an optimizer step, from 1 (`optimizers.interface.PASSES`); begins them."""
+        ...
+
+    def begin_pass(self, kind: str) -> None:
+        """Before a pass's first micro-batch."""
+        ...
+
+    def end_pass(self, kind: str, valid: Tensor) -> None:
+        """After a pass's last micro-batch, with the valid targets of all ranks (0-dim); collective.
+
+        After the step's last pass weights are as before the first, and gradients those of the update.
+        """
+        ...
+
     def use(self, train: TrainConfig) -> None:
-        """Works with other settings of a resolved configuration from now on: of z_loss, grad_clip and weight_decay."""
+        """Works with other settings of a resolved configuration from now on: of z_loss, grad_clip and decay."""
         ...
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
@@ -98,18 +118,21 @@ class Engine(Protocol):
         ...
 
     def tensors(self, *, optimizer: bool = True) -> dict[str, Tensor]:
-        """Live tensors under portable names: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`.
+        """Live tensors under portable names: `model.<name>`, `optim.<name>.<state>`, as exp_avg, exp_avg_sq and step.
 
-        Moments have the dtype of `train.moments`, with `optim.<name>.{exp_avg,exp_avg_sq}_scale` beside int8 ones.
+        State has the dtype of `train.moments`, with `optim.<name>.{exp_avg,exp_avg_sq}_scale` beside int8 ones.
         Buffers that are state, the vectors of spectral norms, are among the first. Each is plain (equal on all
         ranks), a DTensor or a `engine.tensor_parts.FlatShard`; filling them in place restores the state, once
         `loaded` was called. They are the same tensors whatever passes ran before.
         """
         ...
 
-    def loaded(self) -> None:
+    def loaded(self, *, weights_alone: bool = False) -> None:
         """To be called on all ranks once `tensors` were filled: brings working copies, and buffers that follow from
-        weights (the spectral norms themselves), up to date; collective where weights are sharded."""
+        weights (the spectral norms themselves), up to date; collective where weights are sharded.
+
+        `weights_alone`: optimizer state that starts as the weights starts again from them.
+        """
         ...
 
     def gradients(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""From gradients to an update: global norm, clipping and averaging, and AdamW with rates and decay by role.
+"""From gradients to an update: global norm, clipping and averaging, and optimizers with rates and decay by role.
 
 Some gradients are split over ranks and some whole on each. The optimizer's state is there from the start, so every
 checkpoint has the same tensors.
@@ -14,10 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from stablelm.config.schema import ModelConfig, TrainConfig
 from stablelm.engine.tensor_parts import local_part
-from stablelm.engine.updates.moments import CompactAdamW, empty_moments
+from stablelm.engine.updates.moments import CompactAdamW
+from stablelm.engine.updates.rule_optimizer import RuleOptimizer
+from stablelm.engine.updates.state import empty_state, is_hidden
 from stablelm.methods.axes import Rates, Role
 from stablelm.model.devices import to_device
 from stablelm.model.initialise import decays
+from stablelm.optimizers import catalogue
 from stablelm.private_names import multiply_all, norms_of
 
 ROW = 4096
@@ -108,44 +111,49 @@ def _shard_group(gradient: Tensor) -> dist.ProcessGroup:
     return gradient.device_mesh.get_group("shard")
 
 
-def adamw(
+def make_optimizer(
     parameters: dict[str, nn.Parameter], roles: dict[str, Role], train: TrainConfig, model: ModelConfig
-) -> torch.optim.AdamW:
-    """Decoupled weight decay (Loshchilov and Hutter, 2019, alg. 2) on matrices, none on the rest.
+) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer`; decoupled weight decay (Loshchilov and Hutter, 2019, alg. 2) on matrices.
 
     A group's `lr_scale` multiplies the step's learning rate (`set_learning_rate`), its `decay_scale` the decay
-    (`set_weight_decay`). Moments have the parameters' dtype or are as `train.moments` says; `step` is a 0-dim float32
-    tensor for each parameter.
+    (`set_weight_decay`); `hidden`: whether its parameters are matrices of the layers. State has the parameters' dtype
+    or is as `train.moments` says; `step` is a 0-dim float32 tensor for each parameter.
     """
-    groups: dict[tuple[Rates, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Rates, bool, bool, bool], list[nn.Parameter]] = {}
+    of_layers: dict[nn.Parameter, bool] = {}
+    own_kinds = catalogue.update_name(train) == "muon"
     for name, parameter in parameters.items():
         role = roles[name]
         factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
+        of_layers[parameter] = own_kinds and is_hidden(role)
         # One kernel call takes split parameters or whole ones, not both.
-        groups.setdefault((factors, decays(role), isinstance(parameter, DTensor)), []).append(parameter)
-    kind = torch.optim.AdamW if train.moments == "fp32" else CompactAdamW
-    optimizer = kind(
-        [
-            {
-                "params": members,
-                "lr_scale": factors.lr,
-                "decay_scale": factors.weight_decay * decayed,
-                "weight_decay": train.weight_decay * factors.weight_decay * decayed,
-                "eps": train.eps * factors.eps,
-            }
-            for (factors, decayed, _), members in groups.items()
-        ],
-        lr=train.lr,
-        betas=train.betas,
-        fused=True,
-    )
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            # The fused kernel wants the count beside the parameter.
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **empty_moments(parameter, train.moments),
+        kind = (factors, decays(role), of_layers[parameter], isinstance(parameter, DTensor))
+        groups.setdefault(kind, []).append(parameter)
+    listed = [
+        {
+            "params": members,
+            "lr_scale": factors.lr * (train.muon.lr_factor if hidden else 1.0),
+            "decay_scale": factors.weight_decay * decayed,
+            "weight_decay": decay_now(train) * factors.weight_decay * decayed,
+            "eps": train.eps * factors.eps,
+            "hidden": hidden,
         }
+        for (factors, decayed, hidden, _), members in groups.items()
+    ]
+    if catalogue.fused(train):
+        fused = torch.optim.AdamW if train.moments == "fp32" else CompactAdamW
+        optimizer = fused(listed, lr=train.lr, betas=train.betas, fused=True)
+    else:
+        optimizer = RuleOptimizer(listed, catalogue.find(train), lr=train.lr, betas=train.betas)
+    for parameter, hidden in of_layers.items():
+        optimizer.state[parameter] = empty_state(parameter, train, hidden=hidden)
     return optimizer
+
+
+def decay_now(train: TrainConfig) -> float:
+    """The decay that the rate multiplies; independent of the peak rate with `train.independent_decay`."""
+    return train.weight_decay / train.lr if train.independent_decay else train.weight_decay
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

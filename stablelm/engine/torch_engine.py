@@ -14,9 +14,10 @@ from stablelm.config.engine_rules import SHARDED
 from stablelm.config.schema import Config, TrainConfig
 from stablelm.engine.after_step import Reparametrised, initial_tensors
 from stablelm.engine.optimizers import (
-    adamw,
     average,
     clip,
+    decay_now,
+    make_optimizer,
     norms,
     refused,
     set_learning_rate,
@@ -28,6 +29,10 @@ from stablelm.engine.ranks import Ranks
 from stablelm.engine.sharding import allocate, in_shards, make_mesh, offloads, replicated, shard
 from stablelm.engine.tensor_parts import clean_name
 from stablelm.engine.updates.backward_updates import BackwardUpdates
+from stablelm.engine.updates.ema import update_average
+from stablelm.engine.updates.passes import Passes
+from stablelm.engine.updates.qk_clip import QkClip
+from stablelm.engine.updates.state import follow_weights
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.decoder import Decoder
 from stablelm.model.devices import to_device
@@ -36,6 +41,8 @@ from stablelm.model.loss import LossSums, TokenScores
 from stablelm.model.memory import recompute
 from stablelm.model.sublayer import Sublayer
 from stablelm.model.token_loss import TokenLoss
+from stablelm.optimizers import catalogue
+from stablelm.optimizers.interface import CURVATURE
 from stablelm.private_names import saved_buffers
 
 
@@ -68,10 +75,21 @@ class TorchEngine:
         self._ddp = data_parallel(self.module, ranks.device) if kind == "ddp" else None
         self._call: nn.Module = self._ddp or self.module
         self.module.train(train)
-        self.optimizer = adamw(self.parameters(), self._roles, config.train, config.model) if train else None
+        self.optimizer = make_optimizer(self.parameters(), self._roles, config.train, config.model) if train else None
         self._updates: BackwardUpdates | None = None
-        if self.optimizer is not None and config.engine.optimizer_in_backward:
-            self._updates = BackwardUpdates(self.optimizer)
+        self._passes: Passes | None = None
+        self._qk_clip: QkClip | None = None
+        self._pass = ""
+        if self.optimizer is not None:
+            self._prepare_updates(self.optimizer, config)
+
+    def _prepare_updates(self, optimizer: torch.optim.Optimizer, config: Config) -> None:
+        train = config.train
+        if config.engine.optimizer_in_backward:
+            self._updates = BackwardUpdates(optimizer)
+        self._passes = Passes(catalogue.find(train), optimizer, self._total_norm, self.loaded)
+        if catalogue.update_name(train) == "muon" and train.muon.qk_clip is not None:
+            self._qk_clip = QkClip(self.module, train.muon.qk_clip, self.device)
 
     def _materialise(self, config: Config, ranks: Ranks) -> None:
         """Gives every parameter and buffer its seeded initial value, or this rank's part of it."""
@@ -100,7 +118,13 @@ class TorchEngine:
             limit_explained(self._compiled),
             self._ddp.no_sync() if self._ddp is not None and not last else nullcontext(),
         ):
-            return self._call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
+            z_loss = 0.0 if self._pass == CURVATURE else self._z_loss
+            return self._call(tokens, targets, z_loss=z_loss, token_loss=self._token_loss, boundaries=boundaries)
+
+    def drawn(self, tokens: Tensor, draws: Tensor, *, boundaries: Tensor | None = None) -> Tensor:
+        self._keep_gathered(False)
+        with torch.no_grad(), limit_explained(self._compiled):
+            return self._call(tokens, draws=draws, boundaries=boundaries)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         self._keep_gathered(False)
@@ -152,19 +176,37 @@ class TorchEngine:
             set_learning_rate(self.optimizer, lr or 0.0)
             self._updates.begin(updates=lr is not None)
 
+        if self._qk_clip is not None:
+            self._qk_clip.begin(self.device)
+
+    def passes(self, step: int) -> tuple[str, ...]:
+        assert self._passes is not None, "an engine built with train=False cannot step"
+        return self._passes.begin(step)
+
+    def begin_pass(self, kind: str) -> None:
+        self._pass = kind
+
+    def end_pass(self, kind: str, valid: Tensor) -> None:
+        assert self._passes is not None
+        self._passes.end(kind, valid)
+        self._pass = ""
+
     def use(self, train: TrainConfig) -> None:
         assert self.optimizer is not None
         self._z_loss, self._grad_clip = train.z_loss, train.grad_clip
-        set_weight_decay(self.optimizer, train.weight_decay)
+        set_weight_decay(self.optimizer, decay_now(train))
+
+    def _total_norm(self) -> Tensor:
+        return to_device(total_norm(self._parameters.values()), self.device)
 
     def step(self, lr: float, *, largest_norm: float = math.inf) -> Tensor:
-        assert self.optimizer is not None, "an engine built with train=False cannot step"
+        assert self.optimizer is not None and self._passes is not None, "an engine built with train=False cannot step"
         if self._updates is not None:
             norm = self._updates.finish()
             self.matrices.scale_rows(self.matrices.update(refused(norm)))
             return norm
         parameters = self._parameters.values()
-        norm = to_device(total_norm(parameters), self.device)
+        norm = self._passes.checked(self._total_norm())
         # The host updates offloaded shards, so it waits here for the norm.
         seen = norm.cpu() if self._offloaded else norm
         if self._grad_clip > 0:
@@ -175,13 +217,24 @@ class TorchEngine:
         found_inf = skipped.pin_memory() if self._offloaded else skipped
         setattr(self.optimizer, "found_inf", found_inf)  # noqa: B010 - torch declares no such attribute
         self.optimizer.step()
-        self.matrices.scale_rows(self.matrices.update(refused(norm, largest_norm)))
+        self._after_update(self.optimizer, self._passes, refused(norm, largest_norm))
         self.clear_gradients()
         return norm.detach()
+
+    def _after_update(self, optimizer: torch.optim.Optimizer, passes: Passes, skipped: Tensor) -> None:
+        """What follows the optimizer's own update, but for a skipped one."""
+        passes.finish(skipped)
+        self.matrices.scale_rows(self.matrices.update(skipped))
+        if self._qk_clip is not None:
+            self._qk_clip.clip(skipped)
+        if self._config.train.ema:
+            update_average(optimizer, self._config.train.ema, skipped)
 
     def clear_gradients(self) -> None:
         if self._updates is not None:
             self._updates.stop()
+        if self._passes is not None:
+            self._passes.forget()
         for parameter in self._parameters.values():
             parameter.grad = None
 
@@ -197,9 +250,11 @@ class TorchEngine:
                     found[f"optim.{name}.{moment}"] = value
         return found
 
-    def loaded(self) -> None:
+    def loaded(self, *, weights_alone: bool = False) -> None:
         """Drops parameters that an earlier pass gathered from the former values of `tensors`, and what followed from
         these."""
+        if weights_alone and self.optimizer is not None:
+            follow_weights(self.optimizer, self._config.train)
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

@@ -1,7 +1,8 @@
 """Where each parameter lies in the flat buffers of DeepSpeed's ZeRO optimizers, and its part as a FlatShard.
 
-A ZeRO optimizer keeps fp32 master weights and Adam's moments of this rank as one flat tensor a group. This reads the
-layout from its attributes, which are not a public interface: the version is pinned, and a test reads everything back.
+A ZeRO optimizer keeps fp32 master weights and the optimizer's state of this rank as one flat tensor a group. This
+reads the layout from its attributes, which are not a public interface: the version is pinned, and a test reads
+everything back.
 """
 
 import math
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stablelm.config.schema import TrainConfig
 from stablelm.engine.tensor_parts import FlatShard
-from stablelm.engine.updates.moments import empty_moments
+from stablelm.engine.updates.state import empty_state
 from stablelm.private_names import forget_offloaded_gradients, publish_zero3_group
 
 
@@ -68,13 +70,10 @@ def masters(zero: Any, stage: int) -> Sequence[Tensor]:
     return zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
 
 
-def make_moments(optimizer: torch.optim.Optimizer, flats: Sequence[Tensor], moments: str) -> None:
-    """Adam's state as before the first step, so that every checkpoint has the same tensors."""
+def make_state(optimizer: torch.optim.Optimizer, flats: Sequence[Tensor], train: TrainConfig) -> None:
+    """The optimizer's state as before the first step, so that every checkpoint has the same tensors."""
     for flat in flats:
-        optimizer.state[flat] = {
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-            **empty_moments(flat.detach(), moments),
-        }
+        optimizer.state[flat] = empty_state(flat.detach(), train, hidden=False)
 
 
 def publish(zero: Any, stage: int) -> None:

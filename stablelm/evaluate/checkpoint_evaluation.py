@@ -43,18 +43,20 @@ def evaluate_checkpoint(
     config: list[str] | None = None,
     trusted: bool = False,
     tasks: TaskOptions | None = None,
+    average: str | None = None,
 ) -> int:
     """Prints the figures of each set and task and writes them to `out`; returns the exit code.
 
     `reading`: fields of `ReadOptions` that differ from the run's. `config`: files of the user's own configuration;
-    `trusted`: the checkpoint's is used like it. With `tasks` and without `data` no set is scored.
+    `trusted`: the checkpoint's is used like it. `average`: which weights, in place of the run's. With `tasks` and
+    without `data` no set is scored.
     """
     launch = Launch()
     try:
         launch = detect()
         check_out(out)
         own = consent.own_configuration(config or [])
-        request = prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted, tasks)
+        request = prepare(checkpoint, data, tokenizer, sequences, reading or {}, launch, own, trusted, tasks, average)
     except UserError as error:
         report(error, launch.rank)
         return ConfigError.exit_code
@@ -82,6 +84,7 @@ def prepare(
     own: Loaded | None,
     trusted: bool,
     tasks: TaskOptions | None,
+    average: str | None = None,
 ) -> EvaluationRequest:
     """Opens and checks all that is asked for, as of `evaluate_checkpoint`. Raises CheckpointError and ConfigError."""
     named = named_tasks(tasks) if tasks is not None else None
@@ -92,6 +95,7 @@ def prepare(
         own=own,
         trusted=trusted,
         first_rank=launch.rank == 0,
+        average=average,
     )
     return EvaluationRequest(
         run=run,

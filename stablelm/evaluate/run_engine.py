@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from stablelm.checkpoint.format import load_tensors
+from stablelm.checkpoint.weights import EvaluatedWeights
 from stablelm.engine.interface import Engine, build_engine
 from stablelm.engine.launch_environment import Launch
 from stablelm.engine.process.compilation import settled
 from stablelm.engine.process.torch_settings import set_switches
 from stablelm.engine.ranks import Ranks, check_precision, connect
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.evaluate.trained_run import TrainedRun
 
 
@@ -21,6 +22,8 @@ def load_engine(run: TrainedRun, launch: Launch, kind: str) -> tuple[Engine, Ran
     set_switches(run.config)
     run = replace(run, config=settled(run.config, kind, ranks.device))
     engine = build_engine(run.config, kind, ranks, train=False)
-    load_tensors(run.checkpoint / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
+    names = {clean_name(name) for name, _ in engine.module.named_parameters()}
+    weights = EvaluatedWeights.of(run.checkpoint, run.config)
+    weights.load(engine.tensors(optimizer=False), names, ranks.cpu_group)
     engine.loaded()
     return engine, ranks, run

@@ -11,6 +11,8 @@ from stablelm.checkpoint.manifest import TENSORS
 from stablelm.checkpoint.reader import MODEL_PREFIX, Reader
 from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.checkpoint.tensor_index import read_index
+from stablelm.checkpoint.weights import EvaluatedWeights
+from stablelm.evaluate.trained_run import TrainedRun, parameter_names
 from stablelm.methods import spectral
 from stablelm.methods.axes import Model
 
@@ -57,7 +59,8 @@ class Weights:
     Raises CheckpointError where they are missing or damaged.
     """
 
-    def __init__(self, checkpoint: CheckpointPath):
+    def __init__(self, checkpoint: CheckpointPath, run: TrainedRun | None = None):
+        """`run`: whose `evaluate.average` decides which weights are read; None: the trained ones as they are."""
         self._reader = Reader(checkpoint / TENSORS, read_index(checkpoint / TENSORS))
         held = self._reader.index.tensors
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -65,13 +68,19 @@ class Weights:
             for name, entry in held.items()
             if name.startswith(MODEL_PREFIX)
         }
+        self._evaluated = None if run is None else EvaluatedWeights.of(checkpoint, run.config)
+        self._learned = set() if run is None else parameter_names(run)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
     def read(self, name: str) -> Tensor:
         """A whole tensor on the CPU, in the dtype in which it was saved."""
-        return self._reader.tensor(MODEL_PREFIX + name)
+        if self._evaluated is None or self._evaluated.trained:
+            return self._reader.tensor(MODEL_PREFIX + name)
+        tensor = torch.empty(self.shapes[name], dtype=self._reader.index.tensors[MODEL_PREFIX + name].torch_dtype)
+        self._evaluated.load({MODEL_PREFIX + name: tensor}, self._learned)
+        return tensor
 
     def lazy(self, name: str) -> LazyTensor:
         """A tensor as it is."""

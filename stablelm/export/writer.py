@@ -29,7 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class ExportRequest:
     """What to export and how. `dtype`: fp32 or bf16, of GGUF q8_0 too; `checked`: a file of documents for the
-    tokenizer; `push`: the hub's repository OWNER/NAME; `trusted`: as for `open_run`."""
+    tokenizer; `push`: the hub's repository OWNER/NAME; `trusted`, `average`: as for
+    `open_run`."""
 
     checkpoint: str
     out: Path
@@ -40,6 +41,7 @@ class ExportRequest:
     checked: str | None = None
     push: str | None = None
     trusted: bool = False
+    average: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def export(request: ExportRequest) -> Exported:
     cannot be opened and a model that the format does not compute; StorageError where `out` cannot be written.
     """
     _check_out(request)
-    run = open_run(request.checkpoint, tokenizer=request.tokenizer, trusted=request.trusted)
-    folded = Folded(run.config.model, Weights(run.checkpoint))
+    run = open_run(request.checkpoint, tokenizer=request.tokenizer, trusted=request.trusted, average=request.average)
+    folded = Folded(run.config.model, Weights(run.checkpoint, run))
     name = choose(request.format, folded)
     texts = sample_documents(run, request.checked)
     longest = run.config.model.max_seq_len or 0

@@ -15,7 +15,7 @@ from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.devices import to_device
 from stablelm.model.linear import Linear, make_dtypes
-from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
+from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, drawn_tokens, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.model.token_loss import TokenLoss
@@ -68,6 +68,7 @@ class Decoder(nn.Module):
         places: Tensor | None = None,
         token_loss: TokenLoss | None = None,
         boundaries: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
@@ -75,12 +76,16 @@ class Decoder(nn.Module):
         takes the cross-entropy's place. `cache`: of the tokens before these, to which these are added. `logits_at`:
         (batch,) int64, a column of each row, whose logits (batch, vocab_size) in the parameter dtype are returned in
         place of hidden states. With places (n,), indices into batch * seq, targets (n,) are tokens to score after each
-        of them. `boundaries`: of `Decoder.boundaries`; without them a GPU is waited for where its kernel takes them.
+        of them. With draws (batch, seq) tokens (batch, seq) of the model's own distribution (`loss.drawn_tokens`) are
+        returned. `boundaries`: of `Decoder.boundaries`; without them a GPU is waited for where its kernel takes them.
         Call the module, not this method: sharding engines hook the call.
         """
         hidden = self._hidden(tokens, cache, boundaries)
         if logits_at is not None:
             return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
+        if draws is not None:
+            flat = draws.flatten()
+            return self._with_head(hidden.flatten(0, 1), lambda x, w: drawn_tokens(x, w, flat)).view(tokens.shape)
         if targets is None:
             return hidden
         if places is not None:

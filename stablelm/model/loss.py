@@ -86,6 +86,22 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes
     return TokenScores(scores, greedy)
 
 
+def drawn_tokens(hidden: Tensor, weight: Tensor, draws: Tensor) -> Tensor:
+    """Tokens (n,) int64 of the softmax after hidden (n, d): the inverse of its cumulative sum at draws (n,) in [0, 1).
+
+    Without gradients; the softmax and its sums are in weight's dtype (vocab, d).
+    """
+    exact = _exact(weight)
+    found = torch.zeros(len(hidden), dtype=torch.int64, device=weight.device)
+    with torch.no_grad():
+        for places, chunk in _chunks(hidden, weight.to(hidden.dtype), None):
+            for part, logits in _parts(places, chunk, exact):
+                sums = logits.to(exact).softmax(dim=1).cumsum(dim=1)
+                wanted = draws[part].to(exact) * sums[:, -1]
+                found[part] = torch.searchsorted(sums, wanted[:, None], right=True).squeeze(1)
+    return found.clamp_(max=len(weight) - 1)
+
+
 def chunk_rows(vocab: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Tokens whose logits in the compute dtype `dtype` are held at once on a type of device.
 

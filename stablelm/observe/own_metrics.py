@@ -19,7 +19,7 @@ from stablelm.import_path import failure, function
 
 PREFIX = "custom/"
 NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
-Kind = Literal["weight", "gradient", "exp_avg", "exp_avg_sq"]
+Kind = Literal["weight", "gradient", "exp_avg", "exp_avg_sq", "momentum", "hessian", "z", "ema"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StepView:
         ddp all of them on rank 0; under fsdp2 and hsdp whole rows (vectors on rank 0); under zero1, zero2 and zero3 any
         range. So a sum over elements is `sums` of each rank's own. `weight`: the values that are updated, fp32 (fp64
         under fp64); `gradient`: of the step's mean loss over all ranks, before clipping; `exp_avg`, `exp_avg_sq`:
-        Adam's moments, as the last update left them.
+        Adam's moments, as the last update left them, and so the state of other optimizers (docs/optimizers.md).
         """
         if kind == "gradient":
             held = self._engine.gradient_shards()
@@ -62,6 +62,11 @@ class StepView:
             before, after = ("model.", "") if kind == "weight" else ("optim.", f".{kind}")
             learned = {f"{before}{name}{after}": name for name in self._engine.gradient_shards()}
             live = self._engine.tensors(optimizer=kind != "weight")
+            if missing := [name for found, name in learned.items() if found not in live]:
+                raise ConfigError(
+                    f"train.optimizer={self.config.train.optimizer} keeps no {kind} of {missing[0]}; ask for the state "
+                    "that it has, see docs/optimizers.md"
+                )
             held = {name: live[found] for found, name in learned.items()}
         return {name: self._own(tensor) for name, tensor in held.items()}
 

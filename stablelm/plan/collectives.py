@@ -22,7 +22,9 @@ from stablelm.engine.peak_memory.rank_memory import (
     padded,
     width,
 )
+from stablelm.engine.updates import owners
 from stablelm.model.memory.layer_memory import extended, with_layers
+from stablelm.optimizers import catalogue
 from stablelm.plan.fake_engine import FakeEngine, fake_ranks
 
 UPDATED_LAYERS = 2
@@ -91,6 +93,11 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
         found.add("all_reduce", 1, sum(vectors) * size)
     for kind, (count, moved) in _update(config, layout).items():
         found.add(kind, count, moved)
+    hidden = [(parameter.shape[0], parameter.shape[1]) for parameter in listed if parameter.hidden]
+    if catalogue.update_name(config.train) == "muon":
+        # Matrices go to their owners and come back.
+        whole = sum(rows * columns for rows, columns in hidden) * size
+        found.add("all_to_all", 2 * len(owners.buckets(hidden, layout.shards)), 2 * whole // layout.shards)
 
 
 def _update(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:

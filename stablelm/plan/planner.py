@@ -13,6 +13,7 @@ from stablelm.config.engine_rules import SHARDED
 from stablelm.config.load import load
 from stablelm.config.schema import Config
 from stablelm.observe.accelerators import chosen
+from stablelm.optimizers.catalogue import extra_passes
 from stablelm.out_file import check_out, write_out
 from stablelm.plan.request import PlanRequest, prepare_each
 from stablelm.process_exit import exit_code_of
@@ -174,8 +175,9 @@ def _remedy(request: PlanRequest, listed: "list[Parameter]", scale: float) -> "R
 def _dry_run(
     request: PlanRequest, listed: "list[Parameter]", layout: "Layout", near: tuple["Plan", ...]
 ) -> "Simulation | None":
-    """None for engines that have no dry run, where none was asked for, and of updates that fake tensors do not make."""
-    if not request.simulated or request.config.engine.optimizer_in_backward or layout.kind not in ("single", *SHARDED):
+    """None for engines that have no dry run, where none was asked for, and of steps that it does not make."""
+    special = request.config.engine.optimizer_in_backward or extra_passes(request.config.train) > 0
+    if not request.simulated or special or layout.kind not in ("single", *SHARDED):
         return None
     from stablelm.plan.simulate import on_other_ranks, simulate
 

@@ -21,6 +21,7 @@ from stablelm.model.linear import make_dtypes
 from stablelm.model.memory import layer_memory
 from stablelm.model.memory.recompute import is_recomputed
 from stablelm.observe.accelerators import Accelerator
+from stablelm.optimizers import catalogue
 from stablelm.plan.collectives import Collectives
 
 ATTAINABLE = 0.7
@@ -30,7 +31,8 @@ LATENCY = 30e-6
 HOST = 8e-6
 PASSES = 5
 RECOMPUTE_PASSES = 2
-UPDATE_BYTES = 28  # an fp32 weight, gradient and two moments read, all but the gradient written
+UPDATE_BYTES = 12  # an fp32 weight and gradient read, the weight written
+STATE_BYTES = 2  # each byte of state is read and written
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,25 @@ def step_time(
     held = rank_memory.resting(config, listed, layout)
     away = rank_memory.on_host(config, listed, layout, held)
     local = held["weights"] - away["weights"]
-    update = local / 4 * UPDATE_BYTES / (accelerator.memory_bandwidth * BANDWIDTH)
+    state = held["moments"] - away["moments"]
+    update = (local / 4 * UPDATE_BYTES + STATE_BYTES * state) / (accelerator.memory_bandwidth * BANDWIDTH)
+    update += _whole_matrices(config, listed, layout) / (accelerator.peak * ATTAINABLE)
     offload = 2 * (away["weights"] + away["gradients"]) / accelerator.host_link
-    total = device + exposed + update + offload
+    total = (1 + catalogue.extra_passes(config.train)) * (device + exposed) + update + offload
     return StepTime(
         matmul, memory_bound, host, gather, reduce, exposed, update, offload, total,
         flops * tokens,
         flops * tokens / (total * accelerator.peak * layout.world_size),
         tokens / total,
     )  # fmt: skip
+
+
+def _whole_matrices(config: Config, listed: list[Parameter], layout: Layout) -> float:
+    """FLOPs of an update of whole matrices on each rank."""
+    whole = catalogue.find(config.train).whole(hidden=True)
+    if whole is None:
+        return 0.0
+    return sum(whole.flops((each.shape[0], each.shape[1])) for each in listed if each.hidden) / layout.shards
 
 
 def _computed(config: Config, flops: float) -> float:
@@ -134,6 +146,7 @@ def _wires(
     across = min(accelerator.link, accelerator.network) * WIRE if layout.world_size > per_node else rate
     both = 2 * (layout.replicas - 1) / layout.replicas if layout.kind == "hsdp" else 2 * share
     summed = moved.bytes["all_reduce"] - moved.replicas
+    gather += moved.bytes["all_to_all"] * share / rate + moved.counts["all_to_all"] * LATENCY
     reduce += both * moved.replicas / across + 2 * share * summed / rate + moved.counts["all_reduce"] * LATENCY
     if layout.kind not in SHARDED:
         return gather, reduce, 0.1 * reduce + (gather if layout.kind in ("zero1", "zero2") else 0.0)

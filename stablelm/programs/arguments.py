@@ -52,6 +52,16 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a checkpoint, as `average`."""
+    parser.add_argument(
+        "--average",
+        metavar="WHICH",
+        help="none: the trained weights; ema: their moving average; last:K: the mean of the newest K checkpoints; "
+        "default: the run's evaluate.average",
+    )
+
+
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the programs that read text: where it is, and how it is read."""
     parser.add_argument(

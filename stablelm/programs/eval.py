@@ -5,7 +5,7 @@ import sys
 
 from stablelm.errors import ConfigError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, add_checkpoint, named_path, named_paths, path_or_url
+from stablelm.programs.arguments import Parser, add_average, add_checkpoint, named_path, named_paths, path_or_url
 
 READING = ("text_column", "text_unit", "bad_rows")
 
@@ -35,6 +35,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="at most N sequences per set, 0 for all; default: as many as training used",
     )
+    add_average(parser)
     add_task_arguments(parser)
     parser.add_argument(
         "--config",
@@ -110,4 +111,5 @@ def main(argv: list[str] | None = None) -> int:
         config=arguments.config,
         trusted=arguments.trust_checkpoint,
         tasks=tasks,
+        average=arguments.average,
     )

@@ -5,7 +5,14 @@ import sys
 
 from stablelm.errors import UserError
 from stablelm.process_exit import report
-from stablelm.programs.arguments import Parser, add_checkpoint, local_path, path_or_url, refuse_several_processes
+from stablelm.programs.arguments import (
+    Parser,
+    add_average,
+    add_checkpoint,
+    local_path,
+    path_or_url,
+    refuse_several_processes,
+)
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
 DTYPES = ("bf16", "fp32", "q8_0")
@@ -35,6 +42,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="documents on which the exported tokenizer is compared; default: the run's validation text",
     )
+    add_average(parser)
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload to this repository of the Hugging Face hub")
     parser.add_argument(
         "--trust-checkpoint", action="store_true", help="import the method that the checkpoint names by import path"
@@ -68,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         checked=arguments.check_tokenizer,
         push=arguments.push,
         trusted=arguments.trust_checkpoint,
+        average=arguments.average,
     )
     try:
         done = export(request)

@@ -11,7 +11,14 @@ from stablelm.errors import ConfigError
 from stablelm.json_text import parse
 from stablelm.out_file import check_out, write_out
 from stablelm.printable import printable
-from stablelm.programs.arguments import Parser, add_checkpoint, local_path, path_or_url, refuse_several_processes
+from stablelm.programs.arguments import (
+    Parser,
+    add_average,
+    add_checkpoint,
+    local_path,
+    path_or_url,
+    refuse_several_processes,
+)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -20,6 +27,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         epilog="Without --prompt and --prompts, standard input is the prompt. Exit codes: 0 done, 78 bad input.",
     )
     add_checkpoint(parser)
+    add_average(parser)
     texts = parser.add_argument_group("prompts").add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     texts.add_argument(
@@ -153,6 +161,7 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], sampling: Any) 
         arguments.checkpoint,
         tokenizer=arguments.tokenizer,
         trust_checkpoint=arguments.trust_checkpoint,
+        average=arguments.average,
         device=arguments.device,
         precision=arguments.precision,
     )

@@ -7,16 +7,18 @@ from functools import partial
 from typing import Any
 
 from stablelm.checkpoint.best import best_step
+from stablelm.checkpoint.remote_path import CheckpointPath
 from stablelm.config import mixture
 from stablelm.data import validation
 from stablelm.data.mixture import Mixture
 from stablelm.data.storage.options import ReadOptions
 from stablelm.errors import DataError
-from stablelm.evaluate.perplexity import bits_per_byte, evaluate, in_words
-from stablelm.evaluate.tasks.choices import evaluate_choices
+from stablelm.evaluate.perplexity import Scores, bits_per_byte, evaluate, in_words
+from stablelm.evaluate.tasks.choices import TaskScores, evaluate_choices
 from stablelm.evaluate.tasks.likelihood import Shapes
 from stablelm.observe.sinks import SAMPLES
 from stablelm.printable import printable
+from stablelm.train.averaging import checkpoints_before, evaluated_weights
 from stablelm.train.job import Job
 from stablelm.train.prepare import Prepared
 from stablelm.train.stop import StepExchange
@@ -31,21 +33,16 @@ class _CutShort(Exception):
 def validate(job: Job, exchange: StepExchange) -> bool:
     """Scores every validation set and task at the current step, and writes samples, at the end to the terminal too.
 
-    Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is recorded,
-    and the evaluation stays due.
+    All of them with the weights of `evaluate.average`. Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`.
+    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
     """
-    progress, rows, scores, choices = job.progress, job.config.evaluate.micro_batch_size, {}, {}
-    reached = partial(_reached, job, exchange)
+    progress, rows, reached = job.progress, job.config.evaluate.micro_batch_size, partial(_reached, job, exchange)
+    scores: dict[str, Scores] = {}
+    choices: dict[str, TaskScores] = {}
     progress.evaluation_due = True
     try:
-        for name, data in job.validation.items():
-            job.watchdog.marker.at("evaluation", progress.step)
-            scores[name] = evaluate(job.engine, job.ranks, data, rows, reached)
-        for name, task in job.tasks.items():
-            job.watchdog.marker.at("evaluation", progress.step)
-            choices[name] = evaluate_choices(job.engine, job.ranks, task, Shapes.of(job.config), reached)
-        job.watchdog.marker.at("evaluation", progress.step)
-        samples = job.samples.write(job.engine, job.ranks, reached)
+        with evaluated_weights(job.engine, job.ranks, job.config, partial(_earlier, job)):
+            samples = _score(job, rows, reached, scores, choices)
     except _CutShort:
         return False
     progress.evaluation_due = False
@@ -64,6 +61,32 @@ def validate(job: Job, exchange: StepExchange) -> bool:
             job.records.message(f"sample:   {printable(' '.join((sample['prompt'] + sample['text']).split()))}")
     job.page.refresh()
     return True
+
+
+def _score(
+    job: Job,
+    rows: int,
+    reached: Callable[[str], None],
+    scores: dict[str, Scores],
+    choices: dict[str, TaskScores],
+) -> list[dict[str, str]]:
+    """Fills scores by set and task; returns samples. Raises _CutShort."""
+    marker, step = job.watchdog.marker, job.progress.step
+    for name, data in job.validation.items():
+        marker.at("evaluation", step)
+        scores[name] = evaluate(job.engine, job.ranks, data, rows, reached)
+    for name, task in job.tasks.items():
+        marker.at("evaluation", step)
+        choices[name] = evaluate_choices(job.engine, job.ranks, task, Shapes.of(job.config), reached)
+    marker.at("evaluation", step)
+    return job.samples.write(job.engine, job.ranks, reached)
+
+
+def _earlier(job: Job) -> list[CheckpointPath]:
+    """The run's checkpoints before the current step, the same on all ranks."""
+    job.saver.wait()
+    step = job.progress.step
+    return job.ranks.consensus().first(lambda: checkpoints_before(job.saver.fence.root, step))
 
 
 def _remember(job: Job, metrics: dict[str, float]) -> None:

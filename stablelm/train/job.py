@@ -265,7 +265,7 @@ def build_saver(
     return Saver(
         fence,
         ranks.save_group,
-        shapes=expected_shapes(prepared.config.model, moments=prepared.config.train.moments),
+        shapes=expected_shapes(prepared.config.model, prepared.config.train),
         background=checkpoint.async_,
         committed=committed,
         reached=marker.saved_part,

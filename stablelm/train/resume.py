@@ -14,12 +14,15 @@ from stablelm.checkpoint.fence import Fence, take
 from stablelm.checkpoint.format import load_tensors
 from stablelm.checkpoint.manifest import step_of
 from stablelm.checkpoint.remote_path import CheckpointPath, checkpoint_path
+from stablelm.checkpoint.weights import EvaluatedWeights
 from stablelm.config import identity as identities
 from stablelm.config import segments
+from stablelm.config.averages import NONE, Average
 from stablelm.config.schema import Config
 from stablelm.data.loader import Loader
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
+from stablelm.engine.tensor_parts import clean_name
 from stablelm.errors import CheckpointError, ConfigError
 from stablelm.observe.progress import Progress
 from stablelm.observe.sinks import last_records
@@ -210,7 +213,9 @@ def weights_from(path: str, engine: Engine, ranks: Ranks) -> None:
         path, consensus=ranks.consensus(), lacks=partial(contents.problems, optimizer=False)
     )
     try:
-        load_tensors(found / "tensors", engine.tensors(optimizer=False), ranks.cpu_group, partial=True)
+        weights = EvaluatedWeights(found, saved_run.saved(found).train, Average(NONE))
+        names = {clean_name(name) for name, _ in engine.module.named_parameters()}
+        weights.load(engine.tensors(optimizer=False), names, ranks.cpu_group)
     except CheckpointError as error:
         raise ConfigError(f"run.init_from={found} does not fit this model: {error}") from error
-    engine.loaded()
+    engine.loaded(weights_alone=True)

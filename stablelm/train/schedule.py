@@ -13,8 +13,10 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     """Learning rate of optimizer step `step` (1 is the first), of a resolved configuration.
 
     Linear warm-up from lr / warmup_steps; then to min_lr at the last step by a half cosine
-    (Loshchilov and Hutter, 2017, eq. 5) or a line, or constant with a linear cooldown (wsd;
-    Hu et al., 2024, section 4.2), or constant.
+    (Loshchilov and Hutter, 2017, eq. 5) or a line, or constant with a cooldown (wsd;
+    Hu et al., 2024, section 4.2), or constant up to `power_after` and then a power of the step with a cooldown (power;
+    Shen et al., 2024, eq. 4, steps in place of tokens), or constant. A cooldown is linear, or falls as 1 - sqrt
+    (Hägele et al., 2024, section 3.1).
     """
     steps, low = train.steps, train.min_lr
     assert steps is not None and low is not None, "schedules need a resolved configuration"
@@ -22,16 +24,29 @@ def learning_rate(step: int, train: TrainConfig) -> float:
         return train.lr * step / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
-    start = cooldown_start(train) if train.schedule == "wsd" else train.warmup_steps
+    cools = train.schedule in ("wsd", "power")
+    start = cooldown_start(train) if cools else train.warmup_steps
+    high = _before_cooldown(min(step, start), train)
     if step <= start:
-        return train.lr
+        return high
     done = min(1.0, (step - start) / max(1, steps - start))
-    share = 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1 - done
-    return low + (train.lr - low) * share
+    if train.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        share = 1 - (math.sqrt(done) if cools and train.cooldown_shape == "1-sqrt" else done)
+    return low + (high - low) * share
+
+
+def _before_cooldown(step: int, train: TrainConfig) -> float:
+    """The rate of a step after the warm-up; that of power never falls below min_lr."""
+    if train.schedule != "power":
+        return train.lr
+    assert train.power_after is not None and train.min_lr is not None
+    return max(train.min_lr, train.lr * (max(step, train.power_after) / train.power_after) ** -train.power_exponent)
 
 
 def cooldown_start(train: TrainConfig) -> int:
-    """Last step of wsd at the full learning rate."""
+    """Last step of wsd and power before the cooldown."""
     assert train.steps is not None and train.cooldown_steps is not None
     return max(train.warmup_steps, train.steps - train.cooldown_steps)
 

@@ -12,6 +12,7 @@ from stablelm.engine.optimizers import refused
 from stablelm.engine.ranks import Ranks
 from stablelm.model.devices import to_device
 from stablelm.model.targets import IGNORED
+from stablelm.optimizers.interface import CURVATURE, GRADIENT
 from stablelm.seeds import seed_from
 
 
@@ -50,26 +51,46 @@ def train_step(
     dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
     cross_entropy, objective = torch.zeros(2, dtype=dtype, device=engine.device)
     engine.begin(lr)
-    for index, (part_tokens, part_targets) in enumerate(parts):
-        part = f"micro-batch {index + 1} of {len(parts)}"
-        mark("forward", part)
-        seed_dropout(seed, step, index, ranks.rank)
-        last = index == len(parts) - 1
-        sums = engine.loss(part_tokens, part_targets, last=last, boundaries=boundaries[index])
-        if loss_factor != 1.0:
-            sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
-        # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.
-        nan_if_bad = 1 + 0 * sums.total.detach()
-        mark("backward", part)
-        engine.backward(sums.total / valid_global * nan_if_bad, last=last)
-        cross_entropy += sums.cross_entropy
-        objective += sums.objective
+    for kind in engine.passes(step):
+        engine.begin_pass(kind)
+        for index, (part_tokens, part_targets) in enumerate(parts):
+            part = f"micro-batch {index + 1} of {len(parts)}"
+            mark("forward", part)
+            seed_dropout(seed, step, index, ranks.rank)
+            last = index == len(parts) - 1
+            if kind == CURVATURE:
+                draws = draws_of(
+                    seed, step, range(index * micro, index * micro + len(part_tokens)), ranks, tokens.shape[1]
+                )
+                own = engine.drawn(part_tokens, to_device(draws, engine.device), boundaries=boundaries[index])
+                part_targets = torch.where(part_targets == IGNORED, IGNORED, own)
+                seed_dropout(seed, step, index, ranks.rank)
+            sums = engine.loss(part_tokens, part_targets, last=last, boundaries=boundaries[index])
+            if loss_factor != 1.0:
+                sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
+            # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.
+            nan_if_bad = 1 + 0 * sums.total.detach()
+            mark("backward", part)
+            engine.backward(sums.total / valid_global * nan_if_bad, last=last)
+            if kind == GRADIENT:
+                cross_entropy += sums.cross_entropy
+                objective += sums.objective
+        engine.end_pass(kind, valid_global)
     if before_update is not None:
         mark("backward", "observe.metrics")
         before_update()
     mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)
     return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm), objective)
+
+
+def draws_of(seed: int, step: int, rows: range, ranks: Ranks, seq: int) -> Tensor:
+    """Numbers (rows, seq) in [0, 1) for targets that are drawn, the same for a row in any world size."""
+    found = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(seed_from("targets", seed, step, row * ranks.world_size + ranks.rank))
+        found.append(torch.rand(seq, generator=generator, dtype=torch.float64))
+    return torch.stack(found)
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int, rank: int) -> None:

@@ -64,6 +64,16 @@ def test_free_to_change(override):
     assert differences(make(), make(override)) == []
 
 
+def test_a_run_from_before_other_optimizers_is_adamws():
+    new = [
+        name for name in make() if name.startswith(("train.optimizer", "train.muon.", "train.sophia.", "train.sam."))
+    ]
+    new += ["train.ema", "train.independent_decay", "train.eps_inside", "train.cooldown_shape", "train.power_after"]
+    earlier = {name: value for name, value in make().items() if name not in (*new, "train.power_exponent")}
+    assert differences(earlier, make()) == []
+    assert differences(earlier, make("train.optimizer=lion")) == ["train.optimizer: saved with adamw, now lion"]
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -120,7 +130,7 @@ def test_a_cosine_cannot_grow():
     (sentence,) = differences(make(), make("train.steps=200"), step=50)
     assert sentence == (
         "train.steps: saved with 100, now 200 "
-        "(it may grow where train.schedule is constant, or wsd before its cooldown)"
+        "(it may grow where train.schedule is constant, or wsd or power before its cooldown)"
     )
 
 

@@ -12,8 +12,8 @@ from stablelm.config.schema import Config
 from stablelm.config.trust import LOCAL, METHOD, METHOD_OPTIONS, MOST, OPTIONS, VALUES, believed, excesses
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "security.md"
-COMPARED = {"data.text_column", "data.eos_token"}
-"""Keys whose free text is only compared with names in a row or with tokens."""
+COMPARED = {"data.text_column", "data.eos_token", "evaluate.average"}
+"""Keys whose free text is only compared: with names in a row, tokens, or the averages that there are."""
 
 
 def reaching(name: str) -> list:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stablelm.config.schema import TrainConfig
 from stablelm.train.schedule import learning_rate
 
-BASE = TrainConfig(steps=100, lr=1.0, min_lr=0.1, warmup_steps=10, cooldown_steps=20)
+BASE = TrainConfig(steps=100, lr=1.0, min_lr=0.1, warmup_steps=10, cooldown_steps=20, power_after=10)
 
 
 def rate(step: int, **changes) -> float:
@@ -31,16 +31,29 @@ def test_shapes_after_the_warm_up():
     assert rate(100, schedule="constant") == 1.0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "power"])
 def test_last_step_reaches_min_lr(schedule: str):
     assert rate(100, schedule=schedule) == pytest.approx(0.1)
+
+
+def test_a_cooldown_of_one_minus_the_root():
+    for schedule in ("wsd", "power"):
+        found = [rate(s, schedule=schedule, cooldown_shape="1-sqrt", power_after=200) for s in (80, 85, 100)]
+        assert found == pytest.approx([1.0, 0.1 + 0.9 * (1 - math.sqrt(0.25)), 0.1])
+
+
+def test_power_is_constant_then_a_power_then_a_cooldown():
+    options = {"schedule": "power", "power_after": 20, "power_exponent": 0.5}
+    assert [rate(s, **options) for s in (10, 20, 80)] == pytest.approx([1.0, 1.0, 0.5])
+    assert [rate(s, **options) for s in (90, 100)] == pytest.approx([0.3, 0.1])
+    assert rate(80, schedule="power", power_after=1, power_exponent=2.0) == 0.1  # never below min_lr
 
 
 @given(
     st.integers(1, 500),
     st.integers(1, 500),
     st.integers(0, 300),
-    st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    st.sampled_from(["cosine", "linear", "wsd", "power", "constant"]),
 )
 def test_always_positive_and_at_most_lr(step: int, steps: int, warmup: int, schedule: str):
     value = rate(min(step, steps), steps=steps, warmup_steps=warmup, schedule=schedule, cooldown_steps=min(20, steps))

@@ -10,6 +10,7 @@ from stablelm.engine.peak_memory.limit import available
 from stablelm.engine.peak_memory.rank_memory import Layout
 from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
+from stablelm.optimizers.catalogue import find
 
 MODES = ("none", "selective", "every:4", "attention", "every:2", "full")
 """By what they compute again: nothing, no matmul, a quarter of the layers, a third of each, half of them, all."""
@@ -84,7 +85,8 @@ def _too_large(config: Config, choice: Choice) -> str:
     limit = "engine.memory_limit" if config.engine.memory_limit else "the available memory"
     micro = config.train.micro_batch_size or 1
     fixes = [f"train.micro_batch_size={micro // 2}"] if micro > 1 else []
-    fixes += ["train.moments=bf16"] if config.train.moments == "fp32" else []
+    smaller = config.train.moments == "fp32" and find(config.train).rounds
+    fixes += ["train.moments=bf16"] if smaller else []
     fixes += ["more processes with engine.kind=fsdp2", "fewer layers"]
     return (
         f"engine.recompute=auto: the predicted peak of a rank is {_size(choice.peaks[choice.leanest])} with "

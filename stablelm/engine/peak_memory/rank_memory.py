@@ -17,9 +17,10 @@ from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.deepspeed_config import PERSISTENT
 from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped
-from stablelm.engine.updates.moments import bytes_of_moments
+from stablelm.engine.updates.state import is_hidden, state_bytes
 from stablelm.model.initialise import decays, roles
 from stablelm.model.memory.layer_memory import on_meta
+from stablelm.optimizers import catalogue
 
 DDP_BUCKET_BYTES, DDP_FIRST_BUCKET_BYTES = 25 * 2**20, 2**20
 ALIGNMENT = 2  # elements, of each rank's shard of a flat ZeRO group
@@ -33,6 +34,8 @@ class Parameter(NamedTuple):
     role: str
     layer: int | None
     group: tuple
+    hidden: bool = False
+    """Whether it is a matrix of the layers."""
 
     @property
     def elements(self) -> int:
@@ -83,7 +86,9 @@ def _parameters(model: ModelConfig, precision: str) -> tuple[Parameter, ...]:
     for name, parameter in decoder.named_parameters():
         role = found[name]
         factors = model.axes.init.rates(model, in_layer=role.layer is not None, matrix=parameter.ndim == 2)
-        listed.append(Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role))))
+        listed.append(
+            Parameter(name, tuple(parameter.shape), role.kind, role.layer, (factors, decays(role)), is_hidden(role))
+        )
     return tuple(listed)
 
 
@@ -121,6 +126,8 @@ def padded(parameter: Parameter, shards: int) -> int:
 def resting(config: Config, listed: list[Parameter], layout: Layout, rank: int = 0) -> Counter[str]:
     """Bytes of `weights`, `gradients` and `moments`, under ZeRO also `masters`, on one rank before the update.
 
+    Moments are all optimizer state, and copies that an optimizer holds during the passes.
+
     Host memory is included; rank 0 has the most.
     """
     if layout.kind in ZERO:
@@ -131,7 +138,8 @@ def resting(config: Config, listed: list[Parameter], layout: Layout, rank: int =
         if layout.kind in SHARDED and parameter.is_matrix:
             shape = (rows_of(parameter, layout.shards, rank % layout.shards), *shape[1:])
         elements, largest = elements + math.prod(shape), max(largest, math.prod(shape))
-        moments += bytes_of_moments(shape, config.train.moments, width(config))
+        moments += state_bytes(shape, config.train, width(config), hidden=parameter.hidden)
+    moments += catalogue.find(config.train).copies() * elements * width(config)
     gradients = largest if config.engine.optimizer_in_backward else elements
     return Counter(weights=elements * width(config), gradients=gradients * width(config), moments=moments)
 
@@ -150,7 +158,7 @@ def _zero(config: Config, listed: list[Parameter], layout: Layout) -> Counter[st
         part = sum(-(-elements // (ALIGNMENT * world)) * ALIGNMENT for elements in groups.values())
         working = whole
     gradients = whole if stage == 1 else part
-    moments = bytes_of_moments((part,), config.train.moments, size)
+    moments = state_bytes((part,), config.train, size, hidden=False)
     return Counter(weights=working * size, masters=part * size, gradients=gradients * size, moments=moments)
 
 

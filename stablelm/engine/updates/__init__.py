@@ -1,1 +1,1 @@
-"""AdamW in less memory: moments of fewer bytes, and updates in the backward pass."""
+"""Updates of what a rank holds: rules of optimizers, moments of fewer bytes, updates in the backward pass, averages."""

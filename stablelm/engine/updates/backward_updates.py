@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stablelm.engine.updates.moments import update
+from stablelm.engine.updates import moments, rule_optimizer
+from stablelm.engine.updates.rule_optimizer import RuleOptimizer
 
 
 class BackwardUpdates:
-    """AdamW's updates by hooks on the parameters of `optimizer`, in the passes after `begin` up to `finish`."""
+    """The updates of `optimizer` by hooks on its parameters, in the passes after `begin` up to `finish`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self._optimizer, self._active = optimizer, False
@@ -44,7 +45,10 @@ class BackwardUpdates:
         self._squares.append(square)
         self._refused |= ~square.isfinite()
         setattr(self._optimizer, "found_inf", self._refused.float())  # noqa: B010 - torch declares no such attribute
-        update(self._optimizer, group, [parameter])
+        if isinstance(self._optimizer, RuleOptimizer):
+            rule_optimizer.update(self._optimizer, group, [parameter])
+        else:
+            moments.update(self._optimizer, group, [parameter])
         parameter.grad = None
 
     def finish(self) -> Tensor:

@@ -58,15 +58,18 @@ def load_model(
     trust_checkpoint: bool = False,
     device: str | None = None,
     precision: str | None = None,
+    average: str | None = None,
 ) -> LoadedModel:
     """The model of a run (its newest valid checkpoint) or of a step directory, local or by URL, on one device.
 
     `tokenizer`: its path, None for the one that the run keeps. `trust_checkpoint`: a method that the checkpoint names
     by import path is imported. `device`: as torch names it; None: a GPU if there is one. `precision`: fp32, bf16 or
-    fp64; None: the run's, but fp32 on a GPU without bfloat16. Raises CheckpointError and ConfigError.
+    fp64; None: the run's, but fp32 on a GPU without bfloat16. `average`: which weights, in place of
+    the run's `evaluate.average`. Raises CheckpointError and ConfigError.
     """
     place = expand(os.fspath(checkpoint), "checkpoint=")
-    return load(open_run(place, tokenizer=tokenizer, trusted=trust_checkpoint), device, precision)
+    run = open_run(place, tokenizer=tokenizer, trusted=trust_checkpoint, average=average)
+    return load(run, device, precision)
 
 
 def load(run: TrainedRun, device: str | None = None, precision: str | None = None) -> LoadedModel:

@@ -18,6 +18,9 @@ from stablelm.model.devices import to_device
 from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
 from stablelm.model.norms import Norm
 
+WATCHED_QUERIES = 256
+"""Queries whose logits are looked at together."""
+
 
 class Attention(nn.Module):
     """The body of an attention sub-layer; query head i reads key/value head i // (n_heads / kv_heads).
@@ -37,6 +40,8 @@ class Attention(nn.Module):
         self.scale = logit_scale(config)
         self.dropout = config.dropout
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.largest_logits: Tensor | None = None
+        """(n_heads,) of training passes, before cap and bias, where an engine asks for them by setting it."""
         bias, reparam, d_kv = bool(config.bias), reparam_of(config, 2 * layer), d_key_value(config)
         inner = config.axes.maps.rank(config)
 
@@ -91,6 +96,8 @@ class Attention(nn.Module):
         value = products[1].contiguous().unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)
+        if self.largest_logits is not None and torch.is_grad_enabled():
+            self._watch(query, key, self.largest_logits)
         mixed = self._mix(query, key, value, positions, cache).transpose(1, 2)  # (batch, seq, heads, d_head)
         if self.head_gate is not None:
             mixed = self.gate.apply(mixed, products[2], self.added_parameters())
@@ -141,6 +148,19 @@ class Attention(nn.Module):
     def _null(self, like: Tensor) -> Tensor | None:
         """(heads,): the logits of what takes weight beside the keys; None: nothing does."""
         return self.softmax.null_logits(self.config.n_heads, self.added_parameters(), like)
+
+    @torch.compiler.disable()
+    @torch.no_grad()
+    def _watch(self, query: Tensor, key: Tensor, largest: Tensor) -> None:
+        """Raises `largest` (n_heads,) to the logits of these rows, a few queries at a time."""
+        key = key.detach().repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(-1, -2)
+        for start in range(0, query.shape[-2], WATCHED_QUERIES):
+            own = query[..., start : start + WATCHED_QUERIES, :].detach()
+            stop = start + own.shape[-2]
+            logits = own @ key[..., :stop]
+            later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1 + start)
+            found = logits.masked_fill_(later, -torch.inf).amax(dim=(0, 2, 3)) * self.scale
+            torch.maximum(largest, found.to(largest.dtype), out=largest)
 
     def _bias(self, positions: Positions, query: Tensor, cache: LayerCache | None) -> Tensor | None:
         """What is added to the logits, with the causal mask in it; None: nothing but the mask."""
