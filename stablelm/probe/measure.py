@@ -188,8 +188,10 @@ class _Walk:
         made = {id(chunk): chunk for chunk in chunks if id(chunk) not in before}
         on_disk = before | dict(zip(made, to_disk(made.values(), self._folder), strict=True))
         chunks = tuple(on_disk[id(chunk)] for chunk in chunks)
+        state = self.decoder.stream.state
+        earlier = state(self._boundaries[-1]) if self._boundaries else ()
         self._boundaries.append(chunks)
-        self._rows.append(stream_figures(self.decoder.stream.state(chunks)) | figures)
+        self._rows.append(stream_figures(state(chunks), earlier) | figures)
 
     def finish(self, targets: Tensor, z_loss: float) -> float:
         """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
