@@ -15,6 +15,7 @@ from stablelm.methods.roles import BRANCH_MATRICES, MATRICES, TABLES, Added, Arr
 from stablelm.theory.attention import Pattern, causal_pattern
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
+from stablelm.theory.sensitivity import post_shares, scaled_shares
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,6 +160,18 @@ class Stream(Value):
     def branch_at_start(self, model: Model) -> float:
         """`branch` with every added parameter at its start, for the theory."""
         return self.gains(model)[1]
+
+    def sensitivity_shares(self, model: Model, variances: Array, embedding_variance: float) -> Array | None:
+        """The part of the stream's variance that each branch contributes where it joins, (2 n_layers,), at the start.
+
+        For the theory of sensitivity; `variances`: of the branches as written, before their scale. None: not known.
+        """
+        if not self.predicted:
+            return None
+        skip, branch = self.gains(model)[0], self.branch_at_start(model)
+        if model.axes.placement.after_write:
+            return post_shares(branch**2 * variances, skip)
+        return scaled_shares(variances, skip, branch, embedding_variance)
 
     def plain_value(self, added: Added) -> Array:
         """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""

@@ -13,6 +13,7 @@ from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
 from stablelm.theory.moments import token_collision
 from stablelm.theory.propagation import End, SublayerTheory, propagate
+from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
 # Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
@@ -58,6 +59,27 @@ def predict(
     if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
+
+
+def predict_sensitivity(config: ModelConfig, prediction: Prediction) -> tuple[float | None, str | None]:
+    """Sensitivity of the stream at the end (`theory.sensitivity`), or why the theory has none.
+
+    A branch counts with its matrices: values and output, the two or, gated, three of the feed-forward; queries and keys
+    are left out, so that attention far from uniform makes the measured one larger.
+    """
+    stream, norm = config.axes.stream, config.axes.norm
+    if norm.standard is None:
+        return None, f"the theory needs norms that divide by the size of their input, and model.norm={norm.name} does not"
+    branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
+    variances = np.stack(branches, axis=1).ravel()
+    if not np.isfinite(variances).all():
+        return None, f"the theory has no finite variance of the branches of model.stream={stream.name}"
+    shares = stream.sensitivity_shares(config, variances, float(prediction.stream_variance[0]))
+    if shares is None:
+        return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
+    attention = 3 if config.axes.maps.rank(config) else 2
+    feedforward = 3 if config.axes.activation.gated else 2
+    return sensitivity(shares, np.tile([attention, feedforward], config.n_layers).astype(np.float64)), None
 
 
 def _head_std(config: ModelConfig) -> float:

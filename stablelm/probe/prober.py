@@ -105,7 +105,7 @@ def _run(request: ProbeRequest) -> None:
     made = make(request)
     # A log has no width of its own: the table is not cut there.
     Console(width=None if sys.stdout.isatty() else 130).print(table(made))
-    print(textwrap.fill(made.verdict, 110))
+    print(textwrap.fill(made.verdict.text, 110))
     try:
         replace_file(request.out / "probe.json", json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
         clear(request.out / "probe.png")
@@ -134,17 +134,20 @@ def _instead(config: Config) -> str:
 
 def make(request: ProbeRequest) -> "Probe":
     """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
+    from stablelm.probe.changes import Update
     from stablelm.probe.measure import measure
-    from stablelm.probe.predict import predict
+    from stablelm.probe.predict import predict, predict_sensitivity
     from stablelm.probe.probe_report import Probe
-    from stablelm.probe.verdict import read_runs, verdict
+    from stablelm.probe.run_records import read_records
+    from stablelm.probe.signals import signals_of
+    from stablelm.probe.verdict import verdict
     from stablelm.train.job import first_rows
 
     started = time.perf_counter()
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
-    with _progress(2 * model.n_layers) as on_layer:
+    with _progress(4 * model.n_layers) as on_layer:
         measured = measure(
             model,
             tokens,
@@ -154,6 +157,7 @@ def make(request: ProbeRequest) -> "Probe":
             pieces=request.prepared.tokenizer.pieces,
             folder=request.out,
             z_loss=config.train.z_loss,
+            update=Update.of(model, config.train),
             on_layer=on_layer,
         )
 
@@ -162,6 +166,9 @@ def make(request: ProbeRequest) -> "Probe":
 
     reference = reference_model(config, request.prepared.tokenizer.pieces)
     beside = None if reference in (None, model) else theory(reference)
+    assert model.vocab_size is not None
+    prediction = theory(model)
+    signals = signals_of(measured, vocab_size=model.vocab_size, seq_len=request.seq_len)
     return Probe(
         method=model.method,
         n_layers=model.n_layers,
@@ -170,8 +177,9 @@ def make(request: ProbeRequest) -> "Probe":
         tokens=tokens.numel(),
         collision=collision,
         measured=measured,
-        prediction=theory(model),
-        verdict=verdict(measured.internals, beside, read_runs(), _precision(config)),
+        prediction=prediction,
+        sensitivity=predict_sensitivity(model, prediction),
+        verdict=verdict(measured.internals, signals, beside, read_records(), _precision(config)),
         seconds=time.perf_counter() - started,
     )
 
