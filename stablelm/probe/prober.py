@@ -95,7 +95,7 @@ def _run(request: ProbeRequest) -> None:
     from stablelm.probe.disk_offload import unwritable
     from stablelm.probe.probe_report import as_json, draw, table
 
-    _create(request.out)
+    create(request.out)
     model = request.config.model
     print(
         f"{model.method}, {model.n_layers} layers x {model.d_model}, {request.sequences} x {request.seq_len} tokens of "
@@ -115,7 +115,8 @@ def _run(request: ProbeRequest) -> None:
     print(f"written: {request.out}/probe.json, {request.out}/probe.png ({made.seconds:.1f} s)")
 
 
-def _create(folder: Path) -> None:
+def create(folder: Path) -> None:
+    """Makes a folder. Raises StorageError."""
     from stablelm.probe.disk_offload import unwritable
 
     try:
@@ -147,7 +148,7 @@ def make(request: ProbeRequest) -> "Probe":
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
-    with _progress(4 * model.n_layers) as on_layer:
+    with progress(4 * model.n_layers, "layers, up and down") as on_layer:
         measured = measure(
             model,
             tokens,
@@ -208,12 +209,12 @@ def collision_of(tokens: "Tensor") -> float:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def progress(total: int, words: str) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing in a log; gives what advances it."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("layers, up and down", total=total)
+        task = bar.add_task(words, total=total)
         yield lambda: bar.advance(task)
