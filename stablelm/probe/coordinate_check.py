@@ -192,8 +192,10 @@ def draw(config: Config, lines: "Sequence[Line]", path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     from stablelm.probe.coordinates import FIGURES
+    from stablelm.probe.probe_report import tick
 
     figure = Figure(figsize=(3 * len(FIGURES), 2.9 * len(lines) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -210,6 +212,8 @@ def draw(config: Config, lines: "Sequence[Line]", path: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_xticks(line.sizes, [str(size) for size in line.sizes])
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            panel.yaxis.set_major_formatter(FuncFormatter(tick))
             panel.minorticks_off()
             verdict = "" if name not in line.growing() else ", grows"
             panel.set_title(f"{TITLES[name]} ({slopes[name]:+.2f}{verdict})", loc="left", fontsize=9)

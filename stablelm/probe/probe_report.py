@@ -229,9 +229,10 @@ def _scale(panel: Any, values: np.ndarray, name: str) -> None:
     panel.set_ylim(centre / reach, centre * reach)
     digits = (1, 2, 5) if reach < 30 else (1,)
     panel.yaxis.set_major_locator(LogLocator(subs=digits, numticks=8))
-    panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+    panel.yaxis.set_major_formatter(FuncFormatter(tick))
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _tick(value: float, _: Any) -> str:
+def tick(value: float, _: Any) -> str:
+    """A label of a logarithmic axis."""
     return f"{value:g}" if 1e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

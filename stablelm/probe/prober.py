@@ -179,7 +179,7 @@ def make(request: ProbeRequest) -> "Probe":
         collision=collision,
         measured=measured,
         prediction=prediction,
-        sensitivity=predict_sensitivity(model, prediction),
+        sensitivity=predict_sensitivity(model, prediction, request.seq_len),
         verdict=verdict(measured.internals, signals, beside, read_records(), _precision(config)),
         seconds=time.perf_counter() - started,
     )

@@ -1,7 +1,7 @@
 """The figures in words: each signal of the start beside those of recorded runs; no prediction of failure.
 
-A signal counts as evidence only where the recorded runs separate on it: beyond all that trained, where some did not, or
-short of all that did not train. Everywhere else there is no evidence either way, and the verdict says so.
+A signal counts as evidence only where the recorded runs separate on it: beyond all that trained and some that did not, or
+short of all that did not train and some that did. Everywhere else there is no evidence either way, and it says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from stablelm.probe.signals import Signals
 REFERENCE = "deepscalelm_pre"
 STEADY = 1.05
 ENOUGH = 2
-"""Recorded models, or runs, from which on a side of the border is evidence."""
+"""Recorded models, or runs, from which on there is evidence."""
 Status = Literal["against", "for", "none"]
 
 
@@ -125,15 +125,17 @@ def weigh(kind: Kind, signals: Signals, records: Sequence[RunRecord]) -> Evidenc
 
 
 def _status(value: float, good: list[float], poor: list[float], *, least_is_best: bool) -> Status:
-    """Evidence only on a side of a border on which `ENOUGH` of one outcome lie and none of the other.
+    """Evidence only outside the range in which both outcomes lie, and where `ENOUGH` recorded ones agree.
 
-    Less than all that trained is as good as the least, unless a rate too small may be the reason.
+    Against: so many that did not train were milder than this, yet beyond all that trained. For: so many that trained
+    were worse than this, yet short of all that did not. Less than all that trained is as good as the least, unless a
+    rate too small may be the reason.
     """
-    worst_good, best_poor = max(good, default=-np.inf), min(poor, default=np.inf)
-    if not value <= worst_good and sum(bad > worst_good for bad in poor) >= ENOUGH and good:
+    worst_good, best_poor = max(good, default=np.inf), min(poor, default=-np.inf)
+    if sum(worst_good < bad <= value for bad in poor) >= ENOUGH:
         return "against"
     known = least_is_best or value >= min(good, default=np.inf)
-    if known and value < best_poor and sum(bad < best_poor for bad in good) >= ENOUGH and poor:
+    if known and sum(value <= bad < best_poor for bad in good) >= ENOUGH:
         return "for"
     return "none"
 
