@@ -137,7 +137,7 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     some = max(1, min(heads, LOGITS // seq_len**2))
     rows = max(1, LOGITS // (some * seq_len**2))
-    entropy, sink = query.new_zeros(2, dtype=torch.float64)
+    entropy, sink = query.new_zeros((), dtype=torch.float64), query.new_zeros((), dtype=torch.float64)
     largest: list[Tensor] = []
     for begin, queries, keys in zip(range(0, batch, rows), query.split(rows), key.split(rows), strict=True):
         for first in range(0, heads, some):

@@ -20,7 +20,7 @@ from stablelm.seeds import seed_from
 
 ITERATIONS = 16
 """Products with the Hessian, a fixed number, so that every engine finds the same: two passes each."""
-STEPS = {torch.float32: 1e-2, torch.float64: 1e-4}
+STEPS = {torch.float32: 1e-3, torch.float64: 1e-4}
 """Length by which all weights together move either way, by the dtype of the weights."""
 Vector = dict[str, Tensor]
 """This rank's parts by parameter name."""

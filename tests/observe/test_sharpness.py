@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_gives_nan():
 def test_bf16_is_refused(by_flag: bool):
     given = [] if by_flag else ["train.precision=bf16"]
     loaded = load([], ["train.steps=5", "observe.sharpness_every=10", *given])
-    with pytest.raises(ConfigError, match=r"observe.sharpness_every=10 .* bf16 rounds away; use train.precision=fp32"):
+    with pytest.raises(ConfigError, match=r"observe.sharpness_every=10 .*=bf16 rounds away; use train.precision=fp32"):
         from stablelm.config import rules
 
         rules.check(loaded.config, 1, "bf16" if by_flag else None, loaded.origins)
