@@ -270,7 +270,9 @@ def test_every_engine_and_rank_finds_the_same(kinds: list[str], world_size: int,
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 if name not in ("layers_seconds", "sigma/tracking_error"):
-                    assert found[name] == pytest.approx(value, rel=error, abs=error / 1e4), name
+                    # An update of fp32 weights is a small difference of large numbers, and so is the sharpness.
+                    rel = max(error, 1e-2) if error > 1e-6 and name.startswith(("update_ratio", "sharpness")) else error
+                    assert found[name] == pytest.approx(value, rel=rel, abs=error / 1e4), name
             assert abs(found["sigma/tracking_error"] - expected["sigma/tracking_error"]) <= 10 * error
 
 
