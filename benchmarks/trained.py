@@ -104,15 +104,18 @@ def planned(plan: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[s
         for lr in item["lrs"]:
             key = {"method": item["method"], "overrides": overrides, "n_layers": item["n_layers"], "d_model": 64}
             key |= {"lr": lr, "warmup_steps": item["warmup"], "steps": item["steps"], "seed": item.get("seed", 0)}
-            yield key, {
-                "model.method": item["method"],
-                "model.n_layers": item["n_layers"],
-                "train.lr": lr,
-                "train.steps": item["steps"],
-                "train.warmup_steps": item["warmup"],
-                "run.seed": key["seed"],
-                **overrides,
-            }
+            yield (
+                key,
+                {
+                    "model.method": item["method"],
+                    "model.n_layers": item["n_layers"],
+                    "train.lr": lr,
+                    "train.steps": item["steps"],
+                    "train.warmup_steps": item["warmup"],
+                    "run.seed": key["seed"],
+                    **overrides,
+                },
+            )
 
 
 KEYS = ("method", "overrides", "n_layers", "d_model", "lr", "warmup_steps", "steps", "seed")

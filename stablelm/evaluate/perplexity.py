@@ -12,7 +12,6 @@ from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
 from stablelm.model.targets import IGNORED
 
-
 THIRDS = ("head", "middle", "tail")
 
 
@@ -88,9 +87,10 @@ def evaluate(
 
 
 def thirds(targets: Tensor) -> Tensor:
-    """The third that each token belongs to, (tokens,) int64: 0 for the most frequent ones, up to a third of the targets.
+    """The third that each token belongs to, (tokens,) int64: 0 for the most frequent ones.
 
-    Counted in the targets themselves, -100 left out; of equally frequent tokens the lower number comes first.
+    Each holds about a third of the targets, in which tokens are counted, -100 left out; of equally frequent ones the
+    lower number comes first.
     """
     counts = torch.bincount(targets[targets != IGNORED].flatten())
     order = counts.argsort(descending=True, stable=True)

@@ -74,7 +74,9 @@ def stream_figures(chunks: Chunks, before: Chunks = ()) -> dict[str, Tensor]:
     Without `before` the angular distance is 0.
     """
     x = _together(chunks)
-    distance = angular_distance(_together(before), x) if before else torch.zeros((), dtype=torch.float64, device=x.device)
+    distance = (
+        angular_distance(_together(before), x) if before else torch.zeros((), dtype=torch.float64, device=x.device)
+    )
     return {
         "stream_variance": mean_square(x),
         "token_correlation": token_correlation(x),
@@ -130,14 +132,16 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
     """`attention_entropy`: mean over heads, rows and sequences, nats; `logit_max`: largest |logit| of a visible key;
     `attention_sink`: share of attention that goes to the first token of the sequence, a mean over the same.
 
-    The first token itself has no other choice, so that uniform attention gives the mean of 1/1 ... 1/seq. Logits as the softmax sees them, with the biases of positions; `LOGITS` of them at a time, or one head's.
+    The first token itself has no other choice, so that uniform attention gives the mean of 1/1 ... 1/seq. Logits as the
+    softmax sees them, with the biases of positions; `LOGITS` of them at a time, or one head's.
     """
     query, key = attention.queries_and_keys(products, positions)
     batch, heads, seq_len = query.shape[:3]
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     some = max(1, min(heads, LOGITS // seq_len**2))
     rows = max(1, LOGITS // (some * seq_len**2))
-    entropy, sink = query.new_zeros((), dtype=torch.float64), query.new_zeros((), dtype=torch.float64)
+    entropy = query.new_zeros((), dtype=torch.float64)
+    sink = torch.zeros_like(entropy)
     largest: list[Tensor] = []
     for begin, queries, keys in zip(range(0, batch, rows), query.split(rows), key.split(rows), strict=True):
         for first in range(0, heads, some):

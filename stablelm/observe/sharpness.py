@@ -115,7 +115,9 @@ def _gradient(space: _Space, tokens: Tensor, targets: Tensor) -> Vector:
     vector = {}
     for name, start in space.start.items():
         if name in found:
-            vector[name] = part_of(found[name], 0, 1).local.detach().reshape(-1).to(start.device, start.dtype, copy=True)
+            vector[name] = (
+                part_of(found[name], 0, 1).local.detach().reshape(-1).to(start.device, start.dtype, copy=True)
+            )
         else:
             vector[name] = torch.zeros_like(start).reshape(-1)
     engine.clear_gradients()

@@ -12,8 +12,8 @@ from stablelm.config.schema import Config, ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.json_text import as_number
 from stablelm.new_files import clear, replace_file
-from stablelm.process_exit import exit_code_of
 from stablelm.probe.prober import ProbeRequest, create, prepare, progress
+from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
     from stablelm.probe.coordinates import Line
@@ -66,7 +66,9 @@ def parse(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(found["depths"]), tuple(found["widths"])
 
 
-def check(files: list[str], overrides: list[str], text: str, *, out: str | None, sequences: int, seq_len: int | None) -> int:
+def check(
+    files: list[str], overrides: list[str], text: str, *, out: str | None, sequences: int, seq_len: int | None
+) -> int:
     """Prints slopes and whether they pass, writes coordinates.json and coordinates.png; returns the exit code."""
 
     def request() -> CheckRequest:
@@ -131,7 +133,9 @@ def _run(request: CheckRequest) -> None:
     total = sum(len(models) for models in request.models.values()) * (STEPS + 1)
     with progress(total, "steps") as on_step:
         lines = [
-            measure_line(axis, {size: one.config for size, one in models.items()}, fixed[axis], tokens, targets, on_step)
+            measure_line(
+                axis, {size: one.config for size, one in models.items()}, fixed[axis], tokens, targets, on_step
+            )
             for axis, models in request.models.items()
         ]
     for line in in_words(lines):

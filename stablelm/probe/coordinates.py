@@ -120,7 +120,12 @@ def _branch_sizes(decoder: Decoder) -> Iterator[list[float]]:
     def keep(dropout: object, arguments: object, branch: Tensor) -> None:
         sizes.append(math.sqrt(mean_square(branch)))
 
-    places = [each.dropout for part in decoder.layers if isinstance(part, Layer) for each in (part.attention, part.feedforward)]
+    places = [
+        each.dropout
+        for part in decoder.layers
+        if isinstance(part, Layer)
+        for each in (part.attention, part.feedforward)
+    ]
     handles = [place.register_forward_hook(keep) for place in places]
     try:
         yield sizes

@@ -61,9 +61,7 @@ def predict(
     return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
 
 
-def predict_sensitivity(
-    config: ModelConfig, prediction: Prediction, seq_len: int
-) -> tuple[float | None, str | None]:
+def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: int) -> tuple[float | None, str | None]:
     """Sensitivity of the stream at the end (`theory.sensitivity`), or why the theory has none.
 
     A branch counts with its matrices: values and output, the two or, gated, three of the feed-forward, and queries and
@@ -71,7 +69,10 @@ def predict_sensitivity(
     """
     stream, norm = config.axes.stream, config.axes.norm
     if norm.standard is None:
-        return None, f"the theory needs norms that divide by the size of their input, and model.norm={norm.name} does not"
+        return (
+            None,
+            f"the theory needs norms that divide by the size of their input, and model.norm={norm.name} does not",
+        )
     branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
     variances = np.stack(branches, axis=1).ravel()
     if not np.isfinite(variances).all():

@@ -1,8 +1,8 @@
 """The recorded runs that the probe quotes: small models, their signals at the start, and whether they then trained.
 
 `run_records.jsonl` holds one JSON object a run: method, overrides, n_layers, d_model, lr, warmup_steps, steps, seed,
-text, signals (as `signals.Signals`), outcome (trained or failed), first_loss, last_loss, val_loss and unigram_loss (nats
-a token), commit. `benchmarks/trained.py` writes it.
+text, signals (as `signals.Signals`), outcome (trained or failed), first_loss, last_loss, val_loss and unigram_loss
+(nats a token), commit. `benchmarks/trained.py` writes it.
 """
 
 from dataclasses import dataclass, fields

@@ -1,7 +1,7 @@
 """The figures in words: each signal of the start beside those of recorded runs; no prediction of failure.
 
-A signal counts as evidence only where the recorded runs separate on it: beyond all that trained and some that did not, or
-short of all that did not train and some that did. Everywhere else there is no evidence either way, and it says so.
+A signal counts as evidence only where the recorded runs separate on it: beyond all that trained and some that did not,
+or short of all that did not train and some that did. Everywhere else there is no evidence either way, and it says so.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,12 @@ def factor(ratio: float) -> float:
     return max(ratio, 1 / ratio) if ratio > 0 else np.inf
 
 
-def _high(name: str, words: str, shown: Callable[[Signals], float], *, by_rate: bool = False) -> Kind:
-    return Kind(name, words, shown, shown, by_rate)
+def _high(name: str, words: str, shown: Callable[[Signals], float]) -> Kind:
+    return Kind(name, words, shown, shown)
+
+
+def _after(name: str, words: str, shown: Callable[[Signals], float]) -> Kind:
+    return Kind(name, f"{words} the first steps", shown, shown, by_rate=True)
 
 
 KINDS = (
@@ -57,10 +61,10 @@ KINDS = (
         lambda s: -s.attention_entropy,
     ),
     _high("sensitivity", "sensitivity to random changes of the weights", lambda s: s.sensitivity),
-    _high("update_output_change", "change of the output by the first steps", lambda s: s.update_output_change, by_rate=True),
-    _high("update_stream_growth", "growth of the stream by the first steps", lambda s: s.update_stream_growth, by_rate=True),
-    _high("update_token_cosine", "cosine of two tokens after the first steps", lambda s: s.update_token_cosine, by_rate=True),
-)  # fmt: skip
+    _after("update_output_change", "change of the output by", lambda s: s.update_output_change),
+    _after("update_stream_growth", "growth of the stream by", lambda s: s.update_stream_growth),
+    _after("update_token_cosine", "cosine of two tokens after", lambda s: s.update_token_cosine),
+)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class _CutShort(Exception):
 def validate(job: Job, exchange: StepExchange) -> bool:
     """Scores every validation set and task at the current step, and writes samples, at the end to the terminal too.
 
-    Recorded as `val_loss/<set>`, `val_loss_by_frequency/<set>/<third>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is recorded,
-    and the evaluation stays due.
+    Recorded as `val_loss/<set>`, `val_loss_by_frequency/<set>/<third>`, `task/<name>/acc` and `samples`. False if a
+    stop cuts that short: nothing is recorded, and the evaluation stays due.
     """
     progress, rows, scores, choices = job.progress, job.config.evaluate.micro_batch_size, {}, {}
     reached = partial(_reached, job, exchange)

@@ -28,7 +28,9 @@ def test_one_token_alone_is_the_head():
 
 def test_losses_by_third():
     tiny = ["model.n_layers=2", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=12"]
-    config = resolve(load([], [*tiny, "train.precision=fp64"]).config, pieces=90, world_size=1, accelerate_precision=None)
+    config = resolve(
+        load([], [*tiny, "train.precision=fp64"]).config, pieces=90, world_size=1, accelerate_precision=None
+    )
     engine = TorchEngine(config, "single", SINGLE, train=False)
     rows = (90 * torch.rand(5, 13, generator=torch.Generator().manual_seed(1)) ** 3).long()
     tokens, targets = rows[:, :-1], rows[:, 1:].clone()

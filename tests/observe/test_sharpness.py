@@ -7,6 +7,7 @@ import torch
 from test_layers import PIECES, SINGLE, engine_of, text
 from torch import Tensor
 
+from stablelm.config import rules
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.engine.torch_engine import TorchEngine
@@ -88,9 +89,8 @@ def test_a_loss_that_is_not_finite_gives_nan():
 def test_bf16_is_refused(by_flag: bool):
     given = [] if by_flag else ["train.precision=bf16"]
     loaded = load([], ["train.steps=5", "observe.sharpness_every=10", *given])
-    with pytest.raises(ConfigError, match=r"observe.sharpness_every=10 .*=bf16 rounds away; use train.precision=fp32"):
-        from stablelm.config import rules
-
+    words = r"observe.sharpness_every=10 .*=bf16 rounds away; use train.precision=fp32"
+    with pytest.raises(ConfigError, match=words):
         rules.check(loaded.config, 1, "bf16" if by_flag else None, loaded.origins)
     config = load([], ["train.steps=5", "observe.sharpness_every=10"]).config
     assert resolve(config, pieces=PIECES, world_size=1, accelerate_precision=None).observe.sharpness_every == 10

@@ -84,7 +84,7 @@ def test_files(tiny_corpus: TinyCorpus, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "slope in width (16, 32 d_model): stream " in said
     assert ("passed" if found["passed"] else "failed") in said
-    assert (found["method"], found["lr"], list(found["axes"])) == ("pre_ln", 1e-3, ["width"])
+    assert (found["method"], found["lr"], list(found["axes"])) == ("pre_ln", 3e-4, ["width"])
     axis = found["axes"]["width"]
     assert (axis["sizes"], axis["fixed"]) == ([16, 32], 2)
     assert {name: np.shape(rows) for name, rows in axis["figures"].items()} == dict.fromkeys(FIGURES, (2, STEPS + 1))

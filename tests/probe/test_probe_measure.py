@@ -177,7 +177,9 @@ def test_sensitivity_and_growth_equal_the_whole_decoder(tmp_path: Path):
     assert found.growth is not None
     change = float((hidden - before[1]).norm() / before[1].norm())
     assert found.growth.output_change == pytest.approx(change, rel=1e-6)
-    assert found.growth.stream_variance == pytest.approx(float(state.square().mean() / before[0].square().mean()), rel=1e-6)
+    assert found.growth.stream_variance == pytest.approx(
+        float(state.square().mean() / before[0].square().mean()), rel=1e-6
+    )
     assert found.growth.loss == pytest.approx(float(decoder_loss(decoder)), rel=1e-6)
     assert found.growth.loss < found.loss
 

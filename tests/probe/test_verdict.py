@@ -141,7 +141,10 @@ def test_the_sentences_name_the_evidence_and_foretell_nothing():
 def test_cosines_show_a_collapse():
     runs = [*(record(f"a{x}", True, token_cosine=x) for x in (0.7, 0.9))]
     runs += [record(f"b{x}", False, token_cosine=x) for x in (0.9996, 0.99999)]
-    assert "0.9998 (2 models that trained: 0.7000 to 0.9000" in weighed("token_cosine", runs, token_cosine=0.9998).in_words()
+    assert (
+        "0.9998 (2 models that trained: 0.7000 to 0.9000"
+        in weighed("token_cosine", runs, token_cosine=0.9998).in_words()
+    )
 
 
 def test_a_steady_model_keeps_its_size():
@@ -177,10 +180,14 @@ def test_the_packaged_records():
     rows = [json.loads(line) for line in RECORDS.read_text().splitlines()]
     assert len(runs) == len(rows) >= 30
     assert {row["n_layers"] for row in rows} >= {24, 96}
-    keys = [(row["method"], str(row["overrides"]), row["n_layers"], row["lr"], row["steps"], row["seed"]) for row in rows]
+    keys = [
+        (row["method"], str(row["overrides"]), row["n_layers"], row["lr"], row["steps"], row["seed"]) for row in rows
+    ]
     assert len(set(keys)) == len(keys)
     for row in rows:
-        assert (row["outcome"] == "trained") == (isinstance(row["val_loss"], float) and row["val_loss"] < row["unigram_loss"] - 0.1)
+        assert (row["outcome"] == "trained") == (
+            isinstance(row["val_loss"], float) and row["val_loss"] < row["unigram_loss"] - 0.1
+        )
         assert row["commit"]
     assert {run.trained for run in runs} == {True, False}
     # DeepNorm's start at 96 layers, for which the verdict once was "outside the range that trained".
