@@ -16,7 +16,7 @@ from stablelm.probe.prober import ProbeRequest, create, prepare, progress
 from stablelm.process_exit import exit_code_of
 
 if TYPE_CHECKING:
-    from stablelm.probe.coordinates import Line
+    from stablelm.probe.coordinates import SizeSeries
 
 FORM = "depths=2,8,32,widths=64,128,256"
 TITLES = {
@@ -91,10 +91,11 @@ def requested(
         return prepare(loaded, out, sequences, seq_len)
 
     models: dict[str, dict[int, ProbeRequest]] = {}
+    first_depth, first_width = asked.depths[0], asked.widths[0]
     if len(asked.depths) > 1:
-        models["depth"] = {depth: model(depth, asked.widths[0]) for depth in asked.depths}
+        models["depth"] = {depth: model(depth, first_width) for depth in asked.depths}
     if len(asked.widths) > 1:
-        models["width"] = {width: model(asked.depths[0], width) for width in asked.widths}
+        models["width"] = {width: model(first_depth, width) for width in asked.widths}
     return CheckRequest(asked, models)
 
 
@@ -150,7 +151,7 @@ def _run(request: CheckRequest) -> None:
     print(f"written: {first.out}/coordinates.json, {first.out}/coordinates.png")
 
 
-def in_words(lines: "Sequence[Line]") -> list[str]:
+def in_words(lines: "Sequence[SizeSeries]") -> list[str]:
     """A line of slopes for each axis, and the verdict."""
     from stablelm.probe.coordinates import LIMIT
 
@@ -165,7 +166,7 @@ def in_words(lines: "Sequence[Line]") -> list[str]:
     return [*said, f"failed: {', '.join(growing)} grow with a slope above {LIMIT}"]
 
 
-def as_json(config: Config, lines: "Sequence[Line]") -> dict[str, Any]:
+def as_json(config: Config, lines: "Sequence[SizeSeries]") -> dict[str, Any]:
     """What `coordinates.json` holds; `figures`: root mean squares by step from 0, for each size."""
     from stablelm.probe.coordinates import FIGURES, LIMIT
 
@@ -191,7 +192,7 @@ def as_json(config: Config, lines: "Sequence[Line]") -> dict[str, Any]:
     }
 
 
-def draw(config: Config, lines: "Sequence[Line]", path: Path) -> None:
+def draw(config: Config, lines: "Sequence[SizeSeries]", path: Path) -> None:
     """A row of panels for each axis: size of the model across, a curve for each step from light to dark."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

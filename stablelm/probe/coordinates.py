@@ -32,7 +32,7 @@ SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
 
 
 @dataclass(frozen=True)
-class Line:
+class SizeSeries:
     """Models that differ in one size: `figures` (models, STEPS + 1, len(FIGURES)) float64, by growing size."""
 
     axis: str
@@ -57,7 +57,7 @@ class Line:
 
 def measure_line(
     axis: str, configs: dict[int, Config], fixed: int, tokens: Tensor, targets: Tensor, on_step: Callable[[], None]
-) -> Line:
+) -> SizeSeries:
     """Trains a model of each resolved config, by size, `STEPS` steps at `train.lr` on the batch; (rows, seq) each.
 
     `on_step` is called STEPS + 1 times a model.
@@ -65,7 +65,7 @@ def measure_line(
     sizes = tuple(sorted(configs))
     with torch.random.fork_rng([]):
         rows = [_figures(configs[size], tokens, targets, on_step) for size in sizes]
-    return Line(axis, sizes, fixed, np.array(rows, dtype=np.float64))
+    return SizeSeries(axis, sizes, fixed, np.array(rows, dtype=np.float64))
 
 
 def _figures(config: Config, tokens: Tensor, targets: Tensor, on_step: Callable[[], None]) -> list[list[float]]:

@@ -10,16 +10,16 @@ from support.tiny import TinyCorpus
 
 from stablelm.errors import ConfigError
 from stablelm.probe.coordinate_check import check, in_words, parse
-from stablelm.probe.coordinates import FIGURES, LIMIT, STEPS, Line
+from stablelm.probe.coordinates import FIGURES, LIMIT, STEPS, SizeSeries
 
 BASE = ["model.n_layers=2", "model.d_model=16", "model.n_heads=2", "train.steps=5", "data.seq_len=24", "data.lanes=12"]
 
 
-def line(slopes: dict[str, float], sizes: tuple[int, ...] = (2, 8, 32)) -> Line:
+def line(slopes: dict[str, float], sizes: tuple[int, ...] = (2, 8, 32)) -> SizeSeries:
     figures = np.ones((len(sizes), STEPS + 1, len(FIGURES)))
     for name, slope in slopes.items():
         figures[:, -1, FIGURES.index(name)] = [3 * size**slope for size in sizes]
-    return Line("depth", sizes, 64, figures)
+    return SizeSeries("depth", sizes, 64, figures)
 
 
 def test_slopes_are_of_the_last_step_in_log_log():
