@@ -13,6 +13,7 @@ from stablelm.config.rules import resolve
 from stablelm.engine.torch_engine import TorchEngine
 from stablelm.errors import ConfigError
 from stablelm.observe.sharpness import sharpness
+from stablelm.train.step import train_step
 
 SMALL = ("model.n_layers=1", "model.d_model=8", "model.n_heads=2", "model.d_ff=8")
 
@@ -76,6 +77,16 @@ def test_it_changes_nothing():
     assert all(torch.equal(engine.tensors()[name], tensor) for name, tensor in before.items())
     assert factors
     assert all(map(torch.equal, factors, spectral_norms(engine)))
+
+
+@pytest.mark.parametrize(
+    "options", [("engine.recompute=full",), ("engine.optimizer_in_backward=true", "train.grad_clip=0")]
+)
+def test_the_engine_makes_no_difference(options: tuple[str, ...]):
+    plain = sharpness(engine_of(*SMALL), SINGLE, *text())
+    engine = engine_of(*SMALL, *options)
+    train_step(engine, SINGLE, *text(), step=1, lr=0.0, seed=0, micro=2)  # nothing of a step is left over
+    assert sharpness(engine, SINGLE, *text()) == pytest.approx(plain, rel=1e-6)
 
 
 def test_fp32_is_close_to_fp64():

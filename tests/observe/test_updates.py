@@ -18,7 +18,7 @@ def test_ratios_by_role():
     train_step(engine, SINGLE, *text(), step=1, lr=1e-2, seed=0, micro=2)
     found = ratios.after()
     squares: dict[str, tuple[float, float]] = {}
-    for name, p in engine.parameters().items():
+    for name, p in ((name, p.detach()) for name, p in engine.parameters().items()):
         moved, size = squares.get(role_of(name).kind, (0.0, 0.0))
         moved, size = moved + float((p - start[name]).square().sum()), size + float(p.square().sum())
         squares[role_of(name).kind] = moved, size
