@@ -1,59 +1,258 @@
-"""What the probe quotes: the gradient of each model of a trainability comparison at its start, and whether it trained.
+"""The runs that the probe quotes: what small models are at their start, and whether they then train.
 
-    python benchmarks/trained.py trainability/trainability.json [--out stablelm/probe/trainability.json]
+    python benchmarks/trained.py run [--data GLOB --validation GLOB --tokenizer FILE.model] [--plan FILE] [--out FILE]
+    python benchmarks/trained.py import trainability/trainability.json [--out FILE]
 
-A model trained if at its best learning rate the mean validation loss lies LEARNED nats below that of a unigram model,
-which is what counting tokens reaches without any layer. The report's data and tokenizer are read again.
+`run` trains every model of a plan, which is a list of {"method", "overrides", "n_layers", "lrs", "steps", "warmup"}, in
+this process and with one thread: it appends one JSON object a run to the file, and a run that is there already is not
+made again, so that it may be stopped and started at will. `import` adds the runs of benchmarks/trainability.py, whose
+starts are measured here.
+
+A model trained if its validation loss ends LEARNED nats below that of a unigram model, which is what counting tokens
+reaches without any layer.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stablelm.config.load import load
+from stablelm.data.storage.options import ReadOptions
+from stablelm.data.validation import unigram_cross_entropy
+from stablelm.engine.interface import Engine, build_engine
+from stablelm.engine.launch_environment import AccelerateFlags, Launch
+from stablelm.engine.ranks import Ranks
+from stablelm.errors import ConfigError
+from stablelm.evaluate.perplexity import evaluate
+from stablelm.json_text import as_number
+from stablelm.probe.changes import Update
 from stablelm.probe.measure import measure
-from stablelm.probe.prober import prepare
-from stablelm.probe.verdict import TRAINABILITY
-from stablelm.train.job import first_rows
+from stablelm.probe.run_records import RECORDS
+from stablelm.probe.signals import Signals, signals_of
+from stablelm.train.job import build_loader, first_rows, read_validation
+from stablelm.train.prepare import Prepared, prepare
+from stablelm.train.schedule import learning_rate
+from stablelm.train.step import train_step
 
 LEARNED = 0.1
-SEQUENCES = 8
-
-
-def gradient_ratio(method: str, settings: dict) -> float:
-    """Norm of the loss's gradient to the stream after layer 1 over that after the last, seed 0, on the run's text."""
-    loaded = load([], [f"{name}={json.dumps(value)}" for name, value in {**settings, "model.method": method}.items()])
-    request = prepare(loaded, None, SEQUENCES, None)
-    tokens, targets = first_rows(request.prepared, SEQUENCES, request.seq_len)
-    with tempfile.TemporaryDirectory() as folder:
-        norms = measure(
-            request.config.model,
-            tokens,
-            targets,
-            precision="fp32",
-            seed=0,
-            pieces=request.prepared.tokenizer.pieces,
-            folder=Path(folder),
-        ).internals.gradient_norm
-    return float(norms[1] / norms[-1])
+SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
+FIXED = {
+    "model.d_model": 64,
+    "model.n_heads": 2,
+    "model.activation": "gelu",
+    "model.attention.position": "rope",
+    "data.seq_len": 32,
+    "data.lanes": 48,
+    "train.global_batch_size": 8,
+    "train.schedule": "cosine",
+    "train.grad_clip": 1.0,
+    "evaluate.batches": 32,
+    "evaluate.micro_batch_size": 32,
+}
+UNIGRAM_TOKENS = 2_000_000
+PLAN = Path(__file__).with_name("trained_plan.json")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="trainability.json of benchmarks/trainability.py")
-    parser.add_argument("--out", type=Path, default=TRAINABILITY)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train the models of a plan")
+    running.add_argument("--data", default="embedded", help="training text, as data.path takes it")
+    running.add_argument("--validation", help="held-out text; may be left out for the embedded corpus")
+    running.add_argument("--tokenizer", default="embedded", help="SentencePiece .model file")
+    running.add_argument("--plan", type=Path, default=PLAN)
+    importing = commands.add_parser("import", help="take over the runs of a trainability comparison")
+    importing.add_argument("report", type=Path, help="trainability.json of benchmarks/trainability.py")
+    for command in (running, importing):
+        command.add_argument("--out", type=Path, default=RECORDS)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.command == "run":
+        run_plan(arguments)
+    else:
+        import_report(arguments)
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    """Makes the runs of the plan that the file lacks, in the plan's order."""
+    text = {"data.path": arguments.data, "data.tokenizer": arguments.tokenizer}
+    text |= {"data.validation_path": arguments.validation} if arguments.validation else {}
+    for key, settings in planned(json.loads(arguments.plan.read_text())):
+        if key in KnownRuns(arguments.out):
+            continue
+        try:
+            append(arguments.out, key | one_run({**FIXED, **text, **settings}))
+        except ConfigError as error:
+            print(f"{key['method']} {key['overrides'] or ''}: left out, {error}", file=sys.stderr, flush=True)
+
+
+def planned(plan: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What identifies each run of a plan, and its settings."""
+    for item in plan:
+        overrides = item.get("overrides", {})
+        for lr in item["lrs"]:
+            key = {"method": item["method"], "overrides": overrides, "n_layers": item["n_layers"], "d_model": 64}
+            key |= {"lr": lr, "warmup_steps": item["warmup"], "steps": item["steps"], "seed": item.get("seed", 0)}
+            yield (
+                key,
+                {
+                    "model.method": item["method"],
+                    "model.n_layers": item["n_layers"],
+                    "train.lr": lr,
+                    "train.steps": item["steps"],
+                    "train.warmup_steps": item["warmup"],
+                    "run.seed": key["seed"],
+                    **overrides,
+                },
+            )
+
+
+KEYS = ("method", "overrides", "n_layers", "d_model", "lr", "warmup_steps", "steps", "seed")
+
+
+class KnownRuns:
+    """The runs that a file holds."""
+
+    def __init__(self, path: Path):
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._keys = [{name: row[name] for name in KEYS} for row in map(json.loads, lines)]
+
+    def __contains__(self, key: Mapping[str, Any]) -> bool:
+        return dict(key) in self._keys
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """One line more, and one on the terminal."""
+    with path.open("a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+    words = f"{record['method']} {record['overrides'] or ''} {record['n_layers']} layers, lr {record['lr']:g}"
+    print(f"{words}: {record['val_loss']} (unigram {record['unigram_loss']}), {record['outcome']}", flush=True)
+
+
+def one_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Signals at the start and what training makes of the model."""
+    prepared = prepared_of(settings)
+    started = time.perf_counter()
+    signals = signals_at_start(prepared)
+    engine = build_engine(prepared.config, "single", SINGLE)
+    sets = read_validation(prepared)
+    (data,) = sets.values()
+    config, corpora = prepared.config, prepared.corpora
+    assert corpora is not None
+    losses = trained_losses(prepared, engine)
+    val_loss = evaluate(engine, SINGLE, data, config.evaluate.micro_batch_size).loss
+    unigram = unigram_cross_entropy(
+        corpora.train,
+        prepared.tokenizer,
+        data,
+        vocab=prepared.tokenizer.pieces,
+        tokens=UNIGRAM_TOKENS,
+        options=ReadOptions.of(config.data),
+    )
+    return outcome(signals, losses[0], sum(losses[-20:]) / len(losses[-20:]), val_loss, unigram) | {
+        "text": text_name(config.data.path),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def outcome(signals: Signals, first: float, last: float, val_loss: float, unigram: float) -> dict[str, Any]:
+    """The fields of a record that follow from signals and losses (nats a token; `last`: of the last 20 steps)."""
+    return {
+        "outcome": "trained" if val_loss < unigram - LEARNED else "failed",
+        "first_loss": as_number(round(first, 4)),
+        "last_loss": as_number(round(last, 4)),
+        "val_loss": as_number(round(val_loss, 4)),
+        "unigram_loss": round(unigram, 4),
+        "signals": {name: as_number(float(f"{value:.5g}")) for name, value in asdict(signals).items()},
+        "commit": commit(),
+    }
+
+
+def trained_losses(prepared: Prepared, engine: Engine) -> list[float]:
+    """The training loss of every step, on one process."""
+    config, found = prepared.config, []
+    assert config.train.steps is not None
+    loader = build_loader(prepared, SINGLE)
+    for step in range(1, config.train.steps + 1):
+        batch = loader.next()
+        result = train_step(
+            engine,
+            SINGLE,
+            batch.tokens,
+            batch.targets,
+            step=step,
+            lr=learning_rate(step, config.train),
+            seed=config.run.seed,
+            micro=len(batch.tokens),
+        )
+        found.append(float(result.cross_entropy / result.valid))
+    loader.close()
+    return found
+
+
+def prepared_of(settings: Mapping[str, Any]) -> Prepared:
+    """A checked configuration, whose run directory is never made."""
+    overrides = [f"{name}={json.dumps(value)}" for name, value in {"data.workers": 0, **settings}.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        return prepare(load([], [*overrides, f"run.dir={folder}/run"]), Launch(), AccelerateFlags(), "none")
+
+
+def signals_at_start(prepared: Prepared) -> Signals:
+    """On the first batch of the run."""
+    config, seq_len = prepared.config, prepared.config.data.seq_len
+    assert config.model.vocab_size is not None
+    tokens, targets = first_rows(prepared, config.train.batch_sizes.first, seq_len)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(
+            config.model,
+            tokens,
+            targets,
+            precision="fp32",
+            seed=config.run.seed,
+            pieces=prepared.tokenizer.pieces,
+            folder=Path(folder),
+            update=Update.of(config.model, config.train),
+        )
+    return signals_of(measured, vocab_size=config.model.vocab_size, seq_len=seq_len)
+
+
+def import_report(arguments: argparse.Namespace) -> None:
+    """The runs of a comparison, each with the signals of its method, rate and seed."""
     told = json.loads(arguments.report.read_text())
-    unigram = told["runs"][0]["unigram_loss"]
-    found = []
-    for row in told["methods"]:
-        ratio = float(f"{gradient_ratio(row['method'], told['settings']):.4g}")
-        trained = row["val_loss_mean"] < unigram - LEARNED
-        found.append({"method": row["method"], "gradient_ratio": ratio, "trained": trained})
-        print(f"{row['method']}: {ratio:.4g}, {'trained' if trained else 'did not train'}", flush=True)
-    lines = ",\n".join(f" {json.dumps(item)}" for item in found)
-    arguments.out.write_text(f"[\n{lines}\n]\n")
+    for row in told["runs"]:
+        settings = {**told["settings"], "model.method": row["method"], "train.lr": row["lr"], "run.seed": row["seed"]}
+        key = {"method": row["method"], "overrides": {}, "n_layers": settings["model.n_layers"]}
+        key |= {"d_model": settings["model.d_model"], "lr": row["lr"], "seed": row["seed"]}
+        key |= {"warmup_steps": settings["train.warmup_steps"], "steps": settings["train.steps"]}
+        if key in KnownRuns(arguments.out):
+            continue
+        signals = signals_at_start(prepared_of(settings))
+        found = outcome(signals, row["first_loss"], row["final_loss"], row["val_loss"], row["unigram_loss"])
+        append(arguments.out, key | found | {"text": text_name(settings["data.path"])})
+
+
+def text_name(path: Any) -> str:
+    """What the text is, without where it lies: `embedded`, or the first part of its files' names."""
+    first = path[0] if isinstance(path, list) else str(path)
+    return Path(first).name.split(".")[0].split("*")[0].strip("-")
+
+
+def commit() -> str:
+    """The revision of this code."""
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: v >= 0,
         "run.seed data.workers data.retry_budget data.cache_bytes train.min_lr train.warmup_steps train.cooldown_steps "
         "train.weight_decay train.power_exponent train.grad_clip train.z_loss checkpoint.every observe.every "
-        "observe.layers_every evaluate.every engine.gc_every model.attention.logit_cap guards.max_rewinds "
-        "guards.max_skips",
+        "observe.layers_every observe.sharpness_every evaluate.every engine.gc_every model.attention.logit_cap "
+        "guards.max_rewinds guards.max_skips",
     ),
     (
         "above 0",

@@ -165,6 +165,7 @@ class _Rules:
         self.add(engine_rules.problems(self.config, world_size))
         self.add(engine_rules.reduction(self.config, accelerate_precision))
         self.add(engine_rules.float8(self.config, accelerate_precision))
+        self.add(train_rules.sharpness(self.config, accelerate_precision))
         self.add(memory_rules.problems(self.config, world_size))
         self.add(optimizer_rules.problems(self.config))
         return self

@@ -311,7 +311,15 @@ class ObserveConfig:
     sinks: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = key(
         ["tensorboard"], "loggers that get the records of metrics.jsonl, which is always written; []: none"
     )
-    layers_every: int = key(0, "steps between measurements of every layer on a fixed batch; 0: never", unit="steps")
+    layers_every: int = key(
+        0, "steps between measurements of every layer on a fixed batch, and of updates; 0: never", unit="steps"
+    )
+    sharpness_every: int = key(
+        0,
+        "steps between measurements of the largest eigenvalue of the loss's Hessian on the same batch, 32 passes over "
+        "it; 0: never",
+        unit="steps",
+    )
     metrics: list[str] = key(
         list,
         "functions package.module:function of a step before its update, whose figures are recorded every observe.every "

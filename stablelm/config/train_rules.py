@@ -75,6 +75,17 @@ def functions(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{key}={path}: {error}", key
 
 
+def sharpness(config: Config, accelerate_precision: str | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What `observe.sharpness_every` cannot be measured with."""
+    every, given = config.observe.sharpness_every, config.train.precision or accelerate_precision
+    if every and given == "bf16":
+        yield (
+            f"observe.sharpness_every={every} takes differences of gradients, which train.precision=bf16 rounds away; "
+            "use train.precision=fp32, or leave observe.sharpness_every out",
+            ("observe.sharpness_every", "train.precision"),
+        )
+
+
 def batches(config: Config, world_size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the number of processes does not divide."""
     lanes = config.data.lanes

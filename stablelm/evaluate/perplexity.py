@@ -2,23 +2,30 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from stablelm.data.validation import ValidationSet
 from stablelm.engine.interface import Engine
 from stablelm.engine.ranks import Ranks
 from stablelm.model.targets import IGNORED
 
+THIRDS = ("head", "middle", "tail")
+
 
 @dataclass(frozen=True)
 class Scores:
-    """`loss` in nats a token, `tokens` predicted; `bits_per_byte`: None for text the tokenizer cannot restore."""
+    """`loss` in nats a token, `tokens` predicted; `bits_per_byte`: None for text the tokenizer cannot restore.
+
+    `by_frequency`: the loss of each third of the targets, by `thirds`; those that are empty are left out.
+    """
 
     loss: float
     bits_per_byte: float | None
     tokens: int
+    by_frequency: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -47,8 +54,10 @@ def evaluate(
     so that only the order of a float64 sum can differ. Ranks without a micro-batch run an empty one,
     because a sharded model is called by all or by none.
     """
-    parts = _micro_batches(torch.as_tensor(data.tokens), torch.as_tensor(data.targets), micro_batch_size)
-    total, valid = 0.0, 0
+    targets = torch.as_tensor(data.targets)
+    parts = _micro_batches(torch.as_tensor(data.tokens), targets, micro_batch_size)
+    total, valid, third_of = 0.0, 0, thirds(targets)
+    by_third = torch.zeros(2, len(THIRDS), dtype=torch.float64)  # sums of losses, and targets
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -62,12 +71,43 @@ def evaluate(
                 sums = engine.loss(part_tokens.to(engine.device), part_targets.to(engine.device))
                 total += float(sums.cross_entropy)
                 valid += int(sums.valid)
+                by_third += _by_third(sums.each, part_targets, third_of)
     finally:
         engine.module.train(was_training)
-    gathered = ranks.gather((total, valid))
-    total, valid = sum(t for t, _ in gathered), sum(v for _, v in gathered)
+    gathered = ranks.gather((total, valid, by_third.tolist()))
+    total, valid = sum(t for t, _, _ in gathered), sum(v for _, v, _ in gathered)
+    losses, counts = torch.tensor([part for *_, part in gathered], dtype=torch.float64).sum(dim=0).tolist()
     loss = total / max(1, valid)
-    return Scores(loss=loss, bits_per_byte=bits_per_byte(loss, data.bytes_per_token), tokens=valid)
+    return Scores(
+        loss=loss,
+        bits_per_byte=bits_per_byte(loss, data.bytes_per_token),
+        tokens=valid,
+        by_frequency={name: sum_ / n for name, sum_, n in zip(THIRDS, losses, counts, strict=True) if n},
+    )
+
+
+def thirds(targets: Tensor) -> Tensor:
+    """The third that each token belongs to, (tokens,) int64: 0 for the most frequent ones.
+
+    Each holds about a third of the targets, in which tokens are counted, -100 left out; of equally frequent ones the
+    lower number comes first.
+    """
+    counts = torch.bincount(targets[targets != IGNORED].flatten())
+    order = counts.argsort(descending=True, stable=True)
+    before = counts[order].cumsum(0) - counts[order]
+    found = torch.empty_like(order)
+    found[order] = (before * len(THIRDS) // counts.sum().clamp(min=1)).clamp(max=len(THIRDS) - 1)
+    return found
+
+
+def _by_third(each: Tensor, targets: Tensor, third_of: Tensor) -> Tensor:
+    """Sums of losses and numbers of targets of a micro-batch by third, (2, 3) float64; each: (n,)."""
+    valid = targets.flatten() != IGNORED
+    place = third_of[targets.flatten()[valid]]
+    losses = each.cpu().double()[valid]
+    return torch.stack(
+        [torch.bincount(place, weights=w, minlength=len(THIRDS)) for w in (losses, torch.ones_like(losses))]
+    )
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

@@ -27,6 +27,7 @@ from stablelm.theory.attention import Pattern, causal_pattern
 from stablelm.theory.gates import GateTheory
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
+from stablelm.theory.sensitivity import joined_shares
 
 if TYPE_CHECKING:
     import numpy as np
@@ -202,6 +203,18 @@ class Stream(Value):
     def gate(self, model: Model) -> GateTheory | None:
         """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
         return None
+
+    def sensitivity_shares(self, model: Model, variances: Array, embedding_variance: float) -> Array | None:
+        """The part of the stream's variance that each branch contributes where it joins, (2 n_layers,), at the start.
+
+        For the theory of sensitivity; `variances`: of the branches as written, before their scale. None: not known.
+        """
+        if not self.predicted or self.dual or self.parallel or self.gate(model) is not None:
+            return None
+        places = range(len(variances))
+        gains = [self.gains_at_start(model, index) for index in places]
+        normed = [model.axes.placement.at(model, index).after_write for index in places]
+        return joined_shares(variances, gains, normed, embedding_variance)
 
     def plain_value(self, added: Added) -> Array:
         """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""

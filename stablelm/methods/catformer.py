@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from stablelm.key import ABOVE_0, AT_LEAST_1, key
 from stablelm.methods.axes import Init, M, Method, MethodOptions, Model, Refusal, Role, Stream, Widths
 from stablelm.methods.deepscalelm import solved_std
+from stablelm.methods.roles import Array
 from stablelm.methods.sizes import parameter_counts
 from stablelm.methods.solve import solve
+from stablelm.theory.sensitivity import concat_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +81,9 @@ class Concat(Stream):
                 f"the width must be divisible by {unit}, for heads of {'even' if unit > model.n_heads else 'equal'} "
                 f"width; use {fits}",
             )
+
+    def sensitivity_shares(self, model: Model, variances: Array, embedding_variance: float) -> Array:
+        return concat_shares(variances, model.d_model, self.widths(model, 0).branch, embedding_variance)
 
     def read(self, chunks: "Chunks", added: Mapping[str, "Tensor"]) -> "Tensor":
         return self.finish(chunks)

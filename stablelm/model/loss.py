@@ -24,13 +24,15 @@ class LossSums(NamedTuple):
     """Sums over the valid targets of a micro-batch, 0-dim, fp32 (fp64 under fp64); divide by a global count.
 
     `total`: objective + z_loss * log(Z)^2, differentiable; `cross_entropy`: in nats, detached; `valid`: how many
-    targets count (int64); `objective`: what is minimised, detached: the cross-entropy, or the user's own loss.
+    targets count (int64); `objective`: what is minimised, detached: the cross-entropy, or the user's own loss; `each`:
+    the cross-entropy of every target, (n,), 0 where it is ignored; (0,) where gradients are taken.
     """
 
     total: Tensor
     cross_entropy: Tensor
     valid: Tensor
     objective: Tensor
+    each: Tensor
 
 
 def chunked_cross_entropy(
@@ -54,10 +56,10 @@ def chunked_cross_entropy(
     which on a GPU reads and writes a chunk in its own dtype only; Liger's fused kernel keeps no more, and is not used.
     """
     grad = torch.is_grad_enabled()
-    total, cross_entropy, *objective = _ChunkedCrossEntropy.apply(
+    total, cross_entropy, each, *objective = _ChunkedCrossEntropy.apply(
         hidden, weight, targets, z_loss, token_loss if grad else None, chunk_bytes, compiled, grad
     )
-    return LossSums(total, cross_entropy, (targets != IGNORED).sum(), *objective or (cross_entropy,))
+    return LossSums(total, cross_entropy, (targets != IGNORED).sum(), *objective or (cross_entropy,), each)
 
 
 class TokenScores(NamedTuple):
@@ -174,8 +176,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _accumulate(grad_weight, chunk, hidden[places], first=places.start == 0)
         ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         cross_entropy, z, *objective = losses.sum(dim=1)
-        ctx.mark_non_differentiable(cross_entropy, *objective)
-        return (*objective, cross_entropy)[0] + z_loss * z, cross_entropy, *objective
+        each = losses[0] if not grad else losses.new_empty(0)
+        ctx.mark_non_differentiable(cross_entropy, each, *objective)
+        return (*objective, cross_entropy)[0] + z_loss * z, cross_entropy, each, *objective
 
     @staticmethod
     @once_differentiable

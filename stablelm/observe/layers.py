@@ -18,6 +18,8 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.devices import to_device
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
+from stablelm.observe.sharpness import sharpness
+from stablelm.observe.updates import UpdateRatios
 
 TOKENS = 1024
 
@@ -34,6 +36,7 @@ class Recorder:
         self._decoder = decoder
         self._gauges: list[LayerGauge] = []
         self._streams: list[dict[str, Tensor]] = []
+        self._before: Chunks = ()
         self.gradients: list[Tensor] = []
         """Norms of the gradient to the stream, by index, once the backward pass is done."""
 
@@ -44,7 +47,7 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._decoder.tap = None
+        self._decoder.tap, self._before = None, ()
         for gauge in self._gauges:
             gauge.remove()
 
@@ -55,7 +58,9 @@ class Recorder:
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
         with torch.no_grad():
-            self._streams.append(stream_figures(self._decoder.stream.state(chunks)))
+            measured = self._decoder.stream.state(chunks)
+            self._streams.append(stream_figures(measured, self._before))
+            self._before = tuple(chunk.detach() for chunk in measured)
         return _Watch.apply(partial(self._keep, index), *chunks)  # pyright: ignore[reportReturnType]
 
     def _keep(self, index: int, gradients: tuple[Tensor, ...]) -> None:
@@ -123,10 +128,10 @@ def tev(rows: Tensor) -> tuple[float, float]:
 
 
 class LayerObserver:
-    """Measures every layer each `every` steps (0: never) on a fixed batch and records it under names by depth.
+    """Measures the model each `every` steps (0: never) on a fixed batch and records every layer under names by depth.
 
-    `tokens`, `targets`: the batch, the same on all ranks and in all attempts; `pieces`: rows of the embedding
-    that are tokens; `record` takes metrics by name.
+    `sharpness_every`: steps between measurements of the sharpness on it (0: never); `batch` reads it, the same on all
+    ranks and in all attempts; `pieces`: rows of the embedding that are tokens; `record` takes metrics by name.
     """
 
     def __init__(
@@ -135,28 +140,47 @@ class LayerObserver:
         ranks: Ranks,
         *,
         every: int,
+        sharpness_every: int = 0,
         batch: Callable[[], tuple[Tensor, Tensor]],
         pieces: int,
         record: Callable[[dict[str, Any]], None],
     ):
         self._engine, self._ranks = engine, ranks
-        self._every, self._pieces, self._record = every, pieces, record
+        self._every, self._sharpness_every = every, sharpness_every
+        self._pieces, self._record = pieces, record
+        self._updates = UpdateRatios(engine, ranks)
         # Read once, by one rank, before the clock starts.
-        self._batch = ranks.consensus().first(batch) if every else None
+        self._batch = ranks.consensus().first(batch) if every or sharpness_every else None
         self.slowest = 0.0
         """Longest measurement so far, seconds."""
 
+    def before(self, step: int) -> None:
+        """Call before every step on all ranks."""
+        if _due(step, self._every):
+            self._updates.before()
+
     def step(self, step: int, tokens: int) -> None:
         """Call after every step on all ranks; `tokens`: trained on so far."""
-        if self._batch is None or step % self._every:
+        layers, sharp = _due(step, self._every), _due(step, self._sharpness_every)
+        if self._batch is None or not (layers or sharp):
             return
         started = time.perf_counter()
-        found = depth_metrics(measure(self._engine, self._ranks, *self._batch)) | sigma_metrics(self._engine.matrices)
-        mean, std = tev(self._engine.whole("embedding.weight")[: self._pieces])
-        found |= {"embedding/tev_mean": mean, "embedding/tev_std": std}
+        found = self._layers(self._batch) if layers else {}
+        if sharp:
+            found["sharpness"] = sharpness(self._engine, self._ranks, *self._batch)
         found["layers_seconds"] = time.perf_counter() - started
         self.slowest = max(self.slowest, found["layers_seconds"])
         self._record({"step": step, "tokens": tokens, **found})
+
+    def _layers(self, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
+        found = self._updates.after()
+        found |= depth_metrics(measure(self._engine, self._ranks, *batch)) | sigma_metrics(self._engine.matrices)
+        mean, std = tev(self._engine.whole("embedding.weight")[: self._pieces])
+        return found | {"embedding/tev_mean": mean, "embedding/tev_std": std}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def depth_metrics(found: Internals) -> dict[str, float]:
@@ -167,8 +191,10 @@ def depth_metrics(found: Internals) -> dict[str, float]:
         "grad_norm": found.gradient_norm,
         "weight_grad_norm": found.weight_gradient_norm,
         "token_correlation": found.token_correlation,
+        "kurtosis": found.kurtosis,
+        "angular_distance": found.angular_distance,
     }
-    heads = {"entropy": found.attention_entropy, "logit_max": found.logit_max}
+    heads = {"entropy": found.attention_entropy, "logit_max": found.logit_max, "sink": found.attention_sink}
     metrics: dict[str, float] = {}
     for index in range(len(found.stream_variance)):
         metrics |= {f"layer/{index:04d}/{name}": float(column[index]) for name, column in columns.items()}

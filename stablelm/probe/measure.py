@@ -5,9 +5,9 @@ between the stream is kept in temporary files.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 from stablelm.observe.layers import tev
+from stablelm.probe.changes import RELATIVE, Change, Growth, Update, independent_copies, relative_change, taken
 from stablelm.probe.disk_offload import to_disk
 from stablelm.seeds import seed_from
 
@@ -29,12 +30,18 @@ TRIM_EVERY = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures by depth and of the whole: mean loss (nats), `tev` of the embedding's tokens, spectral norms by name."""
+    """Figures by depth and of the whole: mean loss (nats), `tev` of the embedding's tokens, spectral norms by name.
+
+    `sensitivity`: of the stream at the end to random changes of the layers' matrices, |change|^2 / |stream|^2 for
+    relative changes of size 1 (the limit of small ones); `growth`: by the first update. Both None unless asked.
+    """
 
     internals: Internals
     loss: float
     tev: tuple[float, float]
     sigma: dict[str, float]
+    sensitivity: float | None = None
+    growth: Growth | None = None
 
 
 def measure(
@@ -47,6 +54,7 @@ def measure(
     pieces: int,
     folder: Path,
     z_loss: float = 0.0,
+    update: Update | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Forward and backward at initialisation in training mode, so with dropout; tokens, targets: (rows, seq) int64.
@@ -54,16 +62,21 @@ def measure(
     `precision` is fp32 or fp64; `seed`: as `run.seed`; the first `pieces` rows of the embedding are tokens; `folder`
     holds the temporary files; `on_layer` is called 2 n_layers times. Equal to a whole Decoder's pass whose generator is
     reseeded at each boundary with `boundary_seed`. In memory at once: a layer with its gradients, embedding and
-    head, and the gradient of the whole stream. Raises StorageError if the folder is full.
+    head, and the gradient of the whole stream. `update` asks for sensitivity and growth: two more passes forward, of
+    the same dropout (`on_layer` is called 4 n_layers times). Raises StorageError if the folder is full.
     """
     with torch.random.fork_rng([]):
-        walk = _Walk(config, precision, seed, tokens, folder, on_layer)
+        walk = _Walk(config, precision, seed, tokens, folder, on_layer, update)
         walk.forward()
         loss = walk.finish(targets, z_loss)
         for index in reversed(range(config.n_layers)):
             walk.backward(index)
         walk.start()
-        return Measured(walk.internals(), loss, tev(walk.decoder.embedding.weight[:pieces].detach()), walk.sigma)
+        found = Measured(walk.internals(), loss, tev(walk.decoder.embedding.weight[:pieces].detach()), walk.sigma)
+        if update is None:
+            return found
+        sensitivity = walk.sensitivity(independent_copies(config, seed))
+        return replace(found, sensitivity=sensitivity, growth=walk.growth(update, targets))
 
 
 def boundary_seed(seed: int, index: int) -> int:
@@ -82,16 +95,19 @@ class _Walk:
         tokens: Tensor,
         folder: Path,
         on_layer: Callable[[], None],
+        update: Update | None,
     ):
         self._config, self._seed, self._tokens, self._on_layer = config, seed, tokens, on_layer
-        self._folder = folder
+        self._folder, self._update = folder, update
+        self._change: Change = lambda name, value: None
+        self._directions: dict[str, Tensor] = {}
+        """Of `update`, on disk, by the parameter's name."""
+        self._hidden = torch.empty(0)
         self._spectral: dict[str, Tensor] = {}
         with torch.device("meta"):
             self.decoder = Decoder(config, precision)
         self.decoder.train()
-        for name, part in self.decoder.named_children():
-            if name != "layers":
-                self._materialise(name, part)
+        self._materialise_outside()
         self._positions = self.decoder.positions(tokens)
         self._boundaries: list[Chunks] = []
         """The stream after the embedding (0) and after each layer, on disk."""
@@ -103,6 +119,11 @@ class _Walk:
         self._gradients: list[Tensor] = []  # these two from the top down
         self._weight_gradients: list[Tensor] = []
         self.sigma: dict[str, float] = {}
+
+    def _materialise_outside(self) -> None:
+        for name, part in self.decoder.named_children():
+            if name != "layers":
+                self._materialise(name, part)
 
     def _materialise(self, prefix: str, part: nn.Module) -> None:
         """Gives a part its seeded initial values; spectral norms are computed once and kept: they take longest."""
@@ -120,6 +141,10 @@ class _Walk:
                     self._spectral[name] = value.clone()  # it may be a row of a whole factor
             for name, value in known.items():
                 tensors[name].copy_(value)
+            for name, parameter in parameters.items():
+                change = self._change(name, parameter)
+                if change is not None:
+                    parameter.add_(change)
         derive(part)
 
     @contextmanager
@@ -163,22 +188,42 @@ class _Walk:
         made = {id(chunk): chunk for chunk in chunks if id(chunk) not in before}
         on_disk = before | dict(zip(made, to_disk(made.values(), self._folder), strict=True))
         chunks = tuple(on_disk[id(chunk)] for chunk in chunks)
+        state = self.decoder.stream.state
+        earlier = state(self._boundaries[-1]) if self._boundaries else ()
         self._boundaries.append(chunks)
-        self._rows.append(stream_figures(self.decoder.stream.state(chunks)) | figures)
+        self._rows.append(stream_figures(state(chunks), earlier) | figures)
 
     def finish(self, targets: Tensor, z_loss: float) -> float:
         """Loss and its gradient to the last boundary; returns the mean cross-entropy."""
         decoder, chunks = self.decoder, _leaves(self._boundaries[-1])
         hidden = decoder.finish(chunks)
+        self._hidden = hidden.detach()
         sums = chunked_cross_entropy(hidden.flatten(0, 1), decoder.head_weight(), targets.flatten(), z_loss=z_loss)
         tied = [decoder.embedding.weight] if decoder.head is None else []
+        after = self._at_the_end() if self._update is not None else {}
         # A stream may hold outputs that only later layers read: no gradient from here.
         found = torch.autograd.grad(
-            sums.total / sums.valid, [*chunks, *tied], allow_unused=True, materialize_grads=True
+            sums.total / sums.valid, [*chunks, *after.values(), *tied], allow_unused=True, materialize_grads=True
         )
         self._reach(found[: len(chunks)])
+        self._direct(after, found[len(chunks) :])
         self._table_gradient = found[-1] if tied else None
         return float(sums.cross_entropy / sums.valid)
+
+    def _at_the_end(self) -> dict[str, nn.Parameter]:
+        """Parameters outside the layers that follow them, but a tied table, by name."""
+        before = ("embedding.", "position.", "norm_embedding.", "layers.")
+        return {name: p for name, p in self.decoder.named_parameters() if not name.startswith(before)}
+
+    def _direct(self, parameters: Mapping[str, Tensor], gradients: Sequence[Tensor]) -> None:
+        """Keeps the directions of the update, if there is one."""
+        if self._update is None:
+            return
+        made = [
+            self._update.direction(name, gradient)
+            for name, gradient in zip(parameters, gradients[: len(parameters)], strict=True)
+        ]
+        self._directions |= dict(zip(parameters, to_disk(made, self._folder), strict=True))
 
     def _reach(self, gradient: tuple[Tensor, ...]) -> None:
         """Takes the gradient to a boundary."""
@@ -194,15 +239,23 @@ class _Walk:
             new, own = layer(chunks, self._positions, values), ()
             if layer.gives_values:
                 new, own = new[:-1], new[-1:] if self._values_gradient else ()
-            matrices = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+            named = {f"layers.{index}.{name}": parameter for name, parameter in layer.named_parameters()}
+            if self._update is None:
+                named = {name: parameter for name, parameter in named.items() if parameter.ndim == 2}
             gradient = (*self._gradient, *(self._values_gradient if own else ()))
             after = self._after(chunks, new)
             # A stream may hold what only other layers read.
             found = torch.autograd.grad(
-                (*after, *own), [*chunks, *values, *matrices], gradient, allow_unused=True, materialize_grads=True
+                (*after, *own),
+                [*chunks, *values, *named.values()],
+                gradient,
+                allow_unused=True,
+                materialize_grads=True,
             )
-        width = len(chunks)
-        self._weight_gradients.append(norm(found[width + len(values) :]))
+            width = len(chunks)
+            learned = found[width + len(values) :]
+            self._direct(named, learned)
+        self._weight_gradients.append(norm(each for each in learned if each.ndim == 2))
         self._add_to_values(found[width : width + len(values)])
         self._reach(found[:width])
 
@@ -213,11 +266,52 @@ class _Walk:
 
     def start(self) -> None:
         """Backward through the embedding."""
-        table = self.decoder.embedding.weight
-        gradient = torch.autograd.grad(self.decoder.stream.start(self._embed()), table, self._gradient)[0]
+        before = ("embedding.", "position.", "norm_embedding.")
+        named = {name: p for name, p in self.decoder.named_parameters() if name.startswith(before)}
+        found = torch.autograd.grad(self.decoder.stream.start(self._embed()), list(named.values()), self._gradient)
+        gradients = dict(zip(named, found, strict=True))
         if self._table_gradient is not None:
-            gradient = gradient + self._table_gradient
-        self._weight_gradients.append(norm((gradient,)))
+            gradients["embedding.weight"] = gradients["embedding.weight"] + self._table_gradient
+        self._weight_gradients.append(norm((gradients["embedding.weight"],)))
+        self._direct(named, list(gradients.values()))
+
+    @torch.no_grad()
+    def _again(self, change: Change) -> Chunks:
+        """The stream at the end once `change` is made to every layer's parameters, with the dropout of before."""
+        self._change = change
+        chunks, values = self.decoder.stream.start(self._embed()), ()
+        for index in range(self._config.n_layers):
+            with self._layer(index) as layer:
+                new = layer(chunks, self._positions, values)
+            if layer.gives_values:
+                new, values = new[:-1], new[-1:]
+            chunks = self._after(chunks, new)
+        return chunks
+
+    def sensitivity(self, change: Change) -> float:
+        """Of the stream at the end to a change that is `RELATIVE` times as large as the weights."""
+        before, after = self._state(self._boundaries[-1]), self._state(self._again(change))
+        return relative_change(before, after) / RELATIVE**2
+
+    @torch.no_grad()
+    def growth(self, update: Update, targets: Tensor) -> Growth:
+        """By the update along the directions that the backward pass kept; the walk's last pass."""
+        self._change = taken(update, self._directions)
+        self._materialise_outside()
+        chunks = self._again(self._change)
+        hidden, state = self.decoder.finish(chunks), self.decoder.stream.state(chunks)
+        figures, first = stream_figures(state), self._rows[-1]["stream_variance"]
+        weight = self.decoder.head_weight()
+        sums = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+        return Growth(
+            relative_change(self._hidden, hidden) ** 0.5,
+            float(figures["stream_variance"] / first),
+            float(figures["token_correlation"]),
+            float(sums.cross_entropy / sums.valid),
+        )
+
+    def _state(self, chunks: Chunks) -> Tensor:
+        return torch.cat(self.decoder.stream.state(chunks), dim=-1)
 
     def internals(self) -> Internals:
         """The figures, once the embedding is reached."""

@@ -11,8 +11,9 @@ from stablelm.methods.sizes import d_head, d_key_value, logit_scale, stream_widt
 from stablelm.methods.stds import entry_variance, initial_std, map_variance
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
-from stablelm.theory.moments import gate_function, token_collision
+from stablelm.theory.moments import causal_means, gate_function, token_collision
 from stablelm.theory.propagation import End, SublayerTheory, propagate
+from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
 # Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
@@ -58,6 +59,47 @@ def predict(
     if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
+
+
+def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: int) -> tuple[float | None, str | None]:
+    """Sensitivity of the stream at the end (`theory.sensitivity`), or why the theory has none.
+
+    A branch counts with its matrices: values and output, the two or, gated, three of the feed-forward, and queries and
+    keys by how much they move the attention weights.
+    """
+    stream, norm = config.axes.stream, config.axes.norm
+    if norm.standard is None:
+        return (
+            None,
+            f"the theory needs norms that divide by the size of their input, and model.norm={norm.name} does not",
+        )
+    branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
+    variances = np.stack(branches, axis=1).ravel()
+    if not np.isfinite(variances).all():
+        return None, f"the theory has no finite variance of the branches of model.stream={stream.name}"
+    shares = stream.sensitivity_shares(config, variances, float(prediction.stream_variance[0]))
+    if shares is None:
+        return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
+    values = 3 if config.axes.maps.rank(config) else 2
+    feedforward = 3 if config.axes.activation.gated else 2
+    logits = [_logit_matrices(config, layer, prediction, seq_len) for layer in range(config.n_layers)]
+    matrices = np.array([[values + moved, feedforward] for moved in logits], dtype=np.float64)
+    return sensitivity(shares, matrices.ravel()), None
+
+
+def _logit_matrices(config: ModelConfig, layer: int, prediction: Prediction, seq_len: int) -> float:
+    """What queries and keys together count beside a matrix of the branch, in attention without biases.
+
+    Changes of relative size p move logits by p sqrt(2) times their spread, and the output by that times the part of its
+    variance that tokens do not share (derived here).
+    """
+    body = _attention(config, 2 * layer, widths(config, 2 * layer), seq_len)
+    norm, r = config.axes.placement.before_body, float(np.clip(prediction.token_correlation[layer], 0, 1))
+    variance = config.axes.placement.input_scale(layer) ** 2 if norm else float(prediction.stream_variance[layer])
+    gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain * variance**2)
+    spread = gain * (1 - r)
+    own = (1 - r) * causal_means(seq_len, spread)[0]
+    return 2 * spread * own / (own + r)
 
 
 def _head_std(config: ModelConfig) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from stablelm.json_text import as_number
 from stablelm.probe.measure import Measured
 from stablelm.probe.predict import Prediction
+from stablelm.probe.verdict import Evidence, Verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,9 @@ FIGURES = (
     "attention_branch_variance",
     "feedforward_branch_variance",
     "logit_max",
+    "attention_sink",
+    "kurtosis",
+    "angular_distance",
 )
 HEADINGS = {
     "stream_variance": "stream\nvariance",
@@ -52,7 +56,10 @@ STYLES = (("#0072B2", "o"), ("#D55E00", "^"))
 
 @dataclass(frozen=True)
 class Probe:
-    """A measured model beside its prediction; `tokens` are those that the loss averages."""
+    """A measured model beside its prediction; `tokens` are those that the loss averages.
+
+    `sensitivity`: predicted, or None and the reason.
+    """
 
     method: str
     n_layers: int
@@ -62,7 +69,8 @@ class Probe:
     collision: float
     measured: Measured
     prediction: Prediction
-    verdict: str
+    sensitivity: tuple[float | None, str | None]
+    verdict: Verdict
     seconds: float
 
     def predicted(self, name: str) -> np.ndarray:
@@ -103,8 +111,27 @@ def as_json(probe: Probe) -> dict[str, Any]:
         "tev": {"mean": probe.measured.tev[0], "std": probe.measured.tev[1]},
         "sigma": {"smallest": min(sigma), "largest": max(sigma)} if sigma else None,
         "seconds": round(probe.seconds, 2),
-        "verdict": probe.verdict,
+        "verdict": probe.verdict.text,
+        "evidence": [_evidence(each) for each in probe.verdict.evidence],
+        "sensitivity": {
+            "predicted": probe.sensitivity[0],
+            "measured": as_number(probe.measured.sensitivity),
+            "reason": probe.sensitivity[1],
+        },
+        "first_steps": None if probe.measured.growth is None else as_number(asdict(probe.measured.growth)),
         "layers": layers,
+    }
+
+
+def _evidence(found: Evidence) -> dict[str, Any]:
+    """One signal of the verdict; `trained` and `failed`: (smallest, largest, how many) of the recorded ones."""
+    sides = {"trained": found.trained, "failed": found.failed}
+    return {
+        "signal": found.name,
+        "value": as_number(found.value),
+        "status": found.status,
+        "counted": found.unit,
+        **{name: side and dict(zip(("low", "high", "count"), side, strict=True)) for name, side in sides.items()},
     }
 
 
@@ -202,9 +229,10 @@ def _scale(panel: Any, values: np.ndarray, name: str) -> None:
     panel.set_ylim(centre / reach, centre * reach)
     digits = (1, 2, 5) if reach < 30 else (1,)
     panel.yaxis.set_major_locator(LogLocator(subs=digits, numticks=8))
-    panel.yaxis.set_major_formatter(FuncFormatter(_tick))
+    panel.yaxis.set_major_formatter(FuncFormatter(tick))
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _tick(value: float, _: Any) -> str:
+def tick(value: float, _: Any) -> str:
+    """A label of a logarithmic axis."""
     return f"{value:g}" if 1e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

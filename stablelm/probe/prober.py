@@ -95,7 +95,7 @@ def _run(request: ProbeRequest) -> None:
     from stablelm.probe.disk_offload import unwritable
     from stablelm.probe.probe_report import as_json, draw, table
 
-    _create(request.out)
+    create(request.out)
     model = request.config.model
     print(
         f"{model.method}, {model.n_layers} layers x {model.d_model}, {request.sequences} x {request.seq_len} tokens of "
@@ -105,7 +105,7 @@ def _run(request: ProbeRequest) -> None:
     made = make(request)
     # A log has no width of its own: the table is not cut there.
     Console(width=None if sys.stdout.isatty() else 130).print(table(made))
-    print(textwrap.fill(made.verdict, 110))
+    print(textwrap.fill(made.verdict.text, 110))
     try:
         replace_file(request.out / "probe.json", json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
         clear(request.out / "probe.png")
@@ -115,7 +115,8 @@ def _run(request: ProbeRequest) -> None:
     print(f"written: {request.out}/probe.json, {request.out}/probe.png ({made.seconds:.1f} s)")
 
 
-def _create(folder: Path) -> None:
+def create(folder: Path) -> None:
+    """Makes a folder. Raises StorageError."""
     from stablelm.probe.disk_offload import unwritable
 
     try:
@@ -134,17 +135,20 @@ def _instead(config: Config) -> str:
 
 def make(request: ProbeRequest) -> "Probe":
     """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
+    from stablelm.probe.changes import Update
     from stablelm.probe.measure import measure
-    from stablelm.probe.predict import predict
+    from stablelm.probe.predict import predict, predict_sensitivity
     from stablelm.probe.probe_report import Probe
-    from stablelm.probe.verdict import read_runs, verdict
+    from stablelm.probe.run_records import read_records
+    from stablelm.probe.signals import signals_of
+    from stablelm.probe.verdict import verdict
     from stablelm.train.job import first_rows
 
     started = time.perf_counter()
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
-    with _progress(2 * model.n_layers) as on_layer:
+    with progress(4 * model.n_layers, "layers, up and down") as on_layer:
         measured = measure(
             model,
             tokens,
@@ -154,6 +158,7 @@ def make(request: ProbeRequest) -> "Probe":
             pieces=request.prepared.tokenizer.pieces,
             folder=request.out,
             z_loss=config.train.z_loss,
+            update=Update.of(model, config.train),
             on_layer=on_layer,
         )
 
@@ -162,6 +167,9 @@ def make(request: ProbeRequest) -> "Probe":
 
     reference = reference_model(config, request.prepared.tokenizer.pieces)
     beside = None if reference in (None, model) else theory(reference)
+    assert model.vocab_size is not None
+    prediction = theory(model)
+    signals = signals_of(measured, vocab_size=model.vocab_size, seq_len=request.seq_len)
     return Probe(
         method=model.method,
         n_layers=model.n_layers,
@@ -170,8 +178,9 @@ def make(request: ProbeRequest) -> "Probe":
         tokens=tokens.numel(),
         collision=collision,
         measured=measured,
-        prediction=theory(model),
-        verdict=verdict(measured.internals, beside, read_runs(), _precision(config)),
+        prediction=prediction,
+        sensitivity=predict_sensitivity(model, prediction, request.seq_len),
+        verdict=verdict(measured.internals, signals, beside, read_records(), _precision(config)),
         seconds=time.perf_counter() - started,
     )
 
@@ -200,12 +209,12 @@ def collision_of(tokens: "Tensor") -> float:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
+def progress(total: int, words: str) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, nothing in a log; gives what advances it."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("layers, up and down", total=total)
+        task = bar.add_task(words, total=total)
         yield lambda: bar.advance(task)

@@ -20,17 +20,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seq-len", type=int, metavar="N", help="tokens per sequence; default: data.seq_len, at most 256"
     )
+    parser.add_argument(
+        "--coordinates",
+        metavar="depths=..,widths=..",
+        help="instead, train every depth at the first width, and every width at the first depth, 10 steps at train.lr, "
+        "and see whether features grow: depths=2,8,32,widths=64,128,256; writes coordinates.json and coordinates.png",
+    )
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    from stablelm.probe.coordinate_check import check
     from stablelm.probe.prober import probe
 
-    return probe(
-        arguments.config,
-        arguments.overrides,
-        out=arguments.out,
-        sequences=arguments.sequences,
-        seq_len=arguments.seq_len,
-    )
+    given = {"out": arguments.out, "sequences": arguments.sequences, "seq_len": arguments.seq_len}
+    if arguments.coordinates is not None:
+        return check(arguments.config, arguments.overrides, arguments.coordinates, **given)
+    return probe(arguments.config, arguments.overrides, **given)

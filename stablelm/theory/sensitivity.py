@@ -7,6 +7,8 @@ part of the stream's variance which that branch contributed. The share formulas 
 A branch's variance is its own, as measured or predicted; an attention branch is weaker than 1.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -37,6 +39,21 @@ def post_shares(branch_variances: ArrayLike, skip: float = 1.0) -> Array:
     """norm(skip x + f), the stream at unit variance: v_l / (skip^2 + v_l); 1/2 for Post-LN at unit variances."""
     v = np.asarray(branch_variances, dtype=np.float64)
     return v / (skip**2 + v)
+
+
+def joined_shares(
+    branch_variances: ArrayLike,
+    gains: Sequence[tuple[float, float]],
+    normed: Sequence[bool],
+    embedding_variance: float = 1.0,
+) -> Array:
+    """As `scaled_shares` with a skip and a gain for each branch; where `normed`, the stream has unit variance after."""
+    total, result = embedding_variance, []
+    for variance, (skip, gain), after in zip(np.asarray(branch_variances, np.float64), gains, normed, strict=True):
+        total = skip**2 * total + gain**2 * variance
+        result.append(gain**2 * variance / total)
+        total = 1.0 if after else total
+    return np.asarray(result, dtype=np.float64)
 
 
 def deepnorm_shares(branch_variances: ArrayLike, alpha: float, beta: float) -> Array:

@@ -33,8 +33,9 @@ class _CutShort(Exception):
 def validate(job: Job, exchange: StepExchange) -> bool:
     """Scores every validation set and task at the current step, and writes samples, at the end to the terminal too.
 
-    All of them with the weights of `evaluate.average`. Recorded as `val_loss/<set>`, `task/<name>/acc` and `samples`.
-    False if a stop cuts that short: nothing is recorded, and the evaluation stays due.
+    All of them with the weights of `evaluate.average`. Recorded as `val_loss/<set>`,
+    `val_loss_by_frequency/<set>/<third>`, `task/<name>/acc` and `samples`. False if a stop cuts that short: nothing is
+    recorded, and the evaluation stays due.
     """
     progress, rows, reached = job.progress, job.config.evaluate.micro_batch_size, partial(_reached, job, exchange)
     scores: dict[str, Scores] = {}
@@ -54,6 +55,8 @@ def validate(job: Job, exchange: StepExchange) -> bool:
         _remember(job, values)
         bits = {f"val_bits_per_byte/{name}": score.bits_per_byte for name, score in scores.items()}
         values |= {name: value for name, value in bits.items() if value is not None}
+        for name, score in scores.items():
+            values |= {f"val_loss_by_frequency/{name}/{third}": loss for third, loss in score.by_frequency.items()}
         job.records.write({"step": progress.step, "tokens": progress.tokens, **values})
     if samples:
         job.records.write({"step": progress.step, "tokens": progress.tokens, SAMPLES: samples})

@@ -278,6 +278,7 @@ def _layers(prepared: Prepared, engine: Engine, ranks: Ranks, records: Records) 
         engine,
         ranks,
         every=prepared.config.observe.layers_every,
+        sharpness_every=prepared.config.observe.sharpness_every,
         batch=lambda: layers_batch(prepared),
         pieces=prepared.tokenizer.pieces,
         record=records.write,

@@ -37,6 +37,7 @@ def train(job: Job) -> str:
         marker.at("step", step)
         job.faults.before(step)
         met = time.perf_counter()
+        job.layers.before(step)
         take = update(job, batch, step)
         result = take(largest_norm=job.guard.largest_norm(step))
         if config.guards.recheck:

@@ -16,6 +16,7 @@ from stablelm.probe.measure import measure
 from stablelm.probe.predict import predict
 from stablelm.probe.probe_report import chosen
 from stablelm.probe.prober import collision_of, prepare, probe, reference_model
+from stablelm.probe.verdict import KINDS
 from stablelm.train.job import first_rows
 
 SHAPE = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=24", "data.lanes=12"]
@@ -57,6 +58,13 @@ def test_files_table_and_verdict(tiny_corpus: TinyCorpus, tmp_path: Path, capsys
     assert "fp32 in place of bf16" in told
     assert found["verdict"] in " ".join(told.split())
     assert "deepscalelm_pre at this shape" in found["verdict"]
+    assert [each["signal"] for each in found["evidence"]] == [kind.name for kind in KINDS]
+    assert {each["status"] for each in found["evidence"]} <= {"for", "against", "none"}
+    sensitivity = found["sensitivity"]
+    assert 0.3 < sensitivity["measured"] / sensitivity["predicted"] < 3 and sensitivity["reason"] is None
+    assert set(found["first_steps"]) == {"output_change", "stream_variance", "token_correlation", "loss"}
+    assert found["layers"][2]["attention_sink"]["predicted"] is None
+    assert 0 < found["layers"][2]["attention_sink"]["measured"] < 1
     assert probed(tiny_corpus, out, *overrides) == 0  # the folder is used again
     assert {k: v for k, v in read(out).items() if k != "seconds"} == {k: v for k, v in found.items() if k != "seconds"}
 
@@ -158,6 +166,7 @@ def test_help_and_bad_keys_answer_at_once():
     asked = run_program("probe", "--help")
     assert asked.returncode == 0
     assert "--seq-len" in asked.stdout
+    assert "--coordinates" in asked.stdout
     wrong = run_program("probe", "model.depth=3", "--out", "nowhere")
     assert wrong.returncode == 78
     assert "unknown key model.depth" in wrong.stderr

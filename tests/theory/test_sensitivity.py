@@ -115,6 +115,10 @@ def test_order_of_the_streams():
 def test_special_cases_agree():
     v = np.array([0.2, 1.0, 0.7, 2.0])
     assert theory.scaled_shares(v, 1, 1, 1.5) == pytest.approx(theory.residual_shares(v, 1.5))
+    plain, same = [False] * len(v), [(0.9, 0.3)] * len(v)
+    assert theory.joined_shares(v, same, plain, 1.5) == pytest.approx(theory.scaled_shares(v, 0.9, 0.3, 1.5))
+    normed = [True] * len(v)
+    assert theory.joined_shares(v, [(0.9, 1.0)] * len(v), normed) == pytest.approx(theory.post_shares(v, 0.9))
     assert theory.gated_shares(v, 0.3) == pytest.approx(theory.scaled_shares(v, 0.7, 0.3))
     assert theory.deepnorm_shares(v, 1, 1) == pytest.approx(theory.post_shares(v))
     assert theory.concat_shares(v, 64, 64, 1.5) == pytest.approx(theory.residual_shares(v, 1.5))

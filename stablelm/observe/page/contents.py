@@ -37,8 +37,14 @@ LAYERS: dict[str, tuple[str, str]] = {
     "layer/grad_norm": ("Gradient to the stream", "Norm of the loss's gradient to the stream at each layer."),
     "layer/weight_grad_norm": ("Gradient to the weights", "Norm of the loss's gradient to a layer's matrices."),
     "layer/token_correlation": ("Token correlation", "Mean cosine between tokens of a sequence: near 1 all are alike."),
+    "layer/kurtosis": ("Kurtosis of the stream", "1: all features alike; its width: one outlier has everything."),
+    "layer/angular_distance": (
+        "Change of the stream by a layer",
+        "Angle between a layer's input and output over pi: near 0 the layer does little.",
+    ),
     "attention/entropy": ("Attention entropy", "Mean over heads and rows, nats: near 0 each token sees one other."),
     "attention/logit_max": ("Largest attention logit", "Absolute value, as the softmax sees it."),
+    "attention/sink": ("Attention to the first token", "Share of all attention: an attention sink takes most of it."),
 }
 
 
@@ -69,6 +75,9 @@ GROUPS = (
     Group("Peak memory", ("memory_bytes",), unit="GiB of one rank", scale=GIB, zero=True),
     Group("Times through the data", prefix="data_epoch", unit="epochs", zero=True),
     Group("Variability of token embeddings", ("embedding/tev_mean", "embedding/tev_std")),
+    Group("Loss by frequency of the token", prefix="val_loss_by_frequency/", unit="nats", log_from=LOSS_LOG),
+    Group("Update relative to the weights", prefix="update_ratio/", log_from=10),
+    Group("Sharpness", ("sharpness",), log_from=10, zero=True),
 )
 NOT_DRAWN = frozenset({"slowest_rank", "slowest_rank_seconds", "layers_seconds", *COUNTED, "rewinds"})
 

@@ -16,8 +16,8 @@ FOLDER = "tensorboard"
 # TensorBoard sorts groups by name.
 GROUPS = {
     "1_loss": ("loss", "val_loss"),
-    "2_evaluation": ("val_bits_per_byte", "task"),
-    "3_optimizer": ("lr", "grad_norm", "skipped_steps", "spikes", "rewinds"),
+    "2_evaluation": ("val_bits_per_byte", "val_loss_by_frequency", "task"),
+    "3_optimizer": ("lr", "grad_norm", "update_ratio", "sharpness", "skipped_steps", "spikes", "rewinds"),
     "4_throughput": (
         "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds", "store_wait_seconds", "layers_seconds",
         "slowest_rank", "slowest_rank_seconds",
