@@ -109,10 +109,19 @@ class DeepSpeedEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in private_names.saved_buffers(self.module).items()}
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        last: bool = True,
+        boundaries: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> LossSums:
         call = self.module if self._engine is None else self._engine
         with limit_explained(self._compiled):
-            return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
+            options = {"z_loss": self._z_loss, "token_loss": self._token_loss}
+            return call(tokens, targets, **options, boundaries=boundaries, factors=factors)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         call = self.module if self._engine is None else self._engine

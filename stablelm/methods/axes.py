@@ -124,6 +124,8 @@ class Stream(Value):
     """Whether there is a skip connection; the theory of gradients assumes one."""
     predicted: ClassVar[bool] = True
     """Whether the theory knows the stream."""
+    normalises_branches: ClassVar[bool] = False
+    """Whether what multiplies a branch is undone by a norm when it is written."""
     layers_differ: ClassVar[bool] = False
     """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
 
@@ -593,6 +595,104 @@ class Maps(Value):
         return "its query, key and value maps have a lower rank than whole matrices" if self.rank(model) else None
 
 
+class Stack(Value):
+    """Which layers there are, and which of them runs at each of the `n_layers` places of the stack."""
+
+    shared: ClassVar[bool] = False
+    """Whether a layer runs at several places."""
+
+    def distinct(self, model: Model) -> int:
+        """The number of layers with parameters of their own."""
+        return model.n_layers
+
+    def layer_at(self, model: Model, place: int) -> int:
+        """The layer, counted from 0, that runs at a place."""
+        return place
+
+    def places(self, model: Model) -> list[int]:
+        """The layer that runs at each place."""
+        return [self.layer_at(model, place) for place in range(model.n_layers)]
+
+    def first_place(self, model: Model, layer: int) -> int:
+        """Where a layer runs first, by which its initial values are chosen."""
+        return self.places(model).index(layer) if self.shared else layer
+
+    def unshared(self, model: M) -> M:
+        """The model of the same function whose layers all have parameters of their own."""
+        return model
+
+
+class DepthDrop(Value):
+    """Which branches are left out of a micro-batch at random; each with the chance of its sub-layer."""
+
+    active: ClassVar[bool] = False
+    """Whether any is left out."""
+
+    def draws_layers(self, model: Model) -> bool:
+        """Whether both branches of a layer are left out together."""
+        return True
+
+    def survival(self, model: Model, sublayer: int) -> float:
+        """The probability that a branch is kept."""
+        return 1.0
+
+    def trained(self, model: Model, sublayer: int) -> float:
+        """What multiplies a branch that is kept, in training."""
+        return 1.0
+
+    def evaluated(self, model: Model, sublayer: int) -> float:
+        """What multiplies every branch in evaluation."""
+        return 1.0
+
+    def root_mean_square(self, model: Model, sublayer: int) -> float:
+        """Of what multiplies the branch in training: for the theory, and for passes of no training step."""
+        return math.sqrt(self.survival(model, sublayer)) * self.trained(model, sublayer)
+
+    def export_obstacle(self, model: Model) -> str | None:
+        if all(self.evaluated(model, sublayer) == 1 for sublayer in range(2 * model.n_layers)):
+            return None
+        return f"its branches are multiplied by their probability of survival ({self.name})"
+
+
+class Gains(Value):
+    """Learned factors inside the bodies and at the logits, and where queries and keys are normalised by them."""
+
+    after_turn: ClassVar[bool] = False
+    """Whether `queries_and_keys` changes anything."""
+
+    def in_body(self, model: Model, sublayer: int) -> tuple[Added, ...]:
+        """Parameters that each body gets."""
+        return ()
+
+    def queries_and_keys(
+        self, model: Model, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
+    ) -> "tuple[Tensor, Tensor]":
+        """(batch, seq, heads, d_head) each, with their positions."""
+        return query, key
+
+    def hidden(
+        self, model: Model, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
+    ) -> "tuple[Tensor, Tensor | None]":
+        """What the activation reads, (batch, seq, d_ff) each."""
+        return hidden, gate
+
+    def in_head(self, model: Model) -> tuple[Added, ...]:
+        """Parameters that an untied head gets."""
+        return ()
+
+    def output_matrix(self, model: Model, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+        """What an untied head multiplies by, from its matrix (vocab_size, d_model)."""
+        return weight
+
+    def start(self, model: Model, kind: str) -> float:
+        """What multiplies the products of a kind of matrix at the start, for the theory."""
+        return 1.0
+
+    def normalises_keys(self, model: Model) -> bool:
+        """Whether queries and keys have the length sqrt(d_head) at the start, but for what multiplies the logits."""
+        return bool(model.attention.qk_norm)
+
+
 class MethodOptions:
     """Base of a method's options, a frozen dataclass of `stablelm.key.key` fields: the section `model.<SECTION>`.
 
@@ -618,6 +718,9 @@ class Axes:
     shaping: Shaping
     value_mixing: ValueMixing
     maps: Maps
+    stack: Stack
+    depth_drop: DepthDrop
+    gains: Gains
 
     def each(self) -> tuple[Value, ...]:
         """All of them."""

@@ -18,9 +18,12 @@ from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
 from stablelm.methods.denseformer import DENSEFORMER
 from stablelm.methods.e_spa import E_SPA
 from stablelm.methods.gpt2 import GPT2
+from stablelm.methods.layer_drop import LAYER_DROP, STOCHASTIC_DEPTH
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
+from stablelm.methods.looped import LOOPED
 from stablelm.methods.magneto import MAGNETO
 from stablelm.methods.mlra import MLRA
+#NG
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
 from stablelm.methods.positions import POSITIONS
@@ -39,12 +42,14 @@ METHODS: dict[str, Method] = {
         *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
         *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
+        *(LOOPED, LAYER_DROP, STOCHASTIC_DEPTH),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())
 """Axis values that belong to no single method."""
 KEYS = {
     **{axis: axis for axis in ("stream", "placement", "norm", "init", "reparam", "activation")},
+    **{axis: axis for axis in ("stack", "depth_drop", "gains")},
     **{axis: f"attention.{axis}" for axis in ("position", "shaping")},
 }
 """The keys, below `model.`, of the axes whose values are named."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stablelm.methods.axes import (
+    DepthDrop,
+    Gains,
     Init,
     Maps,
     Method,
@@ -14,6 +16,7 @@ from stablelm.methods.axes import (
     Reparam,
     Role,
     Shaping,
+    Stack,
     Stream,
     ValueMixing,
 )
@@ -53,6 +56,21 @@ class WholeMaps(Maps):
 
 
 @dataclass(frozen=True)
+class OwnLayers(Stack):
+    name: ClassVar[str] = "plain"
+
+
+@dataclass(frozen=True)
+class NoDrop(DepthDrop):
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class NoGains(Gains):
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
 class Xavier(Init):
     name: ClassVar[str] = "xavier"
 
@@ -86,6 +104,9 @@ VALUES = (
     NoShaping(),
     OwnValues(),
     WholeMaps(),
+    OwnLayers(),
+    NoDrop(),
+    NoGains(),
     Xavier(),
     FanIn(),
 )
@@ -99,6 +120,9 @@ DEFAULTS = {
     "activation": "gelu",
     "bias": False,
     "tie_embeddings": False,
+    "stack": "plain",
+    "depth_drop": "none",
+    "gains": "none",
     "attention.position": "rope",
     "attention.qk_norm": False,
     "attention.logit_cap": 0.0,

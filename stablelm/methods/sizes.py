@@ -51,31 +51,35 @@ def parameter_counts(model: Model) -> dict[str, int]:
     """Numbers of parameters.
 
     `total`: distinct parameters; `embedding`: token table and learned positions; `head`: 0 when tied;
-    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, the
-    projection of a stream that grows and the head, tied or not).
+    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, at each place
+    that they take, the projection of a stream that grows and the head, tied or not).
     """
     assert model.vocab_size is not None
     assert model.max_seq_len is not None
-    stream = model.axes.stream
+    stream, stack = model.axes.stream, model.axes.stack
+    layers = [stack.first_place(model, layer) for layer in range(stack.distinct(model))]
     if stream.grows:
-        matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in range(model.n_layers)), strict=True))
+        matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in layers), strict=True))
     else:
-        matrices, others = (model.n_layers * one for one in _layer(model, 0))
-    for layer in range(model.n_layers):
+        matrices, others = (len(layers) * one for one in _layer(model, 0))
+    for layer in layers:
         others += _added(stream.in_layer(model, layer))
-        others += sum(_added(stream.in_sublayer(model, index)) for index in (2 * layer, 2 * layer + 1))
+        for index in (2 * layer, 2 * layer + 1):
+            others += _added(stream.in_sublayer(model, index)) + _added(model.axes.gains.in_body(model, index))
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
     vocabulary = model.vocab_size * model.d_model
     embedding = vocabulary + (model.max_seq_len * model.d_model if model.axes.position.adds_table else 0)
-    head = 0 if model.tie_embeddings else vocabulary
+    head = 0 if model.tie_embeddings else vocabulary + _added(model.axes.gains.in_head(model))
+    # Each place multiplies by its layer's matrices.
+    multiplied = matrices if not stack.shared else matrices // len(layers) * model.n_layers
     return {
         "total": embedding + matrices + others + norms + projection + head,
         "embedding": embedding,
         "head": head,
         "layers": matrices + others,
-        "matmul": matrices + projection + vocabulary,
+        "matmul": multiplied + projection + vocabulary,
     }
 
 

@@ -117,7 +117,8 @@ def _shared_std(function: Function, read: float, d_ff: int, target: float) -> fl
 def _write(model: Model, variance: float, correlation: float, branch: float, index: int) -> tuple[float, float]:
     """The stream after a branch of variance 1 whose tokens have correlation `branch`."""
     stream = model.axes.stream
-    skip, share = stream.gains(model)[0], stream.branch_at_start(model)
+    skip = stream.gains(model)[0]
+    share = stream.branch_at_start(model) * model.axes.depth_drop.root_mean_square(model, index)
     if stream.grows:
         width = stream.widths(model, index)
         total = width.read + width.branch

@@ -7,8 +7,13 @@ from stablelm.methods.sizes import d_key_value, widths
 
 
 def initial_std(role: Role, shape: Sequence[int], model: Model) -> float:
-    """The std of a matrix's or table's initial values under `model.init`; `shape` is (fan_out, fan_in)."""
+    """The std of a matrix's or table's initial values under `model.init`; `shape` is (fan_out, fan_in).
+
+    A shared layer has that of its first place.
+    """
     init = model.axes.init
+    if role.layer is not None:
+        role = role._replace(layer=model.axes.stack.first_place(model, role.layer))
     if role.kind in ("embedding", "position"):
         return init.embedding_std(model)
     if role.kind == "head":

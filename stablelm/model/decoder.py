@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import stream_width
+from stablelm.model import branch_factors
 from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.attention.positions import Positions, positions_of
@@ -45,7 +46,9 @@ class Decoder(nn.Module):
         rows = config.max_seq_len if axes.position.adds_table else None
         self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
+        firsts = [axes.stack.first_place(config, layer) for layer in range(axes.stack.distinct(config))]
+        self.layers = nn.ModuleList(Layer(config, dtypes, place) for place in firsts)
+        self.places = axes.stack.places(config)
         end = stream_width(config, config.n_layers)
         eps_scale = self.stream.eps_scale(config, 2 * config.n_layers)
         self.norm_final = Norm(config, dtypes, end, eps_scale=eps_scale) if axes.placement.final else None
@@ -68,6 +71,7 @@ class Decoder(nn.Module):
         places: Tensor | None = None,
         token_loss: TokenLoss | None = None,
         boundaries: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
@@ -76,9 +80,10 @@ class Decoder(nn.Module):
         (batch,) int64, a column of each row, whose logits (batch, vocab_size) in the parameter dtype are returned in
         place of hidden states. With places (n,), indices into batch * seq, targets (n,) are tokens to score after each
         of them. `boundaries`: of `Decoder.boundaries`; without them a GPU is waited for where its kernel takes them.
+        `factors`: of `Decoder.branch_factors`, for a training step; without them branches have their usual ones.
         Call the module, not this method: sharding engines hook the call.
         """
-        hidden = self._hidden(tokens, cache, boundaries)
+        hidden = self._hidden(tokens, cache, boundaries, factors)
         if logits_at is not None:
             return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
         if targets is None:
@@ -101,12 +106,18 @@ class Decoder(nn.Module):
         """`use` of hidden states and the output matrix, by a call of the head where there is one."""
         return use(hidden, self.embedding.weight) if self.head is None else self.head(hidden, use)
 
-    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None) -> Tensor:
+    def _hidden(
+        self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
+        if factors is None:
+            factors = branch_factors.usual(self.config, self.dtypes, training=self.training)
+        factors = None if factors is None else to_device(factors, tokens.device)
         positions = self.positions(tokens, boundaries) if cache is None else cache.enter(tokens, self.dtypes)
         chunks = self._tapped(0, self.stream.start(self.embed(tokens, cache)))
         values: Chunks = ()
-        for index, layer in enumerate(self.layers):
-            new = layer(chunks, positions, values, None if cache is None else cache.layers[index])
+        for index, place in enumerate(self.places):
+            of_layer = None if cache is None else cache.layers[index], None if factors is None else factors[index]
+            new = self.layers[place](chunks, positions, values, *of_layer)
             if self.config.axes.value_mixing.share is not None and not values:
                 *new, first = new
                 values, new = (first,), tuple(new)
@@ -161,6 +172,11 @@ class Decoder(nn.Module):
         if end is None or self.kernel(device) != "varlen":
             return None
         return to_device(documents.boundaries(tokens, end), device)
+
+    def branch_factors(self, seed: int, step: int, micro_batch: int) -> Tensor | None:
+        """For `forward` in a training step: what multiplies each branch, 0 for those that are left out; None: nothing
+        does. The same on every rank."""
+        return branch_factors.drawn(self.config, self.dtypes, seed, step, micro_batch)
 
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""

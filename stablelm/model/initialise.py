@@ -72,7 +72,8 @@ def initial_values(
         if name.endswith(beside):
             continue  # given with its matrix
         role = role_of(name)
-        sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
+        place = config.axes.stack.first_place(config, role.layer or 0)
+        sublayer = 2 * place + (".feedforward." in name)
         applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
         value = initial_value(name, role, shape, config, seed)
         yield name, value
@@ -102,13 +103,18 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What the stream adds to the layer or sub-layer under that name."""
-    assert role.layer is not None, name
-    stream, module = config.axes.stream, name.split(".")[-2]
-    if module.isdigit():
-        found = stream.in_layer(config, role.layer)
+    """What an axis value adds to the head, layer, sub-layer or body under that name."""
+    if role.layer is None:
+        return next(parameter for parameter in config.axes.gains.in_head(config) if parameter.name == role.kind)
+    stream, parts = config.axes.stream, name.split(".")
+    place = config.axes.stack.first_place(config, role.layer)
+    sublayer = 2 * place + ("feedforward" in parts)
+    if parts[-2].isdigit():
+        found = stream.in_layer(config, place)
+    elif parts[-2] == "body":
+        found = config.axes.gains.in_body(config, sublayer)
     else:
-        found = stream.in_sublayer(config, 2 * role.layer + (module == "feedforward"))
+        found = stream.in_sublayer(config, sublayer)
     return next(parameter for parameter in found if parameter.name == role.kind)
 
 

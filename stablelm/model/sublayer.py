@@ -109,13 +109,24 @@ class Sublayer(nn.Module):
         return first_product(self.body.first_maps, self._read(*chunks), keep=True)
 
     def leave(
-        self, chunks: Chunks, products: Products, positions: Positions, cache: LayerCache | None = None
+        self,
+        chunks: Chunks,
+        products: Products,
+        positions: Positions,
+        cache: LayerCache | None = None,
+        factor: Tensor | None = None,
     ) -> Chunks:
-        """The tensors from which `Stream.join` makes the next stream, in the stream's dtype."""
+        """The tensors from which `Stream.join` makes the next stream, in the stream's dtype.
+
+        `factor`: 0-dim, multiplies the branch; None: 1.
+        """
         branch = self.body(products, positions, cache=cache)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        new = self.stream.write(chunks, self.dropout(branch), named_parameters_of(self, self.added))
+        branch = self.dropout(branch)
+        if factor is not None:
+            branch = branch * factor.to(branch.dtype)
+        new = self.stream.write(chunks, branch, named_parameters_of(self, self.added))
         if self.norm_out is not None:
             new = tuple(self.norm_out(chunk).to(chunk.dtype) for chunk in new)
         return new
@@ -133,29 +144,38 @@ class Layer(nn.Module):
         self.added = _add(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(
-        self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
+        self,
+        chunks: Chunks,
+        positions: Positions,
+        values: Chunks = (),
+        cache: LayerCache | None = None,
+        factors: Tensor | None = None,
     ) -> Chunks:
         """The tensors from which `Stream.join` makes the next stream; chunks: (batch, seq, width) each.
 
         With value mixing, layer 0 also returns its values as the last tensor; later layers receive them as `values`.
-        With a cache, all of these are of the new tokens alone.
+        With a cache, all of these are of the new tokens alone. `factors`: (2,), what multiplies the branches.
         """
-        return self.compute(chunks, positions, values, cache)
+        return self.compute(chunks, positions, values, cache, factors)
 
-    def compute(self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None) -> Chunks:
+    def compute(
+        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None, factors: Tensor | None
+    ) -> Chunks:
         """`forward`; apart, so that recompute may wrap it inside of what is compiled."""
-        attended, own = self.attend(chunks, positions, values, cache)
+        factor, factor_fed = (None, None) if factors is None else factors.unbind()
+        attended, own = self.attend(chunks, positions, values, cache, factor)
         between = self.stream.join(chunks, attended)
-        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions)
+        fed = self.feedforward.leave(between, self.feedforward.enter(between), positions, factor=factor_fed)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), named_parameters_of(self, self.added))
         return (*new, own) if own is not None else new
 
     def attend(
-        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None
+        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None, factor: Tensor | None
     ) -> tuple[Chunks, Tensor | None]:
         """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
         products = self.attention.enter(chunks)
         *rest, own = products
         if values:
             products = (*rest, self.value_mixing.mix(own, values[0]))
-        return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None
+        left = self.attention.leave(chunks, products, positions, cache, factor)
+        return left, own if self.gives_values else None

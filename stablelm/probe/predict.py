@@ -41,12 +41,13 @@ def predict(
 ) -> Prediction:
     """Signal and gradient of a resolved config in training mode, over sequences of `seq_len` positions.
 
-    `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of a
+    Nan where the theory does not know the stream, and where layers are shared: it takes the weights of all places as
+    independent. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of a
     sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on at
     which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
-    if not config.axes.stream.predicted:
+    if not config.axes.stream.predicted or config.axes.stack.shared:
         return Prediction(*(np.full(config.n_layers + 1, np.nan) for _ in fields(Prediction)))
     if collision is None:
         collision = float(token_collision(config.vocab_size))
@@ -81,7 +82,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=stream.gains(config)[0],
-        write=stream.branch_at_start(config),
+        write=stream.branch_at_start(config) * config.axes.depth_drop.root_mean_square(config, index),
         norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
         norm_branch=_norm(config) if placement.on_branch else None,
         norm_after=_norm(config) if placement.after_write else None,

@@ -55,7 +55,8 @@ def train_step(
         mark("forward", part)
         seed_dropout(seed, step, index, ranks.rank)
         last = index == len(parts) - 1
-        sums = engine.loss(part_tokens, part_targets, last=last, boundaries=boundaries[index])
+        drawn = {"boundaries": boundaries[index], "factors": engine.module.branch_factors(seed, step, index)}
+        sums = engine.loss(part_tokens, part_targets, last=last, **drawn)
         if loss_factor != 1.0:
             sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
         # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.

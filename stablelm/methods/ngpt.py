@@ -1,0 +1,1 @@
+NGPT=None
