@@ -158,13 +158,15 @@ class DeepSpeedEngine:
         return norm
 
     def _scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Multiplies rows of matrices in the master weights, and publishes these; collective if there are any."""
+        """Multiplies rows or columns in the master weights, and publishes these; collective if there are any."""
         flats = self._masters() if factors else []
         for name, factor in factors.items():
             part = self._slices[f"{name}.weight"]
-            rows = torch.arange(part.start, part.start + part.length, device=factor.device) // part.shape[1]
+            places = torch.arange(part.start, part.start + part.length, device=factor.device)
             held = part.shard(flats[part.group]).local
-            held.mul_(factor.expand(part.shape[0])[rows].to(held.device, held.dtype))
+            of_rows = factor.ndim == 1
+            chosen = factor.expand(part.shape[0])[places // part.shape[1]] if of_rows else factor[0, places % part.shape[1]]
+            held.mul_(chosen.to(held.device, held.dtype))
         if factors:
             self.loaded()
 

@@ -124,8 +124,6 @@ class Stream(Value):
     """Whether there is a skip connection; the theory of gradients assumes one."""
     predicted: ClassVar[bool] = True
     """Whether the theory knows the stream."""
-    normalises_branches: ClassVar[bool] = False
-    """Whether what multiplies a branch is undone by a norm when it is written."""
     layers_differ: ClassVar[bool] = False
     """Whether layers differ in more than their parameters' values, so that they cannot share a compiled graph."""
 
@@ -266,6 +264,8 @@ class NormKind(Value):
 
     has_bias: ClassVar[bool] = True
     """Whether it has a bias where the model has biases."""
+    has_gain: ClassVar[bool] = True
+    """Whether it has a learned gain for each feature."""
     has_slope: ClassVar[bool] = False
     """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
     wide_inside: ClassVar[bool] = False
@@ -275,10 +275,14 @@ class NormKind(Value):
     mean square alone; None: they have none that computes the same. A subclass that computes something else sets its
     own."""
 
-    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
-        """x: (..., width) -> the same shape and dtype: the parameters', or a lower one if `wide_inside`; `alpha`: (1,)
-        if `has_slope`."""
+    def apply(self, x: "Tensor", weight: Any, bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        """x: (..., width) -> the same shape and dtype: the parameters', or a lower one if `wide_inside`; `weight`:
+        (width,) if `has_gain`, `alpha`: (1,) if `has_slope`."""
         raise NotImplementedError
+
+    def start(self, value: "Tensor", dim: int) -> "Tensor":
+        """Initial values of a table or of a matrix that writes onto the stream, whose features are along `dim`."""
+        return value
 
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
         """Its action on token kernels."""
@@ -301,6 +305,8 @@ class Init(Value):
 
     sizes_branches: ClassVar[bool] = False
     """Whether it sets the size of a branch by the size of its matrices, which a spectral norm of 1 undoes."""
+    unit_length: ClassVar[bool] = False
+    """Whether matrices and tables start with length 1 along the embedding dimension."""
     unit_variance: ClassVar[bool] = False
     """Whether embeddings and activations have variance 1, as the activation `tailored` assumes."""
 
@@ -357,6 +363,8 @@ class Reparam(Value):
 
     after_step: ClassVar[bool] = False
     """Whether `update` runs after each optimizer step."""
+    tables: ClassVar[bool] = False
+    """Whether it applies to the token table and to an untied head too."""
 
     def applies(self, model: Model, sublayer: int) -> bool:
         """Whether it applies to the matrices of a sub-layer."""
@@ -424,7 +432,7 @@ class Reparam(Value):
 
         `matrices`: `methods.spectral.Matrix` or `Slice`; `reduce` sums a flat tensor over the ranks in place, None if
         each holds whole matrices. Buffers are changed in place; factors that are returned, one (1,) or (d_out,) for
-        each matrix, multiply its rows, in the optimizer's own copy too.
+        each matrix, multiply its rows, (1, d_in) its columns, in the optimizer's own copy too.
         """
         return None
 
@@ -648,11 +656,6 @@ class DepthDrop(Value):
         """Of what multiplies the branch in training: for the theory, and for passes of no training step."""
         return math.sqrt(self.survival(model, sublayer)) * self.trained(model, sublayer)
 
-    def export_obstacle(self, model: Model) -> str | None:
-        if all(self.evaluated(model, sublayer) == 1 for sublayer in range(2 * model.n_layers)):
-            return None
-        return f"its branches are multiplied by their probability of survival ({self.name})"
-
 
 class Gains(Value):
     """Learned factors inside the bodies and at the logits, and where queries and keys are normalised by them."""
@@ -684,12 +687,21 @@ class Gains(Value):
         """What an untied head multiplies by, from its matrix (vocab_size, d_model)."""
         return weight
 
+    def logit_factor(self, model: Model) -> float:
+        """What multiplies the scale of query . key beside `Init.logit_scale`."""
+        return 1.0
+
     def start(self, model: Model, kind: str) -> float:
-        """What multiplies the products of a kind of matrix at the start, for the theory."""
+        """What multiplies the products of a kind of matrix, or of the head, at the start, for the theory."""
+        return 1.0
+
+    def logits_at_start(self, model: Model) -> float:
+        """What multiplies the logits of queries and keys of length sqrt(d_head) at the start beside
+        `Init.logit_scale`, if `normalises_keys`."""
         return 1.0
 
     def normalises_keys(self, model: Model) -> bool:
-        """Whether queries and keys have the length sqrt(d_head) at the start, but for what multiplies the logits."""
+        """Whether queries and keys are normalised, whatever by."""
         return bool(model.attention.qk_norm)
 
 

@@ -23,7 +23,7 @@ from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
 from stablelm.methods.looped import LOOPED
 from stablelm.methods.magneto import MAGNETO
 from stablelm.methods.mlra import MLRA
-#NG
+from stablelm.methods.ngpt import NGPT
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
 from stablelm.methods.positions import POSITIONS
@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
         *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
         *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
-        *(LOOPED, LAYER_DROP, STOCHASTIC_DEPTH),
+        *(NGPT, LOOPED, LAYER_DROP, STOCHASTIC_DEPTH),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())

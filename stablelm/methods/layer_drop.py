@@ -75,11 +75,6 @@ class Random(DepthDrop):
                 "a branch is features of its own there, and a layer that is left out would take them from all later "
                 "ones; use model.stream=residual",
             )
-        elif stream.normalises_branches and self._scale(model) != "none":
-            yield Refusal(
-                ("model.depth_drop", "model.drop.scale", "model.stream"),
-                "the stream normalises each branch, which undoes any factor; use model.drop.scale=none",
-            )
 
 
 @dataclass(frozen=True)

@@ -133,4 +133,4 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
 
 def _norm(model: Model, width: int) -> int:
     norm = model.axes.norm
-    return width * (1 + (bool(model.bias) and norm.has_bias)) + norm.has_slope
+    return width * (norm.has_gain + (bool(model.bias) and norm.has_bias)) + norm.has_slope

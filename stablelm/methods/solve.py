@@ -72,7 +72,7 @@ def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tup
     if literal:
         return r, r
     width = d_head(model)
-    logit_variance = 1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width
+    logit_variance = 1.0 if model.axes.gains.normalises_keys(model) else model.axes.init.logit_scale(width) ** 2 * width
     own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
     own /= 1 - model.dropout
     kept, common = r + (1 - r) * own, r + (1 - r) * shared

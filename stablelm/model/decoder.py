@@ -15,7 +15,7 @@ from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.devices import to_device
-from stablelm.model.linear import Linear, make_dtypes
+from stablelm.model.linear import Dtypes, Linear, add_parameters, make_dtypes, named_parameters_of
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Chunks, Layer
@@ -54,12 +54,13 @@ class Decoder(nn.Module):
         self.norm_final = Norm(config, dtypes, end, eps_scale=eps_scale) if axes.placement.final else None
         grown = self.stream.grows
         self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if grown else None
-        untied = not config.tie_embeddings
-        self.head = Head(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
+        self.head = None if config.tie_embeddings else Head(config, dtypes)
+        if axes.reparam.tables:
+            self.embedding.reparam = axes.reparam  # pyright: ignore[reportArgumentType]
 
     def head_weight(self) -> Tensor:
         """The output matrix (vocab_size, d_model); the embedding itself when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.head is None else self.head.matrix()
 
     def forward(
         self,
@@ -186,11 +187,22 @@ class Decoder(nn.Module):
 class Head(Linear):
     """The output matrix, for the functions that multiply by it: called with them, so that engines can hook the use."""
 
+    def __init__(self, config: ModelConfig, dtypes: Dtypes):
+        assert config.vocab_size is not None
+        reparam = config.axes.reparam if config.axes.reparam.tables else None
+        super().__init__(config.d_model, config.vocab_size, bias=False, dtypes=dtypes, reparam=reparam)
+        self.config = config
+        self.added = add_parameters(self, config.axes.gains.in_head(config), dtypes)
+
+    def matrix(self) -> Tensor:
+        """What hidden states are multiplied by, (vocab_size, d_model)."""
+        return self.config.axes.gains.output_matrix(self.config, self.weight, named_parameters_of(self, self.added))
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]
     ) -> Any:
         """What `use` makes of hidden states and the matrix (vocab_size, d_model)."""
-        return use(hidden, self.weight)
+        return use(hidden, self.matrix())
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

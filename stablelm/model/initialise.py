@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import MATRICES, TABLES, Added, Role
+from stablelm.methods.roles import WRITING
 from stablelm.methods.stds import initial_std
 from stablelm.model.linear import derive
 from stablelm.seeds import seed_from
@@ -99,7 +100,10 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
         return torch.as_tensor(_added(name, role, config).start, dtype=torch.float32)
     value = torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
     shaped = init.shaped(role.kind, value)
-    return value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+    value = value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+    if role.kind in WRITING or role.kind in ("embedding", "position"):
+        return config.axes.norm.start(value, 0 if role.kind in WRITING else 1)
+    return value
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
-from stablelm.methods.axes import Reparam
+from stablelm.methods.axes import Added, Reparam
 from stablelm.model import float8
 from stablelm.model.products import Vectors, product
 
@@ -31,6 +31,19 @@ def make_dtypes(precision: str, stream_dtype: str) -> Dtypes:
         return Dtypes(torch.float32, torch.bfloat16, stream)
     dtype = {"fp32": torch.float32, "fp64": torch.float64}[precision]
     return Dtypes(dtype, dtype, dtype)
+
+
+def add_parameters(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
+    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
+    for parameter in parameters:
+        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
+        module.register_parameter(parameter.name, nn.Parameter(empty))
+    return tuple(parameter.name for parameter in parameters)
+
+
+def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """These parameters of a module, by name."""
+    return {name: getattr(module, name) for name in names}
 
 
 class Linear(nn.Module):

@@ -8,30 +8,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
-from stablelm.methods.axes import Added
 from stablelm.methods.sizes import fits_float8
 from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Dtypes, Linear, completed, finished, first_product, side_by_side
+from stablelm.model.linear import (
+    Dtypes,
+    Linear,
+    add_parameters,
+    completed,
+    finished,
+    first_product,
+    named_parameters_of,
+    side_by_side,
+)
 from stablelm.model.norms import Norm
 
 Chunks = tuple[Tensor, ...]
 Products = tuple[Tensor, ...]
-
-
-def _add(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dtypes) -> tuple[str, ...]:
-    """Registers the parameters that an axis value adds to a module, uninitialised, and returns their names."""
-    for parameter in parameters:
-        empty = torch.empty(parameter.start.shape, dtype=dtypes.parameter)
-        module.register_parameter(parameter.name, nn.Parameter(empty))
-    return tuple(parameter.name for parameter in parameters)
-
-
-def named_parameters_of(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """These parameters of a module, by name."""
-    return {name: getattr(module, name) for name in names}
 
 
 class Sublayer(nn.Module):
@@ -56,7 +51,7 @@ class Sublayer(nn.Module):
         self.norm_branch = Norm(config, dtypes, width.branch) if placement.on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("stacked", None, persistent=False)
-        self.added = _add(self, self.stream.in_sublayer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_sublayer(config, index), dtypes)
         self.norm_out = Norm(config, dtypes, width.branch) if placement.after_write else None
 
     if TYPE_CHECKING:
@@ -141,7 +136,7 @@ class Layer(nn.Module):
         self.gives_values = self.value_mixing.share is not None and index == 0
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
-        self.added = _add(self, self.stream.in_layer(config, index), dtypes)
+        self.added = add_parameters(self, self.stream.in_layer(config, index), dtypes)
 
     def forward(
         self,

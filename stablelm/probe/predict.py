@@ -108,9 +108,9 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         key_back=width.attention * into["key"],
         value_back=width.attention * into["value"],
         output_back=width.branch * output,
-        scale=config.axes.init.logit_scale(d_head(config)),
+        scale=config.axes.init.logit_scale(d_head(config)) * config.axes.gains.logits_at_start(config),
         d_head=d_head(config),
-        qk_norm=bool(config.attention.qk_norm),
+        qk_norm=config.axes.gains.normalises_keys(config),
         logit_cap=config.attention.logit_cap or None,
         inner_norm=_norm(config) if config.axes.placement.before_output else None,
         value_mix=config.axes.value_mixing.share,
@@ -162,12 +162,13 @@ def _variance(config: ModelConfig, kind: str, index: int, d_in: int, d_out: int)
 
 
 def _entry(config: ModelConfig, role: Role, shape: tuple[int, int], index: int) -> float:
-    std, reparam = initial_std(role, shape, config), config.axes.reparam
+    std = initial_std(role, shape, config) * config.axes.gains.start(config, role.kind)
+    reparam = config.axes.reparam
     return reparam.entry_variance(config, std, shape) if reparam.applies(config, index) else std**2
 
 
 def _end(config: ModelConfig, tokens: int, collision: float) -> End:
-    gradient = (_head_std(config) * config.axes.init.head_scale(config)) ** 2
+    gradient = (_head_std(config) * config.axes.init.head_scale(config) * config.axes.gains.start(config, "head")) ** 2
     if config.axes.stream.grows:
         # The projection's entries have variance 1 / fan_in, and d_model of them meet each feature of the stream.
         gradient *= config.d_model / stream_width(config, config.n_layers)

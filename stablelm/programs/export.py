@@ -8,6 +8,7 @@ from stablelm.process_exit import report
 from stablelm.programs.arguments import Parser, add_checkpoint, local_path, path_or_url, refuse_several_processes
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
+NORMS = ("own", "pre_rms", "crms")
 DTYPES = ("bf16", "fp32", "q8_0")
 
 
@@ -27,6 +28,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard-gb", type=_gigabytes, default=5.0, metavar="GB", help="most of a file of weights; default: 5"
+    )
+    parser.add_argument(
+        "--norm",
+        choices=NORMS,
+        default="own",
+        help="of a model with layer norms in front of its sub-layers; pre_rms: root-mean-square norms, crms: these on a "
+        "stream of one feature less, in format hf; both compute the same; default: own, as trained",
     )
     parser.add_argument("--tokenizer", type=path_or_url, metavar="PATH", help="default: the run's own")
     parser.add_argument(
@@ -68,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         checked=arguments.check_tokenizer,
         push=arguments.push,
         trusted=arguments.trust_checkpoint,
+        norm=arguments.norm,
     )
     try:
         done = export(request)

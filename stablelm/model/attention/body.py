@@ -14,7 +14,14 @@ from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.devices import to_device
-from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
+from stablelm.model.linear import (
+    Dtypes,
+    Linear,
+    LowRankLinear,
+    add_parameters,
+    named_parameters_of,
+    reparam_of,
+)
 from stablelm.model.norms import Norm
 
 
@@ -30,9 +37,9 @@ class Attention(nn.Module):
         assert width.attention % config.n_heads == 0
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
-        self.position, self.shaping = config.axes.position, config.axes.shaping
+        self.position, self.shaping, self.gains = config.axes.position, config.axes.shaping, config.axes.gains
         self.d_head, self.kv_heads = d_head(config), config.kv_heads
-        self.scale = config.axes.init.logit_scale(self.d_head)
+        self.scale = config.axes.init.logit_scale(self.d_head) * self.gains.logit_factor(config)
         self.dropout = config.dropout
         self._kept: tuple[Any, tuple[Tensor, Tensor]] | None = None
         bias, reparam, d_kv = bool(config.bias), reparam_of(config, 2 * layer), d_key_value(config)
@@ -51,6 +58,7 @@ class Attention(nn.Module):
             self.norm_key = Norm(config, dtypes, self.d_head, kind=RmsNorm())
         self.norm_inner = Norm(config, dtypes, width.attention) if config.axes.placement.before_output else None
         self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
+        self.added = add_parameters(self, self.gains.in_body(config, 2 * layer), dtypes)
 
     @property
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
@@ -88,6 +96,8 @@ class Attention(nn.Module):
             query, key = both.split(heads, dim=2)
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
             query, key = self.position.turn(query, tables), self.position.turn(key, tables)
+        if self.gains.after_turn:
+            query, key = self.gains.queries_and_keys(self.config, query, key, named_parameters_of(self, self.added))
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
