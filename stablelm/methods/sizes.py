@@ -71,11 +71,11 @@ def parameter_counts(model: Model) -> dict[str, int]:
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
     vocabulary = model.vocab_size * model.d_model
     embedding = vocabulary + (model.max_seq_len * model.d_model if model.axes.position.adds_table else 0)
-    head = 0 if model.tie_embeddings else vocabulary + _added(model.axes.gains.in_head(model))
+    head, factors = (0, 0) if model.tie_embeddings else (vocabulary, _added(model.axes.gains.in_head(model)))
     # Each place multiplies by its layer's matrices.
     multiplied = matrices if not stack.shared else matrices // len(layers) * model.n_layers
     return {
-        "total": embedding + matrices + others + norms + projection + head,
+        "total": embedding + matrices + others + norms + projection + head + factors,
         "embedding": embedding,
         "head": head,
         "layers": matrices + others,
