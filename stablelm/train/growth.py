@@ -70,12 +70,11 @@ def obstacles(source: ModelConfig, model: ModelConfig, growth: str) -> Iterator[
             "use more, or run.init_from for as many"
         )
         return
-    if different := list(_differences(source, model)):
-        yield f"models that grow differ in depth alone, and here also in {', '.join(different)}; use the same"
-        return
     stream = model.axes.stream
     if stream.grows or stream.layers_differ:
         yield "the layers have parameters of other shapes at each depth; use model.stream=residual in both"
+    elif different := list(_differences(source, model)):
+        yield f"models that grow differ in depth alone, and here also in {', '.join(different)}; use the same"
     elif model.axes.stack.shared:
         yield "its layers are shared, so that a deeper one has no new layers; use run.init_from, and more repeats"
     elif growth == "zero":
