@@ -96,8 +96,8 @@ class ModelConfig(Model):
     )
     depth_drop: str | None = key(
         None,
-        "branches left out of a micro-batch at random, with model.drop.rate: constant over depth, or linear, rising "
-        "from 0; None: the method's own",
+        "branches left out of a micro-batch at random, with model.drop.rate: uniform over depth, or linear_decay of "
+        "their survival; None: the method's own",
         identity=True,
         path=False,
         axis="depth_drop",

@@ -29,7 +29,7 @@ class RunConfig:
     )
     grow_from: str | None = key(
         None,
-        "start a new run from the weights of this shallower run or checkpoint directory; the optimizer starts anew",
+        "start a new run from the weights of this shallower run or checkpoint directory; the optimizer state is new",
         identity=True,
         path=True,
     )

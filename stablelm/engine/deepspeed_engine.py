@@ -165,7 +165,9 @@ class DeepSpeedEngine:
             places = torch.arange(part.start, part.start + part.length, device=factor.device)
             held = part.shard(flats[part.group]).local
             of_rows = factor.ndim == 1
-            chosen = factor.expand(part.shape[0])[places // part.shape[1]] if of_rows else factor[0, places % part.shape[1]]
+            chosen = (
+                factor.expand(part.shape[0])[places // part.shape[1]] if of_rows else factor[0, places % part.shape[1]]
+            )
             held.mul_(chosen.to(held.device, held.dtype))
         if factors:
             self.loaded()

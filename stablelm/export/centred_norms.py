@@ -55,7 +55,7 @@ class Centred:
     norm: str
 
     @property
-    def MODELLING_FILE(self):  # noqa: N802 - the name that formats have for it
+    def MODELLING_FILE(self):
         return writer.MODELLING_FILE
 
     def config(self, _: Any = None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Weights:
         return self.lazy(name) if name in self else None
 
     def unrolled(self, places: Sequence[int]) -> "Weights":
-        """Those of the same function with a layer of its own at each place, `places` being the layers that run there."""
+        """Those of the same function with a layer of its own at each place; `places`: the layers that run there."""
         found = copy(self)
         of_layer: dict[int, list[str]] = {}
         for name in self.shapes:

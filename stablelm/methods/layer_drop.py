@@ -19,12 +19,12 @@ RATES = Range("at least 0 and below 1", lambda v: 0 <= v < 1)
 
 @dataclass(frozen=True)
 class DropOptions(MethodOptions):
-    """Options of depth_drop: constant and linear."""
+    """Options of depth_drop: uniform and linear_decay."""
 
     SECTION: ClassVar[str] = "drop"
 
     rate: float = key(
-        0.2, "probability that a layer is left out; linear: that of the last one", identity=True, range=RATES
+        0.2, "probability that a layer is left out; linear_decay: that of the last one", identity=True, range=RATES
     )
     unit: Literal["layer", "sublayer"] = key(
         "layer", "what is drawn: both branches of a layer together, or each of them", identity=True
@@ -33,12 +33,12 @@ class DropOptions(MethodOptions):
         "own",
         "with p the probability of survival: none: nothing is multiplied; evaluation: branches by p in evaluation; "
         "training: those that are kept by 1/p; variance: by 1/sqrt(p), which keeps their mean square; own: none for "
-        "constant, evaluation for linear, as in the papers",
+        "uniform, evaluation for linear_decay, as in the papers",
         identity=True,
     )
 
 
-class Random(DepthDrop):
+class RandomDrop(DepthDrop):
     """What both schedules have in common."""
 
     active: ClassVar[bool] = True
@@ -78,10 +78,10 @@ class Random(DepthDrop):
 
 
 @dataclass(frozen=True)
-class Constant(Random):
+class UniformDrop(RandomDrop):
     """Every layer with the same probability (Fan et al. 2020)."""
 
-    name: ClassVar[str] = "constant"
+    name: ClassVar[str] = "uniform"
     own_scale: ClassVar[str] = "none"
 
     def survival(self, model: Model, sublayer: int) -> float:
@@ -89,10 +89,10 @@ class Constant(Random):
 
 
 @dataclass(frozen=True)
-class Linear(Random):
+class LinearDecayDrop(RandomDrop):
     """Survival falls linearly with the depth (Huang et al. 2016, equation 4)."""
 
-    name: ClassVar[str] = "linear"
+    name: ClassVar[str] = "linear_decay"
     own_scale: ClassVar[str] = "evaluation"
 
     def survival(self, model: Model, sublayer: int) -> float:
@@ -105,12 +105,12 @@ class Linear(Random):
 LAYER_DROP = Method(
     "layer_drop",
     "Fan et al., Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2020",
-    {"depth_drop": "constant"},
-    (Constant(), Linear()),
+    {"depth_drop": "uniform"},
+    (UniformDrop(), LinearDecayDrop()),
     (DropOptions,),
 )
 STOCHASTIC_DEPTH = Method(
     "stochastic_depth",
     "Huang et al., Deep Networks with Stochastic Depth, ECCV 2016",
-    {"depth_drop": "linear"},
+    {"depth_drop": "linear_decay"},
 )

@@ -1,7 +1,7 @@
-"""nGPT: tokens, hidden states and matrices of length 1 (Loshchilov et al., arXiv 2410.01131; equations by number there).
+"""nGPT: tokens, hidden states and matrices of length 1 (Loshchilov et al., arXiv 2410.01131, with its equations).
 
-h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11) with a learned alpha >= 0 for each feature, Norm(x) = x / |x|. Queries and
-keys are Norm(q) s_qk, after their positions (15, 16), and the softmax has the scale sqrt(d_head); u <- s_u u and
+h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11), with a learned alpha >= 0 for each feature, Norm(x) = x / |x|. Queries
+and keys are Norm(q) s_qk, after their positions (15, 16), and the softmax has the scale sqrt(d_head); u <- s_u u and
 v <- s_v sqrt(d_model) v in the feed-forward (20, 21); the logits of token t are multiplied by s_z[t] (3). Each of these
 vectors is trained as a parameter that starts at `scale` and is multiplied by init / scale (section 2.5). All matrices
 have length 1 along the embedding dimension at the start and again after each optimizer step (section 2.6).
@@ -51,9 +51,7 @@ class NgptOptions(MethodOptions):
     alpha_init: float = key(
         0.05, "start of the eigen learning rates, in the order of 1 / n_layers", identity=True, range=RATES
     )
-    alpha_scale: float | None = key(
-        None, "start of their parameters; None: d_model^-1/2", identity=True, range=ABOVE_0
-    )
+    alpha_scale: float | None = key(None, "start of their parameters; None: d_model^-1/2", identity=True, range=ABOVE_0)
     qk_init: float = key(1.0, "start of s_qk", identity=True, range=ABOVE_0)
     qk_scale: float | None = key(None, "start of its parameters; None: d_model^-1/2", identity=True, range=ABOVE_0)
     u_init: float = key(1.0, "start of s_u", identity=True, range=ABOVE_0)
@@ -86,10 +84,9 @@ class Lerp(Stream):
     """init / scale of alpha."""
 
     def at(self, model: Model) -> "Lerp":
-        options = model.option(NgptOptions)
-        found = super().at(model)
-        assert isinstance(found, Lerp)
-        return replace(found, ratio=options.alpha_init / _scale(model, options.alpha_scale))
+        (skip, branch), options = self.gains(model), model.option(NgptOptions)
+        ratio = options.alpha_init / _scale(model, options.alpha_scale)
+        return replace(self, skip=skip, branch=branch, ratio=ratio)
 
     def gains(self, model: Model) -> tuple[float, float]:
         alpha = model.option(NgptOptions).alpha_init

@@ -102,7 +102,8 @@ def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
 class Matrix(NamedTuple):
     """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,), v (d_out,) and sigma (1,).
 
-    `writes`: whether its rows are features of the stream, not its columns. Without these u, v and sigma are empty tensors of that length, on the meta device.
+    `writes`: whether its rows are features of the stream, not its columns. Without these u, v and sigma are empty
+    tensors of that length, on the meta device.
     """
 
     rows: Tensor

@@ -42,9 +42,9 @@ def predict(
     """Signal and gradient of a resolved config in training mode, over sequences of `seq_len` positions.
 
     Nan where the theory does not know the stream, and where layers are shared: it takes the weights of all places as
-    independent. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of a
-    sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on at
-    which a model explodes beyond float64.
+    independent. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of
+    a sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on
+    at which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
     if not config.axes.stream.predicted or config.axes.stack.shared:

@@ -33,8 +33,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--norm",
         choices=NORMS,
         default="own",
-        help="of a model with layer norms in front of its sub-layers; pre_rms: root-mean-square norms, crms: these on a "
-        "stream of one feature less, in format hf; both compute the same; default: own, as trained",
+        help="of a model with layer norms in front of its sub-layers; pre_rms: root-mean-square norms, crms: these on "
+        "a stream of one feature less, in format hf; both compute the same; default: own, as trained",
     )
     parser.add_argument("--tokenizer", type=path_or_url, metavar="PATH", help="default: the run's own")
     parser.add_argument(

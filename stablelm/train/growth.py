@@ -3,7 +3,7 @@
 `stack`: the whole stack again and again on top of itself (Gong et al., Efficient Training of BERT by Progressively
 Stacking, ICML 2019). `repeat`: each layer several times in a row. `zero`: in that order too, and what comes last in the
 branches of all but the first copy of a layer is zero, so that the deeper model computes what the shallower one does
-(Wang et al., LEMON: Lossless Model Expansion, ICLR 2024, for pre-norm residual streams). The optimizer starts anew.
+(Wang et al., LEMON: Lossless Model Expansion, ICLR 2024, for pre-norm residual streams). The optimizer state is new.
 """
 
 from collections.abc import Iterator

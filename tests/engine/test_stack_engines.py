@@ -67,7 +67,11 @@ def test_two_processes_train_as_one_does(name: str, kind: str):
 def test_recompute_changes_nothing(name: str):
     config = config_of(name, "single")
     other = configuration(
-        "model.method=pre_ln", *METHODS[name], "engine.kind=single", "train.precision=fp64", "engine.recompute=selective"
+        "model.method=pre_ln",
+        *METHODS[name],
+        "engine.kind=single",
+        "train.precision=fp64",
+        "engine.recompute=selective",
     )
     found = [run_steps(build_engine(each, "single", SINGLE), SINGLE, each, 1, 2) for each in (config, other)]
     assert found[0] == found[1]

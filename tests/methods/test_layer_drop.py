@@ -69,7 +69,7 @@ def test_draws_follow_from_seed_step_micro_batch_and_layer():
     assert built(resolved()).branch_factors(0, 1, 0) is None
 
 
-@pytest.mark.parametrize(("kind", "survival"), [("constant", [0.6] * 4), ("linear", [0.9, 0.8, 0.7, 0.6])])
+@pytest.mark.parametrize(("kind", "survival"), [("uniform", [0.6] * 4), ("linear_decay", [0.9, 0.8, 0.7, 0.6])])
 def test_survival_over_depth(kind, survival):
     decoder = built(resolved(f"model.depth_drop={kind}", "model.drop.rate=0.4", "model.drop.scale=none"))
     mean = torch.stack([factors(decoder, 3, step, 0) for step in range(1500)]).mean(0)
@@ -116,4 +116,4 @@ def test_the_mean_over_draws_is_as_predicted():
 @pytest.mark.parametrize("method", ["catformer", "e_spa"])
 def test_streams_that_need_every_branch_are_refused(method):
     with pytest.raises(ConfigError, match=r"model\.stream=residual"):
-        resolved(f"model.method={method}", "model.depth_drop=constant")
+        resolved(f"model.method={method}", "model.depth_drop=uniform")

@@ -57,7 +57,9 @@ def length_1(x: Tensor, dim: int = -1) -> Tensor:
     return x / x.pow(2).sum(dim, keepdim=True).sqrt()
 
 
-def plain_loss(w: dict[str, Tensor], tokens: Tensor, targets: Tensor, *, layers: int, heads: int, groups: int) -> Tensor:
+def plain_loss(
+    w: dict[str, Tensor], tokens: Tensor, targets: Tensor, *, layers: int, heads: int, groups: int
+) -> Tensor:
     """Equations 3 to 21 of the paper, written out: h is of length 1, alpha_init 0.05, scales d^-1/2, 1 for s_u, s_v."""
     d = w["embedding.weight"].shape[1]
     root, batch, seq = math.sqrt(d), *tokens.shape
@@ -139,7 +141,10 @@ def test_parts_of_a_matrix_give_the_same_factors():
     v, u, sigma = (torch.empty(n, device="meta") for n in (6, 5, 1))
     for writes in (False, True):
         whole = UnitLength().update([spectral.Matrix(matrix, 0, u, v, sigma, writes)], None)[0]
-        rows = [spectral.Matrix(matrix[:4], 0, u, v, sigma, writes), spectral.Matrix(matrix[4:], 4, u, v, sigma, writes)]
+        rows = [
+            spectral.Matrix(matrix[:4], 0, u, v, sigma, writes),
+            spectral.Matrix(matrix[4:], 4, u, v, sigma, writes),
+        ]
         flat = matrix.flatten()
         ranges = [spectral.Slice(flat[a:b], a, u, v, sigma, writes) for a, b in ((0, 7), (7, 8), (8, 30))]
         for parts in (rows, ranges):

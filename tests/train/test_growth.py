@@ -1,4 +1,4 @@
-"""A deeper run that begins with a shallower one's weights: which layers it gets, what stays the same, what is refused."""
+"""A deeper run that begins with a shallower one's weights: its layers, what stays the same, what is refused."""
 
 from pathlib import Path
 from typing import Any
