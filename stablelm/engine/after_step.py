@@ -98,10 +98,8 @@ class Reparametrised:
         own = zip(*(vectors[place::3] for place in range(3)), strict=True)
         held = list(zip(self._weights, self._starts, own, self._writes, strict=True))
         if any(map(_is_flat, self._weights)):
-            return [spectral.Slice(_local_range(weight), start, *own, writes) for weight, start, own, writes in held]
-        return [
-            spectral.Matrix(local_part(weight).detach(), start, *own, writes) for weight, start, own, writes in held
-        ]
+            return [spectral.Slice(_local_range(weight), start, *own, writes=w) for weight, start, own, w in held]
+        return [spectral.Matrix(local_part(weight).detach(), start, *own, writes=w) for weight, start, own, w in held]
 
 
 def _vectors(part: Any, weight: Any) -> tuple[Tensor, Tensor, Tensor]:

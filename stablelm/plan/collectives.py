@@ -157,6 +157,6 @@ def _zero(config: Config, listed: list[Parameter], layout: Layout, found: Collec
     found.add("reduce_scatter", reductions * buckets, reductions * elements * size)
     gathers = 2 * micro if layout.kind == "zero3" else 1
     places = Counter(config.model.axes.stack.places(config.model)) if layout.kind == "zero3" else Counter()
-    gathered = sum(parameter.elements * max(1, places[parameter.layer]) for parameter in listed)
+    gathered = sum(p.elements * (1 if p.layer is None else max(1, places[p.layer])) for p in listed)
     found.add("all_gather", gathers * -(-gathered // bucket), gathers * gathered * size)
     found.add("all_reduce", 1, size)

@@ -90,16 +90,17 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there; `norm_unit`: x / |x| in its place; `norm_compressed`: the root
-    mean square is that of x and of one more feature, minus the sum of all (Jiang et al., 2023); `norm_eps_scales`:
-    factors of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`, and times `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a (f(x) - x)
-    with a = |alpha| step_ratio and a learned alpha for each feature; `unit_ratios`: queries and keys have length 1 and
-    learned factors, as the inputs of the activation have (nGPT, Loshchilov et al., 2024); `growth`: the output of that
-    width is appended to x instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
-    `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place of
+    a norm, with a learned slope that starts there; `norm_unit`: x / |x| in its place; `norm_compressed`: the root mean
+    square is that of x and of one more feature, minus the sum of all (Jiang et al., 2023); `norm_eps_scales`: factors
+    of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a
+    learned gain with `learned_gain`, and times `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a (f(x)
+    - x) with a = |alpha| step_ratio and a learned alpha for each feature; `unit_ratios`: queries and keys have length 1
+    and learned factors, as the inputs of the activation have (nGPT, Loshchilov et al., 2024); `growth`: the output of
+    that width is appended to x instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all
+    layers' outputs. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads. Feed-forward:
+    `hidden_act` by transformers' name, of the gate if `gated`; `negative_slope`: a leaky relu in its place; times
+    `activation_scale`.
     """
 
     model_type = "stablelm_decoder"

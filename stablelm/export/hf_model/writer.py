@@ -70,7 +70,7 @@ def config(source: TrainedModel) -> dict[str, Any]:
         "bias": bool(model.bias),
         "dropout": model.dropout,
         "position_table": axes.position.adds_table,
-        "logit_scale": axes.init.logit_scale(d_head(model)),
+        "logit_scale": axes.init.logit_scale(d_head(model)) * axes.gains.logit_factor(model),
         "logit_cap": attention.logit_cap or None,
         "qk_norm": bool(attention.qk_norm),
         "document_end": attention.document_end,
