@@ -1,6 +1,6 @@
 """nGPT, shared layers and dropped layers train alike on several processes, and a run grows the same on each engine."""
 
-from functools import cache
+from functools import cache, partialmethod
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,19 @@ def test_recompute_changes_nothing(name: str):
     )
     found = [run_steps(build_engine(each, "single", SINGLE), SINGLE, each, 1, 2) for each in (config, other)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["ngpt", "cycle", "stochastic_depth"])
+def test_tracing_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Graphs as torch.compile traces them, and their backward passes, run by torch."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    plain = ("model.method=pre_ln", *METHODS[name], "engine.kind=single", "train.precision=fp64")
+    found = []
+    for compiled in ("false", "true"):
+        config = configuration(*plain, f"train.compile={compiled}")
+        found.append(run_steps(build_engine(config, "single", SINGLE), SINGLE, config, 1, 2))
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
 
 
 def grow_on_ranks(rank: int, world_size: int, config: Config, kind: str, folder: Path) -> None:

@@ -22,7 +22,8 @@ from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 from stablelm.methods.axes import Refusal
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.pre_ln import OwnValues
+from stablelm.methods.mlra import LowRank
+from stablelm.methods.pre_ln import OwnValues, WholeMaps
 from stablelm.methods.sigma_reparam import SigmaOptions
 from stablelm.methods.sizes import parameter_counts
 from stablelm.methods.value_residual import ValueResidual
@@ -32,8 +33,9 @@ from stablelm.model.initialise import initialise
 # Axes that exclude one another come first: the cover's search is short then.
 AXES: dict[str, tuple] = {
     **{axis: choices(f"model.{axis}") for axis in ("stream", "attention.shaping", "init", "placement")},
+    **{axis: choices(f"model.{axis}") for axis in ("stack", "depth_drop", "gains")},
     # reparam, sigma.targets and sigma.gamma
-    "sigma": ("none", "all spectral", "all one", "attention spectral", "attention one"),
+    "sigma": ("none", "all spectral", "all one", "attention spectral", "attention one", "unit_length"),
     "activation": choices("model.activation"),
     "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
@@ -64,7 +66,7 @@ def _keys(case: Case) -> dict[str, Any]:
     keys: dict[str, Any] = dict(case)
     sigma = str(keys.pop("sigma", "")).split()
     if sigma:
-        keys["reparam"] = "none" if sigma == ["none"] else "sigma"
+        keys["reparam"] = sigma[0] if sigma[0] in ("none", "unit_length") else "sigma"
         keys["sigma.targets"], keys["sigma.gamma"] = sigma if len(sigma) == 2 else ("all", "spectral")
     return keys
 
@@ -81,12 +83,19 @@ def _forbidden(case: Case) -> bool:
     axes = {axis: catalogue.values(axis)[keys[key]] for axis, key in catalogue.KEYS.items() if key in keys}
     if "attention.value_residual" in keys:
         axes["value_mixing"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
+    if "attention.low_rank" in keys:
+        axes["maps"] = LowRank() if keys["attention.low_rank"] else WholeMaps()
 
     def option(kind: type) -> Any:
-        return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")} if kind is SigmaOptions else {})
+        if kind is not SigmaOptions:
+            return kind()
+        return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")})
 
     inside = {key.removeprefix("attention."): value for key, value in keys.items() if key.startswith("attention.")}
-    model: Any = SimpleNamespace(axes=SimpleNamespace(**axes), attention=SimpleNamespace(**inside), option=option)
+    sizes = {"n_layers": TINY["n_layers"], "d_model": TINY["d_model"]}
+    outside = {"tie_embeddings": keys.get("tie_embeddings", False)}
+    parts = {"axes": SimpleNamespace(**axes), "attention": SimpleNamespace(**inside), "option": option}
+    model: Any = SimpleNamespace(**sizes, **outside, **parts)
     return any(_refuses(value, model) for value in axes.values())
 
 
@@ -175,6 +184,20 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"init": "completep", "stream": "concat"}, {"init": "unit"}),
     (E_SPA | {"attention.value_residual": True}, {"attention.value_residual": False}),
     (E_SPA | {"activation": "swiglu"}, {"placement": "pre"}),
+    ({"method": "ngpt", "init": "xavier"}, {"init": "unit_length"}),
+    ({"norm": "unit", "placement": "sub"}, {"norm": "rmsnorm"}),
+    ({"method": "catformer", "norm": "unit"}, {"norm": "rmsnorm"}),
+    ({"method": "ngpt", "attention.low_rank": 0.5}, {"attention.low_rank": 0}),
+    ({"method": "ngpt", "attention.qk_norm": True}, {"attention.qk_norm": False}),
+    ({"method": "ngpt", "tie_embeddings": True}, {"tie_embeddings": False}),
+    ({"norm": "crmsnorm", "placement": "peri"}, {"norm": "rmsnorm"}),
+    ({"method": "catformer", "norm": "crmsnorm"}, {"norm": "rmsnorm"}),
+    ({"method": "looped", "attention.value_residual": True}, {"attention.value_residual": False}),
+    (E_SPA | {"stack": "cycle"}, {"stack": "plain"}),
+    ({"method": "layernorm_scaling", "stack": "cycle"}, {"placement": "pre"}),
+    ({"method": "denseformer", "stack": "cycle"}, {"stream": "residual"}),
+    ({"method": "catformer", "depth_drop": "linear_decay"}, {"stream": "residual"}),
+    (E_SPA | {"depth_drop": "linear_decay"}, {"depth_drop": "none"}),
 ]
 
 
