@@ -663,18 +663,22 @@ class Gains(Value):
     after_turn: ClassVar[bool] = False
     """Whether `queries_and_keys` changes anything."""
 
+    def at(self, model: Model) -> "Gains":
+        """The value with the constants of this model."""
+        return self
+
     def in_body(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         """Parameters that each body gets."""
         return ()
 
     def queries_and_keys(
-        self, model: Model, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
+        self, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
     ) -> "tuple[Tensor, Tensor]":
         """(batch, seq, heads, d_head) each, with their positions."""
         return query, key
 
     def hidden(
-        self, model: Model, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
+        self, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
     ) -> "tuple[Tensor, Tensor | None]":
         """What the activation reads, (batch, seq, d_ff) each."""
         return hidden, gate
@@ -683,7 +687,7 @@ class Gains(Value):
         """Parameters that an untied head gets."""
         return ()
 
-    def output_matrix(self, model: Model, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+    def output_matrix(self, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
         """What an untied head multiplies by, from its matrix (vocab_size, d_model)."""
         return weight
 

@@ -206,6 +206,21 @@ class NgptGains(Gains):
 
     name: ClassVar[str] = "ngpt"
     after_turn: ClassVar[bool] = True
+    qk: float = 1.0
+    up: float = 1.0
+    gate: float = 1.0
+    z: float = 1.0
+    """What multiplies the parameters of s_qk, s_u, s_v and s_z; sqrt(d_model) is in that of the activation's input."""
+
+    def at(self, model: Model) -> "NgptGains":
+        options, root = model.option(NgptOptions), math.sqrt(model.d_model)
+        return replace(
+            self,
+            qk=options.qk_init / _scale(model, options.qk_scale),
+            up=options.u_init / options.u_scale * (1.0 if model.axes.activation.gated else root),
+            gate=options.v_init / options.v_scale * root,
+            z=options.z_init / _scale(model, options.z_scale),
+        )
 
     def in_body(self, model: Model, sublayer: int) -> tuple[Added, ...]:
         options = model.option(NgptOptions)
@@ -217,12 +232,10 @@ class NgptGains(Gains):
         return (up, Added("scale_v", np.full(model.d_ff, options.v_scale))) if model.axes.activation.gated else (up,)
 
     def queries_and_keys(
-        self, model: Model, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
+        self, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
     ) -> "tuple[Tensor, Tensor]":
         """Both are multiplied by s_qk of the query's head: s_qk^2 on the queries, since heads may share keys."""
-        options = model.option(NgptOptions)
-        ratio = options.qk_init / _scale(model, options.qk_scale)
-        factor = (added["scale_qk"] * ratio).square().view(query.shape[-2:])
+        factor = (added["scale_qk"] * self.qk).square().view(query.shape[-2:])
         return unit(query) * factor.to(query.dtype), unit(key)
 
     def logit_factor(self, model: Model) -> float:
@@ -230,22 +243,17 @@ class NgptGains(Gains):
         return float(d_head(model))
 
     def hidden(
-        self, model: Model, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
+        self, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
     ) -> "tuple[Tensor, Tensor | None]":
-        options, root = model.option(NgptOptions), math.sqrt(model.d_model)
-        up = added["scale_u"] * (options.u_init / options.u_scale * (root if gate is None else 1.0))
-        hidden = hidden * up.to(hidden.dtype)
-        if gate is None:
-            return hidden, None
-        return hidden, gate * (added["scale_v"] * (options.v_init / options.v_scale * root)).to(gate.dtype)
+        hidden = hidden * (added["scale_u"] * self.up).to(hidden.dtype)
+        return hidden, None if gate is None else gate * (added["scale_v"] * self.gate).to(gate.dtype)
 
     def in_head(self, model: Model) -> tuple[Added, ...]:
         assert model.vocab_size is not None
         return (Added("scale_z", np.full(model.vocab_size, _scale(model, model.option(NgptOptions).z_scale))),)
 
-    def output_matrix(self, model: Model, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
-        options = model.option(NgptOptions)
-        return weight * (added["scale_z"] * (options.z_init / _scale(model, options.z_scale)))[:, None]
+    def output_matrix(self, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+        return weight * (added["scale_z"] * self.z)[:, None]
 
     def start(self, model: Model, kind: str) -> float:
         options = model.option(NgptOptions)
@@ -273,15 +281,8 @@ class NgptGains(Gains):
             )
 
     def modelling(self, model: Model) -> dict[str, Any]:
-        options = model.option(NgptOptions)
-        root = math.sqrt(model.d_model)
-        return {
-            "unit_ratios": {
-                "query_key": options.qk_init / _scale(model, options.qk_scale),
-                "up": options.u_init / options.u_scale * (1.0 if model.axes.activation.gated else root),
-                "gate": options.v_init / options.v_scale * root,
-            }
-        }
+        here = self.at(model)
+        return {"unit_ratios": {"query_key": here.qk, "up": here.up, "gate": here.gate}}
 
     def export_obstacle(self, model: Model) -> str:
         return "its queries and keys have length 1 and a factor for each feature, which no standard architecture has"

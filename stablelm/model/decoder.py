@@ -191,12 +191,12 @@ class Head(Linear):
         assert config.vocab_size is not None
         reparam = config.axes.reparam if config.axes.reparam.tables else None
         super().__init__(config.d_model, config.vocab_size, bias=False, dtypes=dtypes, reparam=reparam)
-        self.config = config
-        self.added = add_parameters(self, config.axes.gains.in_head(config), dtypes)
+        self.gains = config.axes.gains.at(config)
+        self.added = add_parameters(self, self.gains.in_head(config), dtypes)
 
     def matrix(self) -> Tensor:
         """What hidden states are multiplied by, (vocab_size, d_model)."""
-        return self.config.axes.gains.output_matrix(self.config, self.weight, named_parameters_of(self, self.added))
+        return self.gains.output_matrix(self.weight, named_parameters_of(self, self.added))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]

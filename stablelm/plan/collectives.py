@@ -80,7 +80,9 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
         gather(unit, (1 if freed == "never" else micro) if unit is embeddings else again, size)
     summed = 2 if config.engine.reduce_dtype == "bf16" else size
     times = micro if config.engine.accumulate == "sharded" or summed < size else 1
-    parts = [(elements[id(unit)], summed) for unit in units]
+    # What a shared layer accumulated goes with the backward pass of its last place, its own gradient with the first's.
+    twice = times == 1 and micro > 1
+    parts = [(elements[id(unit)], summed) for unit in units for _ in range(min(1 + twice, _runs(unit, places)))]
     parts += [(elements[id(unit)], size) for unit in filter(None, (embeddings, *others))]
     whole = sum(count * width for count, width in parts)
     found.add("reduce_scatter", times * len(parts), times * whole)

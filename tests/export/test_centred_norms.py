@@ -1,5 +1,6 @@
 """Pre-LN models with root-mean-square norms, and on a stream of one feature less: exact in float64."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hf_folders import load, moved_decoder, our_logits
 from safetensors.torch import save_file
+from support.exported import save_run
+from support.tiny import TinyCorpus
 from test_hf_model import model_of, some_tokens
 
 from stablelm.checkpoint.format import save_tensors
@@ -16,7 +19,9 @@ from stablelm.errors import ConfigError
 from stablelm.export.centred_norms import Centred, check
 from stablelm.export.hf_model import writer
 from stablelm.export.weights import Weights
+from stablelm.export.writer import ExportRequest, export
 from stablelm.model.decoder import Decoder
+from stablelm.model.initialise import initialise
 
 CONFIGS = {
     "plain": model_of(),
@@ -38,8 +43,6 @@ def folder_of(decoder: Decoder, folder: Path, norm: str) -> Path:
     made, out = Centred(source, norm), folder / "out"
     out.mkdir()
     shutil.copy(writer.MODELLING_FILE, out)
-    import json
-
     (out / "config.json").write_text(json.dumps(made.config() | {"dtype": "float64"}))
     tensors = {name: lazy.to(torch.float64) for name, lazy in made.tensors()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -88,6 +91,21 @@ def test_what_has_no_equivalent_is_refused(model, norm, words):
         check(model, norm)
 
 
+@pytest.mark.parametrize("norm", ["pre_rms", "crms"])
+def test_the_command_writes_it(norm: str, tmp_path: Path, tiny_corpus: TinyCorpus):
+    sizes = ("model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.method=looped")
+    run, decoder = save_run(tmp_path / "run", tiny_corpus.tokenizer, *sizes)
+    done = export(ExportRequest(str(run), tmp_path / "out", dtype="fp32", norm=norm))
+    assert done.format == "hf"
+    tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = load(tmp_path / "out")(tokens).logits
+    torch.testing.assert_close(found, our_logits(decoder, tokens), rtol=0, atol=1e-4)
+    for other in ("gpt2", *(("llama",) if norm == "crms" else ())):
+        with pytest.raises(ConfigError, match=f"--norm {norm} is not in --format {other}"):
+            export(ExportRequest(str(run), tmp_path / "other", format=other, norm=norm))
+
+
 def test_crmsnorm_is_layernorm_of_a_vector_with_one_feature_more():
     config = model_of(norm="crmsnorm")
     decoder = Decoder(config, "fp64")
@@ -105,8 +123,6 @@ def test_crmsnorm_is_layernorm_of_a_vector_with_one_feature_more():
 
 def test_crmsnorm_starts_with_columns_that_nearly_sum_to_zero():
     decoder = moved_decoder(model_of(norm="crmsnorm", d_model=64))
-    from stablelm.model.initialise import initialise
-
     initialise(decoder, decoder.config, 0)
     table = decoder.embedding.weight.detach()
     one = table.var()

@@ -120,12 +120,13 @@ def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
 
 def _output_matrix(source: TrainedModel) -> LazyTensor:
     """The head's, with its learned factors."""
-    model, weights, gains = source.model, source.weights, source.model.axes.gains
+    model, weights = source.model, source.weights
+    gains = model.axes.gains.at(model)
     names = [added.name for added in gains.in_head(model)]
     added = {name: weights.lazy(f"head.{name}") for name in names}
 
     def whole(weight: Tensor) -> Tensor:
-        return gains.output_matrix(model, weight, {name: each.values() for name, each in added.items()})
+        return gains.output_matrix(weight, {name: each.values() for name, each in added.items()})
 
     return weights.lazy("head.weight").map(whole)
 

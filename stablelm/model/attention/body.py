@@ -37,7 +37,11 @@ class Attention(nn.Module):
         assert width.attention % config.n_heads == 0
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
-        self.position, self.shaping, self.gains = config.axes.position, config.axes.shaping, config.axes.gains
+        self.position, self.shaping, self.gains = (
+            config.axes.position,
+            config.axes.shaping,
+            config.axes.gains.at(config),
+        )
         self.d_head, self.kv_heads = d_head(config), config.kv_heads
         self.scale = config.axes.init.logit_scale(self.d_head) * self.gains.logit_factor(config)
         self.dropout = config.dropout
@@ -97,7 +101,7 @@ class Attention(nn.Module):
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
             query, key = self.position.turn(query, tables), self.position.turn(key, tables)
         if self.gains.after_turn:
-            query, key = self.gains.queries_and_keys(self.config, query, key, named_parameters_of(self, self.added))
+            query, key = self.gains.queries_and_keys(query, key, named_parameters_of(self, self.added))
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
