@@ -16,6 +16,9 @@ from stablelm.methods.catalogue import apply_method
 from stablelm.model.initialise import roles
 from stablelm.printable import few
 
+MOST_PLACES = 1 << 16
+"""Of a stack whose layers are shared: more are no model that anybody trains."""
+
 
 def expected_shapes(
     model: ModelConfig, train: TrainConfig | None = None, *, optimizer: bool = True
@@ -62,7 +65,7 @@ def problems(path: CheckpointPath, *, optimizer: bool = True, trusted: bool = Fa
             return [f"{STATE} is of step {state['step']}, {COMMITTED} of step {commit.step}"]
         held, model = read_index(path / TENSORS), model_of(path, trusted=trusted)
         # A foreign checkpoint may name a model that is too large even to be described.
-        if model.n_layers > len(held.tensors):
+        if model.n_layers > MOST_PLACES or model.axes.stack.distinct(model) > len(held.tensors):
             return [f"{CONFIG} has model.n_layers={model.n_layers}, and there are fewer tensors than that"]
         weights = gaps(held, expected_shapes(model, optimizer=False))
     except (StoreError, EarlierFormat):

@@ -76,10 +76,11 @@ def differences(
 
 
 def _whole(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """A run saved before a key existed had what is the key's default now, and of an axis what the plain model has."""
+    """A run saved before a key existed had what is the key's default now, of an axis what a plain model has."""
     defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
     plain = {f"model.{name}": value for name, value in PRE_LN.defaults.items()}
-    return {ORDER_KEY: 1} | defaults | {name: plain[name] for name in current if name in plain} | saved
+    defaults |= {name: plain[name] for name, value in defaults.items() if value is None and name in plain}
+    return {ORDER_KEY: 1} | defaults | saved
 
 
 def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:

@@ -112,6 +112,29 @@ class ModelConfig(Model):
         path=False,
         axis="activation",
     )
+    stack: str | None = key(
+        None,
+        "which layers run at the n_layers places: plain: each its own; cycle, sequence: model.shared.repeats places "
+        "share one; None: the method's own",
+        identity=True,
+        path=False,
+        axis="stack",
+    )
+    depth_drop: str | None = key(
+        None,
+        "branches left out of a micro-batch at random, with model.drop.rate: uniform over depth, or linear_decay of "
+        "their survival; None: the method's own",
+        identity=True,
+        path=False,
+        axis="depth_drop",
+    )
+    gains: str | None = key(
+        None,
+        "learned factors inside the sub-layers and at the logits; None: the method's own",
+        identity=True,
+        path=False,
+        axis="gains",
+    )
     bias: bool | None = key(None, "biases in linear maps and layernorms; None: the method's own", identity=True)
     method_options: dict[str, str | int | float | bool] = key(
         dict, "options of a method that is named by import path", identity=True, path=False

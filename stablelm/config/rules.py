@@ -278,10 +278,13 @@ class _Rules:
             return model.changed(method_options={})
         return model
 
+    def _begins_from_weights(self) -> bool:
+        return self.config.run.init_from is not None or self.config.run.grow_from is not None
+
     def vocabulary(self, pieces: int) -> None:
         vocab, largest = self.config.model.vocab_size, _up(pieces, LARGEST_VOCABULARY_MULTIPLE)
         # What a run starts from may have been made for a larger vocabulary.
-        if vocab is None or pieces <= vocab <= largest or (vocab > largest and self.config.run.init_from is not None):
+        if vocab is None or pieces <= vocab <= largest or (vocab > largest and self._begins_from_weights()):
             return
         relation = "smaller" if vocab < pieces else "larger"
         fits = f"{pieces}" if largest == pieces else f"{pieces} to {largest}"

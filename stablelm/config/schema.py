@@ -30,6 +30,18 @@ class RunConfig:
     init_from: str | None = key(
         None, "start a new run from the weights of this run or checkpoint directory", identity=True, path=True
     )
+    grow_from: str | None = key(
+        None,
+        "start a new run from the weights of this shallower run or checkpoint directory; the optimizer state is new",
+        identity=True,
+        path=True,
+    )
+    growth: Literal["stack", "repeat", "zero"] = key(
+        "zero",
+        "how the layers of run.grow_from become more. stack: all of them on top of themselves; repeat: each several "
+        "times in a row; zero: repeat, with branches of zero in the copies, so that the function stays the same",
+        identity=True,
+    )
     allow_foreign_dir: bool = key(False, "write to a run.dir that belongs to another user")
     allow: list[str] = key(
         list,

@@ -35,6 +35,7 @@ _REASONS = {
     "data.": "it decides what every batch holds, those that are trained already too",
     "run.seed": "it decides what every batch holds, those that are trained already too",
     "run.init_from": "it is what the run began with",
+    "run.grow": "it is what the run began with",
     "train.betas": "Adam's averages were made with it",
     "train.eps": "Adam's averages were made with it",
     "train.optimizer": "its state belongs to it",

@@ -23,6 +23,7 @@ _VALUES = (
     "model.n_layers model.d_model model.n_heads model.kv_heads model.d_ff model.max_seq_len model.vocab_size "
     "model.dropout model.tie_embeddings model.stream_dtype model.stream model.placement model.norm model.norm_eps "
     "model.norm_alpha model.embedding_norm model.init model.reparam model.activation model.bias "
+    "model.stack model.depth_drop model.gains "
     "model.attention.position model.attention.rope_base model.attention.qk_norm model.attention.logit_cap "
     "model.attention.value_residual model.attention.low_rank model.attention.document_end model.attention.shaping "
     "model.attention.gate model.attention.softmax model.attention.value_maps model.embedding_gradient_scale "

@@ -14,8 +14,8 @@ from stablelm.config.schema import Config
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.tensor_parts import clean_name, local_part, part_of
 from stablelm.methods import spectral
+from stablelm.methods.roles import WRITING
 from stablelm.model.initialise import initial_values
-from stablelm.model.linear import Linear
 from stablelm.private_names import copy_all
 
 
@@ -23,13 +23,14 @@ class Reparametrised:
     """The reparametrised matrices of a model; empty, and free of cost, where nothing follows the optimizer step."""
 
     def __init__(self, module: nn.Module):
-        self._maps = {
+        self._maps: dict[str, Any] = {
             clean_name(name): part
             for name, part in module.named_modules()
-            if isinstance(part, Linear) and part.reparam is not None and part.reparam.after_step
+            if (reparam := getattr(part, "reparam", None)) is not None and reparam.after_step
         }
         # Kept because FSDP2 replaces `module.weight` by the gathered matrix in some passes.
         self._weights: list[Any] = [part.weight for part in self._maps.values()]
+        self._writes = [name.rpartition(".")[2] in WRITING for name in self._maps]
         self._starts = [_start(weight) for weight in self._weights]
         self._reduce = _reducer(self._weights)
         found = map(_vectors, self._maps.values(), self._weights)
@@ -50,7 +51,8 @@ class Reparametrised:
     def update(self, skipped: Tensor) -> dict[str, Tensor]:
         """`Reparam.update` of all matrices; call after each optimizer step, with whether it was skipped (0-dim).
 
-        Returns factors for the rows of each matrix, (1,) or (d_out,), by name; empty if there are none.
+        Returns factors for the rows of each matrix, (1,) or (d_out,), or for its columns, (1, d_in), by name; empty if
+        there are none.
         """
         if not self._maps:
             return {}
@@ -70,11 +72,12 @@ class Reparametrised:
         return dict(zip(self._maps, factors, strict=True))
 
     def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Multiplies the rows of matrices that are held whole or in rows by the factors of `update`."""
+        """Multiplies matrices that are held whole or in rows by the factors of `update`."""
         for name, weight, first_row in zip(self._maps, self._weights, self._starts, strict=True):
             if name in factors:
-                rows = local_part(weight).detach()
-                factor = factors[name].expand(weight.shape[0])[first_row : first_row + len(rows), None]
+                rows, factor = local_part(weight).detach(), factors[name]
+                if factor.ndim == 1:  # else of columns, which every rank has all of
+                    factor = factor.expand(weight.shape[0])[first_row : first_row + len(rows), None]
                 rows.mul_(factor.to(rows.device, rows.dtype))
 
     def norms(self) -> dict[str, float]:
@@ -93,13 +96,13 @@ class Reparametrised:
     def _matrices(self, vectors: Sequence[Tensor]) -> list[spectral.Matrix] | list[spectral.Slice]:
         """This rank's parts, with u, v and sigma of each in turn from `vectors`."""
         own = zip(*(vectors[place::3] for place in range(3)), strict=True)
-        held = list(zip(self._weights, self._starts, own, strict=True))
+        held = list(zip(self._weights, self._starts, own, self._writes, strict=True))
         if any(map(_is_flat, self._weights)):
-            return [spectral.Slice(_local_range(weight), start, *own) for weight, start, own in held]
-        return [spectral.Matrix(local_part(weight).detach(), start, *own) for weight, start, own in held]
+            return [spectral.Slice(_local_range(weight), start, *own, writes=w) for weight, start, own, w in held]
+        return [spectral.Matrix(local_part(weight).detach(), start, *own, writes=w) for weight, start, own, w in held]
 
 
-def _vectors(part: Linear, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _vectors(part: Any, weight: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`spectral.vectors` of a matrix of which a rank may hold a part."""
     d_out, d_in = weight.ds_shape if _is_flat(weight) else weight.shape
     return spectral.vectors(part, d_in, d_out)

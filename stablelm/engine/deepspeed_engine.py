@@ -112,10 +112,19 @@ class DeepSpeedEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in private_names.saved_buffers(self.module).items()}
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        last: bool = True,
+        boundaries: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> LossSums:
         call = self.module if self._engine is None else self._engine
         with limit_explained(self._compiled):
-            return call(tokens, targets, z_loss=self._z_loss, token_loss=self._token_loss, boundaries=boundaries)
+            options = {"z_loss": self._z_loss, "token_loss": self._token_loss}
+            return call(tokens, targets, **options, boundaries=boundaries, factors=factors)
 
     def logits(self, tokens: Tensor, columns: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         call = self.module if self._engine is None else self._engine
@@ -167,13 +176,17 @@ class DeepSpeedEngine:
         return norm
 
     def _scale_rows(self, factors: Mapping[str, Tensor]) -> None:
-        """Multiplies rows of matrices in the master weights, and publishes these; collective if there are any."""
+        """Multiplies rows or columns in the master weights, and publishes these; collective if there are any."""
         flats = self._masters() if factors else []
         for name, factor in factors.items():
             part = self._slices[f"{name}.weight"]
-            rows = torch.arange(part.start, part.start + part.length, device=factor.device) // part.shape[1]
+            places = torch.arange(part.start, part.start + part.length, device=factor.device)
             held = part.shard(flats[part.group]).local
-            held.mul_(factor.expand(part.shape[0])[rows].to(held.device, held.dtype))
+            of_rows = factor.ndim == 1
+            chosen = (
+                factor.expand(part.shape[0])[places // part.shape[1]] if of_rows else factor[0, places % part.shape[1]]
+            )
+            held.mul_(chosen.to(held.device, held.dtype))
         if factors:
             self.loaded()
 

@@ -49,10 +49,19 @@ class Engine(Protocol):
         """The decoder; its parameters may be shards."""
         ...
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        last: bool = True,
+        boundaries: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> LossSums:
         """Sums over this rank's (batch, seq) targets; gradients follow torch's grad mode.
 
-        `last` as its `backward` will say; `boundaries`: of `Decoder.boundaries`.
+        `last` as its `backward` will say; `boundaries`, `factors`: of `Decoder.boundaries` and
+        `Decoder.branch_factors`.
         """
         ...
 

@@ -45,9 +45,18 @@ def replicated(module: nn.Module) -> list[nn.Parameter]:
 
 
 def units(layers: nn.ModuleList, unit_bytes: int) -> list[list[nn.Module]]:
-    """Consecutive layers together until their matrices reach `unit_bytes` in bf16; the last unit may be smaller."""
+    """Consecutive layers together until their matrices reach `unit_bytes` in bf16, see `smallest_unit`; the last unit
+    may be smaller."""
     sizes = [sum(GATHERED_BYTES * p.numel() for p in layer.parameters() if p.ndim > 1) for layer in layers]
     return [[layers[index] for index in unit] for unit in grouped(sizes, unit_bytes)]
+
+
+def smallest_unit(config: Config) -> int:
+    """The bytes at which a unit of layers is complete: 0, a layer each, where layers run at several places.
+
+    FSDP2 frees a unit once all its modules ran, which shared layers may do in any order.
+    """
+    return 0 if config.model.axes.stack.shared else config.engine.unit_bytes
 
 
 def grouped(sizes: list[int], limit: int) -> list[list[int]]:
@@ -76,7 +85,7 @@ def shard(module: Decoder, config: Config, mesh: DeviceMesh) -> None:
     inner = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=bf16 and summed, cast_forward_inputs=False)
     outer = MixedPrecisionPolicy(cast_forward_inputs=False)
     split = partial(fully_shard, mesh=mesh, offload_policy=offload, ignored_params=whole)
-    groups = units(module.layers, engine.unit_bytes)
+    groups = units(module.layers, smallest_unit(config))
     for group in groups:
         split(group, mp_policy=inner)
     free_head = engine.reshard_after_forward == "always"

@@ -111,15 +111,23 @@ class TorchEngine:
         """What is state but not learned (the vectors of spectral norms), whole on every rank, by portable name."""
         return {clean_name(name): buffer for name, buffer in saved_buffers(self.module).items()}
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, last: bool = True, boundaries: Tensor | None = None) -> LossSums:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        last: bool = True,
+        boundaries: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> LossSums:
         self._keep_gathered(torch.is_grad_enabled())
         # DDP arranges the reduction of gradients in the forward pass.
         with (
             limit_explained(self._compiled),
             self._ddp.no_sync() if self._ddp is not None and not last else nullcontext(),
         ):
-            z_loss = 0.0 if self._pass == CURVATURE else self._z_loss
-            return self._call(tokens, targets, z_loss=z_loss, token_loss=self._token_loss, boundaries=boundaries)
+            options = {"z_loss": 0.0 if self._pass == CURVATURE else self._z_loss, "token_loss": self._token_loss}
+            return self._call(tokens, targets, **options, boundaries=boundaries, factors=factors)
 
     def drawn(self, tokens: Tensor, draws: Tensor, *, boundaries: Tensor | None = None) -> Tensor:
         self._keep_gathered(False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stablelm.config.schema import ModelConfig
 from stablelm.export.calibration import NormInput, norm_inputs
-from stablelm.export.weights import LazyTensor, Weights, constant
+from stablelm.export.weights import LazyTensor, Weights, constant, unrolled
 from stablelm.methods import catalogue
 from stablelm.methods.sizes import d_head
 
@@ -75,7 +75,7 @@ class Folded:
 
     With `centre`, layer norms without biases become root-mean-square norms, which is exact where all that is written to
     the stream has mean zero, as it then has: means are taken out of the tables and of the output maps. Only where
-    `obstacles` is empty is the rest of use.
+    `obstacles` is empty is the rest of use. Shared layers are written at each of their places.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Folded:
         centre: bool = False,
         norm_inputs: Sequence[NormInput] = (),
     ):
+        model, weights = unrolled(model, weights)
         self.model, self.weights, self.centre, self._norm_inputs = model, weights, centre, norm_inputs
         self.d_head = d_head(model)
 
@@ -149,7 +150,8 @@ class Folded:
             stem = _stem(sublayer)
             names = [each.name for each in stream.in_sublayer(model, sublayer)]
             added = {name: self.weights.read(f"{stem}.{name}").double() for name in names}
-            found.append(stream.trained_gains(model, sublayer, added))
+            skip, branch = stream.trained_gains(model, sublayer, added)
+            found.append((skip, branch * model.axes.depth_drop.evaluated(model, sublayer)))
         return found
 
     def _branch_scale(self, sublayer: int) -> Tensor | None:

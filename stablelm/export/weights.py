@@ -1,6 +1,7 @@
 """A checkpoint's model tensor by tensor, and tensors that are computed when they are written."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from stablelm.checkpoint.tensor_index import read_index
 from stablelm.checkpoint.weights import EvaluatedWeights
 from stablelm.evaluate.trained_run import TrainedRun, parameter_names
 from stablelm.methods import spectral
-from stablelm.methods.axes import Model
+from stablelm.methods.axes import M, Model
+
+LAYERS = "layers."
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ def joined(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor((rows, *parts[0].shape[1:]), lambda: torch.cat([part.values() for part in parts]))
 
 
+def unrolled(model: M, weights: "Weights") -> "tuple[M, Weights]":
+    """A model of the same function whose layers all have weights of their own, and these."""
+    stack = model.axes.stack
+    if not stack.shared:
+        return model, weights
+    return stack.unshared(model), weights.unrolled(stack.places(model))
+
+
 class Weights:
     """The tensors of a checkpoint's model by the decoder's own names, read one at a time.
 
@@ -70,16 +81,19 @@ class Weights:
         }
         self._evaluated = None if run is None else EvaluatedWeights.of(checkpoint, run.config)
         self._learned = set() if run is None else parameter_names(run)
+        self._sources: dict[str, str] = {}
+        """The checkpoint's names of tensors that have another one here."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
     def read(self, name: str) -> Tensor:
         """A whole tensor on the CPU, in the dtype in which it was saved."""
+        origin = MODEL_PREFIX + self._sources.get(name, name)
         if self._evaluated is None or self._evaluated.trained:
-            return self._reader.tensor(MODEL_PREFIX + name)
-        tensor = torch.empty(self.shapes[name], dtype=self._reader.index.tensors[MODEL_PREFIX + name].torch_dtype)
-        self._evaluated.load({MODEL_PREFIX + name: tensor}, self._learned)
+            return self._reader.tensor(origin)
+        tensor = torch.empty(self.shapes[name], dtype=self._reader.index.tensors[origin].torch_dtype)
+        self._evaluated.load({origin: tensor}, self._learned)
         return tensor
 
     def lazy(self, name: str) -> LazyTensor:
@@ -89,6 +103,20 @@ class Weights:
     def optional(self, name: str) -> LazyTensor | None:
         """A tensor as it is, None where the model has none of that name."""
         return self.lazy(name) if name in self else None
+
+    def unrolled(self, places: Sequence[int]) -> "Weights":
+        """Those of the same function with a layer of its own at each place; `places`: the layers that run there."""
+        found = copy(self)
+        of_layer: dict[int, list[str]] = {}
+        for name in self.shapes:
+            if name.startswith(LAYERS):
+                number, _, _ = name.removeprefix(LAYERS).partition(".")
+                of_layer.setdefault(int(number), []).append(name.removeprefix(f"{LAYERS}{number}."))
+        found._sources = {name: name for name in self.shapes if not name.startswith(LAYERS)}
+        for place, layer in enumerate(places):
+            found._sources |= {f"{LAYERS}{place}.{rest}": f"{LAYERS}{layer}.{rest}" for rest in of_layer[layer]}
+        found.shapes = {name: self.shapes[source] for name, source in found._sources.items()}
+        return found
 
     def matrix(self, stem: str, model: Model, sublayer: int) -> LazyTensor:
         """The matrix (d_out, d_in) that a map of a sub-layer stands for: reparametrisation and factors multiplied out.

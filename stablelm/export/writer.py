@@ -15,9 +15,9 @@ import torch
 from stablelm.checkpoint.remote_path import FULL, UNWRITABLE
 from stablelm.errors import ConfigError, StorageError
 from stablelm.evaluate.trained_run import TrainedRun, open_run
-from stablelm.export import gguf, hub, model_card, tokenizer_files
+from stablelm.export import centred_norms, gguf, hub, model_card, tokenizer_files
 from stablelm.export.folding import Folded
-from stablelm.export.formats.choice import GGUF, OWN, choose, format_of, gguf_architecture
+from stablelm.export.formats.choice import GGUF, LAYER_NORMS, OWN, STANDARD, choose, format_of, gguf_architecture
 from stablelm.export.sample_text import sample_documents, sample_tokens
 from stablelm.export.shards import write_shards
 from stablelm.export.weights import Weights
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class ExportRequest:
     """What to export and how. `dtype`: fp32 or bf16, of GGUF q8_0 too; `checked`: a file of documents for the
     tokenizer; `push`: the hub's repository OWNER/NAME; `trusted`, `average`: as for
-    `open_run`."""
+    `open_run`; `norm`: of `centred_norms.NORMS`."""
 
     checkpoint: str
     out: Path
@@ -42,6 +42,7 @@ class ExportRequest:
     push: str | None = None
     trusted: bool = False
     average: str | None = None
+    norm: str = centred_norms.OWN
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def export(request: ExportRequest) -> Exported:
     _check_out(request)
     run = open_run(request.checkpoint, tokenizer=request.tokenizer, trusted=request.trusted, average=request.average)
     folded = Folded(run.config.model, Weights(run.checkpoint, run))
-    name = choose(request.format, folded)
+    name = _format(request, folded)
     texts = sample_documents(run, request.checked)
     longest = run.config.model.max_seq_len or 0
     files = tokenizer_files.contents(run.tokenizer, longest=longest) if name != GGUF else {}
@@ -83,6 +84,25 @@ def export(request: ExportRequest) -> Exported:
         address = hub.push(request.push, request.out, message=f"Step {run.step} in format {name}")
         notes.append(f"Sent to the hub: {address}.")
     return Exported(request.out, name, parameters, tuple(notes))
+
+
+def _format(request: ExportRequest, folded: Folded) -> str:
+    """The format to write; all standard ones but gpt2 have root-mean-square norms anyway. Raises ConfigError."""
+    if request.norm == centred_norms.OWN:
+        return choose(request.format, folded)
+    crms = request.norm == centred_norms.CRMS
+    if request.format == LAYER_NORMS or (crms and request.format not in ("auto", OWN)):
+        raise ConfigError(
+            f"--norm {request.norm} is not in --format {request.format}, whose norms are "
+            f"{'layer' if request.format == LAYER_NORMS else 'root-mean-square'} norms; use --format {OWN}"
+        )
+    if request.format != "auto" and request.format != OWN:
+        return choose(request.format, folded)
+    fitting = (name for name in STANDARD if name != LAYER_NORMS and not format_of(name).obstacles(folded))
+    if request.format == "auto" and not crms and (found := next(fitting, None)) is not None:
+        return found
+    centred_norms.check(folded.model, request.norm)
+    return choose(OWN, folded)
 
 
 def _check_out(request: ExportRequest) -> None:
@@ -154,6 +174,8 @@ def _write_model(request: ExportRequest, name: str, folded: Folded, run: Trained
         gguf.write(folded, run.tokenizer, folder, request.dtype)
         return sum(math.prod(tensor.shape) for _, tensor in format_of(gguf_architecture(folded)).tensors(folded))
     architecture, dtype = format_of(name), DTYPES[request.dtype]
+    if name == OWN and request.norm != centred_norms.OWN:
+        architecture = centred_norms.Centred(folded, request.norm)
     ids = tokenizer_files.token_ids(run.tokenizer)
     # No pad_token_id here: an embedding of that id would not be trained further.
     tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": None}

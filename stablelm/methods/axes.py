@@ -363,6 +363,8 @@ class NormKind(Value):
 
     has_bias: ClassVar[bool] = True
     """Whether it has a bias where the model has biases."""
+    has_gain: ClassVar[bool] = True
+    """Whether it has a learned gain for each feature."""
     has_slope: ClassVar[bool] = False
     """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
     wide_inside: ClassVar[bool] = False
@@ -372,10 +374,14 @@ class NormKind(Value):
     mean square alone; None: they have none that computes the same. A subclass that computes something else sets its
     own."""
 
-    def apply(self, x: "Tensor", weight: "Tensor", bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
-        """x: (..., width) -> the same shape and dtype: the parameters', or a lower one if `wide_inside`; `alpha`: (1,)
-        if `has_slope`."""
+    def apply(self, x: "Tensor", weight: Any, bias: "Tensor | None", alpha: Any, eps: float) -> "Tensor":
+        """x: (..., width) -> the same shape and dtype: the parameters', or a lower one if `wide_inside`; `weight`:
+        (width,) if `has_gain`, `alpha`: (1,) if `has_slope`."""
         raise NotImplementedError
+
+    def start(self, value: "Tensor", dim: int) -> "Tensor":
+        """Initial values of a table or of a matrix that writes onto the stream, whose features are along `dim`."""
+        return value
 
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
         """Its action on token kernels."""
@@ -400,6 +406,8 @@ class Init(Value):
     """Whether it sets the size of a branch by the size of its matrices, which a spectral norm of 1 undoes."""
     solved: ClassVar[bool] = False
     """Whether stds are solved such that each branch has variance 1 after its dropout."""
+    unit_length: ClassVar[bool] = False
+    """Whether matrices and tables start with length 1 along the embedding dimension."""
     unit_variance: ClassVar[bool] = False
     """Whether embeddings and activations have variance 1, as the activation `tailored` assumes."""
 
@@ -460,6 +468,8 @@ class Reparam(Value):
     """Whether another matrix takes the place of the one that was drawn, by `split` in place of `starts`."""
     scale_free: ClassVar[bool] = True
     """Whether the function does not depend on the size of its matrices, which therefore have no decay."""
+    tables: ClassVar[bool] = False
+    """Whether it applies to the token table and to an untied head too."""
 
     def applies(self, model: Model, sublayer: int) -> bool:
         """Whether it applies to the matrices of a sub-layer."""
@@ -534,7 +544,7 @@ class Reparam(Value):
 
         `matrices`: `methods.spectral.Matrix` or `Slice`; `reduce` sums a flat tensor over the ranks in place, None if
         each holds whole matrices. Buffers are changed in place; factors that are returned, one (1,) or (d_out,) for
-        each matrix, multiply its rows, in the optimizer's own copy too.
+        each matrix, multiply its rows, (1, d_in) its columns, in the optimizer's own copy too.
         """
         return None
 
@@ -804,6 +814,112 @@ class Maps(Value):
         return "its query, key and value maps have a lower rank than whole matrices" if self.rank(model) else None
 
 
+class Stack(Value):
+    """Which layers there are, and which of them runs at each of the `n_layers` places of the stack."""
+
+    shared: ClassVar[bool] = False
+    """Whether a layer runs at several places."""
+
+    def distinct(self, model: Model) -> int:
+        """The number of layers with parameters of their own."""
+        return model.n_layers
+
+    def layer_at(self, model: Model, place: int) -> int:
+        """The layer, counted from 0, that runs at a place."""
+        return place
+
+    def places(self, model: Model) -> list[int]:
+        """The layer that runs at each place."""
+        return [self.layer_at(model, place) for place in range(model.n_layers)]
+
+    def first_place(self, model: Model, layer: int) -> int:
+        """Where a layer runs first, by which its initial values are chosen."""
+        return self.places(model).index(layer) if self.shared else layer
+
+    def unshared(self, model: M) -> M:
+        """The model of the same function whose layers all have parameters of their own."""
+        return model
+
+
+class DepthDrop(Value):
+    """Which branches are left out of a micro-batch at random; each with the chance of its sub-layer."""
+
+    active: ClassVar[bool] = False
+    """Whether any is left out."""
+
+    def draws_layers(self, model: Model) -> bool:
+        """Whether both branches of a layer are left out together."""
+        return True
+
+    def survival(self, model: Model, sublayer: int) -> float:
+        """The probability that a branch is kept."""
+        return 1.0
+
+    def trained(self, model: Model, sublayer: int) -> float:
+        """What multiplies a branch that is kept, in training."""
+        return 1.0
+
+    def evaluated(self, model: Model, sublayer: int) -> float:
+        """What multiplies every branch in evaluation."""
+        return 1.0
+
+    def root_mean_square(self, model: Model, sublayer: int) -> float:
+        """Of what multiplies the branch in training: for the theory, and for passes of no training step."""
+        return math.sqrt(self.survival(model, sublayer)) * self.trained(model, sublayer)
+
+
+class Gains(Value):
+    """Learned factors inside the bodies and at the logits, and where queries and keys are normalised by them."""
+
+    after_turn: ClassVar[bool] = False
+    """Whether `queries_and_keys` changes anything."""
+
+    def at(self, model: Model) -> "Gains":
+        """The value with the constants of this model."""
+        return self
+
+    def in_body(self, model: Model, sublayer: int) -> tuple[Added, ...]:
+        """Parameters that each body gets."""
+        return ()
+
+    def queries_and_keys(
+        self, query: "Tensor", key: "Tensor", added: Mapping[str, "Tensor"]
+    ) -> "tuple[Tensor, Tensor]":
+        """(batch, seq, heads, d_head) each, with their positions."""
+        return query, key
+
+    def hidden(
+        self, hidden: "Tensor", gate: "Tensor | None", added: Mapping[str, "Tensor"]
+    ) -> "tuple[Tensor, Tensor | None]":
+        """What the activation reads, (batch, seq, d_ff) each."""
+        return hidden, gate
+
+    def in_head(self, model: Model) -> tuple[Added, ...]:
+        """Parameters that an untied head gets."""
+        return ()
+
+    def output_matrix(self, weight: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+        """What an untied head multiplies by, from its matrix (vocab_size, d_model)."""
+        return weight
+
+    def logit_factor(self, model: Model) -> float:
+        """What multiplies the scale of query . key beside `Init.logit_scale`."""
+        return 1.0
+
+    def start(self, model: Model, kind: str) -> float:
+        """What multiplies the products of a kind of matrix, or of the head, at the start, for the theory."""
+        return 1.0
+
+    def logits_at_start(self, model: Model) -> float:
+        """What multiplies the logits of queries and keys of length sqrt(d_head) at the start beside
+        `Init.logit_scale`, if `normalises_keys`."""
+        return 1.0
+
+    def normalises_keys(self, model: Model) -> bool:
+        """Whether queries and keys are normalised, whatever by."""
+        return bool(model.attention.qk_norm)
+
+
 class MethodOptions:
     """Base of a method's options, a frozen dataclass of `stablelm.key.key` fields: the section `model.<SECTION>`.
 
@@ -831,6 +947,9 @@ class Axes:
     softmax: Softmax
     value_mixing: ValueMixing
     maps: Maps
+    stack: Stack
+    depth_drop: DepthDrop
+    gains: Gains
 
     def each(self) -> tuple[Value, ...]:
         """All of them."""

@@ -24,13 +24,16 @@ from stablelm.methods.gpt2 import GPT2
 from stablelm.methods.gtrxl import GTRXL
 from stablelm.methods.hyper_connections import HYPER_CONNECTIONS
 from stablelm.methods.keel import KEEL
+from stablelm.methods.layer_drop import LAYER_DROP, STOCHASTIC_DEPTH
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
 from stablelm.methods.layerscale import LAYERSCALE
+from stablelm.methods.looped import LOOPED
 from stablelm.methods.magneto import MAGNETO
 from stablelm.methods.mhc import MHC
 from stablelm.methods.mix_ln import MIX_LN
 from stablelm.methods.mlra import MLRA
 from stablelm.methods.muddformer import MUDDFORMER
+from stablelm.methods.ngpt import NGPT
 from stablelm.methods.normformer import NORMFORMER
 from stablelm.methods.norms import NORMS
 from stablelm.methods.peri_ln import PERI_LN
@@ -61,12 +64,14 @@ METHODS: dict[str, Method] = {
         *(KEEL, MIX_LN, LAYERSCALE, SKIPINIT, ADMIN, NORMFORMER, RESI_DUAL),
         *(GATED_ATTENTION, SOFTMAX_ONE, ATTENTION_SINK, CLIPPED_SOFTMAX, SHAPED_ATTENTION, SAS, SAS_P),
         *(SCALED_EMBED, EMBED_LN, WESAR),
+        *(NGPT, LOOPED, LAYER_DROP, STOCHASTIC_DEPTH),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())
 """Axis values that belong to no single method."""
 KEYS = {
     **{axis: axis for axis in ("stream", "placement", "norm", "init", "reparam", "activation")},
+    **{axis: axis for axis in ("stack", "depth_drop", "gains")},
     **{axis: f"attention.{axis}" for axis in ("position", "shaping", "gate", "softmax")},
 }
 """The keys, below `model.`, of the axes whose values are named."""

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from stablelm.methods.axes import (
     AttentionGate,
+    DepthDrop,
+    Gains,
     Init,
     Maps,
     Method,
@@ -16,6 +18,7 @@ from stablelm.methods.axes import (
     Role,
     Shaping,
     Softmax,
+    Stack,
     Stream,
     ValueMixing,
 )
@@ -65,6 +68,21 @@ class WholeMaps(Maps):
 
 
 @dataclass(frozen=True)
+class OwnLayers(Stack):
+    name: ClassVar[str] = "plain"
+
+
+@dataclass(frozen=True)
+class NoDrop(DepthDrop):
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
+class NoGains(Gains):
+    name: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
 class Xavier(Init):
     name: ClassVar[str] = "xavier"
 
@@ -100,6 +118,9 @@ VALUES = (
     PlainSoftmax(),
     OwnValues(),
     WholeMaps(),
+    OwnLayers(),
+    NoDrop(),
+    NoGains(),
     Xavier(),
     FanIn(),
 )
@@ -113,6 +134,9 @@ DEFAULTS = {
     "activation": "gelu",
     "bias": False,
     "tie_embeddings": False,
+    "stack": "plain",
+    "depth_drop": "none",
+    "gains": "none",
     "attention.position": "rope",
     "attention.qk_norm": False,
     "attention.logit_cap": 0.0,

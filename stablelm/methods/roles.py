@@ -10,6 +10,8 @@ MATRICES = ("query", "key", "value", "head_gate", "output", "fc1", "gate", "fc2"
 TABLES = ("embedding", "position", "head")
 BRANCH_MATRICES = ("value", "output", "fc1", "gate", "fc2")
 """The matrices on a branch's own path; queries and keys only set the logits."""
+WRITING = ("output", "fc2")
+"""Those whose rows, not columns, are features of the stream."""
 
 
 class Refusal(NamedTuple):

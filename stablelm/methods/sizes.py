@@ -48,7 +48,8 @@ def _entering(model: Model, sublayer: int, d_in: int, rows: tuple[int, ...]) -> 
 
 def logit_scale(model: Model) -> float:
     """What multiplies query . key."""
-    return model.axes.init.logit_scale(d_head(model)) * model.axes.shaping.logit_factor(model)
+    axes = model.axes
+    return axes.init.logit_scale(d_head(model)) * axes.shaping.logit_factor(model) * axes.gains.logit_factor(model)
 
 
 def fits_float8(d_in: int, rows: Sequence[int], least: int) -> bool:
@@ -65,21 +66,24 @@ def parameter_counts(model: Model) -> dict[str, int]:
     """Numbers of parameters.
 
     `total`: distinct parameters; `embedding`: token table and learned positions; `head`: 0 when tied;
-    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, with those that
-    the stream adds, the projection of a stream that grows and the head, tied or not).
+    `layers`: all in the layers; `matmul`: those a token is multiplied with (matrices of the layers, at each place
+    that they take and with those that the stream adds, the projection of a stream that grows and the head, tied or
+    not).
     """
     assert model.vocab_size is not None
     assert model.max_seq_len is not None
-    stream = model.axes.stream
+    stream, stack = model.axes.stream, model.axes.stack
+    layers = [stack.first_place(model, layer) for layer in range(stack.distinct(model))]
     if stream.layers_differ or model.axes.placement.layers_differ:
-        matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in range(model.n_layers)), strict=True))
+        matrices, others = (sum(both) for both in zip(*(_layer(model, i) for i in layers), strict=True))
     else:
-        matrices, others = (model.n_layers * one for one in _layer(model, 0))
-    for layer in range(model.n_layers):
+        matrices, others = (len(layers) * one for one in _layer(model, 0))
+    for layer in layers:
         added = (
             *stream.in_layer(model, layer),
             *(each for half in (0, 1) for each in stream.in_sublayer(model, 2 * layer + half)),
             *(each for value in model.axes.each() for each in value.in_attention(model, layer)),
+            *(each for half in (0, 1) for each in model.axes.gains.in_body(model, 2 * layer + half)),
         )
         matrices += sum(each.start.size for each in added if each.map)
         others += sum(each.start.size for each in added if not each.map)
@@ -89,12 +93,15 @@ def parameter_counts(model: Model) -> dict[str, int]:
     vocabulary = model.vocab_size * model.d_model
     embedding = vocabulary + (model.max_seq_len * model.d_model if model.axes.position.adds_table else 0)
     head = 0 if model.tie_embeddings else vocabulary
+    factors = 0 if model.tie_embeddings else sum(each.start.size for each in model.axes.gains.in_head(model))
+    # Each place multiplies by its layer's matrices.
+    multiplied = matrices if not stack.shared else matrices // len(layers) * model.n_layers
     return {
-        "total": embedding + matrices + others + norms + projection + head,
+        "total": embedding + matrices + others + norms + projection + head + factors,
         "embedding": embedding,
         "head": head,
         "layers": matrices + others,
-        "matmul": matrices + projection + vocabulary,
+        "matmul": multiplied + projection + vocabulary,
     }
 
 
@@ -153,4 +160,4 @@ def _body(model: Model, width: Widths, index: int, others: int, inner: int) -> t
 
 def _norm(model: Model, width: int) -> int:
     norm = model.axes.norm
-    return width * (1 + (bool(model.bias) and norm.has_bias)) + norm.has_slope
+    return width * (norm.has_gain + (bool(model.bias) and norm.has_bias)) + norm.has_slope

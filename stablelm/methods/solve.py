@@ -73,7 +73,8 @@ def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tup
         return r, r
     width = d_head(model)
     factor = model.axes.shaping.logit_factor(model) ** 2
-    logit_variance = factor * (1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width)
+    keys = 1.0 if model.axes.gains.normalises_keys(model) else model.axes.init.logit_scale(width) ** 2 * width
+    logit_variance = factor * keys
     own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
     own /= 1 - model.dropout
     kept, common = r + (1 - r) * own, r + (1 - r) * shared
@@ -122,6 +123,7 @@ def _write(model: Model, variance: float, correlation: float, branch: float, ind
     """The stream after a branch of variance 1 whose tokens have correlation `branch`."""
     stream = model.axes.stream
     skip, share = stream.gains_at_start(model, index)
+    share *= model.axes.depth_drop.root_mean_square(model, index)
     if stream.grows:
         width = stream.widths(model, index)
         total = width.read + width.branch

@@ -102,7 +102,8 @@ def _orthogonal_to(vector: Tensor, basis: Tensor) -> Tensor:
 class Matrix(NamedTuple):
     """A matrix as one rank holds it: rows `first_row` ... of W (d_out, d_in), and u (d_in,), v (d_out,) and sigma (1,).
 
-    Without these u, v and sigma are empty tensors of that length, on the meta device.
+    `writes`: whether its rows are features of the stream, not its columns. Without these u, v and sigma are empty
+    tensors of that length, on the meta device.
     """
 
     rows: Tensor
@@ -110,6 +111,7 @@ class Matrix(NamedTuple):
     u: Tensor
     v: Tensor
     sigma: Tensor
+    writes: bool = False
 
 
 class Slice(NamedTuple):
@@ -120,6 +122,7 @@ class Slice(NamedTuple):
     u: Tensor
     v: Tensor
     sigma: Tensor
+    writes: bool = False
 
 
 Part = Matrix | Slice
@@ -152,6 +155,20 @@ def _squares(group: Sequence[Part]) -> Tensor:
     for places, held in _batches(group):
         for row, _, block in _blocks(group[0], held):
             found[places, row : row + block.shape[-2]] += block.square().sum(dim=-1)
+    return found
+
+
+@torch.no_grad()
+def squared_columns(matrices: Sequence[Part], reduce: Reduce | None = None) -> list[Tensor]:
+    """Squared length of each column of every whole matrix, (d_in,) each; at most one call of `reduce`."""
+    return _by_group(_column_squares, matrices, reduce)
+
+
+def _column_squares(group: Sequence[Part]) -> Tensor:
+    found = _held(group[0]).new_zeros(len(group), len(group[0].u))
+    for places, held in _batches(group):
+        for _, column, block in _blocks(group[0], held):
+            found[places, column : column + block.shape[-1]] += block.square().sum(dim=-2)
     return found
 
 
@@ -230,6 +247,8 @@ def _by_group(
     measure: Callable[[Sequence[Part]], Tensor], matrices: Sequence[Part], reduce: Reduce | None
 ) -> list[Tensor]:
     """A row of `measure` for each matrix, summed over ranks."""
+    if not matrices:
+        return []
     groups, places = _by_shape(matrices)
     rows = list(chain.from_iterable(_summed(map(measure, groups), reduce)))
     return [rows[place] for place in places]

@@ -7,8 +7,13 @@ from stablelm.methods.sizes import d_key_value, widths
 
 
 def initial_std(role: Role, shape: Sequence[int], model: Model) -> float:
-    """The std of a matrix's or table's initial values under `model.init`; `shape` is (fan_out, fan_in)."""
+    """The std of a matrix's or table's initial values under `model.init`; `shape` is (fan_out, fan_in).
+
+    A shared layer has that of its first place.
+    """
     init = model.axes.init
+    if role.layer is not None:
+        role = role._replace(layer=model.axes.stack.first_place(model, role.layer))
     if role.kind in ("embedding", "position"):
         return init.embedding_std(model)
     if role.kind == "head":
@@ -40,5 +45,5 @@ def map_variance(model: Model, kind: str, sublayer: int, d_in: int, d_out: int) 
 
 def entry_variance(model: Model, role: Role, shape: tuple[int, int], sublayer: int) -> float:
     """Of the entries of one matrix (fan_out, fan_in), of a reparametrised one as it acts."""
-    std, reparam = initial_std(role, shape, model), model.axes.reparam
+    std, reparam = initial_std(role, shape, model) * model.axes.gains.start(model, role.kind), model.axes.reparam
     return reparam.entry_variance(model, std, shape) if reparam.applies(model, sublayer) else std**2

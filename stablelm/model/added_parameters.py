@@ -15,7 +15,11 @@ def add_parameters(module: nn.Module, parameters: tuple[Added, ...], dtypes: Dty
     return tuple(parameter.name for parameter in parameters)
 
 
-def named_parameters_of(module: nn.Module, names: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, Tensor]:
+def named_parameters_of(
+    module: nn.Module, names: tuple[str, ...], compute_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """These parameters of a module, by name; matrices in the compute dtype, in which engines may gather them."""
     found = {name: getattr(module, name) for name in names}
+    if compute_dtype is None:
+        return found
     return {name: value.to(compute_dtype) if value.ndim > 1 else value for name, value in found.items()}

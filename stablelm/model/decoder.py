@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.sizes import stream_width
+from stablelm.model import branch_factors
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.devices import to_device
-from stablelm.model.linear import Linear, make_dtypes
+from stablelm.model.linear import Dtypes, Linear, make_dtypes
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, drawn_tokens, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Chunks, Layer
@@ -45,18 +47,21 @@ class Decoder(nn.Module):
         rows = config.max_seq_len if axes.position.adds_table else None
         self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
+        firsts = [axes.stack.first_place(config, layer) for layer in range(axes.stack.distinct(config))]
+        self.layers = nn.ModuleList(Layer(config, dtypes, place) for place in firsts)
+        self.places = axes.stack.places(config)
         end = stream_width(config, config.n_layers)
         eps_scale = self.stream.eps_scale(config, 2 * config.n_layers)
         self.norm_final = Norm(config, dtypes, end, eps_scale=eps_scale) if axes.placement.final else None
         grown = self.stream.grows
         self.projection = Linear(end, config.d_model, bias=False, dtypes=dtypes) if grown else None
-        untied = not config.tie_embeddings
-        self.head = Head(config.d_model, config.vocab_size, bias=False, dtypes=dtypes) if untied else None
+        self.head = None if config.tie_embeddings else Head(config, dtypes)
+        if axes.reparam.tables:
+            self.embedding.reparam = axes.reparam  # pyright: ignore[reportArgumentType]
 
     def head_weight(self) -> Tensor:
         """The output matrix (vocab_size, d_model); the embedding itself when tied."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.head is None else self.head.matrix()
 
     def forward(
         self,
@@ -69,6 +74,7 @@ class Decoder(nn.Module):
         token_loss: TokenLoss | None = None,
         boundaries: Tensor | None = None,
         draws: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> "Tensor | LossSums | TokenScores":
         """tokens: (batch, seq) int64 -> hidden (batch, seq, d_model) in the compute dtype, or, with targets, sums.
 
@@ -78,9 +84,10 @@ class Decoder(nn.Module):
         place of hidden states. With places (n,), indices into batch * seq, targets (n,) are tokens to score after each
         of them. With draws (batch, seq) tokens (batch, seq) of the model's own distribution (`loss.drawn_tokens`) are
         returned. `boundaries`: of `Decoder.boundaries`; without them a GPU is waited for where its kernel takes them.
+        `factors`: of `Decoder.branch_factors`, for a training step; without them branches have their usual ones.
         Call the module, not this method: sharding engines hook the call.
         """
-        hidden = self._hidden(tokens, cache, boundaries)
+        hidden = self._hidden(tokens, cache, boundaries, factors)
         if logits_at is not None:
             return self.logits(hidden[torch.arange(len(hidden), device=hidden.device), logits_at])
         if draws is not None:
@@ -106,12 +113,18 @@ class Decoder(nn.Module):
         """`use` of hidden states and the output matrix, by a call of the head where there is one."""
         return use(hidden, self.embedding.weight) if self.head is None else self.head(hidden, use)
 
-    def _hidden(self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None) -> Tensor:
+    def _hidden(
+        self, tokens: Tensor, cache: KeyValueCache | None, boundaries: Tensor | None, factors: Tensor | None
+    ) -> Tensor:
+        if factors is None:
+            factors = branch_factors.usual(self.config, self.dtypes, training=self.training)
+        factors = None if factors is None else to_device(factors, tokens.device)
         positions = self.positions(tokens, boundaries) if cache is None else cache.enter(tokens, self.dtypes)
         chunks = self._tapped(0, self.stream.start(self.embed(tokens, cache)))
         values: Chunks = ()
-        for index, layer in enumerate(self.layers):
-            new = layer(chunks, positions, values, None if cache is None else cache.layers[index])
+        for index, place in enumerate(self.places):
+            of_layer = None if cache is None else cache.layers[index], None if factors is None else factors[index]
+            new = self.layers[place](chunks, positions, values, *of_layer)
             if self.config.axes.value_mixing.share is not None and not values:
                 *new, first = new
                 values, new = (first,), tuple(new)
@@ -167,6 +180,11 @@ class Decoder(nn.Module):
             return None
         return to_device(documents.boundaries(tokens, end), device)
 
+    def branch_factors(self, seed: int, step: int, micro_batch: int) -> Tensor | None:
+        """For `forward` in a training step: what multiplies each branch, 0 for those that are left out; None: nothing
+        does. The same on every rank."""
+        return branch_factors.drawn(self.config, self.dtypes, seed, step, micro_batch)
+
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""
         return attention_kernels.choose(self.config, self.dtypes.compute, attention_kernels.gpu_of(device))
@@ -175,11 +193,22 @@ class Decoder(nn.Module):
 class Head(Linear):
     """The output matrix, for the functions that multiply by it: called with them, so that engines can hook the use."""
 
+    def __init__(self, config: ModelConfig, dtypes: Dtypes):
+        assert config.vocab_size is not None
+        reparam = config.axes.reparam if config.axes.reparam.tables else None
+        super().__init__(config.d_model, config.vocab_size, bias=False, dtypes=dtypes, reparam=reparam)
+        self.gains = config.axes.gains.at(config)
+        self.added = add_parameters(self, self.gains.in_head(config), dtypes)
+
+    def matrix(self) -> Tensor:
+        """What hidden states are multiplied by, (vocab_size, d_model)."""
+        return self.gains.output_matrix(self.weight, named_parameters_of(self, self.added))
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden: Tensor, use: Callable[[Tensor, Tensor], Any]
     ) -> Any:
         """What `use` makes of hidden states and the matrix (vocab_size, d_model)."""
-        return use(hidden, self.weight)
+        return use(hidden, self.matrix())
 
 
 def _table(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.linear import Dtypes, Linear, reparam_of
@@ -21,7 +22,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, index: int):
         super().__init__()
         assert config.d_ff is not None
-        self.activation, self.n_layers = config.axes.activation, config.n_layers
+        self.config, self.activation, self.gains = config, config.axes.activation, config.axes.gains.at(config)
         bias, reparam = bool(config.bias), reparam_of(config, index)
         self.fc1 = Linear(width.read, config.d_ff, bias=bias, dtypes=dtypes, reparam=reparam)
         if self.activation.gated:
@@ -29,6 +30,7 @@ class FeedForward(nn.Module):
         placement = config.axes.placement.at(config, index)
         self.norm_inner = Norm(config, dtypes, config.d_ff) if placement.before_output else None
         self.fc2 = Linear(config.d_ff, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
+        self.added = add_parameters(self, self.gains.in_body(config, index), dtypes)
 
     @property
     def first_maps(self) -> tuple[Linear, ...]:
@@ -42,7 +44,10 @@ class FeedForward(nn.Module):
         self, products: tuple[Tensor, ...], positions: Positions | None = None, *, cache: LayerCache | None = None
     ) -> Tensor:
         """products: (batch, seq, d_ff) each -> (batch, seq, branch); every body is called with the same arguments."""
-        hidden = self.activation.apply(products[0], products[1] if self.activation.gated else None, self.n_layers)
+        hidden, gate = products[0], products[1] if self.activation.gated else None
+        if self.added:
+            hidden, gate = self.gains.hidden(hidden, gate, named_parameters_of(self, self.added))
+        hidden = self.activation.apply(hidden, gate, self.config.n_layers)
         if self.norm_inner is not None:
             hidden = self.norm_inner(hidden)
         return self.fc2(hidden)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import MATRICES, TABLES, Added, Role
+from stablelm.methods.roles import WRITING
 from stablelm.methods.stds import initial_std
 from stablelm.model.linear import Linear, derive
 from stablelm.seeds import seed_from
@@ -76,7 +77,8 @@ def initial_values(
         if name.endswith(beside):
             continue  # given with its matrix
         role = role_of(name)
-        sublayer = 2 * (role.layer or 0) + (".feedforward." in name)
+        place = config.axes.stack.first_place(config, role.layer or 0)
+        sublayer = 2 * place + (".feedforward." in name)
         applies = role.layer is not None and role.kind in MATRICES and reparam.applies(config, sublayer)
         value = initial_value(name, role, shape, config, seed)
         own: dict[str, Tensor] = {}
@@ -106,7 +108,10 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
         return _drawn(name, shape, seed) * added.std if added.std else torch.tensor(added.start, dtype=torch.float32)
     value = _drawn(name, shape, seed)
     shaped = init.shaped(role.kind, value)
-    return value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+    value = value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+    if role.kind in WRITING or role.kind in ("embedding", "position"):
+        return config.axes.norm.start(value, 0 if role.kind in WRITING else 1)
+    return value
 
 
 def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
@@ -114,14 +119,18 @@ def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What an axis value adds to the layer, sub-layer or body of attention under that name."""
-    assert role.layer is not None, name
-    axes, parts = config.axes, name.split(".")
-    sublayer = 2 * role.layer + ("feedforward" in parts)
+    """What an axis value adds to the head, layer, sub-layer or body under that name."""
+    axes = config.axes
+    if role.layer is None:
+        return next(parameter for parameter in axes.gains.in_head(config) if parameter.name == role.kind)
+    parts, place = name.split("."), axes.stack.first_place(config, role.layer)
+    sublayer = 2 * place + ("feedforward" in parts)
     if parts[-2].isdigit():
-        found = axes.stream.in_layer(config, role.layer)
+        found = axes.stream.in_layer(config, place)
     elif parts[-2] == "body":
-        found = [added for value in axes.each() for added in value.in_attention(config, role.layer)]
+        of_attention = () if sublayer % 2 else axes.each()
+        found = [added for value in of_attention for added in value.in_attention(config, place)]
+        found += axes.gains.in_body(config, sublayer)
     else:
         found = axes.stream.in_sublayer(config, sublayer)
     return next(parameter for parameter in found if parameter.name == role.kind)

@@ -28,7 +28,8 @@ class Norm(nn.Module):
         self.kind = kind or config.axes.norm
         self.eps = config.norm_eps * eps_scale
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtypes.parameter))
+        self.parameter_dtype = dtypes.parameter
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtypes.parameter)) if self.kind.has_gain else None
         has_bias = bool(config.bias) and self.kind.has_bias
         self.bias = nn.Parameter(torch.empty(width, dtype=dtypes.parameter)) if has_bias else None
         self.alpha = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if self.kind.has_slope else None
@@ -39,9 +40,12 @@ class Norm(nn.Module):
         What is kept in bf16 is read and written in bf16, and so are the gain and the bias, as are the matrices that
         follow; the computation is in fp32.
         """
+        dtype = x.dtype if self.kind.wide_inside else self.parameter_dtype
         weight, bias = self.weight, self.bias
+        if weight is None:
+            made = self.kind.apply(x.to(dtype), None, bias, self.alpha, self.eps)
+            return made if self.scale == 1 else made * self.scale
         if self.scale != 1:
             weight, bias = weight * self.scale, None if bias is None else bias * self.scale
-        dtype = x.dtype if self.kind.wide_inside else weight.dtype
         bias = None if bias is None else bias.to(dtype)
         return self.kind.apply(x.to(dtype), weight.to(dtype), bias, self.alpha, self.eps)

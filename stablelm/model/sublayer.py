@@ -14,7 +14,14 @@ from stablelm.model.attention.body import Attention
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.feedforward import FeedForward
-from stablelm.model.linear import Dtypes, Linear, completed, finished, first_product, side_by_side
+from stablelm.model.linear import (
+    Dtypes,
+    Linear,
+    completed,
+    finished,
+    first_product,
+    side_by_side,
+)
 from stablelm.model.norms import Norm
 
 Chunks = tuple[Tensor, ...]
@@ -119,13 +126,24 @@ class Sublayer(nn.Module):
         return first_product(self.body.first_maps, self._read(*chunks), keep=True)
 
     def leave(
-        self, chunks: Chunks, products: Products, positions: Positions, cache: LayerCache | None = None
+        self,
+        chunks: Chunks,
+        products: Products,
+        positions: Positions,
+        cache: LayerCache | None = None,
+        factor: Tensor | None = None,
     ) -> Chunks:
-        """The tensors from which `Stream.join` makes the next stream, in the stream's dtype."""
+        """The tensors from which `Stream.join` makes the next stream, in the stream's dtype.
+
+        `factor`: 0-dim, multiplies the branch; None: 1.
+        """
         branch = self.body(products, positions, cache=cache)
         if self.norm_branch is not None:
             branch = self.norm_branch(branch)
-        new = self.stream.write(chunks, self.dropout(branch), self._added())
+        branch = self.dropout(branch)
+        if factor is not None:
+            branch = branch * factor.to(branch.dtype)
+        new = self.stream.write(chunks, branch, self._added())
         if self.norm_out is not None:
             normed = len(new) if self.stream.normed is None else self.stream.normed
             new = (*(self.norm_out(chunk).to(chunk.dtype) for chunk in new[:normed]), *new[normed:])
@@ -145,31 +163,40 @@ class Layer(nn.Module):
         self.added, self.added_maps = add_parameters(self, added, dtypes), [each.name for each in added if each.map]
 
     def forward(
-        self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
+        self,
+        chunks: Chunks,
+        positions: Positions,
+        values: Chunks = (),
+        cache: LayerCache | None = None,
+        factors: Tensor | None = None,
     ) -> Chunks:
         """The tensors from which `Stream.join` makes the next stream; chunks: (batch, seq, width) each.
 
         With value mixing, layer 0 also returns its values as the last tensor; later layers receive them as `values`.
-        With a cache, all of these are of the new tokens alone.
+        With a cache, all of these are of the new tokens alone. `factors`: (2,), what multiplies the branches.
         """
-        return self.compute(chunks, positions, values, cache)
+        return self.compute(chunks, positions, values, cache, factors)
 
-    def compute(self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None) -> Chunks:
+    def compute(
+        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None, factors: Tensor | None
+    ) -> Chunks:
         """`forward`; apart, so that recompute may wrap it inside of what is compiled."""
-        attended, own = self.attend(chunks, positions, values, cache)
+        factor, factor_fed = (None, None) if factors is None else factors.unbind()
+        attended, own = self.attend(chunks, positions, values, cache, factor)
         between = self.stream.join(chunks, attended)
         read = chunks if self.stream.parallel else between
-        fed = self.feedforward.leave(between, self.feedforward.enter(read), positions)
+        fed = self.feedforward.leave(between, self.feedforward.enter(read), positions, factor=factor_fed)
         added = named_parameters_of(self, self.added, self.compute_dtype)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added)
         return (*new, own) if own is not None else new
 
     def attend(
-        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None
+        self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None, factor: Tensor | None
     ) -> tuple[Chunks, Tensor | None]:
         """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
         products = self.attention.enter(chunks)
         own = products[1]
         if values:
             products = (products[0], self.value_mixing.mix(own, values[0]), *products[2:])
-        return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None
+        left = self.attention.leave(chunks, products, positions, cache, factor)
+        return left, own if self.gives_values else None

@@ -164,7 +164,7 @@ def attention_figures(attention: Attention, products: tuple[Tensor, ...], positi
 
 
 class LayerGauge:
-    """Hooks on one layer that keep the figures of its next pass alone: recompute makes another.
+    """Hooks on one layer that keep the figures of its next pass alone, until they are `taken`: recompute makes another.
 
     `figures`: names of `Internals` to 0-dim tensors. Compiled layers must run eagerly for the hooks to be called.
     """
@@ -176,6 +176,11 @@ class LayerGauge:
             layer.attention.dropout.register_forward_hook(self._on_branch("attention_branch_variance")),
             layer.feedforward.dropout.register_forward_hook(self._on_branch("feedforward_branch_variance")),
         ]
+
+    def taken(self) -> dict[str, Tensor]:
+        """The figures of the pass that is done; the next ones are of the next pass."""
+        figures, self.figures = self.figures, {}
+        return figures
 
     def remove(self) -> None:
         """Takes the hooks off."""

@@ -35,14 +35,14 @@ class Recorder:
     def __init__(self, decoder: Decoder):
         self._decoder = decoder
         self._gauges: list[LayerGauge] = []
-        self._streams: list[dict[str, Tensor]] = []
+        self._rows: list[dict[str, Tensor]] = []
         self._before: Chunks = ()
         self.gradients: list[Tensor] = []
         """Norms of the gradient to the stream, by index, once the backward pass is done."""
 
     def __enter__(self) -> "Recorder":
         self._gauges = [LayerGauge(part) for part in self._decoder.modules() if isinstance(part, Layer)]
-        self.gradients = [torch.zeros(())] * (len(self._gauges) + 1)
+        self.gradients = [torch.zeros(())] * (len(self._decoder.places) + 1)
         self._decoder.tap = self._tap
         return self
 
@@ -53,13 +53,13 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Tensor]]:
         """Forward figures by index, for `internals`."""
-        own = [{}, *(gauge.figures for gauge in self._gauges)]
-        return [{**stream, **figures} for stream, figures in zip(self._streams, own, strict=True)]
+        return self._rows
 
     def _tap(self, index: int, chunks: Chunks) -> Chunks:
+        own = self._gauges[self._decoder.places[index - 1]].taken() if index else {}
         with torch.no_grad():
             measured = self._decoder.stream.state(chunks)
-            self._streams.append(stream_figures(measured, self._before))
+            self._rows.append(stream_figures(measured, self._before) | own)
             self._before = tuple(chunk.detach() for chunk in measured)
         return _Watch.apply(partial(self._keep, index), *chunks)  # pyright: ignore[reportReturnType]
 
@@ -105,7 +105,10 @@ def measure(engine: Engine, ranks: Ranks, tokens: Tensor, targets: Tensor) -> In
 
 
 def weight_gradient_norms(engine: Engine) -> list[Tensor]:
-    """Norm of each layer's matrix gradients by index, 0: the embedding table; a collective."""
+    """Norm of each layer's matrix gradients by index, 0: the embedding table; a collective.
+
+    A shared layer has one gradient, which stands at each of its places.
+    """
     # ZeRO-3 leaves parameters empty and their shapes in `ds_shape`.
     named = engine.module.named_parameters()
     matrices = {clean_name(name) for name, p in named if len(getattr(p, "ds_shape", p.shape)) == 2}
@@ -115,7 +118,7 @@ def weight_gradient_norms(engine: Engine) -> list[Tensor]:
         if name in matrices and (layer or name == "embedding.weight"):
             index = int(layer[1]) + 1 if layer else 0
             squares[index] = squares.get(index, torch.zeros(())) + own.square()
-    return [squares[index].sqrt() for index in range(len(squares))]
+    return [squares[index].sqrt() for index in (0, *(layer + 1 for layer in engine.module.places))]
 
 
 def tev(rows: Tensor) -> tuple[float, float]:

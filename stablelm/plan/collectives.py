@@ -70,17 +70,21 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
     embeddings, *others = ends(root)
     elements = {id(unit): sum(padded(p, layout.shards) for p in unit) for unit in (*units, embeddings, *others)}
 
+    places = Counter(config.model.axes.stack.places(config.model))
+
     def gather(unit: list[Parameter], times: int, bytes_each: int) -> None:
         found.add("all_gather", times, times * elements[id(unit)] * bytes_each)
 
     for unit in units:
-        gather(unit, 1 if freed == "never" else 2 * micro, gathered_width(config))
+        gather(unit, 1 if freed == "never" else 2 * micro * _runs(unit, places), gathered_width(config))
     for unit in filter(None, (embeddings, *others)):
         again = 2 * micro if freed == "always" else 1
         gather(unit, (1 if freed == "never" else micro) if unit is embeddings else again, size)
     summed = 2 if config.engine.reduce_dtype == "bf16" else size
     times = micro if config.engine.accumulate == "sharded" or summed < size else 1
-    parts = [(elements[id(unit)], summed) for unit in units]
+    # What a shared layer accumulated goes with the backward pass of its last place, its own gradient with the first's.
+    twice = times == 1 and micro > 1
+    parts = [(elements[id(unit)], summed) for unit in units for _ in range(min(1 + twice, _runs(unit, places)))]
     parts += [(elements[id(unit)], size) for unit in filter(None, (embeddings, *others))]
     whole = sum(count * width for count, width in parts)
     found.add("reduce_scatter", times * len(parts), times * whole)
@@ -100,12 +104,21 @@ def _sharded(config: Config, listed: list[Parameter], layout: Layout, found: Col
         found.add("all_to_all", 2 * len(owners.buckets(hidden, layout.shards)), 2 * whole // layout.shards)
 
 
+def _runs(unit: list[Parameter], places: Counter[int]) -> int:
+    """How often a unit of layers runs in a pass; units of several layers run once."""
+    layer = unit[0].layer
+    return 1 if layer is None else places[layer]
+
+
 def _update(config: Config, layout: Layout) -> dict[str, tuple[int, int]]:
     """(count, bytes) by kind of the collectives of the update: the norm of the gradients, what a method then renews.
 
     Measured on few layers of the real engine. Summed over layers whose widths grow evenly they are a polynomial of the
     second degree in the depth, which three depths determine.
     """
+    stack = config.model.axes.stack
+    model = replace(stack.unshared(config.model), n_layers=stack.distinct(config.model))
+    config = replace(config, model=model)
     first = with_layers(config.model, UPDATED_LAYERS).n_layers
     depths = [first, first + 1, first + 2] if config.model.n_layers > first + 2 else [config.model.n_layers]
     found = [_update_of(replace(config, model=replace(config.model, n_layers=depth)), layout) for depth in depths]
@@ -152,5 +165,7 @@ def _zero(config: Config, listed: list[Parameter], layout: Layout, found: Collec
     reductions = 1 if layout.kind == "zero1" else micro
     found.add("reduce_scatter", reductions * buckets, reductions * elements * size)
     gathers = 2 * micro if layout.kind == "zero3" else 1
-    found.add("all_gather", gathers * buckets, gathers * elements * size)
+    places = Counter(config.model.axes.stack.places(config.model)) if layout.kind == "zero3" else Counter()
+    gathered = sum(p.elements * (1 if p.layer is None else max(1, places[p.layer])) for p in listed)
+    found.add("all_gather", gathers * -(-gathered // bucket), gathers * gathered * size)
     found.add("all_reduce", 1, size)

@@ -53,7 +53,8 @@ class FakeEngine(TorchEngine):
         layers = list(self.module.layers)
         for layer in layers:
             layer.register_forward_hook(self._layer_done)
-        self._half = len(layers) - (len(layers) - 1) // 2
+        self._places = config.model.n_layers
+        self._half = self._places - (self._places - 1) // 2
         self.tracker.assign(self.module.parameters(), "weights")
         self.tracker.assign(self.module.buffers(), "buffers")
         states = self.optimizer.state.values()
@@ -64,11 +65,11 @@ class FakeEngine(TorchEngine):
             self.module.to_empty(device=self.device)
         self._hold_parameters()
 
-    def loss(self, tokens, targets, *, last: bool = True, boundaries=None):
+    def loss(self, tokens, targets, *, last: bool = True, boundaries=None, factors=None):
         self.tracker.backward = False
         self._micro += 1
         self._start("forward")
-        sums = super().loss(tokens, targets, last=last, boundaries=boundaries)
+        sums = super().loss(tokens, targets, last=last, boundaries=boundaries, factors=factors)
         self.kept = self.kept or self.tracker.current["activations"]
         return sums
 
@@ -95,7 +96,7 @@ class FakeEngine(TorchEngine):
         """The gradient of a layer's output is known: its backward pass begins."""
         before = self.operations_by_layer[1]
         before.append(self.tracker.operations)
-        if len(before) - self._micro * len(self.module.layers) == self._half:
+        if len(before) - self._micro * self._places == self._half:
             self._end()
             self._start("earlier layers")
 

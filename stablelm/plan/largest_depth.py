@@ -60,7 +60,7 @@ def _estimate(request: PlanRequest, layout: Layout, n_layers: int) -> int:
     measured = layer_memory.measure(asked)
     if not measured.alike or asked.model.n_layers < 2:
         return estimate.peak(config, rank_memory.parameters(config), layout).total()
-    listed = rank_memory.at_depth(rank_memory.parameters(asked), n_layers)
+    listed = rank_memory.at_depth(rank_memory.parameters(asked), config.model.axes.stack.distinct(config.model))
     return estimate.peak(config, listed, layout, measured.with_more(n_layers - asked.model.n_layers)).total()
 
 

@@ -99,6 +99,8 @@ def _step(config: Config, layout: Layout) -> tuple[str, int | None, int]:
 def shortened(config: Config, listed: list[Parameter], layers: int | None) -> Config:
     """The config to simulate: as few layers, and if these are still many as small units, as show what repeats."""
     n_layers, prefetch = config.model.n_layers, config.engine.prefetch
+    if layers is None and config.model.axes.stack.shared:
+        layers = n_layers  # the gradient of a shared layer is complete at its first place
     if layers is None and not layer_memory.measure(config).alike:
         layers = DIFFERENT_LAYERS
     if layers is not None:

@@ -113,10 +113,10 @@ def _repeated(config: Config) -> tuple[float, float]:
 
     Attention is taken to be a third of a layer, as 4 of the 12 d_model^2 parameters of its matrices are.
     """
-    mode, layers = config.engine.recompute, config.model.n_layers
+    mode, places = config.engine.recompute, config.model.axes.stack.places(config.model)
     if mode == "attention":
         return 1 / 3, 1 / 3
-    whole = sum(is_recomputed(mode, layer) for layer in range(layers)) / layers
+    whole = sum(is_recomputed(mode, layer) for layer in places) / len(places)
     return whole, float(mode == "selective") or whole
 
 

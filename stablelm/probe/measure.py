@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
+from stablelm.model import branch_factors
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_values
 from stablelm.model.linear import Linear, derive
@@ -115,6 +116,7 @@ class _Walk:
         self._rows: list[dict[str, Tensor]] = []
         self._gradient: tuple[Tensor, ...] = ()
         self._values_gradient: tuple[Tensor, ...] = ()
+        self._shared_gradients: dict[int, tuple[Tensor, ...]] = {}
         self._table_gradient: Tensor | None = None
         self._gradients: list[Tensor] = []  # these two from the top down
         self._weight_gradients: list[Tensor] = []
@@ -149,10 +151,11 @@ class _Walk:
 
     @contextmanager
     def _layer(self, index: int) -> Iterator[Layer]:
-        """Layer `index` with its initial values, which are freed at the end."""
-        layer = self.decoder.layers[index]
+        """The layer at place `index` with its initial values, which are freed at the end."""
+        number = self.decoder.places[index]
+        layer = self.decoder.layers[number]
         assert isinstance(layer, Layer)
-        self._materialise(f"layers.{index}", layer)
+        self._materialise(f"layers.{number}", layer)
         torch.manual_seed(boundary_seed(self._seed, index))
         yield layer
         layer.to_empty(device="meta")
@@ -168,9 +171,9 @@ class _Walk:
             chunks = self._boundaries[index]
             with self._layer(index) as layer:
                 gauge = LayerGauge(layer)
-                new = layer(chunks, self._positions, self._values)
+                new = layer(chunks, self._positions, self._values, factors=self._factors(index))
                 gauge.remove()
-                self.sigma |= _spectral_norms(layer, f"layers.{index}")
+                self.sigma |= _spectral_norms(layer, f"layers.{self.decoder.places[index]}")
             if layer.gives_values:
                 new, self._values = new[:-1], new[-1:]
             self._keep(self._after(chunks, new), gauge.figures)
@@ -236,7 +239,7 @@ class _Walk:
         with self._layer(index) as layer:
             if not layer.gives_values:
                 values = _leaves(self._values)
-            new, own = layer(chunks, self._positions, values), ()
+            new, own = layer(chunks, self._positions, values, factors=self._factors(index)), ()
             if layer.gives_values:
                 new, own = new[:-1], new[-1:] if self._values_gradient else ()
             named = {f"layers.{index}.{name}": parameter for name, parameter in layer.named_parameters()}
@@ -255,9 +258,30 @@ class _Walk:
             width = len(chunks)
             learned = found[width + len(values) :]
             self._direct(named, learned)
-        self._weight_gradients.append(norm(each for each in learned if each.ndim == 2))
+        self._add_weight_gradient(index, tuple(each for each in learned if each.ndim == 2))
         self._add_to_values(found[width : width + len(values)])
         self._reach(found[:width])
+
+    def _add_weight_gradient(self, index: int, gradient: tuple[Tensor, ...]) -> None:
+        """A shared layer has one gradient, known at its first place and standing at each."""
+        if not self._config.axes.stack.shared:
+            self._weight_gradients.append(norm(gradient))
+            return
+        places, number = self.decoder.places, self.decoder.places[index]
+        kept = self._shared_gradients.pop(number, None)
+        if kept is not None:
+            gradient = tuple(map(torch.add, kept, gradient))
+        self._weight_gradients.append(norm(gradient))
+        if index != places.index(number):
+            self._shared_gradients[number] = gradient
+            return
+        for later, layer in enumerate(reversed(places[index:])):
+            if layer == number:
+                self._weight_gradients[later] = self._weight_gradients[-1]
+
+    def _factors(self, index: int) -> Tensor | None:
+        found = branch_factors.usual(self._config, self.decoder.dtypes, training=True)
+        return None if found is None else found[index]
 
     def _add_to_values(self, gradient: tuple[Tensor, ...]) -> None:
         if gradient and self._values_gradient:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Role, Widths
-from stablelm.methods.sizes import d_head, d_key_value, logit_scale, stream_width, widths
+from stablelm.methods.sizes import d_head, d_key_value, stream_width, widths
 from stablelm.methods.stds import entry_variance, initial_std, map_variance
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
@@ -42,12 +42,13 @@ def predict(
 ) -> Prediction:
     """Signal and gradient of a resolved config in training mode, over sequences of `seq_len` positions.
 
-    `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of a
-    sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on at
-    which a model explodes beyond float64.
+    Nan where the theory does not know the stream, and where layers are shared: it takes the weights of all places as
+    independent. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of
+    a sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on
+    at which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
-    if not all(value.predicted for value in config.axes.each()):
+    if not all(value.predicted for value in config.axes.each()) or config.axes.stack.shared:
         return Prediction(*(np.full(config.n_layers + 1, np.nan) for _ in fields(Prediction)))
     if collision is None:
         collision = float(token_collision(config.vocab_size))
@@ -124,7 +125,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=keep,
-        write=write,
+        write=write * config.axes.depth_drop.root_mean_square(config, index),
         parallel=stream.parallel and index % 2 == 1,
         norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
         norm_branch=_norm(config) if placement.on_branch else None,
@@ -155,9 +156,9 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         key_back=width.attention * into["key"],
         value_back=width.attention * into["value"],
         output_back=width.branch * output,
-        scale=logit_scale(config),
+        scale=_logit_scale(config),
         d_head=d_head(config),
-        qk_norm=bool(config.attention.qk_norm),
+        qk_norm=config.axes.gains.normalises_keys(config),
         logit_cap=config.attention.logit_cap or None,
         inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
         value_mix=config.axes.value_mixing.share,
@@ -168,6 +169,13 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         gate_gain=width.read * gates,
         gate_back=width.attention * gates,
     )
+
+
+def _logit_scale(config: ModelConfig) -> float:
+    """Of queries and keys of length sqrt(d_head) where they are normalised, with learned factors at their start."""
+    axes = config.axes
+    scale = axes.init.logit_scale(d_head(config)) * axes.shaping.logit_factor(config)
+    return scale * axes.gains.logits_at_start(config)
 
 
 def _heads(config: ModelConfig, width: Widths) -> dict[str, int]:
@@ -203,7 +211,7 @@ def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardB
 
 
 def _end(config: ModelConfig, tokens: int, collision: float) -> End:
-    gradient = (_head_std(config) * config.axes.init.head_scale(config)) ** 2
+    gradient = (_head_std(config) * config.axes.init.head_scale(config) * config.axes.gains.start(config, "head")) ** 2
     if config.axes.stream.grows:
         # The projection's entries have variance 1 / fan_in, and d_model of them meet each feature of the stream.
         gradient *= config.d_model / stream_width(config, config.n_layers)

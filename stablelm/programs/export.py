@@ -15,6 +15,7 @@ from stablelm.programs.arguments import (
 )
 
 FORMATS = ("auto", "llama", "qwen3", "gemma2", "gpt2", "hf", "gguf")
+NORMS = ("own", "pre_rms", "crms")
 DTYPES = ("bf16", "fp32", "q8_0")
 
 
@@ -34,6 +35,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--shard-gb", type=_gigabytes, default=5.0, metavar="GB", help="most of a file of weights; default: 5"
+    )
+    parser.add_argument(
+        "--norm",
+        choices=NORMS,
+        default="own",
+        help="of a model with layer norms in front of its sub-layers; pre_rms: root-mean-square norms, crms: these on "
+        "a stream of one feature less, in format hf; both compute the same; default: own, as trained",
     )
     parser.add_argument("--tokenizer", type=path_or_url, metavar="PATH", help="default: the run's own")
     parser.add_argument(
@@ -77,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         push=arguments.push,
         trusted=arguments.trust_checkpoint,
         average=arguments.average,
+        norm=arguments.norm,
     )
     try:
         done = export(request)

@@ -40,7 +40,7 @@ from stablelm.supervise.faults import Faults
 from stablelm.supervise.heartbeat import Watchdog
 from stablelm.supervise.progress_marker import ProgressMarker
 from stablelm.supervise.shutdown import Ending
-from stablelm.train import resume
+from stablelm.train import growth, resume
 from stablelm.train.guards import Guard
 from stablelm.train.prepare import Prepared
 from stablelm.train.samples import Samples, build_samples
@@ -140,6 +140,8 @@ def build_job(
         resume.load_checkpoint(checkpoint, engine, loader, ranks, progress, guard)
     elif config.run.init_from:
         resume.weights_from(config.run.init_from, engine, ranks)
+    elif config.run.grow_from:
+        growth.grown_from(config.run, engine, config.model, ranks)
     records = Records(config, progress, first_rank=ranks.is_first)
     for line in (*notices, _opening(prepared, ending.extra["params"], checkpoint)):
         records.message(line)

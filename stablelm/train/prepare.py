@@ -16,7 +16,7 @@ from stablelm.checkpoint.remote_path import RemotePath, checkpoint_path
 from stablelm.config import identity as identities
 from stablelm.config import rules, segments
 from stablelm.config.load import Loaded
-from stablelm.config.schema import Config
+from stablelm.config.schema import Config, RunConfig
 from stablelm.data import corpus, inspection, validation
 from stablelm.data.corpus import configured_tokenizer
 from stablelm.data.storage.options import ReadOptions
@@ -106,8 +106,8 @@ def prepare(loaded: Loaded, launch: Launch, flags: AccelerateFlags, resume: str)
     if launch.rank == 0 or not _remote(config):
         corpora = find_corpora(config, tokenizer)
         check_run_dir(config, corpora.identity, resume, segments.allowed(loaded.asked))
-        if config.run.init_from is not None and not _has_begun(config):
-            check_tokenizer(config.run.init_from, config, tokenizer)
+        if (source := begins_from(config.run)) is not None and not _has_begun(config):
+            check_tokenizer(*source, config, tokenizer)
     return Prepared(
         config, _asked(loaded.asked, flags), concrete.engine.kind, launch, tokenizer, corpora, tasks, attempt
     )
@@ -200,6 +200,12 @@ def _remote(config: Config) -> bool:
     return not all(corpus.is_local(item) for item in flat)
 
 
+def begins_from(run: RunConfig) -> tuple[str, str] | None:
+    """The key that names another run from whose weights this one begins, and that run; None: from none."""
+    given = {"run.init_from": run.init_from, "run.grow_from": run.grow_from}
+    return next(((name, value) for name, value in given.items() if value is not None), None)
+
+
 def check_run_dir(config: Config, identity: dict[str, Any], resume: str, allowed: Collection[str] = ()) -> None:
     """ConfigError if run.dir holds another run, or one that `--resume none` would overwrite.
 
@@ -207,8 +213,13 @@ def check_run_dir(config: Config, identity: dict[str, Any], resume: str, allowed
     """
     run_dir = Path(config.run.dir)
     run_directory.check(config)
-    if config.run.init_from is not None and not _exists(config.run.init_from):
-        raise ConfigError(f"run.init_from={config.run.init_from} does not exist; name a run or checkpoint directory")
+    if config.run.init_from is not None and config.run.grow_from is not None:
+        raise ConfigError(
+            f"run.init_from={config.run.init_from} and run.grow_from={config.run.grow_from} both say what the run "
+            "begins from; use one of them"
+        )
+    if (source := begins_from(config.run)) is not None and not _exists(source[1]):
+        raise ConfigError(f"{source[0]}={source[1]} does not exist; name a run or checkpoint directory")
     if resume not in ("auto", "none") and not _exists(resume):
         raise ConfigError(f"--resume {resume} does not exist; give a run or checkpoint directory, auto or none")
     steps, begun = _has_begun(config), _has_text(run_dir / "metrics.jsonl")

@@ -14,13 +14,14 @@ from stablelm.tokenizers import Tokenizer, load_tokenizer
 from stablelm.tokenizers.location import kept_tokenizer
 
 
-def check_tokenizer(init_from: str, config: Config, tokenizer: Tokenizer) -> None:
-    """ConfigError if a piece of the tokenizer of `init_from` has another id, or none, in this one.
+def check_tokenizer(key: str, source: str, config: Config, tokenizer: Tokenizer) -> None:
+    """ConfigError if a piece of the tokenizer of the run `source`, which `key` names, has another id, or none, in this
+    one.
 
     More pieces, and other tokens around a document, are allowed. A checkpoint that cannot be read is reported later,
     where it is verified.
     """
-    found = _newest(checkpoint_path(init_from))
+    found = _newest(checkpoint_path(source))
     if found is None:
         return
     try:
@@ -34,12 +35,12 @@ def check_tokenizer(init_from: str, config: Config, tokenizer: Tokenizer) -> Non
     if path is None:
         name, why, given = f"with SHA-256 {printable(sha256[:12])}...", "", "it"
     else:
-        why = _difference(load_tokenizer(path, key="run.init_from"), tokenizer)
+        why = _difference(load_tokenizer(path, key=key), tokenizer)
         if why is None:
             return
         name, given = printable(path), printable(path)
     raise ConfigError(
-        f"run.init_from={init_from} was trained with another tokenizer ({name}) than "
+        f"{key}={source} was trained with another tokenizer ({name}) than "
         f"data.tokenizer={config.data.tokenizer}{why}; give {given} by data.tokenizer"
     )
 

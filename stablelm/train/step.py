@@ -65,7 +65,8 @@ def train_step(
                 own = engine.drawn(part_tokens, to_device(draws, engine.device), boundaries=boundaries[index])
                 part_targets = torch.where(part_targets == IGNORED, IGNORED, own)
                 seed_dropout(seed, step, index, ranks.rank)
-            sums = engine.loss(part_tokens, part_targets, last=last, boundaries=boundaries[index])
+            drawn = {"boundaries": boundaries[index], "factors": engine.module.branch_factors(seed, step, index)}
+            sums = engine.loss(part_tokens, part_targets, last=last, **drawn)
             if loss_factor != 1.0:
                 sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
             # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.

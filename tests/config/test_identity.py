@@ -191,3 +191,16 @@ def test_a_run_that_does_not_say_its_order_has_the_first_one():
     (sentence,) = differences(saved, make())
     assert sentence.startswith("data.order: saved by a program that reads the rows of files in order 1, now 2; ")
     assert "run.init_from" in sentence
+
+
+AXIS_KEYS = ("model.stack", "model.depth_drop", "model.gains")
+
+
+def test_a_run_saved_before_an_axis_existed_has_the_plain_value():
+    """Its identity.json lacks the keys and the options of the axis."""
+    saved = {name: value for name, value in make().items() if name not in AXIS_KEYS}
+    saved = {name: value for name, value in saved.items() if not name.startswith(("model.shared.", "model.drop."))}
+    saved = {name: value for name, value in saved.items() if not name.startswith(("model.ngpt.", "run.grow"))}
+    assert differences(saved, make()) == []
+    assert differences(saved, make("model.stack=cycle")) == ["model.stack: saved with plain, now cycle"]
+    assert differences(saved, make("run.grow_from=x")) == ["run.grow_from: saved with null, now x"]

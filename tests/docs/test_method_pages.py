@@ -32,7 +32,7 @@ LINKS = [
     for link in dict.fromkeys(re.findall(r"\]\(([^)\s]+)\)", text))
     if "://" not in link
 ]
-AXES = ("stream", "placement", "norm", "init", "reparam", "activation")
+AXES = ("stream", "placement", "norm", "init", "reparam", "activation", "stack", "depth_drop", "gains")
 ATTENTION_AXES = ("position", "shaping", "gate", "softmax")
 # Keeps the configuration that it was given, and draws a square.
 PROBE = """
@@ -126,7 +126,7 @@ def test_the_axes_have_all_their_values(axis):
     for row in rows(TEXTS["combining.md"], "| axis | key |"):
         key = row[1] or key
         if key == f"`model.{axis}`":
-            listed.add(row[2].strip("`"))
+            listed |= set(re.findall("`([^`]+)`", row[2]))
     assert listed == values
 
 

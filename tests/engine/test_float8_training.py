@@ -40,7 +40,7 @@ def test_the_matrices_are_those_whose_products_are_wide(method: str):
     engine = TorchEngine(config, "single", ALONE)
     wide = [
         rows
-        for sublayer in range(2 * config.model.n_layers)
+        for sublayer in range(2 * len(engine.module.layers))
         for d_in, sides in products(config.model, sublayer)
         for rows in sides
         if fits_float8(d_in, sides, 48)

@@ -46,7 +46,7 @@ def decoder_of(method: str = "pre_ln", *, vocab: int = 96, positions: int = 64, 
     decoder = Decoder(model, "fp32")
     initialise(decoder, model, 0)
     with torch.no_grad():
-        decoder.head_weight().mul_(scale)
+        (decoder.embedding if decoder.head is None else decoder.head).weight.mul_(scale)
     return decoder.eval()
 
 

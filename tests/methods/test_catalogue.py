@@ -9,7 +9,9 @@ from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import METHODS, apply_method, problems, values
 from stablelm.methods.pre_ln import Residual
 
-AXES = {"stream", "placement", "norm", "embedding_norm", "init", "reparam", "activation", "bias", "tie_embeddings"}
+AXES = {"stream", "placement", "norm", "embedding_norm", "init", "reparam", "activation", "bias", "tie_embeddings"} | {
+    *("stack", "depth_drop", "gains")
+}
 ATTENTION = {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "value_maps"} | {
     *("shaping", "gate", "softmax")
 }

@@ -22,6 +22,7 @@ from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 from stablelm.methods.axes import Refusal
 from stablelm.methods.catalogue import METHODS
+from stablelm.methods.mlra import LowRank
 from stablelm.methods.pre_ln import OwnValues, WholeMaps
 from stablelm.methods.sigma_reparam import SigmaOptions
 from stablelm.methods.simplified import NoValues
@@ -34,8 +35,9 @@ from stablelm.model.initialise import initialise
 AXES: dict[str, tuple] = {
     **{axis: choices(f"model.{axis}") for axis in ("stream", "attention.shaping", "init", "placement")},
     "attention.value_maps": (True, False),
+    **{axis: choices(f"model.{axis}") for axis in ("stack", "depth_drop", "gains")},
     # reparam, sigma.targets and sigma.gamma
-    "sigma": ("none", "wesar", "all spectral", "all one", "attention spectral", "attention one"),
+    "sigma": ("none", "wesar", "unit_length", "all spectral", "all one", "attention spectral", "attention one"),
     "activation": choices("model.activation"),
     "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
@@ -87,15 +89,20 @@ def _forbidden(case: Case) -> bool:
         axes["maps"] = WholeMaps() if keys["attention.value_maps"] else NoValues()
     if "attention.value_residual" in keys:
         axes["value_mixing"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
+    if "attention.low_rank" in keys:
+        axes["maps"] = LowRank() if keys["attention.low_rank"] else WholeMaps()
 
     def option(kind: type) -> Any:
-        return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")} if kind is SigmaOptions else {})
+        if kind is not SigmaOptions:
+            return kind()
+        return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")})
 
     inside = {key.removeprefix("attention."): value for key, value in keys.items() if key.startswith("attention.")}
+    sizes = {"n_layers": TINY["n_layers"], "d_model": TINY["d_model"], "n_heads": 2}
     outside = {"kv_heads": keys["kv_heads"]} if "kv_heads" in keys else {}
-    model: Any = SimpleNamespace(
-        axes=SimpleNamespace(**axes), attention=SimpleNamespace(**inside), option=option, n_heads=2, **outside
-    )
+    outside["tie_embeddings"] = keys.get("tie_embeddings", False)
+    parts = {"axes": SimpleNamespace(**axes), "attention": SimpleNamespace(**inside), "option": option}
+    model: Any = SimpleNamespace(**sizes, **outside, **parts)
     return any(_refuses(value, model) for value in axes.values())
 
 
@@ -198,6 +205,20 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (SAS | {"attention.qk_norm": True}, {"attention.qk_norm": False}),
     (SAS | {"stream": "concat"}, {"attention.value_maps": True}),
     ({"method": "shaped_attention", "stream": "simplified", "init": "unit"}, {"init": "fan_in"}),
+    ({"method": "ngpt", "init": "xavier"}, {"init": "unit_length"}),
+    ({"norm": "unit", "placement": "sub"}, {"norm": "rmsnorm"}),
+    ({"method": "catformer", "norm": "unit"}, {"norm": "rmsnorm"}),
+    ({"method": "ngpt", "attention.low_rank": 0.5}, {"attention.low_rank": 0}),
+    ({"method": "ngpt", "attention.qk_norm": True}, {"attention.qk_norm": False}),
+    ({"method": "ngpt", "tie_embeddings": True}, {"tie_embeddings": False}),
+    ({"norm": "crmsnorm", "placement": "peri"}, {"norm": "rmsnorm"}),
+    ({"method": "catformer", "norm": "crmsnorm"}, {"norm": "rmsnorm"}),
+    ({"method": "looped", "attention.value_residual": True}, {"attention.value_residual": False}),
+    (E_SPA | {"stack": "cycle"}, {"stack": "plain"}),
+    ({"method": "layernorm_scaling", "stack": "cycle"}, {"placement": "pre"}),
+    ({"method": "denseformer", "stack": "cycle"}, {"stream": "residual"}),
+    ({"method": "catformer", "depth_drop": "linear_decay"}, {"stream": "residual"}),
+    (E_SPA | {"depth_drop": "linear_decay"}, {"depth_drop": "none"}),
 ]
 
 

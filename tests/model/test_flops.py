@@ -37,8 +37,9 @@ def test_counts_are_those_of_the_real_model(name):
     assert counts["embedding"] == sum(n for name, n in sizes.items() if kinds[name] in ("embedding", "position"))
     assert counts["head"] == sizes.get("head.weight", 0)
     assert counts["layers"] == sum(n for name, n in sizes.items() if name.startswith("layers."))
-    multiplied = ("layers.", "projection.")
-    matrices = sum(p.numel() for name, p in decoder.named_parameters() if name.startswith(multiplied) and p.ndim == 2)
+    layers = [decoder.layers[layer] for layer in decoder.places]
+    parts = [p for part in (*layers, decoder.projection) if part is not None for p in part.parameters()]
+    matrices = sum(p.numel() for p in parts if p.ndim == 2)
     assert counts["matmul"] == matrices + decoder.head_weight().numel()
 
 

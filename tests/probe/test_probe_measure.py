@@ -62,7 +62,10 @@ def whole(config: ModelConfig, z_loss: float = 0.0) -> tuple[Internals, float]:
         torch.manual_seed(boundary_seed(SEED, -1))
         sums = decoder(tokens, targets, z_loss)
         (sums.total / sums.valid).backward()
-    matrices = [[p for p in layer.parameters() if p.ndim == 2] for layer in decoder.layers]
+    matrices = [
+        [p for p in layer.parameters() if p.ndim == 2]
+        for layer in (decoder.layers[number] for number in decoder.places)
+    ]
     weights = [norm(p.grad for p in group if p.grad is not None) for group in ([decoder.embedding.weight], *matrices)]
     return internals(recorder.rows(), recorder.gradients, weights), float(sums.cross_entropy / sums.valid)
 

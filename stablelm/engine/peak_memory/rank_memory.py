@@ -16,7 +16,7 @@ from typing import NamedTuple
 from stablelm.config.engine_rules import SHARDED, ZERO
 from stablelm.config.schema import Config, ModelConfig
 from stablelm.engine.deepspeed_config import PERSISTENT
-from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped
+from stablelm.engine.sharding import GATHERED_BYTES, default_replicas, grouped, smallest_unit
 from stablelm.engine.updates.state import is_hidden, state_bytes
 from stablelm.model.initialise import decays, roles
 from stablelm.model.memory.layer_memory import on_meta
@@ -197,13 +197,13 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 def group_units(config: Config, listed: list[Parameter]) -> list[list[Parameter]]:
     """Matrices of each unit of FSDP, by the rule of `engine.sharding.units`; what is outside the layers comes last."""
-    layers: list[list[Parameter]] = [[] for _ in range(config.model.n_layers)]
+    layers: list[list[Parameter]] = [[] for _ in range(config.model.axes.stack.distinct(config.model))]
     root = []
     for parameter in listed:
         if parameter.is_matrix:
             (root if parameter.layer is None else layers[parameter.layer]).append(parameter)
     sizes = [sum(GATHERED_BYTES * parameter.elements for parameter in matrices) for matrices in layers]
-    units = grouped(sizes, config.engine.unit_bytes)
+    units = grouped(sizes, smallest_unit(config))
     return [*([parameter for index in unit for parameter in layers[index]] for unit in units), root]
 
 

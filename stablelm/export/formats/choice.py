@@ -10,6 +10,8 @@ from stablelm.export.weights import LazyTensor
 
 STANDARD = ("llama", "qwen3", "gemma2", "gpt2")
 """Architectures of transformers, in the order in which `auto` tries them."""
+LAYER_NORMS = "gpt2"
+"""The one whose norms are layer norms."""
 OWN, GGUF = "hf", "gguf"
 """With our own modelling file; for llama.cpp, what `gguf_architecture` computes."""
 

@@ -64,11 +64,16 @@ DEFAULTS: dict[str, Any] = {
     "norm_final": True,
     "norm_centred": False,
     "norm_slope": None,
+    "norm_unit": False,
+    "norm_compressed": False,
     "norm_bias": False,
     "norm_eps": 1e-5,
     "norm_eps_scales": None,
     "skip_gain": 1.0,
     "branch_gain": 1.0,
+    "branch_factors": None,
+    "step_ratio": None,
+    "unit_ratios": None,
     "learned_gain": False,
     "learned_skip": None,
     "dual_stream": False,
@@ -117,10 +122,14 @@ class StablelmDecoderConfig(PreTrainedConfig):
     clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity is added to the weights and what they are
     without queries subtracted, each with a gain for each head with `learned_identity`. Norms: `norm_*` say where, of
     all sub-layers or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place of
-    a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each sub-layer,
-    and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the branch
-    times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in
-    `learned_skip` times a learned factor for each feature; `attention_skip` off: attention's output is the stream, and
+    a norm, with a learned slope that starts there; `norm_unit`: x / |x| in its place; `norm_compressed`: the root mean
+    square is that of x and of one more feature, minus the sum of all (Jiang et al., 2023); `norm_eps_scales`: factors
+    of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of
+    all sub-layers or as lists; the branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of
+    the kinds of sub-layers in `learned_skip` times a learned factor for each feature, and the branch times
+    `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a (f(x) - x) with a = |alpha| step_ratio and a
+    learned alpha for each feature; `unit_ratios`: queries and keys have length 1 and learned factors, as the inputs of
+    the activation have (nGPT, Loshchilov et al., 2024); `attention_skip` off: attention's output is the stream, and
     learned gains are the feed-forwards' alone; `parallel`: these read what attention reads; `dual_stream`: beside x a
     sum of all branches without norms, which the final norm reads and to which x is added; `growth`: the output of that
     width is appended to x instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all
@@ -189,19 +198,26 @@ class Norm(nn.Module):
         self.eps = config.norm_eps * (1.0 if scales is None or reads is None else scales[reads])
         self.slope = None if of_heads else config.norm_slope
         self.centred = config.norm_centred and not of_heads
-        self.weight = nn.Parameter(torch.ones(width))
+        self.compressed = config.norm_compressed and not of_heads
+        self.weight = None if config.norm_unit and not of_heads else nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if config.norm_bias and not of_heads else None
         self.alpha = nn.Parameter(torch.full((1,), self.slope)) if self.slope is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = at_least_fp32(x)
+        if self.weight is None:
+            return F.normalize(x, dim=-1, eps=1e-30)
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.alpha is not None:
             x = torch.tanh(self.alpha.to(x.dtype) * x) * weight
             return x if bias is None else x + bias
         if self.centred:
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        x = F.rms_norm(x, weight.shape, weight, self.eps)
+        if self.compressed:
+            squares = x.square().sum(dim=-1, keepdim=True) + x.sum(dim=-1, keepdim=True).square()
+            x = x * torch.rsqrt(squares / (x.shape[-1] + 1) + self.eps) * weight
+        else:
+            x = F.rms_norm(x, weight.shape, weight, self.eps)
         return x if bias is None else x + bias
 
 
@@ -265,6 +281,8 @@ class Attention(nn.Module):
         self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
         self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads)) if config.head_scales else None
         self.output = nn.Linear(width, d_out, bias=bias) if config.value_maps else None
+        self.ratio = None if config.unit_ratios is None else config.unit_ratios["query_key"]
+        self.scale_qk = None if self.ratio is None else nn.Parameter(torch.full((width,), 1 / self.ratio))
 
     def forward(
         self, x: Inputs, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
@@ -282,6 +300,10 @@ class Attention(nn.Module):
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
         if shared.rotation is not None:
             query, key = rotate(query, *shared.rotation), rotate(key, *shared.rotation)
+        if self.scale_qk is not None:
+            factor = (self.scale_qk * self.ratio).square().view(-1, 1, self.head_dim)
+            query, key = (F.normalize(at_least_fp32(part), dim=-1, eps=1e-30).to(part.dtype) for part in (query, key))
+            query = query * factor.to(query.dtype)
         own = value
         if cache is not None:
             key, value = self._cached(key, value, shared, cache)
@@ -391,10 +413,17 @@ class FeedForward(nn.Module):
         self.scale = config.activation_scale
         self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, index) else None
         self.fc2 = nn.Linear(width, d_out, bias=config.bias)
+        self.ratios = config.unit_ratios
+        self.scale_u = None if self.ratios is None else nn.Parameter(torch.ones(width))
+        self.scale_v = None if self.ratios is None or self.gate is None else nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        hidden = self.act(hidden) if self.gate is None else self.act(self.gate(x)) * hidden
+        hidden, gate = self.fc1(x), None if self.gate is None else self.gate(x)
+        if self.ratios is not None and self.scale_u is not None:
+            hidden = hidden * (self.scale_u * self.ratios["up"]).to(hidden.dtype)
+            if gate is not None and self.scale_v is not None:
+                gate = gate * (self.scale_v * self.ratios["gate"]).to(gate.dtype)
+        hidden = self.act(hidden) if gate is None else self.act(gate) * hidden
         if self.scale != 1:
             hidden = hidden * self.scale
         if self.norm_inner is not None:
@@ -420,8 +449,11 @@ class Sublayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if not config.attention_skip and index % 2 == 0:
             self.skip_gain = 0.0
+        self.factor = 1.0 if config.branch_factors is None else config.branch_factors[index]
         has_gain = config.learned_gain and (config.attention_skip or index % 2 == 1)
         self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if has_gain else None
+        self.ratio = config.step_ratio
+        self.alpha = None if self.ratio is None else nn.Parameter(torch.full((d_out,), 0.05 / self.ratio))
         kind = "feedforward" if index % 2 else "attention"
         self.skip = nn.Parameter(torch.ones(d_out)) if kind in (config.learned_skip or ()) else None
         for name, start in stream_starts(config, index).items():
@@ -444,11 +476,14 @@ class Sublayer(nn.Module):
         branch = self.dropout(branch)
         if self.gain is not None:
             branch = branch * self.gain.to(branch.dtype)
-        branch = branch.to(x.dtype)
+        branch = branch.to(x.dtype) if self.factor == 1 else branch.to(x.dtype) * self.factor
         if self.grows:
             return torch.cat((x, branch), dim=-1), outputs
         if self.config.depth_block is not None:
             return self._averaged(outputs, branch)
+        if self.alpha is not None:
+            x = x + (self.alpha * self.ratio).abs().to(x.dtype) * (branch - x)
+            return (x if self.norm_out is None else self.norm_out(x).to(x.dtype)), outputs
         if self.config.dual_stream:
             outputs = (outputs[0] + branch,)
         if self.config.gru_bias is not None:
@@ -620,7 +655,8 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Norm):
-            init.ones_(module.weight)
+            if module.weight is not None:
+                init.ones_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
             if module.alpha is not None and module.slope is not None:
@@ -640,6 +676,14 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
             for name in IDENTITY_GAINS if module.config.learned_identity else ():
                 init.ones_(getattr(module, name))
+        if isinstance(module, Sublayer) and module.alpha is not None:
+            init.constant_(module.alpha, 0.05 / module.ratio)
+        if isinstance(module, Attention) and module.scale_qk is not None:
+            init.constant_(module.scale_qk, 1 / module.ratio)
+        if isinstance(module, FeedForward):
+            for factors in (module.scale_u, module.scale_v):
+                if factors is not None:
+                    init.ones_(factors)
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             count = len(module.mix) // max(1, module.ways)

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from stablelm.config.schema import ModelConfig
-from stablelm.export.weights import LazyTensor, Weights
+from stablelm.export.weights import LazyTensor, Weights, unrolled
 from stablelm.methods.axes import Value
 from stablelm.methods.catalogue import KEYS
 from stablelm.methods.sizes import d_head, logit_scale
@@ -104,18 +106,37 @@ def _common(values: Iterable[Any]) -> Any:
 
 def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of the modelling file: our own names, below `model.` but for the head."""
-    model, weights = source.model, source.weights
+    model, weights = unrolled(source.model, source.weights)
+    of_head = {f"head.{added.name}" for added in model.axes.gains.in_head(model)}
     for name in weights.shapes:
+        if name in of_head:
+            continue  # in the matrix
+        if name == "head.weight":
+            yield name, _output_matrix(source)
+            continue
         stem, _, leaf = name.rpartition(".")
         parts = name.split(".")
         layer = int(parts[1]) if parts[0] == "layers" else None
-        outside = "" if parts[0] == "head" else "model."
-        if layer is None or "body" not in parts or parts[-2].startswith("norm_"):
-            yield outside + name, weights.lazy(name).times(_norm_scale(model, layer, parts))
+        inside = layer is not None and "body" in parts and not parts[-2].startswith("norm_")
+        if layer is None or not inside or parts[-2] == "body":
+            yield f"model.{name}", weights.lazy(name).times(_norm_scale(model, layer, parts))
         elif leaf == "weight":
-            yield outside + name, weights.matrix(stem, model, 2 * layer + (parts[2] == "feedforward"))
-        elif leaf == "bias" or parts[-2] == "body":
-            yield outside + name, weights.lazy(name)
+            yield f"model.{name}", weights.matrix(stem, model, 2 * layer + (parts[2] == "feedforward"))
+        elif leaf == "bias":
+            yield f"model.{name}", weights.lazy(name)
+
+
+def _output_matrix(source: TrainedModel) -> LazyTensor:
+    """The head's, with its learned factors."""
+    model, weights = source.model, source.weights
+    gains = model.axes.gains.at(model)
+    names = [added.name for added in gains.in_head(model)]
+    added = {name: weights.lazy(f"head.{name}") for name in names}
+
+    def whole(weight: Tensor) -> Tensor:
+        return gains.output_matrix(weight, {name: each.values() for name, each in added.items()})
+
+    return weights.lazy("head.weight").map(whole)
 
 
 def _norm_scale(model: ModelConfig, layer: int | None, parts: list[str]) -> float:

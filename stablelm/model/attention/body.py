@@ -10,12 +10,17 @@ from stablelm.config.schema import ModelConfig
 from stablelm.methods.axes import Widths
 from stablelm.methods.norms import RmsNorm
 from stablelm.methods.sizes import d_head, d_key_value, logit_scale
-from stablelm.model.added_parameters import add_parameters
+from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import LayerCache
 from stablelm.model.attention.positions import Positions
 from stablelm.model.devices import to_device
-from stablelm.model.linear import Dtypes, Linear, LowRankLinear, reparam_of
+from stablelm.model.linear import (
+    Dtypes,
+    Linear,
+    LowRankLinear,
+    reparam_of,
+)
 from stablelm.model.norms import Norm
 
 WATCHED_QUERIES = 256
@@ -35,7 +40,7 @@ class Attention(nn.Module):
         assert config.n_heads % config.kv_heads == 0
         self.config, self.layer = config, layer
         self.position, self.shaping = config.axes.position, config.axes.shaping
-        self.gate, self.softmax = config.axes.gate, config.axes.softmax
+        self.gate, self.softmax, self.gains = config.axes.gate, config.axes.softmax, config.axes.gains.at(config)
         self.d_head, self.kv_heads = d_head(config), config.kv_heads
         self.scale = logit_scale(config)
         self.dropout = config.dropout
@@ -66,8 +71,8 @@ class Attention(nn.Module):
         self.output = None
         if self.value is not None:
             self.output = Linear(width.attention, width.branch, bias=bias, dtypes=dtypes, reparam=reparam)
-        added = tuple(parameter for value in config.axes.each() for parameter in value.in_attention(config, layer))
-        self.added = add_parameters(self, added, dtypes)
+        added = [parameter for value in config.axes.each() for parameter in value.in_attention(config, layer)]
+        self.added = add_parameters(self, (*added, *self.gains.in_body(config, 2 * layer)), dtypes)
 
     @property
     def first_maps(self) -> tuple[Linear | LowRankLinear, ...]:
@@ -108,7 +113,7 @@ class Attention(nn.Module):
 
     def added_parameters(self) -> dict[str, Tensor]:
         """What axis values add to this body, by name."""
-        return {name: getattr(self, name) for name in self.added}
+        return named_parameters_of(self, self.added)
 
     def queries_and_keys(self, products: tuple[Tensor, ...], positions: Positions) -> tuple[Tensor, Tensor]:
         """(batch, heads, seq, d_head) each, with norms and positions."""
@@ -120,6 +125,8 @@ class Attention(nn.Module):
             query, key = both.split(heads, dim=2)
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
             query, key = self.position.turn(query, tables), self.position.turn(key, tables)
+        if self.gains.after_turn:
+            query, key = self.gains.queries_and_keys(query, key, self.added_parameters())
         return query.transpose(1, 2), key.transpose(1, 2)
 
     def logits(self, query: Tensor, key: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:

@@ -80,23 +80,31 @@ class LayerMemory:
 
 
 def measure(config: Config) -> LayerMemory:
-    """The memory of a micro-batch of a resolved config, whose recompute mode is concrete."""
-    mode, layers = config.engine.recompute, config.model.n_layers
-    each = period(mode)
+    """The memory of a micro-batch of a resolved config, whose recompute mode is concrete.
+
+    A shared layer keeps at each place what a layer of its own would.
+    """
+    stack = config.model.axes.stack
+    places = stack.places(config.model)
+    config = replace(config, model=stack.unshared(config.model))
+    mode, each = config.engine.recompute, period(config.engine.recompute)
     if each is None or each == 1:
         return _measured(config, mode)
-    return _mixed(_measured(config, "none"), _measured(config, "full"), mode, layers)
+    return _mixed(_measured(config, "none"), _measured(config, "full"), mode, places)
 
 
-def _mixed(plain: LayerMemory, full: LayerMemory, mode: str, n_layers: int) -> LayerMemory:
-    """Of a model of whose layers a mode recomputes some; growing layers as if both kinds were spread evenly."""
-    again = sum(recompute.is_recomputed(mode, index) for index in range(n_layers))
+def _mixed(plain: LayerMemory, full: LayerMemory, mode: str, places: list[int]) -> LayerMemory:
+    """Of a model of whose layers a mode recomputes some; growing layers as if both kinds were spread evenly.
+
+    `places`: the layer that runs at each.
+    """
+    again, n_layers = sum(recompute.is_recomputed(mode, layer) for layer in places), len(places)
 
     def mean(name: str) -> int:
         return round(((n_layers - again) * getattr(plain, name) + again * getattr(full, name)) / n_layers)
 
     return replace(
-        full if recompute.is_recomputed(mode, n_layers - 1) else plain,
+        full if recompute.is_recomputed(mode, places[-1]) else plain,
         **{name: mean(name) for name in ("layers", "layer_copies", "last_layer", "last_layer_copies")},
         temporary=max(plain.temporary, full.temporary),
         recomputed_copies=full.recomputed_copies,
