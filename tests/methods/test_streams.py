@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import plain_streams as plain
 import pytest
 import torch
+from methods import plain_streams as plain
 from support.statistics import collision, resolved, zipf_tokens
 from torch import Tensor
 
