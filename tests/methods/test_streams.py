@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import plain_streams as plain
 import pytest
 import torch
+from methods import plain_streams as plain
 from support.statistics import collision, resolved, zipf_tokens
 from torch import Tensor
 
@@ -187,7 +187,7 @@ def test_maps_decay_and_count_as_matrices_and_vectors_do_not(method: str):
 
 
 def test_operations_of_gates_are_counted():
-    """Six matrices of d_model^2 for each sub-layer, six operations for each entry; of copies reading and mixing."""
+    """Six matrices of d_model^2 for each sub-layer, six operations for each entry; copies are also read and mixed."""
     more = {}
     for method in ("gtrxl", "hyper_connections"):
         config = _config(method)
@@ -251,7 +251,8 @@ def _ratios(config: ModelConfig, folder: Path, seeds: int) -> dict[str, np.ndarr
 
 def _within(ratios: dict[str, np.ndarray]) -> None:
     for name, ratio in ratios.items():
-        low, high = (0.7, 1.4) if name == "stream_variance" else (0.6, 1.6)
+        # Near collapse the gradient scatters.
+        low, high = {"stream_variance": (0.7, 1.4), "gradient_norm": (0.5, 2.0)}.get(name, (0.6, 1.6))
         if name != "gradient_norm" or not np.isnan(ratio).all():  # none where tokens have collapsed
             assert low < ratio.min() and ratio.max() < high, (name, ratio)
 

@@ -7,7 +7,7 @@ fp32, whatever the dtype of the weights.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -459,6 +459,10 @@ class Sublayer(nn.Module):
         for name, start in stream_starts(config, index).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(start.shape)))
         self.norm_out = Norm(config, d_out) if of_sublayer(config.norm_after_write, index) else None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # what is registered by name
 
     def read(self, x: Tensor, outputs: Tensors, dtype: torch.dtype) -> Inputs:
         if self.separate:
