@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.model.added_parameters import named_parameters_of
 from stablelm.model.attention.body import Attention
 from stablelm.model.feedforward import FeedForward
 from stablelm.model.linear import Linear
 from stablelm.model.products import Vectors, one_matrix
-from stablelm.model.added_parameters import named_parameters_of
 from stablelm.model.sublayer import Chunks, Sublayer
 
 Work = Callable[[], None]
