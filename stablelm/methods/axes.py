@@ -333,7 +333,7 @@ class Placement(Value):
         return self
 
     def used(self) -> "tuple[Placement, ...]":
-        """The places that `at` gives, in a model of any depth."""
+        """The places that `at` gives, from the first layers to the last."""
         return (self,)
 
     def input_scale(self, layer: int) -> float:

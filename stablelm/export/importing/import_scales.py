@@ -1,10 +1,15 @@
 """The scales with which a plain pre-norm model's weights compute the same under another method.
 
-Let the plain stream be y <- y + g(norm y), and ours x <- skip x + branch f(norm x) with x_0 = y_0. With
-c_s = skip^s the stream is x_s = c_s y_s at sub-layer s if f = (c_{s+1} / branch) g, which the output projection takes.
+Let the plain stream be y <- y + g(norm y), and ours x <- skip x + branch f(norm x) with x_0 = y_0. With c_s the product
+of the first s skips the stream is x_s = c_s y_s at sub-layer s if f = (c_{s+1} / branch) g, which the output projection
+takes.
 A norm takes c_s out again where its eps is c_s^2 that of the plain model. What multiplies embeddings, norms, logits and
 the head's input is divided out of the embedding, the norms' gains, the queries and the final norm.
 """
+
+import operator
+from functools import lru_cache
+from itertools import accumulate
 
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import catalogue
@@ -53,17 +58,22 @@ def for_import(model: ModelConfig) -> ModelConfig:
 
 def _norms_follow(model: ModelConfig) -> bool:
     stream = model.axes.stream
-    skip, _ = stream.gains(model)
-    wanted = [skip ** (2 * index) for index in range(2 * model.n_layers + 1)]
     return all(
-        abs(stream.eps_scale(model, index) - scale) <= NEGLIGIBLE * abs(scale) for index, scale in enumerate(wanted)
+        abs(stream.eps_scale(model, index) - scale**2) <= NEGLIGIBLE * scale**2
+        for index, scale in enumerate(_stream_scales(model))
     )
+
+
+@lru_cache(maxsize=4)
+def _stream_scales(model: ModelConfig) -> list[float]:
+    """c_s of each sub-layer and, last, of the end."""
+    skips = [model.axes.stream.gains_in(model, index)[0] for index in range(2 * model.n_layers)]
+    return [1.0, *accumulate(skips, operator.mul)]
 
 
 def scale_of(name: str, model: ModelConfig) -> float:
     """What multiplies a plain model's parameter, by our name of it; the model has no `obstacles`."""
     axes, parts = model.axes, name.split(".")
-    skip, branch = axes.stream.gains(model)
     layer = int(parts[1]) if parts[0] == "layers" else 0
     sublayer, module = 2 * layer + ("feedforward" in parts), parts[-2]
     # A tied table is the head too, so the final norm undoes what the table takes.
@@ -77,4 +87,6 @@ def scale_of(name: str, model: ModelConfig) -> float:
         return 1 / axes.placement.input_scale(layer)
     if module == ("norm_query" if model.attention.qk_norm else "query"):
         return logits
-    return skip ** (sublayer + 1) / branch if module in ("output", "fc2") else 1.0
+    if module in ("output", "fc2"):
+        return _stream_scales(model)[sublayer + 1] / axes.stream.gains_in(model, sublayer)[1]
+    return 1.0
