@@ -192,7 +192,7 @@ class Attention(nn.Module):
         mixed = self._average(query, key, value, positions, cache, self.dropout if self.training else 0.0)
         if self.shaping.combines:
             own = value if cache is None else cache.of_new(value)
-            own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            own = _shared_by_heads(own, query.shape[1])
             centre = self._centre(query, key, value, positions, cache)
             return self.shaping.combine(own, mixed, centre, self.added_parameters())
         return mixed * self._shaped(query, cache)[1].to(mixed.dtype) if self.shaping.active else mixed
@@ -207,7 +207,7 @@ class Attention(nn.Module):
         wide = torch.promote_types(value.dtype, torch.float32)
         counts = torch.arange(1, value.shape[2] + 1, dtype=wide, device=value.device)
         means = (value.cumsum(dim=2, dtype=wide) / counts[:, None]).to(value.dtype)
-        return means.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return _shared_by_heads(means, query.shape[1])
 
     def _average(
         self,
@@ -230,3 +230,8 @@ class Attention(nn.Module):
             return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         bias = self._bias(positions, query, cache)
         return attention_kernels.sdpa(query, key, value, bias, scale=self.scale, dropout=dropout, null=null)
+
+
+def _shared_by_heads(x: Tensor, heads: int) -> Tensor:
+    """(batch, kv_heads, seq, d_head) -> (batch, heads, seq, d_head), without a copy where these are as many."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
