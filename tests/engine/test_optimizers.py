@@ -101,13 +101,12 @@ def test_twenty_steps_are_those_of_the_paper(name: str):
         optimizer.step()
     for key, parameter in parameters.items():
         error = np.abs(parameter.detach().numpy() - values[key]).max()
-        # The fused kernel counts in fp32.
-        assert error < 1e-10, (key, error)
+        assert error < 1e-12, (key, error)
     if isinstance(plain, PlainScheduleFree):
         for key, parameter in parameters.items():
             found = find(config.train).evaluated(parameter.detach(), optimizer.state[parameter])
             assert found is not None
-            assert np.abs(found.numpy() - plain.state[key]["x"]).max() < 1e-10, key
+            assert np.abs(found.numpy() - plain.state[key]["x"]).max() < 1e-12, key
 
 
 def test_many_small_pieces_are_one_update(monkeypatch: pytest.MonkeyPatch):
@@ -115,7 +114,7 @@ def test_many_small_pieces_are_one_update(monkeypatch: pytest.MonkeyPatch):
 
     found = []
     for at_once in (2**22, 5):
-        monkeypatch.setattr(rule_optimizer, "AT_ONCE", at_once)
+        monkeypatch.setitem(rule_optimizer.AT_ONCE, "cpu", at_once)
         for name in ("stable_adamw", "schedule_free"):
             config = configuration("model.method=pre_ln", "train.precision=fp64", *CASES[name][0])
             parameters, own_roles = parameters_and_roles()
@@ -243,7 +242,7 @@ def test_steps_of_several_passes_are_those_of_the_paper(name: str):
         run.update(gradients_of(run, step, tokens, targets, kept), lr)
         train_step(engine, ALONE, tokens, targets, step=step, lr=lr, seed=0, micro=2)
     for key, parameter in run.parameters.items():
-        assert float((engine.whole(key) - parameter.detach()).abs().max()) < 1e-9, key
+        assert float((engine.whole(key) - parameter.detach()).abs().max()) < 1e-11, key
 
 
 def one_step(engine, step: int, factor: float = 1.0) -> None:

@@ -21,8 +21,8 @@ from stablelm.optimizers.interface import Elements, Update, WholeMatrices
 from stablelm.private_names import copy_all
 
 STEP = "step"
-AT_ONCE = 2**22
-"""Elements that are updated together."""
+AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
+"""Elements that are updated together: on a CPU as many as stay in its cache."""
 
 
 @dataclass
@@ -161,11 +161,12 @@ def _means(
 def _chunks(members: list[_Member]) -> Iterator[list[_Range]]:
     """Small parameters together, large ones in several parts."""
     found: list[_Range] = []
+    most = AT_ONCE.get(members[0].gradient.device.type, AT_ONCE["cuda"])
     for member in members:
         total = member.gradient.numel()
-        for start in range(0, total, AT_ONCE):
-            count = min(AT_ONCE, total - start)
-            if found and sum(each.size for each in found) + count > AT_ONCE:
+        for start in range(0, total, most):
+            count = min(most, total - start)
+            if found and sum(each.size for each in found) + count > most:
                 yield found
                 found = []
             found.append(_Range(member, slice(start, start + count), count))
