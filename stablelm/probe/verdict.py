@@ -184,18 +184,18 @@ def _weighed(evidence: Sequence[Evidence], records: Sequence[RunRecord]) -> list
         by_status[each.status].append(each)
     shapes = " and ".join(dict.fromkeys(f"{r.n_layers} layers x {r.d_model}" for r in records))
     place = f"{len(records)} recorded runs ({shapes})"
-    sentences = []
-    if by_status["against"]:
-        listed = "; ".join(each.in_words() for each in by_status["against"])
-        sentences.append(f"Evidence against it in {place}, beyond all that trained: {listed}.")
-    if by_status["for"]:
-        listed = "; ".join(each.in_words() for each in by_status["for"])
-        sentences.append(f"Evidence for it in {place}, short of all that did not train: {listed}.")
-    if not sentences:
-        return [f"No evidence either way in {place}: on every signal runs that trained and runs that did not overlap."]
-    if by_status["none"]:
-        sentences.append(f"No evidence either way: {', '.join(each.words for each in by_status['none'])}.")
-    return sentences
+    openings = {
+        "against": f"Evidence against it in {place}, beyond all that trained",
+        "for": f"Evidence for it in {place}, short of all that did not train",
+        "none": "No evidence either way"
+        if by_status["against"] or by_status["for"]
+        else f"No evidence either way in {place}",
+    }
+    return [
+        f"{opening}: {'; '.join(each.in_words() for each in by_status[status])}."
+        for status, opening in openings.items()
+        if by_status[status]
+    ]
 
 
 def _not_finite(found: Internals, precision: str) -> list[str]:

@@ -2,23 +2,20 @@
 
 import dataclasses
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.distributed import run_ranks
+from support.measured import PIECES, SINGLE, configured, engine_of, text
 from support.programs import TINY, losses, run
 from torch import Tensor, nn
 
 from stablelm.config.load import load
-from stablelm.config.rules import resolve
-from stablelm.config.schema import Config
 from stablelm.engine.interface import build_engine
 from stablelm.engine.launch_environment import AccelerateFlags, Launch
 from stablelm.engine.ranks import Ranks
-from stablelm.engine.torch_engine import TorchEngine
 from stablelm.model.attention.body import Attention
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
@@ -39,16 +36,7 @@ from stablelm.train.job import build_loader, layers_batch
 from stablelm.train.prepare import prepare
 from stablelm.train.step import train_step
 
-SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
-PIECES = 90
 NAME = "layer/0003/grad_norm"
-
-
-@lru_cache
-def configured(*overrides: str) -> Config:
-    tiny = ["model.n_layers=3", "model.d_model=32", "model.n_heads=4", "train.steps=5", "data.seq_len=12"]
-    loaded = load([], [*tiny, "train.precision=fp64", *overrides]).config
-    return resolve(loaded, pieces=PIECES, world_size=1, accelerate_precision=None)
 
 
 def decoder_of(*overrides: str) -> Decoder:
@@ -62,11 +50,6 @@ def layer_of(decoder: nn.Module, index: int) -> Layer:
     layer = decoder.get_submodule(f"layers.{index}")
     assert isinstance(layer, Layer)
     return layer
-
-
-def text() -> tuple[Tensor, Tensor]:
-    rows = torch.randint(0, PIECES, (2, 13), generator=torch.Generator().manual_seed(1))
-    return rows[:, :-1], rows[:, 1:].contiguous()
 
 
 def test_token_correlation_is_the_mean_cosine_of_pairs():
@@ -188,10 +171,6 @@ def assert_close(found: Internals, expected: Internals, tolerance: float = 1e-9)
     for name, column in dataclasses.asdict(expected).items():
         assert np.isfinite(column).all(), name
         np.testing.assert_allclose(getattr(found, name), column, rtol=tolerance, err_msg=name)
-
-
-def engine_of(*overrides: str) -> TorchEngine:
-    return TorchEngine(configured(*overrides), "single", SINGLE)
 
 
 @pytest.mark.parametrize("method", ["magneto_sigma", "catformer", "value_residual"])

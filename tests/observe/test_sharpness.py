@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_layers import PIECES, SINGLE, engine_of, text
+from support.measured import PIECES, SINGLE, engine_of, text
 from torch import Tensor
 
 from stablelm.config import rules

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_layers import SINGLE, engine_of, text
+from support.measured import SINGLE, engine_of, text
 
 from stablelm.model.initialise import role_of
 from stablelm.observe.updates import UpdateRatios

@@ -129,7 +129,11 @@ def test_the_sentences_name_the_evidence_and_foretell_nothing():
         "100 (3 models that trained: 1.2 to 13; 5 models that did not train: 1.3 to 1.0e4). No evidence either way: "
     )
     neither = verdict(figures(), replace(GOOD, gradient_ratio=2.0), None, RUNS, "fp32").text
-    assert neither.startswith("No evidence either way in 8 recorded runs (24 layers x 64): on every signal")
+    opening = (
+        "No evidence either way in 8 recorded runs (24 layers x 64): gradient factor over depth 2.0 (3 models that"
+    )
+    assert neither.startswith(opening)
+    assert neither.count("No evidence") == 1
     good = verdict(figures(), replace(GOOD, gradient_ratio=1.01), None, RUNS, "fp32").text
     assert good.startswith("Evidence for it in 8 recorded runs (24 layers x 64), short of all that did not train: grad")
     assert "no recorded run" in verdict(figures(), GOOD, None, [], "fp32").text
