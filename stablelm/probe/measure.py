@@ -22,7 +22,7 @@ from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 from stablelm.observe.layers import tev
-from stablelm.probe.changes import RELATIVE, Change, Growth, Update, independent_copies, relative_change, taken
+from stablelm.probe.changes import RELATIVE, Change, FirstUpdate, Growth, independent_copies, relative_change, taken
 from stablelm.probe.disk_offload import to_disk
 from stablelm.seeds import seed_from
 
@@ -55,7 +55,7 @@ def measure(
     pieces: int,
     folder: Path,
     z_loss: float = 0.0,
-    update: Update | None = None,
+    update: FirstUpdate | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Forward and backward at initialisation in training mode, so with dropout; tokens, targets: (rows, seq) int64.
@@ -96,7 +96,7 @@ class _Walk:
         tokens: Tensor,
         folder: Path,
         on_layer: Callable[[], None],
-        update: Update | None,
+        update: FirstUpdate | None,
     ):
         self._config, self._seed, self._tokens, self._on_layer = config, seed, tokens, on_layer
         self._folder, self._update = folder, update
@@ -318,7 +318,7 @@ class _Walk:
         return relative_change(before, after) / RELATIVE**2
 
     @torch.no_grad()
-    def growth(self, update: Update, targets: Tensor) -> Growth:
+    def growth(self, update: FirstUpdate, targets: Tensor) -> Growth:
         """By the update along the directions that the backward pass kept; the walk's last pass."""
         self._change = taken(update, self._directions)
         self._materialise_outside()

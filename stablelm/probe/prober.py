@@ -135,7 +135,7 @@ def _instead(config: Config) -> str:
 
 def make(request: ProbeRequest) -> "Probe":
     """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
-    from stablelm.probe.changes import Update
+    from stablelm.probe.changes import FirstUpdate
     from stablelm.probe.measure import measure
     from stablelm.probe.predict import predict, predict_sensitivity
     from stablelm.probe.probe_report import Probe
@@ -149,7 +149,7 @@ def make(request: ProbeRequest) -> "Probe":
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
     # A shared layer moves at all its places at once, which passes layer by layer do not.
-    update = None if model.axes.stack.shared else Update.of(model, config.train)
+    update = None if model.axes.stack.shared else FirstUpdate.of(model, config.train)
     with progress((4 if update else 2) * model.n_layers, "layers, up and down") as on_layer:
         measured = measure(
             model,

@@ -275,7 +275,7 @@ def test_names_of_records():
     assert found["layer/0000/token_correlation"] == internals.token_correlation[0]
     assert found["attention/0001/entropy"] == internals.attention_entropy[1] > 0
     assert found["attention/0003/logit_max"] == internals.logit_max[3] > 0
-    assert found["attention/0003/sink"] == internals.attention_sink[3] > 0
+    assert found["attention/0003/sink_share"] == internals.attention_sink[3] > 0
     assert found["layer/0002/kurtosis"] == internals.kurtosis[2] > 1
     assert found["layer/0000/angular_distance"] == 0 < found["layer/0003/angular_distance"] < 1
     assert 0 < found["update_ratio/query"] < 1
