@@ -1,0 +1,52 @@
+"""What the actions of `stablelm study` do; each returns an exit code and raises UserError."""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+
+from stablelm.errors import ConfigError
+from stablelm.study import results
+from stablelm.study.cells import Cell, cells_of
+from stablelm.study.cost import here, on_gpus
+from stablelm.study.runner import Runner, claimed
+from stablelm.study.status import doubles, expansion, progress
+from stablelm.study.study_file import Limits, Study, read_study
+
+
+def checked(arguments: argparse.Namespace) -> tuple[Study, list[Cell]]:
+    """The study and its cells, with what the command line says in place of the file. Raises ConfigError."""
+    study = read_study(arguments.study)
+    given = {name: value for name in ("jobs", "hours") if (value := getattr(arguments, name, None)) is not None}
+    for name, value in given.items():
+        if not value > 0:
+            raise ConfigError(f"--{name} {value:g} must be above 0")
+    study = replace(study, limits=Limits(**(vars(study.limits) | given)))
+    return study, cells_of(study)
+
+
+def expand(arguments: argparse.Namespace) -> int:
+    study, cells = checked(arguments)
+    found = results.read_results(study.results_folder)
+    cost = (lambda cell: on_gpus(study, cell)) if study.resources.gpu else (lambda cell: here(cell, found.values()))
+    print(expansion(study, cells, found, cost))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    study, cells = checked(arguments)
+    for names in doubles(study, cells):
+        print(f"note: {names} have the same identity and share their runs", file=sys.stderr)
+    with claimed(study) as lock:
+        return Runner(study, cells, lock, lambda line: print(line, flush=True)).run()
+
+
+def status(arguments: argparse.Namespace) -> int:
+    study, cells = checked(arguments)
+    while True:
+        words = progress(study, cells, results.read_results(study.results_folder))
+        if arguments.every is None or not sys.stdout.isatty():
+            print(words)
+            return 0
+        print(f"\x1b[H\x1b[2J{words}", flush=True)
+        time.sleep(arguments.every)

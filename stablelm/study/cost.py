@@ -1,0 +1,106 @@
+"""What the runs of a study cost: seconds here, from runs like them or from this machine's matmuls, and GPU-hours."""
+
+import statistics
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NamedTuple
+
+from stablelm.config.load import Loaded
+from stablelm.errors import ConfigError
+from stablelm.methods.sizes import flops_per_token
+from stablelm.study.cells import Cell
+from stablelm.study.results import Result
+from stablelm.study.study_file import Study
+
+SHARE = 0.35
+"""Of the rate of a layer's own matmuls that a step of a narrow model reaches, one thread on a CPU."""
+START_SECONDS = 8.0
+"""Of a process: imports, tokenizer, first step."""
+
+
+class Cost(NamedTuple):
+    """Of one run of a cell. `measured`: the seconds are those of runs of the same shape and budget."""
+
+    seconds: float
+    measured: bool
+    gpus: int = 0
+    gpu_hours: float | None = None
+
+
+def here(cell: Cell, found: Collection[Result]) -> Cost:
+    """One thread of this machine."""
+    own = [
+        each["seconds"] * cell.flops / each["flops"]
+        for each in found
+        if each["shape"] == vars(cell.shape) and each["seconds"] > 0
+    ]
+    like = [each["seconds"] * cell.flops / each["flops"] for each in found if _is_like(each, cell)]
+    if like or own:
+        return Cost(START_SECONDS + statistics.median(like or own), True)
+    return Cost(START_SECONDS + cell.flops / (SHARE * matmul_rate(cell.shape.d_model)), False)
+
+
+def _is_like(result: Result, cell: Cell) -> bool:
+    return result["shape"] == vars(cell.shape) and result["point"].get("model.method") == cell.config.model.method
+
+
+_rates: dict[int, float] = {}
+
+
+def matmul_rate(width: int) -> float:
+    """FLOP/s of one thread in fp32 products of 1,024 rows and a matrix (width, 4 width); the quickest of several."""
+    if width not in _rates:
+        import numpy as np
+
+        a, b = np.ones((1024, width), np.float32), np.ones((width, 4 * width), np.float32)
+        best = float("inf")
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - began)
+        _rates[width] = 2 * a.size * 4 * width / best
+    return _rates[width]
+
+
+def on_gpus(study: Study, cell: Cell) -> Cost:
+    """By `stablelm plan`'s closed form, on the fewest GPUs of `resources.world_sizes` whose memory the run fits.
+
+    Raises ConfigError where it fits none.
+    """
+    from stablelm.observe.accelerators import chosen
+    from stablelm.plan.planner import make
+    from stablelm.plan.request import prepare
+
+    accelerator, reasons = chosen(study.resources.gpu, {}), []
+    for ranks in study.resources.world_sizes:
+        try:
+            request = prepare(
+                Loaded(cell.asked, {}, cell.asked), ranks, accelerator, study.resources.gpus_per_node,
+                simulated=False, price=None,
+            )  # fmt: skip
+        except ConfigError as error:
+            reasons.append(f"{ranks}: {error}")
+            continue
+        made = make(request, depth=False)
+        if made.peak.total() <= request.usable:
+            seconds = (cell.config.train.steps or 0) * made.step_time.total
+            return Cost(seconds, False, ranks, seconds * ranks / 3600)
+        reasons.append(f"{ranks}: {made.peak.total() / 1e9:.1f} GB of {request.usable / 1e9:.1f}")
+    raise ConfigError(
+        f"{cell.name}: no world size of resources.world_sizes fits ({'; '.join(reasons)}); add a larger one, or set "
+        f"engine.recompute in the base ({study.at('resources')})"
+    )
+
+
+def flops_of(cell: Cell) -> float:
+    """Of a token."""
+    return flops_per_token(cell.config.model, cell.config.data.seq_len)
+
+
+def on_ranks(cell: Cell, kind: str | None) -> Cell:
+    """The cell's configuration with an engine for several ranks."""
+    if kind is None:
+        return cell
+    engine = replace(cell.asked.engine, kind=kind)  # type: ignore[arg-type]
+    return replace(cell, asked=replace(cell.asked, engine=engine))
