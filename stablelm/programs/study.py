@@ -9,6 +9,7 @@ ACTIONS = {
     "expand": "lists the cells with parameters, FLOPs and predicted hours, and runs nothing",
     "run": "runs what is open on this machine; started again it goes on",
     "status": "how far it is, once or every few seconds",
+    "report": "a page, Markdown, tables and figures of the results so far",
 }
 
 
@@ -26,6 +27,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if name == "run":
             own.add_argument("--jobs", type=int, metavar="N", help="runs at once, in place of limits.jobs")
             own.add_argument("--hours", type=float, metavar="H", help="stop after them, in place of limits.hours")
+        if name == "report":
+            own.add_argument("--out", type=path_or_url, metavar="DIR", help="default: the study's folder, report/")
         if name == "status":
             own.add_argument("--every", type=float, metavar="SECONDS", help="again and again, until it is done")
     return parser.parse_args(argv)

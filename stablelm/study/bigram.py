@@ -6,11 +6,12 @@ proportional to the number of different tokens seen before b, less a discount th
 the same way, and D = n1 / (n1 + 2 n2) from the numbers of pairs seen once and twice.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from stablelm.config.schema import Config
+from stablelm.data.inspection import Sources
 from stablelm.data.loader import Loader
 from stablelm.data.validation import ValidationSet
 from stablelm.model.targets import IGNORED
@@ -63,9 +64,9 @@ def _discount(counts: np.ndarray) -> float:
     return once / (once + 2 * twice) if once else 0.5
 
 
-def training_pairs(config: Config, files: Iterable, tokenizer: Tokenizer, seed: int) -> Iterator[Pairs]:
-    """Inputs and targets of every batch that a run with that seed trains on, which masks none."""
-    loader = Loader(files, tokenizer, config.data, seed=seed, global_batch_size=config.train.global_batch_size)  # type: ignore[arg-type]
+def training_pairs(config: Config, files: Sources, tokenizer: Tokenizer, seed: int) -> Iterator[Pairs]:
+    """Inputs and targets of every batch that a run with that seed trains on."""
+    loader = Loader(files, tokenizer, config.data, seed=seed, global_batch_size=config.train.global_batch_size)
     try:
         for _ in range(config.train.steps or 0):
             batch = loader.next()
@@ -80,7 +81,7 @@ def valid_pairs(tokens: np.ndarray, targets: np.ndarray) -> Pairs:
     return tokens[valid], targets[valid]
 
 
-def bigram_loss(config: Config, files: Iterable, tokenizer: Tokenizer, validation: ValidationSet, seed: int) -> float:
+def bigram_loss(config: Config, files: Sources, tokenizer: Tokenizer, validation: ValidationSet, seed: int) -> float:
     """Of the model counted on a run's training tokens, on its validation windows. Raises DataError."""
     model = Bigram(tokenizer.pieces)
     for first, second in training_pairs(config, files, tokenizer, seed):

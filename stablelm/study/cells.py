@@ -19,11 +19,10 @@ from stablelm.data import inspection
 from stablelm.data.corpus import configured_tokenizer
 from stablelm.errors import ConfigError, Problems
 from stablelm.methods.sizes import flops_per_token, parameter_counts
+from stablelm.study.results import ID_LENGTH
 from stablelm.study.shapes import Shape, counted, shapes_of, with_shape
 from stablelm.study.study_file import DEPTH, WARMUP, Study
 from stablelm.tokenizers import Tokenizer
-
-ID_LENGTH = 16
 
 
 @dataclass(frozen=True)

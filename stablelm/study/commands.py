@@ -4,17 +4,18 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
-from stablelm.errors import ConfigError
+from stablelm.errors import ConfigError, StorageError
 from stablelm.study import results
-from stablelm.study.cells import Cell, cells_of
+from stablelm.study.cells import Cell, Texts, cells_of
 from stablelm.study.cost import here, on_gpus
 from stablelm.study.runner import Runner, claimed
 from stablelm.study.status import doubles, expansion, progress
 from stablelm.study.study_file import Limits, Study, read_study
 
 
-def checked(arguments: argparse.Namespace) -> tuple[Study, list[Cell]]:
+def checked(arguments: argparse.Namespace, texts: Texts | None = None) -> tuple[Study, list[Cell]]:
     """The study and its cells, with what the command line says in place of the file. Raises ConfigError."""
     study = read_study(arguments.study)
     given = {name: value for name in ("jobs", "hours") if (value := getattr(arguments, name, None)) is not None}
@@ -22,7 +23,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Study, list[Cell]]:
         if not value > 0:
             raise ConfigError(f"--{name} {value:g} must be above 0")
     study = replace(study, limits=Limits(**(vars(study.limits) | given)))
-    return study, cells_of(study)
+    return study, cells_of(study, texts)
 
 
 def expand(arguments: argparse.Namespace) -> int:
@@ -50,3 +51,20 @@ def status(arguments: argparse.Namespace) -> int:
             return 0
         print(f"\x1b[H\x1b[2J{words}", flush=True)
         time.sleep(arguments.every)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    texts = Texts()
+    study, cells = checked(arguments, texts)
+    from stablelm.study.baselines import bigram_losses
+    from stablelm.study.report.findings import findings
+    from stablelm.study.report.writer import write_report
+
+    found = results.read_results(study.results_folder)
+    folder = Path(arguments.out) if arguments.out else study.folder / "report"
+    try:
+        page = write_report(findings(study, cells, found, bigram_losses(study, cells, texts)), folder)
+    except OSError as error:
+        raise StorageError(f"the report cannot be written to {folder}", error.strerror or error) from error
+    print(f"written: {page}")
+    return 0

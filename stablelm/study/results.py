@@ -15,6 +15,7 @@ from stablelm.json_text import Count, Number, as_number, parse
 from stablelm.new_files import replace_file
 from stablelm.small_files import read_small
 
+ID_LENGTH = 16
 SEAL = "sha256"
 NOT_FINITE, NOTHING_LEARNT, SPIKED, TRAINED = "not finite", "nothing learnt", "spiked", "trained"
 OUTCOMES = (NOT_FINITE, NOTHING_LEARNT, SPIKED, TRAINED)
@@ -97,7 +98,7 @@ def seal(plain: Mapping[str, Any]) -> str:
 def read_results(folder: Path) -> dict[str, Result]:
     """By id. Raises ConfigError with a line for each file that is damaged or was changed by hand."""
     found, problems = {}, []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob(f"{'[0-9a-f]' * ID_LENGTH}.json")):
         try:
             result = dict(parse(read_small(file), Result))
         except (OSError, ValueError) as error:

@@ -72,10 +72,12 @@ class Runner:
         while True:
             if time.monotonic() > self._deadline:
                 self._stop(f"limits.hours={self._study.limits.hours:g}")
+            kept = len(self._results)
             self._start()
-            if not self._running:
+            if self._running:
+                self._wait()
+            elif len(self._results) == kept:
                 break
-            self._wait()
         if self._stopping:
             return EXIT_STOPPED_EARLY
         for run in self._failed.values():
