@@ -29,6 +29,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
             own.add_argument("--hours", type=float, metavar="H", help="stop after them, in place of limits.hours")
         if name == "report":
             own.add_argument("--out", type=path_or_url, metavar="DIR", help="default: the study's folder, report/")
+            own.add_argument("--records", type=path_or_url, metavar="FILE", help="also what advise reads")
         if name == "status":
             own.add_argument("--every", type=float, metavar="SECONDS", help="again and again, until it is done")
     return parser.parse_args(argv)

@@ -56,14 +56,19 @@ def status(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     texts = Texts()
     study, cells = checked(arguments, texts)
+    from stablelm.new_files import replace_file
     from stablelm.study.baselines import bigram_losses
+    from stablelm.study.records import as_lines, records_of
     from stablelm.study.report.findings import findings
     from stablelm.study.report.writer import write_report
 
     found = results.read_results(study.results_folder)
     folder = Path(arguments.out) if arguments.out else study.folder / "report"
     try:
-        page = write_report(findings(study, cells, found, bigram_losses(study, cells, texts)), folder)
+        made = findings(study, cells, found, bigram_losses(study, cells, texts))
+        page = write_report(made, folder)
+        if arguments.records:
+            replace_file(Path(arguments.records), as_lines(records_of(made)))
     except OSError as error:
         raise StorageError(f"the report cannot be written to {folder}", error.strerror or error) from error
     print(f"written: {page}")
