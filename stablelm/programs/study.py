@@ -8,6 +8,7 @@ from stablelm.programs.arguments import Parser, path_or_url, run
 ACTIONS = {
     "expand": "lists the cells with parameters, FLOPs and predicted hours, and runs nothing",
     "run": "runs what is open on this machine; started again it goes on",
+    "submit": "submits what is open as Slurm arrays, and a job that goes on after them",
     "status": "how far it is, once or every few seconds",
     "report": "a page, Markdown, tables and figures of the results so far",
 }
@@ -24,9 +25,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, words in ACTIONS.items():
         own = actions.add_parser(name, help=words, description=words)
         own.add_argument("--study", required=True, type=path_or_url, metavar="FILE", help="the study file")
-        if name == "run":
+        if name in ("run", "submit"):
             own.add_argument("--jobs", type=int, metavar="N", help="runs at once, in place of limits.jobs")
+        if name == "run":
             own.add_argument("--hours", type=float, metavar="H", help="stop after them, in place of limits.hours")
+        if name == "submit":
+            own.add_argument("options", nargs="*", metavar="-- OPTIONS", help="of sbatch, as -- --time=12:00:00")
         if name == "report":
             own.add_argument("--out", type=path_or_url, metavar="DIR", help="default: the study's folder, report/")
             own.add_argument("--records", type=path_or_url, metavar="FILE", help="also what advise reads")

@@ -1,13 +1,18 @@
 """From a finished run's folder to its result."""
 
 import hashlib
+import json
 import math
 import os
 import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stablelm.config.load import dump
+from stablelm.config.schema import Config
 from stablelm.errors import EXIT_FINISHED, DivergedError
 from stablelm.observe import provenance
 from stablelm.observe.sinks import last_records
@@ -25,8 +30,37 @@ def run_dir(study: Study, run: Run) -> Path:
     return study.folder / "runs" / run.id
 
 
+def placed(study: Study, run: Run) -> Config:
+    """A run's configuration with its folder."""
+    config = run.config
+    return replace(config, run=replace(config.run, dir=str(run_dir(study, run))))
+
+
+def measures_file(study: Study, run: Run) -> Path:
+    """What `study.measure` writes."""
+    return run_dir(study, run) / "measures.json"
+
+
 def is_finished(study: Study, run: Run) -> bool:
     return read_summary(run_dir(study, run)).get("exit_code") in FINISHED
+
+
+def keep_finished(study: Study, run: Run, say: Callable[[str], None]) -> Result | None:
+    """Writes the result of a run that has finished, and removes its checkpoints unless the study keeps them.
+
+    None where it has not finished. Raises OSError.
+    """
+    if not is_finished(study, run):
+        return None
+    measures = measures_file(study, run)
+    layers = json.loads(measures.read_text()) if measures.exists() else None
+    result = collect(study, run, layers)
+    results.write_result(study.results_folder, result)
+    if not study.keep_checkpoints:
+        shutil.rmtree(run_dir(study, run) / "checkpoints", ignore_errors=True)
+    loss = f"loss {result['val_loss']:.4f}" if result["val_loss"] is not None else "no loss"
+    say(f"{run}: {result['outcome']}, {loss}, {result['seconds']:.0f} s")
+    return result
 
 
 def collect(study: Study, run: Run, layers: Any = None) -> Result:
@@ -38,7 +72,7 @@ def collect(study: Study, run: Run, layers: Any = None) -> Result:
     val, unigram = (_only(summary.get(name)) for name in ("val_loss", "unigram_loss"))
     if summary["exit_code"] == DivergedError.exit_code:
         val = None
-    own: Result = {
+    return {
         "id": run.id,
         "study": study.study,
         "point": dict(run.cell.point),
@@ -57,10 +91,9 @@ def collect(study: Study, run: Run, layers: Any = None) -> Result:
         "curve": results.curve(train),
         "seconds": round(sum(record.get("step_seconds", 0.0) for record in records.values()), 1),
         "provenance": _provenance(folder, run),
+        "signal": _signal(records),
+        "layers": layers,
     }
-    own["signal"] = _signal(records)  # type: ignore[typeddict-unknown-key]
-    own["layers"] = layers  # type: ignore[typeddict-unknown-key]
-    return own
 
 
 def _only(values: Any) -> float | None:

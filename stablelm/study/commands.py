@@ -42,6 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
         return Runner(study, cells, lock, lambda line: print(line, flush=True)).run()
 
 
+def submit(arguments: argparse.Namespace) -> int:
+    study, cells = checked(arguments)
+    from stablelm.study.submission import submit as submit_open
+
+    with claimed(study):
+        submit_open(study, cells, arguments.study, arguments.options, lambda line: print(line, flush=True))
+    return 0
+
+
 def status(arguments: argparse.Namespace) -> int:
     study, cells = checked(arguments)
     while True:

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from typing import NamedTuple
 
 from stablelm.config.load import Loaded
@@ -57,7 +56,7 @@ def matmul_rate(width: int) -> float:
         best = float("inf")
         for _ in range(5):
             began = time.perf_counter()
-            a @ b
+            np.matmul(a, b)
             best = min(best, time.perf_counter() - began)
         _rates[width] = 2 * a.size * 4 * width / best
     return _rates[width]
@@ -83,8 +82,8 @@ def on_gpus(study: Study, cell: Cell) -> Cost:
             reasons.append(f"{ranks}: {error}")
             continue
         made = make(request, depth=False)
-        if made.peak.total() <= request.usable:
-            seconds = (cell.config.train.steps or 0) * made.step_time.total
+        if made.fits:
+            seconds = (cell.config.train.steps or 0) * made.time.total
             return Cost(seconds, False, ranks, seconds * ranks / 3600)
         reasons.append(f"{ranks}: {made.peak.total() / 1e9:.1f} GB of {request.usable / 1e9:.1f}")
     raise ConfigError(
@@ -96,11 +95,3 @@ def on_gpus(study: Study, cell: Cell) -> Cost:
 def flops_of(cell: Cell) -> float:
     """Of a token."""
     return flops_per_token(cell.config.model, cell.config.data.seq_len)
-
-
-def on_ranks(cell: Cell, kind: str | None) -> Cell:
-    """The cell's configuration with an engine for several ranks."""
-    if kind is None:
-        return cell
-    engine = replace(cell.asked.engine, kind=kind)  # type: ignore[arg-type]
-    return replace(cell, asked=replace(cell.asked, engine=engine))

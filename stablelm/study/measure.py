@@ -23,7 +23,7 @@ from stablelm.evaluate import consent
 from stablelm.evaluate.trained_run import TrainedRun, load_module, open_run
 from stablelm.evaluate.validation_text import validation_options, validation_paths
 from stablelm.model.decoder import Decoder
-from stablelm.model.sublayer import Chunks
+from stablelm.model.sublayer import Chunks, Sublayer
 from stablelm.model.targets import IGNORED
 from stablelm.new_files import replace_file
 
@@ -107,7 +107,8 @@ def silenced(module: Decoder, layers: Sequence[int]) -> Iterator[None]:
     handles = [
         sublayer.body.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
         for layer in layers
-        for sublayer in (module.layers[layer].attention, module.layers[layer].feedforward)  # type: ignore[union-attr]
+        for sublayer in module.layers[layer].modules()
+        if isinstance(sublayer, Sublayer)
     ]
     try:
         yield

@@ -49,6 +49,10 @@ class Result(TypedDict):
     seconds: Number
     """Of steps alone."""
     provenance: dict[str, Any]
+    signal: dict[str, dict[str, Number]]
+    """Measurements of layers at the `start` and the `end`, by metric; empty where the run made none."""
+    layers: dict[str, Any] | None
+    """What `study.measure` found, None where it was not asked."""
 
 
 def loss_of(result: Result) -> float:

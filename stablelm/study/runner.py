@@ -2,16 +2,13 @@
 
 import ctypes
 import fcntl
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from stablelm.config.load import dump
@@ -20,7 +17,7 @@ from stablelm.new_files import replace_file
 from stablelm.study import results
 from stablelm.study.agenda import agenda
 from stablelm.study.cells import Cell, Run
-from stablelm.study.collect import FINISHED, collect, is_finished, run_dir
+from stablelm.study.collect import FINISHED, is_finished, keep_finished, measures_file, placed, run_dir
 from stablelm.study.study_file import Study
 from stablelm.supervise.attempts import read_summary
 
@@ -104,15 +101,19 @@ class Runner:
             replace_file(file, dump(placed(self._study, run)))
             self._running[run.id] = run, self._process(run, "stablelm", "pretrain", "--config", str(file))
         elif self._to_measure(run):
-            measures = str(self._measures(run))
+            measures = str(measures_file(self._study, run))
             self._running[run.id] = run, self._process(run, "stablelm.study.measure", str(file), measures)
         else:
-            self.keep(run)
+            self._keep(run)
 
     def _to_measure(self, run: Run) -> bool:
         """Runs of the comparison are measured, unless they diverged."""
         code = read_summary(run_dir(self._study, run))["exit_code"]
-        return run.seed in self._study.seeds.confirm and code == EXIT_FINISHED and not self._measures(run).exists()
+        return (
+            run.seed in self._study.seeds.confirm
+            and code == EXIT_FINISHED
+            and not measures_file(self._study, run).exists()
+        )
 
     def _process(self, run: Run, *module: str) -> subprocess.Popen[bytes]:
         with open(self._log(run), "ab") as log:
@@ -124,9 +125,6 @@ class Runner:
                 pass_fds=[self._lock],
                 preexec_fn=_end_with_parent,
             )
-
-    def _measures(self, run: Run) -> Path:
-        return run_dir(self._study, run) / "measures.json"
 
     def _log(self, run: Run) -> Path:
         return run_dir(self._study, run).with_suffix(".log")
@@ -151,16 +149,10 @@ class Runner:
             self._failed[run.id] = run
             self._say(f"{run}: exit code {code}, see {self._log(run)}")
 
-    def keep(self, run: Run) -> None:
-        """Writes a finished run's result and removes its checkpoints."""
-        measures = self._measures(run)
-        layers = json.loads(measures.read_text()) if measures.exists() else None
-        result = collect(self._study, run, layers)
-        results.write_result(self._study.results_folder, result)
+    def _keep(self, run: Run) -> None:
+        result = keep_finished(self._study, run, self._say)
+        assert result is not None
         self._results[run.id] = result
-        shutil.rmtree(run_dir(self._study, run) / "checkpoints", ignore_errors=True)
-        loss = f"loss {result['val_loss']:.4f}" if result["val_loss"] is not None else "no loss"
-        self._say(f"{run}: {result['outcome']}, {loss}, {result['seconds']:.0f} s")
 
     def _stop(self, why: str) -> None:
         """Asks the runs to save and end; none is started any more."""
@@ -170,12 +162,6 @@ class Runner:
         self._say(f"stopped by {why}; the same command goes on")
         for _, process in self._running.values():
             process.send_signal(signal.SIGTERM)
-
-
-def placed(study: Study, run: Run):
-    """A run's configuration with its folder."""
-    config = run.config
-    return replace(config, run=replace(config.run, dir=str(run_dir(study, run))))
 
 
 def _end_with_parent() -> None:

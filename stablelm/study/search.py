@@ -47,13 +47,16 @@ def search(rates: Rates, losses: Mapping[float, float]) -> Next | Best | Edge:
         return Best(min(finite, key=lambda rate: losses[rate]))
     # Of equal losses the smaller rate is the best.
     best = min(finite, key=lambda rate: losses[rate]) if finite else None
-    wanted = _widened(rates, tried, best) if best in (None, tried[0], tried[-1]) else _refined(rates, tried, best)
-    if isinstance(wanted, Edge) or not wanted:
-        return wanted or Best(best)
+    if best is None or best in (tried[0], tried[-1]):
+        wanted = _widened(rates, tried, best)
+        if isinstance(wanted, Edge):
+            return wanted
+    else:
+        wanted = _refined(rates, tried, best)
+        if not wanted:
+            return Best(best)
     room = rates.max_runs - len(tried)
-    if room < 1:
-        return Edge(best, f"lr.max_runs={rates.max_runs} rates were tried")
-    return Next(wanted[:room])
+    return Next(wanted[:room]) if room > 0 else Edge(best, f"lr.max_runs={rates.max_runs} rates were tried")
 
 
 def _widened(rates: Rates, tried: list[float], best: float | None) -> tuple[float, ...] | Edge:

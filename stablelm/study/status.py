@@ -35,7 +35,7 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
     least = rates * len(study.seeds.tune) + len(study.seeds.confirm) * ("confirm" in study.stages)
     heading = ("cell", "shape", "d_ff", "layers", "in all", "tokens", "FLOPs/token", "FLOPs/run", "min/run")
     gpus = study.resources.gpu is not None
-    rows = [heading + (("GPUs", "GPU-hours") if gpus else ())]
+    rows: list[Row] = [heading + (("GPUs", "GPU-hours") if gpus else ())]
     seconds = gpu_hours = 0.0
     for cell in cells:
         one = cost(cell)

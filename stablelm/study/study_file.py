@@ -127,6 +127,7 @@ class Study:
     stages: list[Literal["tune", "confirm"]] = key(["tune", "confirm"], "what is run")
     limits: Limits = field(default_factory=Limits, metadata={"text": Limits.__doc__})
     resources: Resources = field(default_factory=Resources, metadata={"text": Resources.__doc__})
+    keep_checkpoints: bool = key(False, "whether runs keep their checkpoints after their result is written")
     results: str | None = key(None, "folder of result files; null: runs/studies/STUDY/results", path=True)
     file: str = field(default="", metadata={"hidden": True})
     lines: dict[str, int] = field(default_factory=dict, metadata={"hidden": True}, hash=False, compare=False)
@@ -195,7 +196,7 @@ class _Reading:
                 self.problems.append(f"unknown key {full}{hint} ({place})")
                 continue
             inner = hints[own[name].name]
-            if dataclasses.is_dataclass(inner):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
                 if isinstance(value, yaml.MappingNode):
                     made[own[name].name] = self.section(inner, value, f"{full}.")
                 else:

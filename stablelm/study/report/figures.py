@@ -18,7 +18,7 @@ MARKS = "osD^vP*X<>h"
 DASHES = ("-", "--", "-.", ":")
 OUTCOME_MARKS = {results.TRAINED: "●", results.SPIKED: "▲", results.NOTHING_LEARNT: "○", results.NOT_FINITE: "✕"}
 OUTCOME_SHADES = {results.TRAINED: 0, results.SPIKED: 1, results.NOTHING_LEARNT: 2, results.NOT_FINITE: 3}
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "stablelm",
     "svg.fonttype": "none",
     "font.size": 9,
@@ -101,10 +101,12 @@ def loss_by_depth(found: Findings, column: str) -> Figure | None:
     if bigram and drawn:
         axes.axhline(min(bigram), color="grey", linewidth=0.8)
         axes.annotate("bigram model", (1, min(bigram)), (-4, 2), ("axes fraction", "data"), "offset points", ha="right")
+    if not drawn:
+        return None
     _depth_axis(axes, found)
     axes.set_ylabel("validation loss (nats a token)")
     axes.legend()
-    return figure if drawn else None
+    return figure
 
 
 def loss_by_rate(found: Findings, column: str) -> Figure | None:
@@ -185,11 +187,13 @@ def rate_by_depth(found: Findings, column: str) -> Figure | None:
         for cell in cells:
             if cell.vertex is not None and cell.vertex.high > cell.vertex.low:
                 axes.vlines(cell.depth, cell.vertex.low, cell.vertex.high, color=style["color"], alpha=0.4, linewidth=3)
+    if not drawn:
+        return None
     _depth_axis(axes, found)
     axes.set_yscale("log")
     axes.set_ylabel("best learning rate")
     axes.legend(fontsize=8)
-    return figure if drawn else None
+    return figure
 
 
 def use_of_layers(found: Findings, column: str) -> Figure | None:
@@ -202,7 +206,7 @@ def use_of_layers(found: Findings, column: str) -> Figure | None:
     depth = max(cell.depth for cell, _ in measured)
     figure, ((axes, turns),) = _canvas(8.0, 3.4, 1, 2)
     for arm in found.arms:
-        runs = [run["layers"] for cell, run in measured if cell.arm == arm and cell.depth == depth]
+        runs = [used for cell, run in measured if (cell.arm, cell.depth) == (arm, depth) and (used := run["layers"])]
         if not runs:
             continue
         style = look(found, arm) | {"markersize": 3, "linewidth": 0.9}
