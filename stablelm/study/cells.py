@@ -18,6 +18,7 @@ from stablelm.config.schema import Config, DataConfig, ModelConfig
 from stablelm.data import inspection
 from stablelm.data.corpus import configured_tokenizer
 from stablelm.errors import ConfigError, Problems
+from stablelm.evaluate.validation_text import validation_paths
 from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.study.results import ID_LENGTH
 from stablelm.study.shapes import Shape, counted, shapes_of, with_shape
@@ -150,6 +151,8 @@ def _cells_at(study: Study, chosen: dict[str, Any], depth: int | None, texts: Te
     given = {key: value for key, value in chosen.items() if key != WARMUP}
     with _blamed(study, "grid", where):
         sketch = _loaded(study, given).config
+        if not validation_paths(sketch):
+            raise ConfigError("data.validation is missing, whose loss a study compares; give it in the base")
         model = replace(
             sketch.model,
             max_seq_len=sketch.model.max_seq_len or sketch.data.seq_len,

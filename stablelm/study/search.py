@@ -52,7 +52,7 @@ def search(rates: Rates, losses: Mapping[float, float]) -> Next | Best | Edge:
         if isinstance(wanted, Edge):
             return wanted
     else:
-        wanted = _refined(rates, tried, best)
+        wanted = _refined(rates, losses, best)
         if not wanted:
             return Best(best)
     room = rates.max_runs - len(tried)
@@ -73,11 +73,13 @@ def _widened(rates: Rates, tried: list[float], best: float | None) -> tuple[floa
     return Edge(best, f"{what} {'above' if down else 'below'} lr.bounds[{0 if down else 1}]={rates.bounds[not down]:g}")
 
 
-def _refined(rates: Rates, tried: list[float], best: float) -> tuple[float, ...]:
-    """The middles of those gaps beside the best rate that are wider than asked for."""
+def _refined(rates: Rates, losses: Mapping[float, float], best: float) -> tuple[float, ...]:
+    """The middles of those gaps beside the best rate that are wider than asked for, the better neighbour's first."""
+    tried = sorted(losses)
     place = tried.index(best)
-    pairs = [(tried[place - 1], best), (best, tried[place + 1])]
-    return tuple(rounded(math.sqrt(a * b)) for a, b in pairs if b / a > rates.refine * (1 + SLACK))
+    beside = sorted((tried[place - 1], tried[place + 1]), key=lambda rate: losses[rate])
+    wide = [rate for rate in beside if max(rate / best, best / rate) > rates.refine * (1 + SLACK)]
+    return tuple(rounded(math.sqrt(rate * best)) for rate in wide)
 
 
 def rounded(rate: float) -> float:

@@ -1,17 +1,18 @@
 """Sizes of the models of a study: widths at each depth so that all have as many parameters, or as they were given."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from stablelm.config.schema import ModelConfig
 from stablelm.errors import ConfigError
 from stablelm.methods.catalogue import apply_method
-from stablelm.methods.sizes import parameter_counts
+from stablelm.methods.sizes import parameter_counts, stream_width
 from stablelm.study.study_file import DEPTH, Study
 
 FF_STEP = 8
 WIDEST = 65_536
+TRIALS = 6
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,14 @@ def shapes_of(study: Study, model: ModelConfig, depth: int | None) -> Iterator[S
 
 
 def counted(study: Study, model: ModelConfig) -> int:
-    """The parameters that `shapes.count` counts, of a model whose sizes are all known."""
+    """The parameters that `shapes.count` counts, of a model whose sizes are all known.
+
+    The projection at the end of a stream that grows counts as a layer's.
+    """
     counts = parameter_counts(model)
-    return counts["layers" if study.shapes.count == "layers" else "total"]
+    if study.shapes.count == "all":
+        return counts["total"]
+    return counts["layers"] + model.axes.stream.grows * stream_width(model, model.n_layers) * model.d_model
 
 
 def with_shape(model: ModelConfig, shape: Shape) -> ModelConfig:
@@ -105,8 +111,14 @@ def _of_equal_parameters(study: Study, model: ModelConfig, depth: int) -> Shape:
     )
 
 
-def _trimmed(shape: Shape, wanted: int, count) -> Shape:
-    """The feed-forward width, in steps of 8 and at least 8, that comes nearest; parameters are linear in it."""
-    wider = replace(shape, d_ff=shape.d_ff + FF_STEP)
-    each = count(wider) - count(shape)
-    return replace(shape, d_ff=max(FF_STEP, shape.d_ff + FF_STEP * round((wanted - count(shape)) / each)))
+def _trimmed(shape: Shape, wanted: int, count: Callable[[Shape], int]) -> Shape:
+    """The feed-forward width, in steps of 8, that comes nearest; parameters are nearly linear in it."""
+    tried = {shape: count(shape)}
+    for _ in range(TRIALS):
+        each = count(replace(shape, d_ff=shape.d_ff + FF_STEP)) - count(shape)
+        moved = FF_STEP * round((wanted - count(shape)) / each) if each else 0
+        shape = replace(shape, d_ff=max(FF_STEP, shape.d_ff + moved))
+        if shape in tried:
+            break
+        tried[shape] = count(shape)
+    return min(tried, key=lambda each: abs(tried[each] - wanted))

@@ -56,9 +56,8 @@ def t_cumulative(t: float, freedom: int) -> float:
     for k in range(first, freedom, 2):
         total += term
         term *= k / (k + 1) * cosine**2
-    if freedom % 2:
-        return 0.5 + (angle + sine * total) / math.pi
-    return 0.5 + sine * total / 2
+    share = 0.5 + ((angle + sine * total) / math.pi if freedom % 2 else sine * total / 2)
+    return min(1.0, max(0.0, share))
 
 
 def t_quantile(share: float, freedom: int) -> float:
