@@ -119,7 +119,13 @@ class Texts:
     def check_enough(self) -> None:
         """Raises ConfigError where a text does not hold what was noted."""
         for data, tokens in self._needed.values():
-            inspection.find(data, self.tokenizer(data), tokens=tokens)
+            try:
+                inspection.find(data, self.tokenizer(data), tokens=tokens)
+            except ConfigError:
+                raise ConfigError(
+                    f"a run reads {tokens:,} tokens of the text before it begins again, and the text holds fewer; lower "
+                    "the budget, raise budget.max_epochs or give more text in data.path"
+                ) from None
 
     def _of(self, data: DataConfig) -> tuple[Tokenizer, inspection.Sources]:
         if repr(data) not in self._found:

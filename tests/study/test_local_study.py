@@ -89,7 +89,7 @@ def test_mistakes_create_nothing(tiny_corpus: TinyCorpus, tmp_path: Path):
     file = write_study(tmp_path, tiny_corpus, budget={"tokens": 10**9})
     for action in ("expand", "run", "status", "report", "submit"):
         done = study(action, file)
-        assert done.returncode == 78 and "fewer than the" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 78 and "the text holds fewer" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
     assert study("run", file, "--jobs", "0").returncode == 78
     assert "did you mean expand" in run("study", "expan", "--study", str(file)).stderr

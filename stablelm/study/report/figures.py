@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from stablelm.study import results
 from stablelm.study.report.findings import CellFinding, Findings, outcomes, transfer
@@ -74,9 +75,17 @@ def _canvas(
 
 def _depth_axis(axes: Any, found: Findings) -> None:
     axes.set_xscale("log")
+    axes.set_xlim(found.depths[0] / 1.25, found.depths[-1] * 1.25)
     axes.set_xticks(found.depths, [str(depth) for depth in found.depths])
     axes.minorticks_off()
     axes.set_xlabel("layers")
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1 and 3 of each power of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def loss_by_depth(found: Findings, column: str) -> Figure | None:
@@ -126,6 +135,7 @@ def loss_by_rate(found: Findings, column: str) -> Figure | None:
                 _draw_rates(axes, found, cell)
         axes.set_title(f"{depths[place]} layers")
         axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
         axes.set_xlabel("learning rate")
     for row in grid:
         row[0].set_ylabel("validation loss (nats a token)")
@@ -191,6 +201,9 @@ def rate_by_depth(found: Findings, column: str) -> Figure | None:
         return None
     _depth_axis(axes, found)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.5, high * 1.5)
+    _plain_ticks(axes.yaxis)
     axes.set_ylabel("best learning rate")
     axes.legend(fontsize=8)
     return figure
@@ -218,8 +231,9 @@ def use_of_layers(found: Findings, column: str) -> Figure | None:
             turns.plot(range(1, len(angles) + 1), angles, label=arm, **style)
     axes.set_yscale("log")
     axes.set_ylabel("rise of the loss without the layer (nats)")
-    turns.set_ylabel("angle between a layer's input and output (half turns)")
+    turns.set_ylabel("turn of the stream by the layer (half turns)")
     for each in (axes, turns):
+        each.xaxis.set_major_locator(MaxNLocator(integer=True))
         each.set_xlabel(f"layer of {depth}")
     axes.legend(fontsize=8)
     return figure
