@@ -21,7 +21,7 @@ MOST_TOKENS = 50_000_000
 """A larger budget is not counted: minutes, and gigabytes of pairs."""
 
 
-def bigram_losses(study: Study, cells: Sequence[Cell], texts: Texts) -> dict[str, float | None]:
+def bigram_losses(study: Study, cells: Sequence[Cell]) -> dict[str, float | None]:
     """By the cell's name; None for large budgets, and where the text cannot be read. Raises OSError."""
     file = study.results_folder / FILE
     known: dict[str, float] = {}
@@ -32,7 +32,7 @@ def bigram_losses(study: Study, cells: Sequence[Cell], texts: Texts) -> dict[str
         name = _name(study, cell)
         if name not in known and cell.tokens <= MOST_TOKENS:
             with suppress(UserError):
-                known[name] = round(_loss(study, cell.config, texts), 6)
+                known[name] = round(_loss(study, cell.config, cell.texts), 6)
                 _keep(file, known)
         found[cell.name] = known.get(name)
     return found

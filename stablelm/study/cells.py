@@ -35,7 +35,14 @@ class Cell:
     shape: Shape
     config: Config
     asked: Config
-    identity: dict[str, Any]
+    texts: "Texts"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Identity keys of its runs, but for rate and seed. Looks up text and tokenizer: raises ConfigError."""
+        data = self.asked.data
+        sha256 = self.texts.tokenizer(data).sha256
+        return identities.identity(self.config, base_names=self.texts.names(data), tokenizer_sha256=sha256)
 
     @cached_property
     def name(self) -> str:
@@ -123,8 +130,8 @@ class Texts:
                 inspection.find(data, self.tokenizer(data), tokens=tokens)
             except ConfigError:
                 raise ConfigError(
-                    f"a run reads {tokens:,} tokens of the text before it begins again, and the text holds fewer; lower "
-                    "the budget, raise budget.max_epochs or give more text in data.path"
+                    f"a run reads {tokens:,} tokens of the text before it begins again, and the text holds fewer; "
+                    "lower the budget, raise budget.max_epochs or give more text in data.path"
                 ) from None
 
     def _of(self, data: DataConfig) -> tuple[Tokenizer, inspection.Sources]:
@@ -137,8 +144,12 @@ class Texts:
         return self._found[repr(data)]
 
 
-def cells_of(study: Study, texts: Texts | None = None) -> list[Cell]:
-    """All cells in the grid's order. Raises one ConfigError with a line for each that cannot be trained."""
+def cells_of(study: Study, texts: Texts | None = None, *, look: bool = True) -> list[Cell]:
+    """All cells in the grid's order. Raises one ConfigError with a line for each that cannot be trained.
+
+    Without `look` the text is not looked at, nor the tokenizer where `model.vocab_size` is given: the shapes are known,
+    the runs' identities are not.
+    """
     texts, problems, found = texts or Texts(), Problems(), []
     names = [name for name in study.grid if name != DEPTH]
     for values in itertools.product(*(study.grid[name] for name in names)):
@@ -147,8 +158,11 @@ def cells_of(study: Study, texts: Texts | None = None) -> list[Cell]:
             with problems.collecting():
                 found += _cells_at(study, chosen, depth, texts)
     with problems.collecting(), _blamed(study, "budget"):
-        texts.check_enough()
+        if look:
+            texts.check_enough()
     problems.raise_any()
+    for cell in found if look else ():
+        assert cell.identity
     return found
 
 
@@ -219,7 +233,9 @@ def _steps(study: Study, config: Config, tokens: float) -> int:
 
 
 def _cell(point: tuple[tuple[str, Any], ...], shape: Shape, asked: Config, texts: Texts) -> Cell:
-    tokenizer = texts.tokenizer(asked.data)
-    config = rules.resolve(asked, pieces=tokenizer.pieces, eos=tokenizer.eos, world_size=1, accelerate_precision=None)
-    own = identities.identity(config, base_names=texts.names(asked.data), tokenizer_sha256=tokenizer.sha256)
-    return Cell(point, shape, config, asked, own)
+    vocab, eos = asked.model.vocab_size, 0
+    if vocab is None or asked.data.document_mask:
+        tokenizer = texts.tokenizer(asked.data)
+        vocab, eos = tokenizer.pieces, tokenizer.eos
+    config = rules.resolve(asked, pieces=vocab, eos=eos, world_size=1, accelerate_precision=None)
+    return Cell(point, shape, config, asked, texts)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from stablelm.errors import ConfigError, StorageError
 from stablelm.study import results
-from stablelm.study.cells import Cell, Texts, cells_of
+from stablelm.study.cells import Cell, cells_of
 from stablelm.study.cost import here, on_gpus
 from stablelm.study.runner import Runner, claimed
 from stablelm.study.status import doubles, expansion, progress
 from stablelm.study.study_file import Limits, Study, read_study
 
 
-def checked(arguments: argparse.Namespace, texts: Texts | None = None) -> tuple[Study, list[Cell]]:
+def checked(arguments: argparse.Namespace) -> tuple[Study, list[Cell]]:
     """The study and its cells, with what the command line says in place of the file. Raises ConfigError."""
     study = read_study(arguments.study)
     given = {name: value for name in ("jobs", "hours") if (value := getattr(arguments, name, None)) is not None}
@@ -23,7 +23,8 @@ def checked(arguments: argparse.Namespace, texts: Texts | None = None) -> tuple[
         if not value > 0:
             raise ConfigError(f"--{name} {value:g} must be above 0")
     study = replace(study, limits=Limits(**(vars(study.limits) | given)))
-    return study, cells_of(study, texts)
+    # What a study on a cluster costs can be seen where its text is not.
+    return study, cells_of(study, look=arguments.action != "expand" or study.resources.gpu is None)
 
 
 def expand(arguments: argparse.Namespace) -> int:
@@ -63,8 +64,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def report(arguments: argparse.Namespace) -> int:
-    texts = Texts()
-    study, cells = checked(arguments, texts)
+    study, cells = checked(arguments)
     from stablelm.new_files import replace_file
     from stablelm.study.baselines import bigram_losses
     from stablelm.study.records import as_lines, records_of
@@ -74,7 +74,7 @@ def report(arguments: argparse.Namespace) -> int:
     found = results.read_results(study.results_folder)
     folder = Path(arguments.out) if arguments.out else study.folder / "report"
     try:
-        made = findings(study, cells, found, bigram_losses(study, cells, texts))
+        made = findings(study, cells, found, bigram_losses(study, cells))
         page = write_report(made, folder)
         if arguments.records:
             replace_file(Path(arguments.records), as_lines(records_of(made)))

@@ -1,11 +1,17 @@
 """What the runs of a study cost: seconds here, from runs like them or from this machine's matmuls, and GPU-hours."""
 
+import os
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Collection
+from dataclasses import replace
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 from stablelm.config.load import Loaded
+from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 from stablelm.methods.sizes import flops_per_token
 from stablelm.study.cells import Cell
@@ -25,6 +31,7 @@ class Cost(NamedTuple):
     measured: bool
     gpus: int = 0
     gpu_hours: float | None = None
+    kind: str = ""
 
 
 def here(cell: Cell, found: Collection[Result]) -> Cost:
@@ -44,22 +51,27 @@ def _is_like(result: Result, cell: Cell) -> bool:
     return result["shape"] == vars(cell.shape) and result["point"].get("model.method") == cell.config.model.method
 
 
-_rates: dict[int, float] = {}
+TIMING = """
+import sys, time, numpy as np
+a, b = np.ones((1024, int(sys.argv[1])), np.float32), np.ones((int(sys.argv[1]), 4 * int(sys.argv[1])), np.float32)
+best = float("inf")
+for _ in range(20):
+    began = time.process_time()
+    np.matmul(a, b)
+    best = min(best, time.process_time() - began)
+print(2 * a.size * b.shape[1] / best)
+"""
 
 
+@cache
 def matmul_rate(width: int) -> float:
-    """FLOP/s of one thread in fp32 products of 1,024 rows and a matrix (width, 4 width); the quickest of several."""
-    if width not in _rates:
-        import numpy as np
+    """FLOP/s of one thread in fp32 products of 1,024 rows and a matrix (width, 4 width); the quickest of several.
 
-        a, b = np.ones((1024, width), np.float32), np.ones((width, 4 * width), np.float32)
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            np.matmul(a, b)
-            best = min(best, time.perf_counter() - began)
-        _rates[width] = 2 * a.size * 4 * width / best
-    return _rates[width]
+    In a process of its own: how many threads numpy uses is settled when it is imported.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TIMING, str(width)]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def on_gpus(study: Study, cell: Cell) -> Cost:
@@ -72,24 +84,28 @@ def on_gpus(study: Study, cell: Cell) -> Cost:
     from stablelm.plan.request import prepare
 
     accelerator, reasons = chosen(study.resources.gpu, {}), []
-    for ranks in study.resources.world_sizes:
+    for ranks, kind in product(study.resources.world_sizes, study.resources.kinds):
+        asked = with_engine(cell.asked, kind)
         try:
             request = prepare(
-                Loaded(cell.asked, {}, cell.asked), ranks, accelerator, study.resources.gpus_per_node,
-                simulated=False, price=None,
-            )  # fmt: skip
+                Loaded(asked, {}, asked), ranks, accelerator, study.resources.gpus_per_node, simulated=False, price=None
+            )
         except ConfigError as error:
-            reasons.append(f"{ranks}: {error}")
+            reasons.append(f"{kind} on {ranks}: {error}")
             continue
         made = make(request, depth=False)
         if made.fits:
             seconds = (cell.config.train.steps or 0) * made.time.total
-            return Cost(seconds, False, ranks, seconds * ranks / 3600)
-        reasons.append(f"{ranks}: {made.peak.total() / 1e9:.1f} GB of {request.usable / 1e9:.1f}")
+            return Cost(seconds, False, ranks, seconds * ranks / 3600, kind)
+        reasons.append(f"{kind} on {ranks}: {made.peak.total() / 1e9:.1f} GB of {request.usable / 1e9:.1f}")
     raise ConfigError(
         f"{cell.name}: no world size of resources.world_sizes fits ({'; '.join(reasons)}); add a larger one, or set "
         f"engine.recompute in the base ({study.at('resources')})"
     )
+
+
+def with_engine(config: Config, kind: str) -> Config:
+    return replace(config, engine=replace(config.engine, kind=kind))  # type: ignore[arg-type]
 
 
 def flops_of(cell: Cell) -> float:

@@ -35,7 +35,7 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
     least = rates * len(study.seeds.tune) + len(study.seeds.confirm) * ("confirm" in study.stages)
     heading = ("cell", "shape", "d_ff", "layers", "in all", "tokens", "FLOPs/token", "FLOPs/run", "min/run")
     gpus = study.resources.gpu is not None
-    rows: list[Row] = [heading + (("GPUs", "GPU-hours") if gpus else ())]
+    rows: list[Row] = [heading + (("engine", "GPUs", "GPU-hours") if gpus else ())]
     seconds = gpu_hours = 0.0
     for cell in cells:
         one = cost(cell)
@@ -45,7 +45,7 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
             f"{cell.tokens:,}", f"{flops_of(cell):.3g}", f"{cell.flops:.3g}",
             f"{one.seconds / 60:.1f}{'' if one.measured or gpus else '?'}",
         )  # fmt: skip
-        rows.append(own + ((f"{one.gpus}", f"{one.gpu_hours:.1f}") if gpus else ()))
+        rows.append(own + ((one.kind, f"{one.gpus}", f"{one.gpu_hours:.1f}") if gpus else ()))
     most = most_runs(study)
     lines = [table(rows), "", f"{len(cells)} cells, {least * len(cells)} to {most * len(cells)} runs"]
     if gpus:

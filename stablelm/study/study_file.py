@@ -4,6 +4,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ AMOUNTS = RATES
 SEEDS = Range("one or more seeds, no two equal", lambda v: all(x >= 0 for x in v) and 0 < len(set(v)) == len(v))
 SOME_SEEDS = Range("seeds, no two equal", lambda v: all(x >= 0 for x in v) and len(set(v)) == len(v))
 INTERVAL = Range("two numbers above 0, the smaller first", lambda v: len(v) == 2 and 0 < v[0] < v[1])
-NAME = Range("letters, digits, - and _", lambda v: v.replace("-", "").replace("_", "").isalnum() and v.isascii())
+NAME = Range("letters, digits, -, _ and dots", lambda v: re.fullmatch(r"\w[\w.-]*", v, re.ASCII) is not None)
 
 DEPTH, WARMUP = "depth", "warmup_fraction"
 OWN = {
@@ -104,10 +105,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Resources:
-    """GPUs of each run of `submit`; the first world size on which a shape fits is taken."""
+    """GPUs of each run of `submit`: the first world size, and engine, by which `stablelm plan` lets a shape fit."""
 
     gpu: str | None = key(None, "name as plan takes it; null: runs of one process on CPUs")
     world_sizes: list[int] = key([1], "numbers of GPUs, from few to many", range=AMOUNTS)
+    kinds: list[Literal["fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]] = key(
+        ["fsdp2"], "engines, the first that fits is taken"
+    )
     gpus_per_node: int = key(8, "GPUs of a node", range=AT_LEAST_1)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from stablelm.config.load import dump
 from stablelm.errors import ConfigError
@@ -18,7 +19,7 @@ from stablelm.study import results
 from stablelm.study.agenda import agenda
 from stablelm.study.cells import Cell, Run
 from stablelm.study.collect import keep_finished, placed, run_dir
-from stablelm.study.cost import on_gpus
+from stablelm.study.cost import on_gpus, with_engine
 from stablelm.study.study_file import Study
 
 SCRIPT = "slurm/study.sh"
@@ -36,8 +37,8 @@ def submit(study: Study, cells: Sequence[Cell], file: str, options: Sequence[str
     for run in (run for state in states for run in state.open):
         keep_finished(study, run, say)
     states = agenda(study, cells, results.losses(results.read_results(study.results_folder).values()))
-    waves = _by_ranks(study, {run.id: run for state in states for run in state.open}.values())
-    jobs = [_array(study, ranks, runs, options) for ranks, runs in waves.items()]
+    waves = _by_place(study, {run.id: run for state in states for run in state.open}.values())
+    jobs = [_array(study, place, runs, options) for place, runs in waves.items()]
     if not jobs:
         say("nothing is open: every run has a result")
         return 0
@@ -47,30 +48,37 @@ def submit(study: Study, cells: Sequence[Cell], file: str, options: Sequence[str
     return count
 
 
-def _by_ranks(study: Study, runs: Collection[Run]) -> dict[int, list[Run]]:
-    """Runs by their number of GPUs; 0: one process on CPUs."""
-    found: dict[int, list[Run]] = {}
-    ranks: dict[str, int] = {}
+class Placed(NamedTuple):
+    """Where a run is to run: on so many GPUs by an engine, or with 0 as one process on a CPU."""
+
+    ranks: int
+    kind: str
+
+
+def _by_place(study: Study, runs: Collection[Run]) -> dict[Placed, list[Run]]:
+    found: dict[Placed, list[Run]] = {}
+    places: dict[str, Placed] = {}
     for run in runs:
-        if run.cell.name not in ranks:
-            ranks[run.cell.name] = on_gpus(study, run.cell).gpus if study.resources.gpu else 0
-        found.setdefault(ranks[run.cell.name], []).append(run)
+        if run.cell.name not in places:
+            cost = on_gpus(study, run.cell) if study.resources.gpu else None
+            places[run.cell.name] = Placed(cost.gpus, cost.kind) if cost else Placed(0, "")
+        found.setdefault(places[run.cell.name], []).append(run)
     return found
 
 
-def _array(study: Study, ranks: int, runs: list[Run], options: Sequence[str]) -> str:
-    """Submits runs that need as many GPUs; the array's job number."""
+def _array(study: Study, place: Placed, runs: list[Run], options: Sequence[str]) -> str:
+    """Submits runs of one place; the array's job number."""
     lines = []
     for run in runs:
         folder = run_dir(study, run)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_suffix(".yaml")
-        replace_file(file, dump(placed(study, run)))
+        file, config = folder.with_suffix(".yaml"), placed(study, run)
+        replace_file(file, dump(with_engine(config, place.kind) if place.ranks else config))
         lines.append(shlex.quote(str(file)))
-    listed = study.folder / f"{study.study}-{ranks or 1}.txt"
+    listed = study.folder / f"{study.study}-{place.kind or 'cpu'}-{place.ranks or 1}.txt"
     replace_file(listed, "\n".join(lines) + "\n")
     environment = {**os.environ, "STABLELM_AT_ONCE": str(study.limits.jobs)}
-    return _answer([SCRIPT, str(listed), *_resources(study, ranks), *options], environment)
+    return _answer([SCRIPT, str(listed), *_resources(study, place.ranks), *options], environment)
 
 
 def _resources(study: Study, ranks: int) -> list[str]:

@@ -61,11 +61,11 @@ def test_the_loss_of_a_study(tiny_corpus: TinyCorpus, tmp_path):
     study = read_study(str(write_study(tmp_path, tiny_corpus, budget={"tokens": 4096})))
     texts = Texts()
     cells = cells_of(study, texts)
-    found = bigram_losses(study, cells, texts)
+    found = bigram_losses(study, cells)
     assert set(found) == {cell.name for cell in cells} and len(set(found.values())) == 1
     (loss,) = set(found.values())
     assert loss is not None and 1 < loss < math.log(300)
-    assert bigram_losses(study, cells, texts) == found
+    assert bigram_losses(study, cells) == found
     config = cells[0].config
     pairs = list(training_pairs(config, texts.sources(config.data), texts.tokenizer(config.data), 0))
     assert sum(len(first) for first, _ in pairs) == 4096

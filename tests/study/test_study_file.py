@@ -40,7 +40,7 @@ MISTAKES = [
     ({"budget": {"tokens": 512, "flops": [1e9]}}, "one of tokens, tokens_per_parameter and flops, not 2"),
     ({"budget": {"tokens": 64}}, "the budget of 64 tokens is less than one step of 128; raise the budget"),
     ({"budget": {"tokens": 10**9}}, "a run reads 1,000,000,000 tokens of the text before it begins again"),
-    ({"study": "a b"}, "study=a b must be letters, digits, - and _"),
+    ({"study": "a b"}, "study=a b must be letters, digits, -, _ and dots"),
     ({"study": None}, "study is missing; give it"),
     ({"base": None}, "base is missing; give it"),
     ({"base": "nowhere.yaml"}, "--config nowhere.yaml cannot be read"),
