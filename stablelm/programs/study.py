@@ -25,6 +25,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, words in ACTIONS.items():
         own = actions.add_parser(name, help=words, description=words)
         own.add_argument("--study", required=True, type=path_or_url, metavar="FILE", help="the study file")
+        if name == "expand":
+            own.add_argument("--fit", action="store_true", help="plan every run on resources.gpu, in minutes")
         if name in ("run", "submit"):
             own.add_argument("--jobs", type=int, metavar="N", help="runs at once, in place of limits.jobs")
         if name == "run":

@@ -9,7 +9,7 @@ from pathlib import Path
 from stablelm.errors import ConfigError, StorageError
 from stablelm.study import results
 from stablelm.study.cells import Cell, cells_of
-from stablelm.study.cost import here, on_gpus
+from stablelm.study.cost import Cost, by_flops, here, on_gpus
 from stablelm.study.runner import Runner, claimed
 from stablelm.study.status import doubles, expansion, progress
 from stablelm.study.study_file import Limits, Study, read_study
@@ -30,7 +30,12 @@ def checked(arguments: argparse.Namespace) -> tuple[Study, list[Cell]]:
 def expand(arguments: argparse.Namespace) -> int:
     study, cells = checked(arguments)
     found = results.read_results(study.results_folder)
-    cost = (lambda cell: on_gpus(study, cell)) if study.resources.gpu else (lambda cell: here(cell, found.values()))
+
+    def cost(cell: Cell) -> Cost:
+        if study.resources.gpu is None:
+            return here(cell, found.values())
+        return on_gpus(study, cell) if arguments.fit else by_flops(study, cell)
+
     print(expansion(study, cells, found, cost))
     return 0
 

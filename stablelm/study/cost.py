@@ -14,6 +14,7 @@ from stablelm.config.load import Loaded
 from stablelm.config.schema import Config
 from stablelm.errors import ConfigError
 from stablelm.methods.sizes import flops_per_token
+from stablelm.observe.accelerators import chosen
 from stablelm.study.cells import Cell
 from stablelm.study.results import Result
 from stablelm.study.study_file import Study
@@ -74,12 +75,21 @@ def matmul_rate(width: int) -> float:
     return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
+MFU = 0.4
+"""Of the peak, where nothing but FLOPs is looked at."""
+
+
+def by_flops(study: Study, cell: Cell) -> Cost:
+    """GPU-hours of a run on `resources.gpu`, whatever their number; whether it fits is not looked at."""
+    seconds = cell.flops / (chosen(study.resources.gpu, {}).peak * MFU)
+    return Cost(seconds, False, 0, seconds / 3600)
+
+
 def on_gpus(study: Study, cell: Cell) -> Cost:
     """By `stablelm plan`'s closed form, on the fewest GPUs of `resources.world_sizes` whose memory the run fits.
 
     Raises ConfigError where it fits none.
     """
-    from stablelm.observe.accelerators import chosen
     from stablelm.plan.planner import make
     from stablelm.plan.request import prepare
 

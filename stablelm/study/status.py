@@ -43,9 +43,9 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
         own = (
             cell.name, str(cell.shape), f"{cell.shape.d_ff}", f"{cell.counts['layers']:,}", f"{cell.counts['total']:,}",
             f"{cell.tokens:,}", f"{flops_of(cell):.3g}", f"{cell.flops:.3g}",
-            f"{one.seconds / 60:.1f}{'' if one.measured or gpus else '?'}",
+            _minutes(one),
         )  # fmt: skip
-        rows.append(own + ((one.kind, f"{one.gpus}", f"{one.gpu_hours:.1f}") if gpus else ()))
+        rows.append(own + ((one.kind or "-", f"{one.gpus or '-'}", f"{one.gpu_hours:.1f}") if gpus else ()))
     most = most_runs(study)
     lines = [table(rows), "", f"{len(cells)} cells, {least * len(cells)} to {most * len(cells)} runs"]
     if gpus:
@@ -61,6 +61,13 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
     if found:
         lines.append(f"{sum(run.id in found for run in _possible(study, cells))} of the first runs are finished")
     return "\n".join(lines)
+
+
+def _minutes(cost: Cost) -> str:
+    """Of a run; ? for a guess, - where it is not known on how many GPUs."""
+    if cost.gpu_hours is not None and not cost.gpus:
+        return "-"
+    return f"{cost.seconds / 60:.1f}{'' if cost.measured or cost.gpus else '?'}"
 
 
 def _possible(study: Study, cells: Sequence[Cell]) -> list[Run]:
