@@ -7,7 +7,7 @@ from stablelm.study import results
 from stablelm.study.agenda import CellState, agenda, most_runs
 from stablelm.study.cells import Cell, Run
 from stablelm.study.collect import is_finished, run_dir
-from stablelm.study.cost import Cost, flops_of, here
+from stablelm.study.cost import MFU, Cost, flops_of, here
 from stablelm.study.results import Result
 from stablelm.study.search import Best, Edge, Next
 from stablelm.study.study_file import Study
@@ -49,9 +49,10 @@ def expansion(study: Study, cells: Sequence[Cell], found: Mapping[str, Result], 
     most = most_runs(study)
     lines = [table(rows), "", f"{len(cells)} cells, {least * len(cells)} to {most * len(cells)} runs"]
     if gpus:
-        lines.append(
-            f"{least * gpu_hours:,.0f} to {most * gpu_hours:,.0f} GPU-hours on {study.resources.gpu}, predicted"
-        )
+        low, high = least * gpu_hours, most * gpu_hours
+        lines.append(f"{low:,.0f} to {high:,.0f} GPU-hours on {study.resources.gpu}, predicted")
+        if all(row[-2] == "-" for row in rows[1:]):
+            lines.append(f"from FLOPs at {MFU:.0%} of the peak; --fit plans each run and says on how many GPUs it fits")
     else:
         low, high = (count * seconds / study.limits.jobs / 3600 for count in (least, most))
         lines.append(
