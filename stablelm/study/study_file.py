@@ -131,8 +131,9 @@ class Study:
     stages: list[Literal["tune", "confirm"]] = key(["tune", "confirm"], "what is run")
     limits: Limits = field(default_factory=Limits, metadata={"text": Limits.__doc__})
     resources: Resources = field(default_factory=Resources, metadata={"text": Resources.__doc__})
+    dir: str | None = key(None, "folder of the runs; null: runs/studies/STUDY", path=True)
     keep_checkpoints: bool = key(False, "whether runs keep their checkpoints after their result is written")
-    results: str | None = key(None, "folder of result files; null: runs/studies/STUDY/results", path=True)
+    results: str | None = key(None, "folder of the result files; null: results, below dir", path=True)
     file: str = field(default="", metadata={"hidden": True})
     lines: dict[str, int] = field(default_factory=dict, metadata={"hidden": True}, hash=False, compare=False)
 
@@ -145,7 +146,7 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        return Path("runs/studies") / self.study
+        return Path(self.dir) if self.dir else Path("runs/studies") / self.study
 
     @property
     def results_folder(self) -> Path:

@@ -38,7 +38,7 @@ def write_study(folder: Path, corpus: TinyCorpus, **changes: Any) -> Path:
     data = {"path": corpus.train, "tokenizer": corpus.tokenizer, "validation": {"default": corpus.validation}}
     base = BASE | {"data": BASE["data"] | data}
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    content = {"base": str(folder / "base.yaml"), **STUDY, "results": str(folder / "results"), **changes}
+    content = {"base": str(folder / "base.yaml"), **STUDY, "results": str(folder / "results"), "dir": None, **changes}
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump({name: value for name, value in content.items() if value is not None}))
     return file
