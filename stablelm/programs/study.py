@@ -7,8 +7,8 @@ from stablelm.programs.arguments import Parser, path_or_url, run
 
 ACTIONS = {
     "expand": "lists the cells with parameters, FLOPs and predicted hours, and runs nothing",
-    "run": "runs what is open on this machine; started again it goes on",
-    "submit": "submits what is open as Slurm arrays, and a job that goes on after them",
+    "run": "runs what is open on this machine; started again it continues",
+    "submit": "submits what is open as Slurm arrays, and a job that submits what follows",
     "status": "how far it is, once or every few seconds",
     "report": "a page, Markdown, tables and figures of the results so far",
 }

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from stablelm.study.advise import NEAR, NONE, Advice, Question, study_text
-from stablelm.study.records import Record
+from stablelm.study.records import StudyRecord
 
 
-def words(question: Question, advice: Advice | None, records: Sequence[Record]) -> str:
+def words(question: Question, advice: Advice | None, records: Sequence[StudyRecord]) -> str:
     """Some lines of text; without evidence what there is instead, and the study file that would tell."""
     size = f"{question.n_layers}x{question.d_model}, {question.tokens:,} tokens"
     if advice is None:
@@ -24,7 +24,7 @@ def words(question: Question, advice: Advice | None, records: Sequence[Record]) 
     ]
     if advice.loss is not None:
         half = f" ± {advice.half:.3f}" if advice.half is not None else ""
-        lines.append(f"loss           {advice.loss:.3f}{half} nats a token, on the study's text")
+        lines.append(f"loss           {advice.loss:.3f}{half} nats per token, on the study's text")
     lines += [f"from           {_quoted(each)}" for each in advice.quoted]
     if advice.second is not None:
         verdict, record = advice.second
@@ -33,7 +33,7 @@ def words(question: Question, advice: Advice | None, records: Sequence[Record]) 
     return "\n".join(lines) + "\n"
 
 
-def _quoted(record: Record) -> str:
+def _quoted(record: StudyRecord) -> str:
     return (
         f"study {record['study']}: {record['n_layers']}x{record['d_model']}, {record['tokens']:,} tokens, "
         f"{len(record['seeds'])} seeds at {record['rate']:.3g}: {record['loss']:.3f} (runs {', '.join(record['runs'])})"

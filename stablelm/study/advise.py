@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stablelm.config import text
-from stablelm.study.records import Record
+from stablelm.study.records import StudyRecord
 from stablelm.study.statistics import line
 
 NEAR = 4.0
@@ -23,15 +23,15 @@ class Question:
     d_model: int
     tokens: int
 
-    def distance(self, record: Record) -> dict[str, float]:
+    def distance(self, record: StudyRecord) -> dict[str, float]:
         """The factor, at least 1, between each size asked for and recorded."""
         asked = vars(self)
         return {name: max(asked[name] / record[name], record[name] / asked[name]) for name in SIZES}  # type: ignore[literal-required]
 
-    def near(self, records: Sequence[Record]) -> list[Record]:
+    def near(self, records: Sequence[StudyRecord]) -> list[StudyRecord]:
         return [each for each in records if not each["other"] and max(self.distance(each).values()) <= NEAR]
 
-    def closest(self, records: Sequence[Record]) -> Record:
+    def closest(self, records: Sequence[StudyRecord]) -> StudyRecord:
         return min(records, key=lambda each: sum(math.log(factor) for factor in self.distance(each).values()))
 
 
@@ -47,12 +47,12 @@ class Advice:
     warmup_fraction: float
     loss: float | None
     half: float | None
-    quoted: list[Record]
-    second: tuple[str, Record] | None
+    quoted: list[StudyRecord]
+    second: tuple[str, StudyRecord] | None
     caution: list[str]
 
 
-def advise(question: Question, records: Sequence[Record]) -> Advice | None:
+def advise(question: Question, records: Sequence[StudyRecord]) -> Advice | None:
     """None where no recorded cell of the method lies within a factor of NEAR in every size."""
     own = question.near([each for each in records if each["method"] == question.method])
     if not own:
@@ -82,8 +82,8 @@ def advise(question: Question, records: Sequence[Record]) -> Advice | None:
 
 
 def _interpolated(
-    question: Question, own: Sequence[Record], closest: Record
-) -> tuple[float, float, float, list[Record]]:
+    question: Question, own: Sequence[StudyRecord], closest: StudyRecord
+) -> tuple[float, float, float, list[StudyRecord]]:
     """Along the size in which the records differ most, between those on both sides; else the closest one's rate.
 
     Nothing is extrapolated: beyond the records the closest one's rate stands, with an interval widened by the factor.
@@ -102,7 +102,7 @@ def _interpolated(
     return rate, low / widened, high * widened, [closest]
 
 
-def _second(question: Question, records: Sequence[Record], closest: Record) -> tuple[str, Record] | None:
+def _second(question: Question, records: Sequence[StudyRecord], closest: StudyRecord) -> tuple[str, StudyRecord] | None:
     """The best other method that was recorded in the same study at the same size, with its verdict in words."""
     others = [
         each
@@ -121,7 +121,7 @@ def _second(question: Question, records: Sequence[Record], closest: Record) -> t
     return words, best
 
 
-def _cautions(question: Question, quoted: Sequence[Record], measured: bool) -> list[str]:
+def _cautions(question: Question, quoted: Sequence[StudyRecord], measured: bool) -> list[str]:
     """What would change the advice."""
     lines = []
     ratio = max(each["tokens"] / each["parameters"] for each in quoted)

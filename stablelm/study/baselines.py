@@ -13,7 +13,7 @@ from stablelm.evaluate.validation_text import validation_options, validation_pat
 from stablelm.json_text import parse
 from stablelm.new_files import replace_file
 from stablelm.study.bigram import bigram_loss
-from stablelm.study.cells import Cell, Texts
+from stablelm.study.cells import Cell, StudyTexts
 from stablelm.study.study_file import Study
 
 FILE = "bigram.json"
@@ -48,7 +48,7 @@ def _name(study: Study, cell: Cell) -> str:
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _loss(study: Study, config: Config, texts: Texts) -> float:
+def _loss(study: Study, config: Config, texts: StudyTexts) -> float:
     name, path = next(iter(validation_paths(config).items()))
     options = validation_options(config, name)
     files = inspection.text_files(path, key=f"data.validation.{name}", cache=config.data.cache, options=options)

@@ -35,7 +35,7 @@ class Cell:
     shape: Shape
     config: Config
     asked: Config
-    texts: "Texts"
+    texts: "StudyTexts"
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _short(key: str) -> str:
     return key.removeprefix("model.").removeprefix("train.")
 
 
-class Texts:
+class StudyTexts:
     """Tokenizers and training files by data section, each looked up once."""
 
     def __init__(self) -> None:
@@ -144,13 +144,13 @@ class Texts:
         return self._found[repr(data)]
 
 
-def cells_of(study: Study, texts: Texts | None = None, *, look: bool = True) -> list[Cell]:
+def cells_of(study: Study, texts: StudyTexts | None = None, *, look: bool = True) -> list[Cell]:
     """All cells in the grid's order. Raises one ConfigError with a line for each that cannot be trained.
 
     Without `look` the text is not looked at, nor the tokenizer where `model.vocab_size` is given: the shapes are known,
     the runs' identities are not.
     """
-    texts, problems, found = texts or Texts(), Problems(), []
+    texts, problems, found = texts or StudyTexts(), Problems(), []
     names = [name for name in study.grid if name != DEPTH]
     for values in itertools.product(*(study.grid[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
@@ -166,7 +166,7 @@ def cells_of(study: Study, texts: Texts | None = None, *, look: bool = True) -> 
     return found
 
 
-def _cells_at(study: Study, chosen: dict[str, Any], depth: int | None, texts: Texts) -> Iterator[Cell]:
+def _cells_at(study: Study, chosen: dict[str, Any], depth: int | None, texts: StudyTexts) -> Iterator[Cell]:
     where = " ".join(f"{key}={value}" for key, value in [*chosen.items(), *([(DEPTH, depth)] if depth else [])])
     given = {key: value for key, value in chosen.items() if key != WARMUP}
     with _blamed(study, "grid", where):
@@ -232,7 +232,7 @@ def _steps(study: Study, config: Config, tokens: float) -> int:
     return round(tokens / batch)
 
 
-def _cell(point: tuple[tuple[str, Any], ...], shape: Shape, asked: Config, texts: Texts) -> Cell:
+def _cell(point: tuple[tuple[str, Any], ...], shape: Shape, asked: Config, texts: StudyTexts) -> Cell:
     vocab, eos = asked.model.vocab_size, 0
     if vocab is None or asked.data.document_mask:
         tokenizer = texts.tokenizer(asked.data)

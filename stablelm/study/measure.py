@@ -55,7 +55,7 @@ def validation_set(run: TrainedRun) -> ValidationSet:
 
 
 def window_losses(module: Decoder, data: ValidationSet) -> list[float]:
-    """Mean loss of each window, nats a token; those without a target are left out."""
+    """Mean loss of each window, nats per token; those without a target are left out."""
     losses: list[float] = []
     for first in range(0, len(data.tokens), ROWS):
         tokens, targets = data.tokens[first : first + ROWS], data.targets[first : first + ROWS]

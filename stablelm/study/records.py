@@ -23,8 +23,8 @@ PACKAGED = Path(__file__).parent / "records.jsonl"
 VARIED = ("model.method", DEPTH, "warmup_fraction", "tokens_per_parameter", "flops")
 
 
-class Record(TypedDict):
-    """A cell at its best rate. Losses in nats a token; `half`: of the interval of the mean over seeds."""
+class StudyRecord(TypedDict):
+    """A cell at its best rate. Losses in nats per token; `half`: of the interval of the mean over seeds."""
 
     study: str
     method: str
@@ -48,14 +48,14 @@ class Record(TypedDict):
     commit: str | None
 
 
-def records_of(found: Findings) -> Iterator[Record]:
+def records_of(found: Findings) -> Iterator[StudyRecord]:
     """Cells whose search found a best rate, whose seeds agree to be finite, and which beat the bigram model."""
     for each in found.cells:
         if each.best_rate is not None and found.mean(each) is not None and beats_bigram(found, each):
             yield _record(found, each, each.best_rate)
 
 
-def _record(found: Findings, each: CellFinding, rate: float) -> Record:
+def _record(found: Findings, each: CellFinding, rate: float) -> StudyRecord:
     mean, config = found.mean(each), each.cell.config
     assert mean is not None
     low, high = _interval(found, each, rate)
@@ -95,13 +95,13 @@ def _interval(found: Findings, each: CellFinding, rate: float) -> tuple[float, f
     return tried[max(0, place - 1)], tried[min(len(tried) - 1, place + 1)]
 
 
-def as_lines(records: Iterator[Record] | Sequence[Record]) -> str:
+def as_lines(records: Iterator[StudyRecord] | Sequence[StudyRecord]) -> str:
     return "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
 
 
-def read_records(files: Sequence[Path] = (PACKAGED,)) -> list[Record]:
+def read_records(files: Sequence[Path] = (PACKAGED,)) -> list[StudyRecord]:
     """Of all files. Raises ConfigError with the line of a record that is none."""
-    found: list[Record] = []
+    found: list[StudyRecord] = []
     for file in files:
         try:
             lines = read_small(file).splitlines()
@@ -109,9 +109,9 @@ def read_records(files: Sequence[Path] = (PACKAGED,)) -> list[Record]:
             raise ConfigError(f"--records {file} cannot be read: {error.strerror}; name a file of records") from None
         for number, line in enumerate(lines, 1):
             try:
-                record = parse(line, Record)
+                record = parse(line, StudyRecord)
             except ValueError as error:
-                raise ConfigError(f"{file}:{number} is no record of a study ({error}); delete the line") from None
+                raise ConfigError(f"{file}:{number} is not a record of a study ({error}); delete the line") from None
             if not all(math.isfinite(record[name]) and record[name] > 0 for name in ("rate", "loss", "tokens")):
                 raise ConfigError(f"{file}:{number}: rate, loss and tokens must be above 0; delete the line")
             found.append(record)

@@ -26,7 +26,7 @@ POINTS = 128  # of a curve
 
 
 class Result(TypedDict):
-    """A finished run. Losses in nats a token, None where they are not finite."""
+    """A finished run. Losses in nats per token, None where they are not finite."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     id: str

@@ -159,7 +159,7 @@ class Runner:
         if self._stopping:
             return
         self._stopping = True
-        self._say(f"stopped by {why}; the same command goes on")
+        self._say(f"stopped by {why}; the same command continues")
         for _, process in self._running.values():
             process.send_signal(signal.SIGTERM)
 

@@ -1,7 +1,7 @@
 """The search for a cell's best learning rate: from the losses so far to the rates to try next, or an end.
 
 A function of the results alone, asked again after each batch of rates: the path is the same however the runs were
-spread over jobs, killed or continued. Rates are tried in factors, because losses are nearly quadratic in their
+spread over jobs, killed or continued. LearningRates are tried in factors, because losses are nearly quadratic in their
 logarithm around the best one.
 """
 
@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from stablelm.study.study_file import Rates
+from stablelm.study.study_file import LearningRates
 
 DIGITS = 4  # of a rate
 SLACK = 1e-3  # of a factor, for rounded rates
 
 
 class Next(NamedTuple):
-    """Rates to try, all of them before the search goes on."""
+    """LearningRates to try, all of them before the search goes on."""
 
     rates: tuple[float, ...]
 
@@ -34,7 +34,7 @@ class Edge(NamedTuple):
     why: str
 
 
-def search(rates: Rates, losses: Mapping[float, float]) -> Next | Best | Edge:
+def search(rates: LearningRates, losses: Mapping[float, float]) -> Next | Best | Edge:
     """What follows from the mean loss of each rate tried so far, infinite for one that diverged."""
     first = rates.fixed or rates.start
     if missing := tuple(rate for rate in first if rate not in losses):
@@ -59,7 +59,7 @@ def search(rates: Rates, losses: Mapping[float, float]) -> Next | Best | Edge:
     return Next(wanted[:room]) if room > 0 else Edge(best, f"lr.max_runs={rates.max_runs} rates were tried")
 
 
-def _widened(rates: Rates, tried: list[float], best: float | None) -> tuple[float, ...] | Edge:
+def _widened(rates: LearningRates, tried: list[float], best: float | None) -> tuple[float, ...] | Edge:
     """One rate beyond the end at which the best one lies; where all diverged, below the smallest."""
     low, high = rates.bounds
     down = best is None or best == tried[0]
@@ -73,7 +73,7 @@ def _widened(rates: Rates, tried: list[float], best: float | None) -> tuple[floa
     return Edge(best, f"{what} {'above' if down else 'below'} lr.bounds[{0 if down else 1}]={rates.bounds[not down]:g}")
 
 
-def _refined(rates: Rates, losses: Mapping[float, float], best: float) -> tuple[float, ...]:
+def _refined(rates: LearningRates, losses: Mapping[float, float], best: float) -> tuple[float, ...]:
     """The middles of those gaps beside the best rate that are wider than asked for, the better neighbour's first."""
     tried = sorted(losses)
     place = tried.index(best)

@@ -11,7 +11,7 @@ POWER = 15.7
 DRAWS = 2000
 
 
-class Interval(NamedTuple):
+class MeanInterval(NamedTuple):
     """A mean with its interval; `half` is None where one value and no pooled deviation say nothing of it."""
 
     mean: float
@@ -33,13 +33,13 @@ def pooled(cells: Sequence[Sequence[float]]) -> tuple[float, int] | None:
     return (math.sqrt(squares / freedom), freedom) if freedom else None
 
 
-def interval(values: Sequence[float], spread: tuple[float, int] | None, level: float = 0.95) -> Interval:
+def interval(values: Sequence[float], spread: tuple[float, int] | None, level: float = 0.95) -> MeanInterval:
     """t-interval of the mean with a deviation pooled over cells."""
     mean = statistics.fmean(values)
     if spread is None:
-        return Interval(mean, None)
+        return MeanInterval(mean, None)
     sd, freedom = spread
-    return Interval(mean, t_quantile(0.5 + level / 2, freedom) * sd / math.sqrt(len(values)))
+    return MeanInterval(mean, t_quantile(0.5 + level / 2, freedom) * sd / math.sqrt(len(values)))
 
 
 def smallest_difference(sd: float, seeds: int) -> float:
@@ -128,7 +128,7 @@ def _lowest(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None
     return float(np.exp(place + centre)), float(c - b * b / (4 * a))
 
 
-class Line(NamedTuple):
+class Fit(NamedTuple):
     """y = intercept + slope x, with the half width of the slope's interval, None for two points."""
 
     slope: float
@@ -139,21 +139,21 @@ class Line(NamedTuple):
         return self.intercept + self.slope * x
 
 
-def line(points: Sequence[tuple[float, float]], level: float = 0.95) -> Line | None:
+def line(points: Sequence[tuple[float, float]], level: float = 0.95) -> Fit | None:
     """Least squares; None for fewer than two different x."""
     if len({x for x, _ in points}) < 2:
         return None
     mean_x, mean_y = (statistics.fmean(values) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-    found, freedom = Line(slope, mean_y - slope * mean_x, None), len(points) - 2
+    found, freedom = Fit(slope, mean_y - slope * mean_x, None), len(points) - 2
     if freedom < 1:
         return found
     rest = sum((y - found.at(x)) ** 2 for x, y in points) / freedom
     return found._replace(half=t_quantile(0.5 + level / 2, freedom) * math.sqrt(rest / spread))
 
 
-class Comparison(NamedTuple):
+class PairedDifference(NamedTuple):
     """One arm less another, paired by seed; `p` two-sided, None with fewer than two pairs."""
 
     mean: float
@@ -161,18 +161,18 @@ class Comparison(NamedTuple):
     p: float | None
 
 
-def paired(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> Comparison | None:
+def paired(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> PairedDifference | None:
     """By seed, where both have it; None where they share none."""
     differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
     if not differences:
         return None
     mean = statistics.fmean(differences)
     if len(differences) < 2:
-        return Comparison(mean, None, None)
+        return PairedDifference(mean, None, None)
     error, freedom = statistics.stdev(differences) / math.sqrt(len(differences)), len(differences) - 1
     if error == 0:
-        return Comparison(mean, 0.0, 1.0 if mean == 0 else 0.0)
-    return Comparison(
+        return PairedDifference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    return PairedDifference(
         mean, t_quantile(0.5 + level / 2, freedom) * error, 2 * (1 - t_cumulative(abs(mean) / error, freedom))
     )
 

@@ -47,7 +47,7 @@ OWN = {
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ShapeRules:
     """How deep and wide the models are."""
 
     rule: Literal["equal_parameters", "fixed_width", "list"] = key(
@@ -76,7 +76,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRates:
     """The search for each cell's best learning rate."""
 
     start: list[float] = key([1.0e-3, 4.0e-3, 1.6e-2], "tried first", range=AMOUNTS)
@@ -100,7 +100,7 @@ class Limits:
     """How much of this machine `run` may use."""
 
     jobs: int = key(1, "runs at once, one thread each", range=AT_LEAST_1)
-    hours: float | None = key(None, "after which runs stop with a checkpoint; the same command goes on", range=ABOVE_0)
+    hours: float | None = key(None, "when runs stop with a checkpoint; the same command continues", range=ABOVE_0)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class Study:
     kind: Literal["training", "coordinates"] = key("training", "coordinates: ten steps at one rate, sizes of features")
     base: str | list[str] = key("", "configuration of all runs, one or more files", path=True)
     grid: dict[str, list] = key({}, "values of keys, of depth and of warmup_fraction: each combination is a cell")
-    shapes: Shapes = field(default_factory=Shapes, metadata={"text": Shapes.__doc__})
+    shapes: ShapeRules = field(default_factory=ShapeRules, metadata={"text": ShapeRules.__doc__})
     budget: Budget = field(default_factory=Budget, metadata={"text": Budget.__doc__})
     warmup_fraction: float = key(0.05, "share of the steps in which the rate rises", range=SHARE)
-    lr: Rates = field(default_factory=Rates, metadata={"text": Rates.__doc__})
+    lr: LearningRates = field(default_factory=LearningRates, metadata={"text": LearningRates.__doc__})
     seeds: Seeds = field(default_factory=Seeds, metadata={"text": Seeds.__doc__})
     stages: list[Literal["tune", "confirm"]] = key(["tune", "confirm"], "what is run")
     limits: Limits = field(default_factory=Limits, metadata={"text": Limits.__doc__})

@@ -44,7 +44,7 @@ def submit(study: Study, cells: Sequence[Cell], file: str, options: Sequence[str
         return 0
     count = sum(map(len, waves.values()))
     say(f"submitted {count} runs as {'arrays' if len(jobs) > 1 else 'array'} {', '.join(jobs)}")
-    say(f"job {_follower(study, file, jobs, options)} goes on after them")
+    say(f"job {_follower(study, file, jobs, options)} submits what follows")
     return count
 
 

@@ -39,7 +39,7 @@ def test_waves_follow_each_other_and_survive_preemption(slurm: Cluster, tiny_cor
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first.startswith("submitted 4 runs as array ") and second.endswith(" goes on after them")
+    assert first.startswith("submitted 4 runs as array ") and second.endswith(" submits what follows")
     array, follower = first.split()[-1], second.split()[1]
 
     folders = [Path(line) for line in (tmp_path / "cluster/runs/tiny-cpu-1.txt").read_text().split()]

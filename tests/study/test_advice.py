@@ -12,13 +12,13 @@ from support.tiny import TinyCorpus
 from stablelm.errors import ConfigError
 from stablelm.study.advise import INTERPOLATED, MEASURED, Question, advise, study_text
 from stablelm.study.cells import cells_of
-from stablelm.study.records import Record, as_lines, read_records, records_of
+from stablelm.study.records import StudyRecord, as_lines, read_records, records_of
 from stablelm.study.report.findings import findings
 from stablelm.study.study_file import read_study
 
 
 @pytest.fixture(scope="module")
-def records(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+def records(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> list[StudyRecord]:
     """Of depths 2, 8 and 32 at width 32, 512 tokens; the best rate falls as the root of the depth."""
     folder = tmp_path_factory.mktemp("study")
     grid = {"model.method": ["pre_ln", "deepnorm"], "depth": [2, 8, 32]}
@@ -27,7 +27,7 @@ def records(tiny_corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -
     return list(records_of(findings(study, cells, pretend(study, cells, loss_like), {})))
 
 
-def test_a_measured_size(records: list[Record]):
+def test_a_measured_size(records: list[StudyRecord]):
     found = advise(Question("pre_ln", 8, 32, 512), records)
     assert found is not None and found.grade == MEASURED
     assert found.low <= found.rate <= found.high and found.rate == pytest.approx(2e-3, rel=0.5)
@@ -36,7 +36,7 @@ def test_a_measured_size(records: list[Record]):
     assert found.second is not None and "better" in found.second[0] and found.second[1]["method"] == "deepnorm"
 
 
-def test_a_size_between_is_interpolated_and_none_beyond_extrapolated(records: list[Record]):
+def test_a_size_between_is_interpolated_and_none_beyond_extrapolated(records: list[StudyRecord]):
     found = advise(Question("pre_ln", 16, 32, 512), records)
     assert found is not None and found.grade == INTERPOLATED and found.loss is None
     rates = {each["n_layers"]: each["rate"] for each in records if each["method"] == "pre_ln"}
@@ -56,16 +56,16 @@ FAR = [
 
 
 @pytest.mark.parametrize("question", FAR)
-def test_no_evidence_beyond_a_factor_of_four(records: list[Record], question: Question):
+def test_no_evidence_beyond_a_factor_of_four(records: list[StudyRecord], question: Question):
     assert advise(question, records) is None
 
 
-def test_other_keys_of_a_grid_are_another_model(records: list[Record]):
+def test_other_keys_of_a_grid_are_another_model(records: list[StudyRecord]):
     changed = [record | {"other": {"model.activation": "relu"}} for record in records]
     assert advise(Question("pre_ln", 8, 32, 512), changed) is None  # type: ignore[arg-type]
 
 
-def test_the_program_in_words(records: list[Record], tmp_path: Path):
+def test_the_program_in_words(records: list[StudyRecord], tmp_path: Path):
     file = tmp_path / "records.jsonl"
     file.write_text(as_lines(records))
     size = ["--depth", "8", "--d-model", "32", "--tokens", "512", "--records", str(file)]
@@ -92,7 +92,7 @@ def test_the_study_that_would_tell_is_one(question: Question, tmp_path: Path):
     ("change", "sentence"),
     [({"rate": 0}, "must be above 0"), ({"rate": "1"}, "is no record"), ({"rate": None}, "is no record")],
 )
-def test_damaged_records_are_named(records: list[Record], tmp_path: Path, change: dict, sentence: str):
+def test_damaged_records_are_named(records: list[StudyRecord], tmp_path: Path, change: dict, sentence: str):
     file = tmp_path / "records.jsonl"
     file.write_text(as_lines(records) + json.dumps(records[0] | change) + "\n")
     with pytest.raises(ConfigError, match=sentence) as caught:

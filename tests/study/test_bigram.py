@@ -10,7 +10,7 @@ from support.tiny import TinyCorpus
 
 from stablelm.study.baselines import bigram_losses
 from stablelm.study.bigram import Bigram, training_pairs
-from stablelm.study.cells import Texts, cells_of
+from stablelm.study.cells import StudyTexts, cells_of
 from stablelm.study.study_file import read_study
 
 
@@ -59,7 +59,7 @@ def test_the_model_is_that_of_the_equations(parts: int):
 
 def test_the_loss_of_a_study(tiny_corpus: TinyCorpus, tmp_path):
     study = read_study(str(write_study(tmp_path, tiny_corpus, budget={"tokens": 4096})))
-    texts = Texts()
+    texts = StudyTexts()
     cells = cells_of(study, texts)
     found = bigram_losses(study, cells)
     assert set(found) == {cell.name for cell in cells} and len(set(found.values())) == 1

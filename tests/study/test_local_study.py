@@ -164,7 +164,7 @@ def test_a_stop_is_told_and_goes_on(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert refused.returncode == 78 and "is in use by another start" in refused.stderr
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "stopped by a signal; the same command goes on" in out
+    assert process.returncode == 75 and "stopped by a signal; the same command continues" in out
     (summary,) = tmp_path.glob("runs/studies/tiny/runs/*/summary.json")
     assert json.loads(summary.read_text())["exit_code"] == 75
     limited = study("run", file, "--hours", "0.002")

@@ -9,7 +9,7 @@ from support.studies import STUDY, write_study
 from support.tiny import TinyCorpus
 
 from stablelm.errors import ConfigError
-from stablelm.study.cells import Run, Texts, cells_of
+from stablelm.study.cells import Run, StudyTexts, cells_of
 from stablelm.study.shapes import counted
 from stablelm.study.study_file import read_study
 
@@ -139,7 +139,7 @@ def test_a_list_of_shapes_and_budgets_by_parameter(tiny_corpus: TinyCorpus, tmp_
 
 def test_identities(tiny_corpus: TinyCorpus, tmp_path: Path):
     study = read_study(str(write_study(tmp_path, tiny_corpus)))
-    cells, again = cells_of(study, Texts()), cells_of(study)
+    cells, again = cells_of(study, StudyTexts()), cells_of(study)
     runs = [Run(cell, lr, seed) for cell in cells for lr in (1e-3, 2e-3) for seed in (0, 1)]
     assert len({run.id for run in runs}) == len(runs)
     assert [run.id for run in runs[:4]] == [Run(again[0], lr, seed).id for lr in (1e-3, 2e-3) for seed in (0, 1)]

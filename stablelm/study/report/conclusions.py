@@ -6,7 +6,7 @@ import statistics
 from stablelm.study import results
 from stablelm.study.report.findings import CellFinding, Findings, diverged, transfer
 from stablelm.study.report.ranking import Place, ranking
-from stablelm.study.statistics import Comparison, paired, smallest_difference
+from stablelm.study.statistics import PairedDifference, paired, smallest_difference
 
 FEWEST_SEEDS = 3
 FEW_TOKENS = 5.0
@@ -104,7 +104,7 @@ def _span(place: Place) -> str:
     return f"{mean.mean:.4f}" + (f" ({mean.low:.4f} to {mean.high:.4f})" if mean.half is not None else "")
 
 
-def _by(difference: Comparison | None) -> str:
+def _by(difference: PairedDifference | None) -> str:
     if difference is None:
         return "not paired"
     half = f" ± {difference.half:.4f}" if difference.half is not None else ""

@@ -113,7 +113,7 @@ def loss_by_depth(found: Findings, column: str) -> Figure | None:
     if not drawn:
         return None
     _depth_axis(axes, found)
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_ylabel("validation loss (nats per token)")
     axes.legend()
     return figure
 
@@ -138,7 +138,7 @@ def loss_by_rate(found: Findings, column: str) -> Figure | None:
         _plain_ticks(axes.xaxis)
         axes.set_xlabel("learning rate")
     for row in grid:
-        row[0].set_ylabel("validation loss (nats a token)")
+        row[0].set_ylabel("validation loss (nats per token)")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure
@@ -280,7 +280,7 @@ def cost(found: Findings, column: str) -> Figure | None:
         front = pareto([(x, mean.mean) for (_, mean), x in zip(cells, costs, strict=True)])
         axes.step(*zip(*front, strict=True), where="post", color="grey", linewidth=0.8)
         axes.set_xlabel(f"{name} a run (beside a mark: layers)")
-    grid[0][0].set_ylabel("validation loss (nats a token)")
+    grid[0][0].set_ylabel("validation loss (nats per token)")
     for arm in found.arms:
         grid[0][0].plot([], [], label=arm, **(look(found, arm) | {"linestyle": ""}))
     grid[0][0].legend(fontsize=8)
@@ -311,6 +311,6 @@ def curves(found: Findings, column: str) -> Figure | None:
                 x, [math.nan if value is None else value for value in y], label=None if place else cell.arm, **style
             )
     axes.set_xlabel("step")
-    axes.set_ylabel(f"training loss (nats a token), {depth} layers")
+    axes.set_ylabel(f"training loss (nats per token), {depth} layers")
     axes.legend()
     return figure

@@ -17,12 +17,12 @@ from stablelm.study.cells import Cell, Run
 from stablelm.study.results import NOT_FINITE, Result
 from stablelm.study.search import Best, Edge
 from stablelm.study.sensitivity import lr_sensitivity
-from stablelm.study.statistics import Interval, Line, Vertex, interval, line, pooled, vertex
+from stablelm.study.statistics import Fit, MeanInterval, Vertex, interval, line, pooled, vertex
 from stablelm.study.study_file import DEPTH, Study
 
 COLUMNS = ("tokens_per_parameter", "flops")
 NEIGHBOURHOOD = 4.0
-"""Rates from a fourth to four times the best one count as its neighbourhood."""
+"""LearningRates from a fourth to four times the best one count as its neighbourhood."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Findings:
     def at(self, arm: str, depth: int, column: str) -> CellFinding | None:
         return next((e for e in self.cells if (e.arm, e.depth, e.column) == (arm, depth, column)), None)
 
-    def mean(self, finding: CellFinding) -> Interval | None:
+    def mean(self, finding: CellFinding) -> MeanInterval | None:
         """Of the confirmed losses; None where there are none or one diverged."""
         losses = list(finding.by_seed.values())
         return interval(losses, self.spread) if losses and all(map(math.isfinite, losses)) else None
@@ -175,7 +175,7 @@ def spread_of(cells: Sequence[CellFinding]) -> tuple[float, int] | None:
     return pooled([each for each in losses if each and all(map(math.isfinite, each))])
 
 
-def transfer(found: Findings, arm: str, column: str) -> Line | None:
+def transfer(found: Findings, arm: str, column: str) -> Fit | None:
     """ln best rate against ln depth."""
     cells = [each for depth in found.depths if (each := found.at(arm, depth, column))]
     points = [(math.log(each.depth), math.log(each.best_rate)) for each in cells if each.best_rate is not None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stablelm.study.report.findings import CellFinding, Findings
-from stablelm.study.statistics import DRAWS, Comparison, Interval, holm, paired
+from stablelm.study.statistics import DRAWS, MeanInterval, PairedDifference, holm, paired
 
 LEVEL = 0.05
 
@@ -17,8 +17,8 @@ class Place:
     """An arm at a depth; `behind`: its loss less that of the best arm, paired by seed, with the adjusted p."""
 
     finding: CellFinding
-    mean: Interval
-    behind: Comparison | None
+    mean: MeanInterval
+    behind: PairedDifference | None
     p: float | None
     share_best: float
 

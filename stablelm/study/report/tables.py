@@ -69,7 +69,7 @@ def _cells(found: Findings) -> Table:
             number(_only(cell, "unigram_loss")), number(cell.bigram), _state(cell),
         ))  # fmt: skip
     heading = ("arm", "layers", "budget", "loss", "±", "by seed", "unigram", "bigram", "state")
-    return Table("cells", "Confirmed losses", heading, rows, "Nats a token, on the whole validation set.")
+    return Table("cells", "Confirmed losses", heading, rows, "Nats per token, on the whole validation set.")
 
 
 def _only(cell: CellFinding, name: str) -> float | None:
@@ -130,7 +130,7 @@ def _shapes(found: Findings) -> Table:
         ))  # fmt: skip
     heading = ("arm", "shape", "heads", "d_ff", "layers", "in all", "tokens", "FLOPs", "µs a token", "of the first arm")
     return Table(
-        "shapes", "Shapes and cost", heading, rows, "Seconds of one thread; parameters of the layers and in all."
+        "shapes", "ShapeRules and cost", heading, rows, "Seconds of one thread; parameters of the layers and in all."
     )
 
 
