@@ -2,11 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from stablelm.study.cells import Cell, Run
-from stablelm.study.search import Best, Edge, Next, search
+from stablelm.study.search import Best, Edge, Next, replay
 from stablelm.study.study_file import Study
 
 
@@ -30,11 +30,9 @@ def agenda(study: Study, cells: Collection[Cell], losses: Mapping[str, float]) -
 
 
 def _state(study: Study, cell: Cell, losses: Mapping[str, float]) -> CellState:
-    tune = study.seeds.tune
-    known = dict(_tuned(study, cell, losses))
-    found = search(study.lr, known)
+    _, found = _searched(study, cell, losses)
     if isinstance(found, Next):
-        runs = [Run(cell, rate, seed) for rate in found.rates for seed in tune]
+        runs = [Run(cell, rate, seed) for rate in found.rates for seed in study.seeds.tune]
         return CellState(cell, found, tuple(run for run in runs if run.id not in losses), "tune")
     if isinstance(found, Best) and "confirm" in study.stages:
         runs = [Run(cell, found.rate, seed) for seed in study.seeds.confirm]
@@ -43,19 +41,15 @@ def _state(study: Study, cell: Cell, losses: Mapping[str, float]) -> CellState:
     return CellState(cell, found, (), "done")
 
 
-def _tuned(study: Study, cell: Cell, losses: Mapping[str, float]) -> Iterator[tuple[float, float]]:
-    """Mean loss over the tuning seeds of each rate on the search's path: rates of another grid are not looked at."""
-    known: dict[float, float] = {}
-    while isinstance(found := search(study.lr, known), Next):
-        made = {
-            rate: [losses[run.id] for seed in study.seeds.tune if (run := Run(cell, rate, seed)).id in losses]
-            for rate in found.rates
-        }
-        whole = {rate: mean(each) for rate, each in made.items() if len(each) == len(study.seeds.tune)}
-        known |= whole
-        if len(whole) < len(found.rates):
-            break
-    yield from known.items()
+def _searched(study: Study, cell: Cell, losses: Mapping[str, float]) -> tuple[dict[float, float], Next | Best | Edge]:
+    """Mean losses over the tuning seeds on the search's path: rates of another grid are not looked at."""
+
+    def loss(rate: float) -> float | None:
+        made = [losses.get(Run(cell, rate, seed).id) for seed in study.seeds.tune]
+        known = [each for each in made if each is not None]
+        return mean(known) if len(known) == len(made) else None
+
+    return replay(study.lr, loss)
 
 
 def mean(losses: Collection[float]) -> float:
@@ -65,7 +59,8 @@ def mean(losses: Collection[float]) -> float:
 
 def tuning_runs(study: Study, cell: Cell, losses: Mapping[str, float]) -> list[Run]:
     """The runs of a cell's search that have finished, by rate."""
-    return [Run(cell, rate, seed) for rate, _ in sorted(_tuned(study, cell, losses)) for seed in study.seeds.tune]
+    known, _ = _searched(study, cell, losses)
+    return [Run(cell, rate, seed) for rate in sorted(known) for seed in study.seeds.tune]
 
 
 def most_runs(study: Study) -> int:

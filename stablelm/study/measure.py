@@ -101,11 +101,15 @@ def participation(rises: Sequence[float]) -> float:
     return sum(rises) ** 2 / squares if squares else 0.0
 
 
+def _zeros(_body: Any, _inputs: Any, output: Any) -> Tensor:
+    return torch.zeros_like(output)
+
+
 @contextmanager
 def silenced(module: Decoder, layers: Sequence[int]) -> Iterator[None]:
     """Bodies of these layers compute zeros: nothing is written onto the stream but what the stream itself does."""
     handles = [
-        sublayer.body.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+        sublayer.body.register_forward_hook(_zeros)
         for layer in layers
         for sublayer in module.layers[layer].modules()
         if isinstance(sublayer, Sublayer)

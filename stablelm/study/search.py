@@ -6,7 +6,7 @@ logarithm around the best one.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from stablelm.study.study_file import LearningRates
@@ -57,6 +57,23 @@ def search(rates: LearningRates, losses: Mapping[float, float]) -> Next | Best |
             return Best(best)
     room = rates.max_runs - len(tried)
     return Next(wanted[:room]) if room > 0 else Edge(best, f"lr.max_runs={rates.max_runs} rates were tried")
+
+
+def replay(
+    rates: LearningRates, loss: Callable[[float], float | None]
+) -> tuple[dict[float, float], Next | Best | Edge]:
+    """The search from its beginning: the losses on its path, and where it stands.
+
+    `loss`: of a rate, None where it is not known yet. A batch of rates counts when all of it is known: what a part of
+    it says leads nowhere.
+    """
+    known: dict[float, float] = {}
+    while isinstance(found := search(rates, known), Next):
+        batch = {rate: value for rate in found.rates if (value := loss(rate)) is not None}
+        if len(batch) < len(found.rates):
+            return known | batch, found
+        known |= batch
+    return known, found
 
 
 def _widened(rates: LearningRates, tried: list[float], best: float | None) -> tuple[float, ...] | Edge:

@@ -90,7 +90,7 @@ def test_the_study_that_would_tell_is_one(question: Question, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"rate": 0}, "must be above 0"), ({"rate": "1"}, "is no record"), ({"rate": None}, "is no record")],
+    [({"rate": 0}, "must be above 0"), ({"rate": "1"}, "is not a record"), ({"rate": None}, "is not a record")],
 )
 def test_damaged_records_are_named(records: list[StudyRecord], tmp_path: Path, change: dict, sentence: str):
     file = tmp_path / "records.jsonl"

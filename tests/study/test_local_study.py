@@ -81,7 +81,7 @@ def test_what_a_changed_grid_adds_and_leaves(tiny_corpus: TinyCorpus, tmp_path: 
     after = read_results(tmp_path / "results")
     assert len(before) == 2 and len(after) == 4 and after.items() >= before.items()
     write_study(tmp_path, tiny_corpus, **small | {"grid": {"model.method": ["rezero"], "depth": [2]}})
-    report(file)
+    assert study("report", file, "--out", str(tmp_path / "report")).returncode == 0
     assert "Results of no cell" in (tmp_path / "report" / "report.html").read_text()
 
 

@@ -37,7 +37,7 @@ def test_the_better_method_is_found_with_its_rate(tiny_corpus: TinyCorpus, tmp_p
     own = found(tmp_path, tiny_corpus)
     for depth in (2, 4):
         best, other = ranking(own, depth, "")
-        assert best.finding.arm == "deepnorm" and best.share_best > 0.95 and best.behind is None
+        assert best.finding.arm == "deepnorm" and best.share_best > 0.8 and best.behind is None
         assert other.behind is not None and other.behind.mean == pytest.approx(0.05, abs=0.02)
         assert not other.ties and other.p is not None and other.p < 0.05
         assert best.finding.vertex is not None

@@ -7,21 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablelm.study.search import Best, Edge, Next, search
+from stablelm.study.search import Best, Edge, Next, replay, search
 from stablelm.study.study_file import LearningRates
 
 
-def followed(
-    rates: LearningRates, loss: Callable[[float], float], drop: int | None = None
-) -> tuple[Best | Edge, list[float]]:
-    """The end of the search and the rates on its path; `drop`: results from that one on are lost once."""
-    losses: dict[float, float] = {}
-    while isinstance(found := search(rates, losses), Next):
-        assert not set(found.rates) & set(losses)
-        losses |= {rate: loss(rate) for rate in found.rates}
-        if drop is not None and len(losses) > drop:
-            losses, drop = dict(list(losses.items())[:drop]), None
-    return found, list(losses)
+def followed(rates: LearningRates, loss: Callable[[float], float]) -> tuple[Best | Edge, list[float]]:
+    """The end of the search and the rates on its path."""
+    known, found = replay(rates, loss)
+    assert not isinstance(found, Next)
+    return found, list(known)
 
 
 def bowl(best: float, curvature: float = 0.1) -> Callable[[float], float]:
@@ -39,9 +33,16 @@ def test_the_best_rate_is_found_within_the_factor(best: float):
     assert found.rate / below <= 2.01 and above / found.rate <= 2.01
 
 
-@given(st.floats(1e-6, 1.0), st.integers(0, 12))
-def test_a_search_that_lost_results_takes_the_same_path(best: float, drop: int):
-    assert followed(LearningRates(), bowl(best), drop) == followed(LearningRates(), bowl(best))
+@given(st.floats(1e-6, 1.0), st.randoms(use_true_random=False))
+def test_runs_in_any_order_and_lost_ones_take_the_same_path(best: float, draw):
+    rates, made = LearningRates(), dict[float, float]()
+    losses = iter(range(10))  # how often a result is lost
+    while isinstance(found := replay(rates, made.get)[1], Next):
+        rate = draw.choice([rate for rate in found.rates if rate not in made])
+        made[rate] = bowl(best)(rate)
+        if draw.random() < 0.3 and next(losses, None) is not None:
+            del made[draw.choice(list(made))]
+    assert replay(rates, made.get) == replay(rates, bowl(best))
 
 
 @pytest.mark.parametrize(("best", "side"), [(1e-6, "above lr.bounds[0]"), (30.0, "below lr.bounds[1]")])

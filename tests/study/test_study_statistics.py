@@ -40,7 +40,7 @@ def test_the_distribution_of_t_is_one(t: float, freedom: int):
 
 def test_pooled_deviation_and_interval():
     spread = pooled([[1.0, 2.0, 3.0], [5.0, 7.0], [9.0]])
-    assert spread == (pytest.approx(math.sqrt((2 + 2) / 3)), 3)
+    assert spread is not None and spread == (pytest.approx(math.sqrt((2 + 2) / 3)), 3)
     found = interval([1.0, 2.0, 3.0], spread)
     assert found.mean == 2.0 and found.half == pytest.approx(3.18245 * spread[0] / math.sqrt(3), rel=1e-5)
     assert pooled([[1.0], [2.0]]) is None and interval([1.0], None).half is None
