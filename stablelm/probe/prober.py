@@ -148,9 +148,7 @@ def make(request: ProbeRequest) -> "Probe":
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
-    # A shared layer moves at all its places at once, which passes layer by layer do not.
-    update = None if model.axes.stack.shared else FirstUpdate.of(model, config.train)
-    with progress((4 if update else 2) * model.n_layers, "layers, up and down") as on_layer:
+    with progress(4 * model.n_layers, "layers, up and down") as on_layer:
         measured = measure(
             model,
             tokens,
@@ -160,7 +158,7 @@ def make(request: ProbeRequest) -> "Probe":
             pieces=request.prepared.tokenizer.pieces,
             folder=request.out,
             z_loss=config.train.z_loss,
-            update=update,
+            update=FirstUpdate.of(model, config.train),
             on_layer=on_layer,
         )
 

@@ -151,9 +151,13 @@ def test_the_generator_is_left_alone_and_the_file_goes_on_errors(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sensitivity_and_growth_equal_the_whole_decoder(tmp_path: Path):
+SHARED = ("model.method=looped", "model.n_layers=4", "model.shared.repeats=2")
+
+
+@pytest.mark.parametrize("overrides", [("model.method=value_residual", "model.tie_embeddings=true"), SHARED])
+def test_sensitivity_and_growth_equal_the_whole_decoder(overrides: tuple[str, ...], tmp_path: Path):
     """By changing all weights at once; dropout draws the same masks in every pass."""
-    config = model("model.method=value_residual", "model.dropout=0.1", "model.tie_embeddings=true")
+    config = model(*overrides, "model.dropout=0.1")
     update = FirstUpdate(config, rate=0.01, eps=1e-8)
     found = walked(config, tmp_path, update=update)
     decoder = Decoder(config, "fp64")
