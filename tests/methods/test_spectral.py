@@ -3,6 +3,7 @@
 import math
 import threading
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_a_refresh_of_rows_equals_that_of_the_whole_in_two_sums(splits):
     assert ranks.calls == 3
 
 
-def vectors_of(matrix: spectral.Part) -> dict[str, Tensor]:
+def vectors_of(matrix: spectral.Part) -> dict[str, Any]:
     return {"u": matrix.u.clone(), "v": matrix.v.clone(), "sigma": matrix.sigma.clone()}
 
 
