@@ -16,6 +16,8 @@ from stablelm.json_text import Count
 DESCRIPTIVE = ("model.method", "train.tokens", SEGMENTS)
 # How rows are dealt to lanes, see `data.lanes`; 1 in runs that do not say it.
 ORDER, ORDER_KEY = 2, "data.order"
+# What runs that do not say it had, and what is no default any more.
+TAILORED = {"model.e_spa.nonlinearity": 0.9}
 LENGTH = ("train.steps", "train.cooldown_steps")
 
 
@@ -76,6 +78,8 @@ def differences(
 
 def _whole(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
     """A run saved before a key existed had what is the key's default now."""
+    if saved.get("model.activation") == "tailored":
+        saved = TAILORED | saved
     defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
     return {ORDER_KEY: 1} | defaults | saved
 

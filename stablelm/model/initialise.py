@@ -97,9 +97,15 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
         return torch.zeros(*shape)
     if role.kind not in MATRICES and role.kind not in TABLES:
         return torch.as_tensor(_added(name, role, config).start, dtype=torch.float32)
-    value = torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
-    shaped = init.shaped(role.kind, value)
+    value = _draws(name, shape, seed)
+    partner = init.partner(role.kind)
+    beside = None if partner is None else _draws(name.replace(f".{role.kind}.", f".{partner}."), shape[::-1], seed)
+    shaped = init.shaped(role.kind, value, beside)
     return value.mul_(initial_std(role, shape, config)) if shaped is None else shaped
+
+
+def _draws(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed_from(seed, name)))
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:

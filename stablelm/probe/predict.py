@@ -46,7 +46,7 @@ def predict(
     which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
-    if not all(value.predicted for value in config.axes.each()):
+    if not all(value.predicted and value.theory_gap(config) is None for value in config.axes.each()):
         return Prediction(*(np.full(config.n_layers + 1, np.nan) for _ in fields(Prediction)))
     if collision is None:
         collision = float(token_collision(config.vocab_size))
@@ -120,6 +120,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         dropout=config.dropout,
         null_logit=axes.softmax.null_at_start,
         centred=axes.shaping.combines,
+        average=axes.shaping.average_at_start,
         gate=gate_function(axes.gate.logit_mean(config)) if axes.gate.width(config) else None,
         gate_gain=width.read * gates,
         gate_back=width.attention * gates,
@@ -133,7 +134,7 @@ def _heads(config: ModelConfig, width: Widths) -> dict[str, int]:
 
 def _pattern(config: ModelConfig, layer: int, seq_len: int) -> Pattern:
     if config.axes.shaping.active:
-        bias, rows = config.axes.shaping.bias_and_scale(layer, config.n_layers, seq_len)
+        bias, rows = config.axes.shaping.bias_and_scale(config, layer, seq_len)
         return Pattern(bias[None], row_scale=rows)
     return config.axes.position.pattern(config, seq_len, d_head(config))
 

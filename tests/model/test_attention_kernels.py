@@ -151,7 +151,7 @@ def test_flex_attention_gives_what_dense_logits_give(name: str):
         value = products[1].unflatten(-1, (-1, attention.d_head)).transpose(1, 2)
         mixed = (weights @ value.repeat_interleave(4 // value.shape[1], dim=1)).transpose(1, 2).flatten(-2)
         if config.axes.shaping.active:
-            rows = config.axes.shaping.bias_and_scale(1, config.n_layers, tokens.shape[1])[1]
+            rows = config.axes.shaping.bias_and_scale(config, 1, tokens.shape[1])[1]
             mixed = mixed * torch.from_numpy(rows)[:, None]
         torch.testing.assert_close(found, attention.output(mixed), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(attention(products, reference(decoder, tokens)), found, rtol=1e-12, atol=1e-12)

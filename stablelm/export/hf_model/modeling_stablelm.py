@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "first_value_share": None,
     "document_end": None,
     "attention_innovations": None,
+    "attention_factors": None,
     "norm_embedding": False,
     "norm_before_body": True,
     "norm_before_output": False,
@@ -173,13 +174,14 @@ class LowRank(nn.Module):
 
 
 def decay_of(
-    innovations: tuple[float, float], places: tuple[Tensor, Tensor], allowed: Tensor | None
+    innovations: tuple[float, float], factors: list[float], places: tuple[Tensor, Tensor], allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(bias on the logits, factor of each row's output) that make attention a fixed decay when the logits are 0.
 
-    He et al., Deep Transformers without Shortcuts, ICLR 2023: the matrix L_l L_{l-1}^-1 of the Cholesky factors of
-    exp(-gamma |i - j|) after and before the layer, gamma given by the innovation a = sqrt(1 - exp(-2 gamma)) of an
-    AR(1) process. (batch or 1, 1, q, k) and (.., q, 1).
+    He et al., Deep Transformers without Shortcuts, ICLR 2023: weights as of the matrix L_l L_{l-1}^-1 of the Cholesky
+    factors of exp(-gamma |i - j|) after and before the layer, gamma given by the innovation a = sqrt(1 - exp(-2 gamma))
+    of an AR(1) process; `factors`: of the first positions, later ones have the last. (batch or 1, 1, q, k) and
+    (.., q, 1).
     """
     before, after = innovations
     phi, phi_before = math.sqrt(1 - after**2), math.sqrt(max(0.0, 1 - before**2))
@@ -191,8 +193,8 @@ def decay_of(
     logs = torch.where(key == 0, first, logs)
     logs = torch.where(distance == 0, torch.where(key == 0, 0.0, log_ratio), logs)
     logs = logs.masked_fill(distance < 0 if allowed is None else ~allowed, -math.inf)
-    rows = logs.exp().sum(dim=-1, keepdim=True)
-    return logs - rows.log(), rows
+    planned = torch.tensor(factors, dtype=logs.dtype, device=logs.device)
+    return logs.log_softmax(dim=-1), planned[query[..., 0].clamp(max=len(factors) - 1)][..., None]
 
 
 class Attention(nn.Module):
@@ -231,7 +233,8 @@ class Attention(nn.Module):
         bias, rows = shared.bias, None
         if self.config.attention_innovations is not None and shared.places is not None:
             before, after = self.config.attention_innovations[self.layer : self.layer + 2]
-            bias, rows = decay_of((before, after), shared.places, shared.allowed)
+            factors = self.config.attention_factors[self.layer]
+            bias, rows = decay_of((before, after), factors, shared.places, shared.allowed)
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
