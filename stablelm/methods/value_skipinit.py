@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from stablelm.methods.axes import Added, Method, Model, Shaping
-from stablelm.methods.e_spa import DEFAULTS, HE
+from stablelm.methods.e_spa import HE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,12 @@ class ValueSkip(Shaping):
 VALUE_SKIPINIT = Method(
     "value_skipinit",
     HE,
-    {**DEFAULTS, "attention.shaping": "value_skip", "attention.position": "rope"},
+    {
+        "stream": "skipless",
+        "placement": "none",
+        "init": "orthogonal",
+        "activation": "tailored",
+        "attention.shaping": "value_skip",
+    },
     (ValueSkip(),),
 )
