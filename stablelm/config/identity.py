@@ -11,6 +11,7 @@ from stablelm.config.keys import keys, values
 from stablelm.config.schema import Config
 from stablelm.config.segments import SEGMENTS, Segment
 from stablelm.json_text import Count
+from stablelm.methods.pre_ln import PRE_LN
 
 # Not compared: the axes say what a method's name means, the steps what the tokens come to, and segments what was.
 DESCRIPTIVE = ("model.method", "train.tokens", SEGMENTS)
@@ -77,11 +78,12 @@ def differences(
 
 
 def _whole(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
-    """A run saved before a key existed had what is the key's default now."""
+    """A run saved before a key existed had what is the key's default now, and of an axis what the plain model has."""
     if saved.get("model.activation") == "tailored":
         saved = TAILORED | saved
     defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
-    return {ORDER_KEY: 1} | defaults | saved
+    plain = {f"model.{name}": value for name, value in PRE_LN.defaults.items()}
+    return {ORDER_KEY: 1} | defaults | {name: plain[name] for name in current if name in plain} | saved
 
 
 def may_extend(saved: dict[str, Any], current: dict[str, Any], step: int) -> bool:

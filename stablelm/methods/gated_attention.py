@@ -9,7 +9,7 @@ al., NeurIPS 2023, have the gate of a head with a bias, which starts at logit(pi
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -70,6 +70,9 @@ class SigmoidGate(AttentionGate):
         gate = gate_function(self.logit_mean(model))
         covariance = float(gate.dual(variance, r * variance, variance))
         return kept * float(gate.second_moment(variance)), common * covariance
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"gate_rows": self.width(model), "gate_bias": self.has_bias(model)}
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if model.axes.shaping.active:

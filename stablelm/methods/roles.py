@@ -30,10 +30,10 @@ class Widths(NamedTuple):
 class Role(NamedTuple):
     """What a parameter does.
 
-    `kind`: embedding, position, head; query, key, value, head_gate, output, fc1, gate, fc2, projection; norm_gain, norm_alpha,
-    bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the layers;
-    `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes the
-    function independent of its norm.
+    `kind`: embedding, position, head; query, key, value, head_gate, output, fc1, gate, fc2, projection; norm_gain,
+    norm_alpha, bias; or the name of a parameter that an axis value adds. `layer`: its layer from 0, None outside the
+    layers; `factor`: down or up for the factors of a low-rank map; `reparametrised`: whether a reparametrisation makes
+    the function independent of its norm.
     """
 
     kind: str

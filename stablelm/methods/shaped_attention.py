@@ -54,6 +54,9 @@ class Centred(Shaping):
         """Those of the values: what attention adds to the identity is small at the start."""
         return 1.0, correlation
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"identity_heads": True}
+
 
 @dataclass(frozen=True)
 class Shaped(Centred):

@@ -9,7 +9,7 @@ small (section 4.1; 0.1 at 18 layers in the released configurations).
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -76,14 +76,14 @@ class Simplified(Stream):
                 "a norm on the branch undoes the small gain with which the feed-forward starts, and one on the stream "
                 "its skip; use model.placement=pre or none",
             )
-        if axes.init.sizes_branches:
+        if axes.maps.has_values and axes.init.sizes_branches:
             yield Refusal(
                 ("model.stream", "model.init"),
                 "this initialisation sizes branches for a stream with skips; use model.init=zero_query or fan_in",
             )
 
-    def modelling(self, model: Model) -> None:
-        return None
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"attention_skip": False, "learned_gain": True, "parallel": self.parallel}
 
     def export_obstacle(self, model: Model) -> str:
         return "its attention has no skip around it, which every standard architecture has"
@@ -106,6 +106,9 @@ class SimplifiedAttention(Centred):
 
     def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
         return tuple(Added(name, np.ones(model.n_heads)) for name in ("own_gain", "average_gain", "centre_gain"))
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"identity_heads": True, "learned_identity": True}
 
     def combine(self, own: "Tensor", averaged: "Tensor", centre: "Tensor", added: "Mapping[str, Tensor]") -> "Tensor":
         alpha, beta, gamma = (
@@ -151,8 +154,8 @@ class NoValues(Maps):
     def import_obstacle(self, model: Model) -> str:
         return "its attention has no value and output maps, which a plain model has"
 
-    def modelling(self, model: Model) -> None:
-        return None
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"value_maps": False}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ a key without a value. `clipped`: clip((zeta - gamma) softmax(x) + gamma, 0, 1) 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,10 @@ class ClippedOptions(MethodOptions):
     SECTION: ClassVar[str] = "clipped"
 
     zeta: float = key(
-        1.0, "weights are stretched up to it before they are clipped", identity=True, range=Range(">= 1", lambda v: v >= 1)
+        1.0,
+        "weights are stretched up to it before they are clipped; at least 1",
+        identity=True,
+        range=Range("at least 1", lambda v: v >= 1),
     )
     alpha: float = key(
         4.0,
@@ -41,6 +44,9 @@ class WithNull(Softmax):
     """What both kinds with one more term in the denominator have in common."""
 
     null_at_start: ClassVar[float | None] = 0.0
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"null_key": True}
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         yield from _refusals(model)
@@ -66,7 +72,7 @@ class OffByOne(WithNull):
 
 
 @dataclass(frozen=True)
-class Sink(WithNull):
+class LearnedSink(WithNull):
     name: ClassVar[str] = "sink"
 
     def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
@@ -74,6 +80,9 @@ class Sink(WithNull):
 
     def null_logits(self, heads: int, added: Mapping[str, "Tensor"], like: "Tensor") -> "Tensor":
         return added["sink"]
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"null_key": True, "learned_null": True}
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,14 @@ class Clipped(Softmax):
     def is_plain(self, model: Model) -> bool:
         return False
 
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"weight_limits": list(self.clip(model))}
+
 
 MILLER = "Miller, Attention Is Off By One, 2023"
 GPT_OSS = "OpenAI, gpt-oss-120b & gpt-oss-20b Model Card, 2025"
 SOFTMAX_ONE = Method("softmax_one", MILLER, {"attention.softmax": "off_by_one"}, (OffByOne(),))
-ATTENTION_SINK = Method("attention_sink", GPT_OSS, {"attention.softmax": "sink"}, (Sink(),))
+ATTENTION_SINK = Method("attention_sink", GPT_OSS, {"attention.softmax": "sink"}, (LearnedSink(),))
 CLIPPED_SOFTMAX = Method(
     "clipped_softmax", BONDARENKO, {"attention.softmax": "clipped"}, (Clipped(),), (ClippedOptions,)
 )

@@ -6,7 +6,7 @@ that it finds and r the one that it leaves. Feed-forwards map such a kernel to a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ class Uspa(Planned):
                 f"the feed-forwards alone give different tokens a correlation of {alone:.3f}, above the one planned; "
                 "use model.activation=tailored with a lower model.e_spa.nonlinearity, or a higher model.e_spa.uniform",
             )
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"attention_correlations": uniform_plan(setting(model), model.option(EspaOptions).uniform)}
 
 
 U_SPA = Method("u_spa", HE, {**DEFAULTS, "attention.shaping": "uspa"}, (Uspa(),))

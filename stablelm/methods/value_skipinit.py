@@ -6,7 +6,7 @@ eq. 4 by He & Hofmann, ICLR 2024). A token's own values stand in for the skip.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -33,6 +33,9 @@ class ValueSkip(Shaping):
 
     def moments(self, kept: float, common: float, correlation: float) -> tuple[float, float]:
         return 1.0, correlation
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"value_skip": True}
 
 
 VALUE_SKIPINIT = Method(

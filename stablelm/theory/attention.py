@@ -268,7 +268,7 @@ def attention_backward(
     """
     (p, overlap, _, _), size = _tables(body.pattern), state.rows.size
     outer = norm_backward(body.inner_norm, state.mixed, body.output_back * gradient)
-    result = _through_gate(body, state, outer)
+    result = through_gate(body, state, outer)
     outer = outer * _gates(body, state.kernel)
     if body.pattern.row_scale is not None:
         outer = outer * np.outer(body.pattern.row_scale, body.pattern.row_scale)
@@ -295,7 +295,7 @@ def attention_backward(
     return (result + result.T) / 2, to_first
 
 
-def _through_gate(body: AttentionBody, state: AttentionState, outer: Array) -> Array | float:
+def through_gate(body: AttentionBody, state: AttentionState, outer: Array) -> Array | float:
     """Gradient kernel at the body's input by way of the gate; `outer`: that at what it multiplies.
 
     A gate's logit gets g o gate' of each feature that it multiplies, so one of a head gets the sum over d_head.

@@ -86,8 +86,9 @@ class Trace:
 
 
 class _Step(NamedTuple):
-    """A sub-layer's forward pass: the stream before it, as it reads it, and after it, the latter also before
-    `norm_after`; the branch before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward."""
+    """A sub-layer's forward pass: the stream before it, what it reads of it, and the stream after it, also before
+    `norm_after`; the branch before `norm_branch` and as written; the body's state; its entropy, nan for feed-forward.
+    """
 
     before: Array
     read: Array

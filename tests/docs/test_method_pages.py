@@ -33,7 +33,7 @@ LINKS = [
     if "://" not in link
 ]
 AXES = ("stream", "placement", "norm", "init", "reparam", "activation")
-ATTENTION_AXES = ("position", "shaping")
+ATTENTION_AXES = ("position", "shaping", "gate", "softmax")
 # Keeps the configuration that it was given, and draws a square.
 PROBE = """
 import shutil, sys

@@ -43,13 +43,14 @@ def moved_decoder(config: ModelConfig, precision: str = "fp32") -> Decoder:
     decoder = Decoder(config, precision)
     initialise(decoder, config, 3)
     generator = torch.Generator().manual_seed(4)
+    names = {name for name, _ in decoder.named_parameters()}
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
             elif name.endswith("query.weight") and not parameter.any():
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-            elif parameter.std() < 0.03:
+            elif parameter.std() < 0.03 and name.replace(".weight", ".matrix_gain") not in names:
                 parameter.mul_(5)
         derive(decoder)
         if decoder.head is not None:

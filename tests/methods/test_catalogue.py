@@ -10,7 +10,9 @@ from stablelm.methods.catalogue import METHODS, apply_method, problems, values
 from stablelm.methods.pre_ln import Residual
 
 AXES = {"stream", "placement", "norm", "embedding_norm", "init", "reparam", "activation", "bias", "tie_embeddings"}
-ATTENTION = {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "value_maps", "shaping", "gate", "softmax"}
+ATTENTION = {"position", "qk_norm", "logit_cap", "value_residual", "low_rank", "value_maps"} | {
+    *("shaping", "gate", "softmax")
+}
 
 
 def _value(model: ModelConfig, key: str) -> object:

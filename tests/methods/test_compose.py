@@ -22,8 +22,9 @@ from stablelm.errors import ConfigError
 from stablelm.methods import catalogue
 from stablelm.methods.axes import Refusal
 from stablelm.methods.catalogue import METHODS
-from stablelm.methods.pre_ln import OwnValues
+from stablelm.methods.pre_ln import OwnValues, WholeMaps
 from stablelm.methods.sigma_reparam import SigmaOptions
+from stablelm.methods.simplified import NoValues
 from stablelm.methods.sizes import parameter_counts
 from stablelm.methods.value_residual import ValueResidual
 from stablelm.model.decoder import Decoder
@@ -32,14 +33,17 @@ from stablelm.model.initialise import initialise
 # Axes that exclude one another come first: the cover's search is short then.
 AXES: dict[str, tuple] = {
     **{axis: choices(f"model.{axis}") for axis in ("stream", "attention.shaping", "init", "placement")},
+    "attention.value_maps": (True, False),
     # reparam, sigma.targets and sigma.gamma
-    "sigma": ("none", "all spectral", "all one", "attention spectral", "attention one"),
+    "sigma": ("none", "wesar", "all spectral", "all one", "attention spectral", "attention one"),
     "activation": choices("model.activation"),
     "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
     "attention.value_residual": (False, True),
     "norm": choices("model.norm"),
     "attention.logit_cap": (0, 30),
+    "attention.gate": choices("model.attention.gate"),
+    "attention.softmax": choices("model.attention.softmax"),
     "attention.low_rank": (0, 0.5),
     "bias": (False, True),
     "tie_embeddings": (False, True),
@@ -64,7 +68,7 @@ def _keys(case: Case) -> dict[str, Any]:
     keys: dict[str, Any] = dict(case)
     sigma = str(keys.pop("sigma", "")).split()
     if sigma:
-        keys["reparam"] = "none" if sigma == ["none"] else "sigma"
+        keys["reparam"] = sigma[0] if len(sigma) == 1 else "sigma"
         keys["sigma.targets"], keys["sigma.gamma"] = sigma if len(sigma) == 2 else ("all", "spectral")
     return keys
 
@@ -79,6 +83,8 @@ def _forbidden(case: Case) -> bool:
     """Whether what a partial case sets is refused; a refusal that reads more is not known to be."""
     keys = _keys(case)
     axes = {axis: catalogue.values(axis)[keys[key]] for axis, key in catalogue.KEYS.items() if key in keys}
+    if "attention.value_maps" in keys:
+        axes["maps"] = WholeMaps() if keys["attention.value_maps"] else NoValues()
     if "attention.value_residual" in keys:
         axes["value_mixing"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
 
@@ -86,7 +92,10 @@ def _forbidden(case: Case) -> bool:
         return SimpleNamespace(**{k: keys[f"sigma.{k}"] for k in ("gamma", "targets")} if kind is SigmaOptions else {})
 
     inside = {key.removeprefix("attention."): value for key, value in keys.items() if key.startswith("attention.")}
-    model: Any = SimpleNamespace(axes=SimpleNamespace(**axes), attention=SimpleNamespace(**inside), option=option)
+    outside = {key: keys[key] for key in ("kv_heads", "dropout") if key in keys}
+    model: Any = SimpleNamespace(
+        axes=SimpleNamespace(**axes), attention=SimpleNamespace(**inside), option=option, n_heads=2, **outside
+    )
     return any(_refuses(value, model) for value in axes.values())
 
 
@@ -157,7 +166,7 @@ def test_every_possible_pair_trains(case):
     assert all(tensor.isfinite().all() for tensor in engine.tensors().values())
 
 
-E_SPA = {"method": "e_spa"}
+E_SPA, SAS = {"method": "e_spa"}, {"method": "sas"}
 # What breaks a rule, and what mends it.
 EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stream": "deepnorm"}, {"placement": "post"}),
@@ -175,6 +184,15 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"init": "completep", "stream": "concat"}, {"init": "unit"}),
     (E_SPA | {"attention.value_residual": True}, {"attention.value_residual": False}),
     (E_SPA | {"activation": "swiglu"}, {"placement": "pre"}),
+    (E_SPA | {"attention.gate": "headwise"}, {"attention.gate": "none"}),
+    (E_SPA | {"attention.softmax": "sink"}, {"attention.softmax": "standard"}),
+    ({"stream": "balanced", "placement": "post"}, {"placement": "none"}),
+    ({"stream": "simplified"}, {"attention.shaping": "shaped"}),
+    (SAS | {"placement": "post"}, {"placement": "pre"}),
+    (SAS | {"init": "unit"}, {"init": "fan_in"}),
+    (SAS | {"attention.qk_norm": True}, {"attention.qk_norm": False}),
+    (SAS | {"stream": "concat"}, {"attention.value_maps": True}),
+    ({"method": "shaped_attention", "stream": "simplified", "init": "unit"}, {"init": "fan_in"}),
 ]
 
 

@@ -37,6 +37,10 @@ CONFIGS = {
     "capped alibi documents": variant(position="alibi", sizes=GROUPED, document_end=END, logit_cap=2.0),
     "learned documents": variant("gpt2", document_end=END),
     "e_spa": variant("e_spa"),
+    "sink": variant(sizes=GROUPED, softmax="sink"),
+    "sink alibi documents": variant(position="alibi", sizes=GROUPED, document_end=END, softmax="sink", logit_cap=2.0),
+    "off by one documents": variant(document_end=END, softmax="off_by_one"),
+    "shaped documents": variant(sizes=GROUPED, document_end=END, shaping="shaped", softmax="sink"),
 }
 
 
@@ -60,12 +64,22 @@ CHOICES: list[tuple[str, torch.dtype, Gpu | None, Kernel]] = [
     ("capped alibi documents", torch.bfloat16, HOPPER, "flex"),
     ("e_spa", torch.bfloat16, HOPPER, "flex"),
     ("e_spa", torch.bfloat16, None, "sdpa_masked"),
+    ("sink", torch.bfloat16, None, "sdpa"),
+    ("sink", torch.bfloat16, HOPPER, "flex"),
+    ("sink", torch.bfloat16, TURING, "sdpa"),
+    ("sink", torch.float64, HOPPER, "sdpa"),
+    ("off by one documents", torch.bfloat16, HOPPER, "flex"),
+    ("off by one documents", torch.bfloat16, None, "sdpa_masked"),
+    ("sink alibi documents", torch.bfloat16, None, "dense"),
+    ("clipped", torch.bfloat16, HOPPER, "dense"),
+    ("clipped", torch.bfloat16, None, "dense"),
 ]
 
 
 @pytest.mark.parametrize(("name", "dtype", "gpu", "kernel"), CHOICES)
 def test_the_kernel_by_name(name: str, dtype: torch.dtype, gpu: Gpu | None, kernel: Kernel):
-    assert choose(CONFIGS[name], dtype, gpu) == kernel
+    config = variant(softmax="clipped") if name == "clipped" else CONFIGS[name]
+    assert choose(config, dtype, gpu) == kernel
 
 
 def test_dropout_and_heads_that_kernels_do_not_take():
@@ -138,6 +152,14 @@ def first_attention(decoder: Decoder, tokens: Tensor) -> tuple[Attention, tuple[
     return body, layer.attention.enter(decoder.stream.start(decoder.embed(tokens)))
 
 
+def weights_of(attention: Attention, query: Tensor, key: Tensor, positions: Positions) -> Tensor:
+    """By the softmax's definition, with what adds to its denominator."""
+    powers = attention.logits(query, key, positions).exp()
+    nulls = {"sink": getattr(attention, "sink", None), "off_by_one": torch.zeros(4)}
+    null = nulls.get(str(attention.config.attention.softmax))
+    return powers / (powers.sum(dim=-1, keepdim=True) + (0.0 if null is None else null.exp()[:, None, None]))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flex_attention_gives_what_dense_logits_give(name: str):
     config = CONFIGS[name]
@@ -147,9 +169,13 @@ def test_flex_attention_gives_what_dense_logits_give(name: str):
         positions = positions_of(config, decoder.dtypes, tokens, "flex")
         found = attention(products, positions)
         query, key = attention.queries_and_keys(products, positions)
-        weights = attention.logits(query, key, reference(decoder, tokens)).softmax(dim=-1)
         value = products[1].unflatten(-1, (-1, attention.d_head)).transpose(1, 2)
-        mixed = (weights @ value.repeat_interleave(4 // value.shape[1], dim=1)).transpose(1, 2).flatten(-2)
+        value = value.repeat_interleave(4 // value.shape[1], dim=1)
+        weights = weights_of(attention, query, key, reference(decoder, tokens))
+        if config.axes.shaping.combines:
+            centre = weights_of(attention, torch.zeros_like(query), key, reference(decoder, tokens))
+            weights = torch.eye(tokens.shape[1], dtype=torch.float64) + weights - centre
+        mixed = (weights @ value).transpose(1, 2).flatten(-2)
         if config.axes.shaping.active:
             rows = config.axes.shaping.bias_and_scale(config, 1, tokens.shape[1])[1]
             mixed = mixed * torch.from_numpy(rows)[:, None]
@@ -157,7 +183,9 @@ def test_flex_attention_gives_what_dense_logits_give(name: str):
         torch.testing.assert_close(attention(products, reference(decoder, tokens)), found, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["documents", "alibi", "capped alibi documents"])
+@pytest.mark.parametrize(
+    "name", ["documents", "alibi", "capped alibi documents", "sink", "sink alibi documents", "shaped documents"]
+)
 def test_gradients_of_flex_attention_are_those_of_dense_logits(name: str, monkeypatch: pytest.MonkeyPatch):
     """torch refuses them on the CPU at its front door; the operator behind it has them."""
     from torch.nn.attention import flex_attention as front
@@ -167,9 +195,10 @@ def test_gradients_of_flex_attention_are_those_of_dense_logits(name: str, monkey
     decoder, tokens = build(config, "fp64"), tokens_of(config)
     attention, products = first_attention(decoder, tokens)
     draw = torch.randn(2, tokens.shape[1], 64, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    inputs = [*products, *attention.added_parameters().values()]
     with torch.compiler.set_stance("force_eager"):
         found, wanted = (
-            torch.autograd.grad(attention(products, positions), products, draw, retain_graph=True)
+            torch.autograd.grad(attention(products, positions), inputs, draw, retain_graph=True)
             for positions in (positions_of(config, decoder.dtypes, tokens, "flex"), reference(decoder, tokens))
         )
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
@@ -181,6 +210,8 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "alibi": ("flex",),
     "capped alibi documents": ("flex",),
     "e_spa": ("flex",),
+    "sink": ("sdpa", "flex"),
+    "sink alibi documents": ("flex", "dense"),
 }
 
 

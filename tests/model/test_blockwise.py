@@ -28,6 +28,23 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return (query @ key.transpose(-1, -2) * scale).masked_fill(after, -torch.inf).softmax(dim=-1) @ value
 
 
+def plain_with_null(query: Tensor, key: Tensor, value: Tensor, null: Tensor, scale: float) -> Tensor:
+    """With one more key before all others, whose value is 0 and whose logit is `null`."""
+    key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
+    after = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(after, -torch.inf)
+    first = null.to(logits.dtype)[:, None, None].expand(*logits.shape[:3], 1)
+    return torch.cat((first, logits), dim=-1).softmax(dim=-1)[..., 1:] @ value
+
+
+def with_null(function: Callable[..., Tensor], given: Any) -> tuple[Tensor, ...]:
+    """What it returns for null logits too, far apart, and its gradients."""
+    *parts, gradient = given
+    null = torch.linspace(-2, 30, parts[0].shape[1], dtype=torch.float64).requires_grad_()
+    made = function(*parts, null)
+    return made, *torch.autograd.grad(made, [*parts, null], gradient)
+
+
 def by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Its operators, not compiled."""
     with torch.compiler.set_stance("force_eager"):
@@ -47,6 +64,36 @@ def test_it_is_attention_from_whole_matrices_of_logits(seq: int, heads: tuple[in
     given = inputs(seq, heads)
     for made, wanted in zip(results(blockwise.causal_attention, given), results(plain, given), strict=True):
         torch.testing.assert_close(made, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("seq", [1, 129, 300])
+def test_a_key_without_a_value_takes_its_share(seq: int, heads: tuple[int, int]):
+    """By blocks, and by torch's kernels with features that make its logit."""
+
+    def blocks(query: Tensor, key: Tensor, value: Tensor, null: Tensor) -> Tensor:
+        return blockwise.causal_attention(query, key, value, SCALE, null)
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, null: Tensor) -> Tensor:
+        return attention_kernels.sdpa(query, key, value, None, scale=SCALE, dropout=0.0, null=null)
+
+    def wanted(query: Tensor, key: Tensor, value: Tensor, null: Tensor) -> Tensor:
+        return plain_with_null(query, key, value, null, SCALE)
+
+    given = inputs(seq, heads)
+    true = with_null(wanted, given)
+    for function in (blocks, fused):
+        for made, other in zip(with_null(function, given), true, strict=True):
+            torch.testing.assert_close(made, other, rtol=1e-11, atol=1e-12)
+
+
+def test_a_null_logit_keeps_its_precision_in_bf16():
+    """Two bf16 parts of it; a single one would be off by 2^-9 of 10."""
+    query, key, value, _ = inputs(9, dtype=torch.bfloat16)
+    null = torch.full((4,), 10.03)
+    found = attention_kernels.sdpa(query, key, value, None, scale=SCALE, dropout=0.0, null=null)
+    wanted = plain_with_null(query.double(), key.double(), value.double(), null, SCALE)
+    torch.testing.assert_close(found.double(), wanted, rtol=0.012, atol=1e-6)
 
 
 def test_large_logits_neither_overflow_nor_vanish():

@@ -80,6 +80,9 @@ ATTENTIONS = [
     ("model.attention.position=alibi", "model.attention.logit_cap=1.5"),
     ("model.method=e_spa",),
     ("model.attention.qk_norm=true", "model.attention.position=learned"),
+    ("model.attention.softmax=sink", "model.attention.position=alibi"),
+    ("model.attention.softmax=off_by_one", "model.kv_heads=2"),
+    ("model.attention.softmax=clipped", "model.clipped.alpha=1"),
 ]
 
 
@@ -101,7 +104,11 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
     for row in range(12):
         seen = logits[:, :, row, : row + 1]
         weights = seen.detach().softmax(-1)
-        entropies.append(-(weights * weights.log()).sum(-1))
+        if "sink" in overrides[0] or "off_by_one" in overrides[0]:  # which start with a logit of 0
+            weights = seen.detach().exp() / (1 + seen.detach().exp().sum(-1, keepdim=True))
+        if "clipped" in overrides[0]:
+            weights = ((1 + 1 / 12) * weights - 1 / 12).clamp(0, 1)
+        entropies.append(torch.special.entr(weights).sum(-1))
         largest = max(largest, float(seen.detach().abs().max()))
     assert found["attention_entropy"].item() == pytest.approx(float(torch.stack(entropies).mean().detach()), rel=1e-9)
     assert found["logit_max"].item() == pytest.approx(largest, rel=1e-12)

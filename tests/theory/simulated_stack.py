@@ -71,9 +71,17 @@ def attend(
     if body.logit_cap is not None:
         logits = body.logit_cap * torch.tanh(logits / body.logit_cap)
     bias = torch.from_numpy(pattern.log_weights).float()
-    weights = (logits + bias.repeat_interleave(heads // len(bias), dim=0)).softmax(dim=-1)
+    logits = logits + bias.repeat_interleave(heads // len(bias), dim=0)
+    if body.null_logit is not None:
+        logits = F.pad(logits, (1, 0), value=body.null_logit)
+    weights = logits.softmax(dim=-1)[..., -split.shape[2] :]
     entropy = float(torch.special.entr(weights.detach()).sum(dim=-1).mean())
     mixed = F.dropout(weights, body.dropout) @ split
+    if body.centred:
+        mixed = mixed + split - bias.softmax(dim=-1).repeat_interleave(heads // len(bias), dim=0) @ split
+    if body.gate is not None:
+        gates = torch.sigmoid(inputs[0].detach() @ draw.matrix(inputs[0].shape[-1], d_attention, body.gate_gain))
+        mixed = mixed * gates.unflatten(-1, (heads, -1)).transpose(1, 2)
     if pattern.row_scale is not None:
         mixed = mixed * torch.from_numpy(pattern.row_scale).float()[:, None]
     mixed = normalise(body.inner_norm, mixed.transpose(1, 2).flatten(-2))

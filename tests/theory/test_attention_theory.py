@@ -14,8 +14,10 @@ from stablelm.theory.attention import (
     attention_backward,
     attention_forward,
     causal_pattern,
+    through_gate,
 )
 from stablelm.theory.kernels import NormTheory
+from stablelm.theory.moments import gate_function
 
 SEQ_LEN, D_MODEL, HEADS = 64, 256, 4
 D_HEAD = D_MODEL // HEADS
@@ -100,6 +102,10 @@ VARIANTS = {
     "alibi": make_body(alibi(2)),
     "row_scale": make_body(replace(causal_pattern(SEQ_LEN), row_scale=np.linspace(1.5, 0.5, SEQ_LEN))),
     "inner_norm": make_body(inner_norm=NormTheory(centred=True)),
+    "null": make_body(null_logit=1.0),
+    "null alibi": make_body(alibi(2), null_logit=0.0),
+    "centred": make_body(gain=1.2, centred=True),
+    "gate": make_body(gate=gate_function(-0.5), gate_gain=1.0),
 }
 PLAIN = [("plain", r, r_gradient) for r in (0.0, 0.3, 0.6, 0.9) for r_gradient in (0.0, 0.5)]
 OTHERS = [(name, r, 0.0) for name in VARIANTS if name != "plain" for r in (0.05, 0.5)]
@@ -119,6 +125,22 @@ def test_each_path_equals_random_attention(name, r, r_gradient):
         assert trace == pytest.approx(np.trace(getattr(measured, path)), rel=0.17, abs=0.01 * total), path
         predicted += trace
     assert predicted == pytest.approx(total, rel=0.1)
+
+
+@pytest.mark.parametrize("r", [0.05, 0.5])
+def test_a_gate_has_a_gradient_of_its_own(r):
+    """Against a gate of random weights on values that are independent of it."""
+    body, rng, traces = make_body(gate=gate_function(0.0), gate_gain=1.0, gate_back=1.0), np.random.default_rng(3), []
+    for _ in range(DRAWS):
+        x = torch.nn.functional.layer_norm(correlated(r, rng), (D_MODEL,)).requires_grad_()
+        mixed = correlated(r, rng) * torch.tril(torch.ones(SEQ_LEN, 1))
+        gates = torch.sigmoid(x @ torch.from_numpy(rng.standard_normal((D_MODEL, D_MODEL))).float() / D_MODEL**0.5)
+        (found,) = torch.autograd.grad(gates * mixed, x, correlated(0.0, rng))
+        traces.append(found.double().square().mean().item())
+    _, _, state = attention_forward(body, equal(r), None)
+    state = state._replace(averaged=equal(r))
+    predicted = np.diagonal(through_gate(body, state, equal(0.0))).mean()
+    assert predicted == pytest.approx(np.mean(traces), rel=0.05)
 
 
 def test_queries_and_keys_carry_half_of_the_gradient_of_uncorrelated_tokens():

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+IDENTITY_GAINS = ("own_gain", "average_gain", "centre_gain")
 # Versions before the rename call the cache past_key_values, in arguments and outputs.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -45,6 +46,16 @@ DEFAULTS: dict[str, Any] = {
     "document_end": None,
     "attention_innovations": None,
     "attention_factors": None,
+    "attention_correlations": None,
+    "value_maps": True,
+    "gate_rows": 0,
+    "gate_bias": False,
+    "null_key": False,
+    "learned_null": False,
+    "weight_limits": None,
+    "identity_heads": False,
+    "learned_identity": False,
+    "value_skip": False,
     "norm_embedding": False,
     "norm_before_body": True,
     "norm_before_output": False,
@@ -59,6 +70,8 @@ DEFAULTS: dict[str, Any] = {
     "skip_gain": 1.0,
     "branch_gain": 1.0,
     "learned_gain": False,
+    "attention_skip": True,
+    "parallel": False,
     "growth": None,
     "mixes_outputs": False,
     "embedding_scale": 1.0,
@@ -86,13 +99,20 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
-    `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    the last, with `attention_factors` of each layer; `attention_correlations`: see `uniform_of`, a pair for each layer;
+    `value_skip`: heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices of what is read, without an output map; `gate_rows`: sigmoids
+    of what is read multiply the heads' output, one for each head or each feature, `gate_bias` with a bias; `null_key`:
+    one more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head;
+    `weight_limits` (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity
+    is added to the weights and what they are without queries subtracted, each with a gain for each head with
+    `learned_identity`. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x)
+    in place of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of
+    each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned gain with
+    `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each layer x is
+    a learned sum of the embeddings and all layers' outputs; `attention_skip` off: attention's output is the stream, and
+    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads. `embedding_scale` and
+    `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of
+    the gate if `gated`; `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
@@ -173,6 +193,30 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
 
+def uniform_of(
+    correlations: tuple[float, float], places: tuple[Tensor, Tensor], allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `decay_of`, the matrix that takes the kernel (1 - r) I + r 11^T of one correlation to that of another.
+
+    He et al., ICLR 2023: the quotient of their Cholesky factors, whose columns below the diagonal differ by a vector.
+    """
+    query, key = places[0][:, None, :, None], places[1][:, None, None, :]
+    where = {"dtype": torch.float32 if query.device.type == "mps" else torch.float64, "device": query.device}
+    k = torch.arange(key.shape[-1], **where)
+    before, after = (
+        ((1 - r) * (1 + k * r) / (1 + (k - 1) * r), r / (1 + (k - 1) * r), r / (1 + k * r)) for r in correlations
+    )
+    g = (after[0] / before[0]).sqrt()
+    g[0], weights = 1.0, before[1]
+    weights[0], h = 0.0, after[2] * g
+    sums = (h * weights).cumsum(dim=0)
+    rows = (h + sums)[key] - (sums - h * weights + g * weights)[query]
+    rows = torch.where(query == key, g[query], rows)
+    rows = rows.masked_fill(query < key if allowed is None else ~allowed, 0.0)
+    sums = rows.sum(dim=-1, keepdim=True)
+    return (rows / sums).log(), sums
+
+
 def decay_of(
     innovations: tuple[float, float], factors: list[float], places: tuple[Tensor, Tensor], allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -209,17 +253,26 @@ class Attention(nn.Module):
         def first(d_out: int) -> nn.Module:
             return nn.Linear(d_in, d_out, bias=bias) if rank is None else LowRank(d_in, rank, d_out, bias)
 
-        self.query, self.key, self.value = first(width), first(d_kv), first(d_kv)
+        self.query, self.key = first(width), first(d_kv)
+        self.value = first(d_kv) if config.value_maps else None
+        self.head_gate = nn.Linear(d_in, config.gate_rows, bias=False) if config.gate_rows else None
+        heads = config.num_attention_heads
+        self.gate_bias = nn.Parameter(torch.zeros(config.gate_rows)) if config.gate_bias else None
+        self.sink = nn.Parameter(torch.zeros(heads)) if config.learned_null else None
+        for name in IDENTITY_GAINS if config.learned_identity else ():
+            self.register_parameter(name, nn.Parameter(torch.ones(heads)))
+        for name in IDENTITY_GAINS[:2] if config.value_skip else ():
+            self.register_parameter(name, nn.Parameter(torch.ones(1)))
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_inner = Norm(config, width) if config.norm_before_output else None
-        self.output = nn.Linear(width, d_out, bias=bias)
+        self.output = nn.Linear(width, d_out, bias=bias) if config.value_maps else None
 
     def forward(
         self, x: Tensor, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x: (batch, q, d_in) -> its branch, its values (batch, q, d_kv), and the attention weights if asked for."""
-        query, key, own_value = self.query(x), self.key(x), self.value(x)
+        query, key, own_value = self.query(x), self.key(x), x if self.value is None else self.value(x)
         share, value = self.config.first_value_share, own_value
         if share is not None and first_value is not None:
             value = (1 - share) * own_value + share * first_value
@@ -228,6 +281,7 @@ class Attention(nn.Module):
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
         if shared.rotation is not None:
             query, key = rotate(query, *shared.rotation), rotate(key, *shared.rotation)
+        own = value
         if cache is not None:
             key, value = self._cached(key, value, shared, cache)
         bias, rows = shared.bias, None
@@ -235,13 +289,46 @@ class Attention(nn.Module):
             before, after = self.config.attention_innovations[self.layer : self.layer + 2]
             factors = self.config.attention_factors[self.layer]
             bias, rows = decay_of((before, after), factors, shared.places, shared.allowed)
+        if self.config.attention_correlations is not None and shared.places is not None:
+            bias, rows = uniform_of(self.config.attention_correlations[self.layer], shared.places, shared.allowed)
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
-        mixed = mixed.transpose(1, 2).flatten(-2)
+        if self.config.value_skip:
+            own = own.repeat_interleave(len(query[0]) // len(own[0]), dim=1)
+            mixed = self.own_gain.to(own.dtype) * own + self.average_gain.to(own.dtype) * mixed
+        if self.config.identity_heads:
+            centre, _ = self._average(torch.zeros_like(query), key, value, shared.allowed, bias, False)
+            mixed = self._with_identity(own.repeat_interleave(len(query[0]) // len(own[0]), dim=1), mixed, centre)
+        mixed = mixed.transpose(1, 2)
+        if self.head_gate is not None:
+            logits = at_least_fp32(self.head_gate(x))
+            logits = logits if self.gate_bias is None else logits + self.gate_bias.to(logits.dtype)
+            mixed = mixed * logits.sigmoid().to(mixed.dtype).unflatten(-1, (mixed.shape[-2], -1))
+        mixed = mixed.flatten(-2)
         if self.norm_inner is not None:
             mixed = self.norm_inner(mixed).to(mixed.dtype)
-        return self.output(mixed), own_value, weights
+        return mixed if self.output is None else self.output(mixed), own_value, weights
+
+    def _with_identity(self, own: Tensor, averaged: Tensor, centre: Tensor) -> Tensor:
+        """(batch, heads, q, head_dim) each: the heads' own values, and what is added to them."""
+        if not self.config.learned_identity:
+            return own + (averaged - centre)
+        gains = (getattr(self, name).to(own.dtype)[:, None, None] for name in IDENTITY_GAINS)
+        of_own, of_average, of_centre = gains
+        return of_own * own + (of_average * averaged - of_centre * centre)
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """(batch, heads, q, k): the softmax of logits, of which a further term takes a share, clipped."""
+        weights = logits.softmax(dim=-1)
+        if self.config.null_key:
+            sums = logits.logsumexp(dim=-1, keepdim=True)
+            null = 0.0 if self.sink is None else self.sink.to(logits.dtype)[:, None, None]
+            weights = weights * torch.sigmoid(sums - null)
+        if self.config.weight_limits is None:
+            return weights
+        zeta, gamma = self.config.weight_limits
+        return ((zeta - gamma) * weights + gamma).clamp(0, 1)
 
     def _cached(self, key: Tensor, value: Tensor, shared: Shared, cache: Cache) -> tuple[Tensor, Tensor]:
         """With those of earlier calls. The first layer's keys carry one more feature: whether a document ends."""
@@ -264,7 +351,8 @@ class Attention(nn.Module):
         config = self.config
         dropout = config.dropout if self.training else 0.0
         cap, causal, groups = config.logit_cap, query.shape[-2] > 1, query.shape[1] // key.shape[1]
-        if not cap and not weights_too and config._attn_implementation != "eager":
+        plain = not (cap or config.null_key or config.weight_limits is not None)
+        if plain and not weights_too and config._attn_implementation != "eager":
             mask = allowed if bias is None else bias.to(query.dtype)
             options = {"dropout_p": dropout, "is_causal": mask is None and causal, "scale": config.logit_scale}
             if mask is not None and query.is_cuda:
@@ -283,7 +371,7 @@ class Attention(nn.Module):
         elif causal:
             after = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
             logits = logits.masked_fill(after, -math.inf)
-        weights = F.dropout(logits.softmax(dim=-1).to(value.dtype), dropout)
+        weights = F.dropout(self._weights(logits).to(value.dtype), dropout)
         return weights @ value, weights
 
 
@@ -329,7 +417,10 @@ class Sublayer(nn.Module):
         self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
         self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
         self.dropout = nn.Dropout(config.dropout)
-        self.gain = nn.Parameter(torch.zeros(1)) if config.learned_gain else None
+        if not config.attention_skip and index % 2 == 0:
+            self.skip_gain = 0.0
+        has_gain = config.learned_gain and (config.attention_skip or index % 2 == 1)
+        self.gain = nn.Parameter(torch.zeros(1)) if has_gain else None
         self.norm_out = Norm(config, d_out) if config.norm_after_write else None
 
     def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -357,6 +448,7 @@ class Layer(GradientCheckpointingLayer):
         self.attention = Sublayer(config, 2 * index)
         self.feedforward = Sublayer(config, 2 * index + 1)
         self.mix = nn.Parameter(torch.zeros(index + 2)) if config.mixes_outputs else None
+        self.parallel = config.parallel
 
     def forward(
         self,
@@ -372,8 +464,9 @@ class Layer(GradientCheckpointingLayer):
         branch, value, weights = attention.body(
             attention.read(x, shared.dtype), shared, first_value, cache, weights_too
         )
-        x = attention.write(x, branch)
-        x = output = feedforward.write(x, feedforward.body(feedforward.read(x, shared.dtype)))
+        before, x = x, attention.write(x, branch)
+        read = feedforward.read(before if self.parallel else x, shared.dtype)
+        x = output = feedforward.write(x, feedforward.body(read))
         if self.mix is not None:
             mix = self.mix.to(x.dtype)
             x = torch.zeros_like(output)
@@ -402,6 +495,15 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.constant_(module.alpha, module.slope)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
+        if isinstance(module, Attention):
+            for parameter in (module.gate_bias, module.sink):
+                if parameter is not None:
+                    init.zeros_(parameter)
+            for name in IDENTITY_GAINS if module.config.learned_identity else ():
+                init.ones_(getattr(module, name))
+            if module.config.value_skip:
+                init.ones_(module.own_gain)
+                init.zeros_(module.average_gain)
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             init.copy_(module.mix, F.one_hot(torch.tensor(len(module.mix) - 1), len(module.mix)).to(module.mix))
@@ -525,7 +627,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         elif position_ids is None:
             position_ids = places[0]
         self._check_positions(position_ids, past + q)
-        needs_places = config.attention_innovations is not None
+        needs_places = config.attention_innovations is not None or config.attention_correlations is not None
         shared = Shared(
             embedded.dtype,
             self._rotation(position_ids, embedded.dtype),

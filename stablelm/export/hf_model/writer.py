@@ -12,7 +12,7 @@ from stablelm.config.schema import ModelConfig
 from stablelm.export.weights import LazyTensor, Weights
 from stablelm.methods.axes import Value
 from stablelm.methods.catalogue import KEYS
-from stablelm.methods.sizes import d_head
+from stablelm.methods.sizes import d_head, logit_scale
 
 MODELLING_FILE = Path(__file__).with_name("modeling_stablelm.py")
 """Copied beside the weights under the same name."""
@@ -68,7 +68,7 @@ def config(source: TrainedModel) -> dict[str, Any]:
         "bias": bool(model.bias),
         "dropout": model.dropout,
         "position_table": axes.position.adds_table,
-        "logit_scale": axes.init.logit_scale(d_head(model)),
+        "logit_scale": logit_scale(model),
         "logit_cap": attention.logit_cap or None,
         "qk_norm": bool(attention.qk_norm),
         "document_end": attention.document_end,
@@ -106,7 +106,7 @@ def tensors(source: TrainedModel) -> Iterator[tuple[str, LazyTensor]]:
             yield outside + name, weights.lazy(name).times(_norm_scale(model, layer, parts))
         elif leaf == "weight":
             yield outside + name, weights.matrix(stem, model, 2 * layer + (parts[2] == "feedforward"))
-        elif leaf == "bias":
+        elif leaf == "bias" or parts[-2] == "body":
             yield outside + name, weights.lazy(name)
 
 

@@ -213,15 +213,15 @@ def flex(
 
     `null`: as of `sdpa`; with the log-sum-exp L of a row's logits, its share is sigmoid(null - L).
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     call: Any = flex_attention if torch.compiler.is_compiling() else _compiled()
     grouped = query.shape[1] != key.shape[1]
     changed = score_mod(cap, slopes, bias)
     if null is None:
         return call(query, key, value, changed, blocks, scale, grouped)
-    mixed, log_sums = call(query, key, value, changed, blocks, scale, grouped, return_lse=True)
-    return mixed * torch.sigmoid(log_sums - null[:, None]).to(mixed.dtype)[..., None]
+    mixed, beside = call(query, key, value, changed, blocks, scale, grouped, return_aux=AuxRequest(lse=True))
+    return mixed * torch.sigmoid(beside.lse - null[:, None]).to(mixed.dtype)[..., None]
 
 
 def score_mod(cap: float | None, slopes: Tensor | None, bias: Tensor | None) -> ScoreMod | None:

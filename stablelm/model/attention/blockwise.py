@@ -31,9 +31,7 @@ def fits(query: Tensor, key: Tensor, bias: Tensor | None, dropout: float) -> boo
     )
 
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, null: Tensor | None = None
-) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, null: Tensor | None = None) -> Tensor:
     """query: (batch, heads, seq, d_head); key, value: (batch, kv_heads, seq, d_head) -> as query.
 
     null: (heads,), the logit of a further term in the denominator of each head's softmax.
@@ -42,9 +40,7 @@ def causal_attention(
 
 
 @torch.library.custom_op("stablelm::causal_attention", mutates_args=(), device_types="cpu")
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """-> (batch, seq, heads, d_head), as the next product reads it, so that it is kept once; and the log-sum-exp of
     each row of logits, (groups, heads, seq, 1) in at least fp32: `_grouped`."""
     return _compiled(forward)(query, key, value, null, scale)
@@ -100,9 +96,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
     return torch.compile(function)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, null: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """What `_attend` returns."""
     batch, heads, (query, key, value) = len(query), query.shape[1], _grouped(query, key, value)
     nulls = None if null is None else _of_groups(null, query)

@@ -23,7 +23,7 @@ KEYS = {"matmul": "products", "memory_bound": "traffic"}
 
 ROLES = {
     "embedding": ("embedding", "position"),
-    "attention": ("query", "key", "value", "output"),
+    "attention": ("query", "key", "value", "head_gate", "output"),
     "feed-forward": ("fc1", "gate", "fc2"),
     "head": ("head",),
     "projection": ("projection",),
