@@ -173,8 +173,11 @@ def _factors(maps: Sequence[Linear]) -> list[Tensor]:
 
 
 def _bias(maps: Sequence[Linear], dtype: torch.dtype) -> Tensor | None:
-    biases = [linear.bias for linear in maps if linear.bias is not None]
-    return (biases[0] if len(biases) == 1 else torch.cat([*biases])).to(dtype) if biases else None
+    """The biases side by side, zeros for maps without one; None where no map has one."""
+    if all(linear.bias is None for linear in maps):
+        return None
+    whole = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in maps]
+    return (whole[0] if len(whole) == 1 else torch.cat(whole)).to(dtype)
 
 
 def add_parameters(module: nn.Module, parameters: Sequence[Added], dtypes: Dtypes) -> tuple[str, ...]:

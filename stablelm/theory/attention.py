@@ -210,7 +210,8 @@ def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
     alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
     gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
     covariance = gain * keys * (turn * alike - turn_keys * apart)
-    kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(keys) * (p @ np.diagonal(keys)))
+    variance = gain * np.diagonal(keys) * (p @ np.diagonal(keys))
+    kept, cap_slope = _cap(body.logit_cap, variance)
     spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
     one_key = np.einsum("gaa->ga", overlap) > 1 - 1e-9
     rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
@@ -220,19 +221,20 @@ def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
     size, entropy = excess / (1 + excess * overlap), np.maximum(entropy, 0.0)
     share: Array | float = 1.0
     if body.null_logit is not None:
-        share = _share_of_keys(body.pattern, spread, body.null_logit)
+        share = _share_of_keys(body.pattern, spread, kept * variance - spread, body.null_logit)
         entropy = share * (entropy - np.log(share))
     return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), entropy, share)
 
 
-def _share_of_keys(pattern: Pattern, spread: Array, null_logit: float) -> Array:
+def _share_of_keys(pattern: Pattern, spread: Array, common: Array, null_logit: float) -> Array:
     """(groups, T): the weight of all keys of a row beside a key of a fixed logit, whose value is zero.
 
-    sum_j e^(b_j + z_j) is taken at its mean, which is right for rows of many keys.
+    sum_j e^(b_j + z_j) is taken at its mean, but for what all logits of the row have in common, whose variance is
+    `common`: E[sigmoid(m + c)] is near sigmoid(m / sqrt(1 + pi var(c) / 8)).
     """
     largest = pattern.log_weights.max(axis=-1)
     sums = np.log(np.exp(pattern.log_weights - largest[..., None]).sum(axis=-1)) + largest + spread / 2
-    return 1 / (1 + np.exp(null_logit - sums))
+    return 1 / (1 + np.exp((null_logit - sums) / np.sqrt(1 + np.pi / 8 * np.maximum(common, 0.0))))
 
 
 def _both(rows: Array, matrix: Array) -> Array:
@@ -319,12 +321,14 @@ def _through_logits(body: AttentionBody, state: AttentionState, outer: Array) ->
     mixed_values = p @ seen_values
     cross = p @ (seen_values * seen_keys)
     centred = _sandwich(p, values * keys) - cross - _transposed(cross) + mixed_values * (p @ seen_keys)
-    to_queries = (weight * centred).mean(axis=0)
-    weight = weight * state.keys
+    # Where keys share their weight with a key without a value, all their logits move that share as well.
+    lost = outer * turn * _both(1 - state.rows.kept, mixed_values) if isinstance(state.rows.kept, np.ndarray) else 0.0
+    to_queries = (weight * centred + lost * (p @ seen_keys)).mean(axis=0)
+    weight, lost = weight * state.keys, lost * state.keys
     pulled = weight @ p
     cross = (_transposed(pulled) * seen_values) @ p
     to_keys = (_transposed(p) @ pulled) * values - cross - _transposed(cross)
-    to_keys = (to_keys + _transposed(p) @ (weight * mixed_values) @ p).mean(axis=0)
+    to_keys = (to_keys + _transposed(p) @ (weight * mixed_values + lost) @ p).mean(axis=0)
     scale = body.scale**2 * body.d_head
     if not body.qk_norm:
         return scale * (body.key_gain * body.query_back * to_queries + body.query_gain * body.key_back * to_keys)

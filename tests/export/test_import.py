@@ -22,7 +22,7 @@ from stablelm.methods import catalogue
 
 FITTING = (
     *("pre_ln", "gpt2", "deepscalelm_pre", "sigma_reparam", "layernorm_scaling", "completep", "denseformer"),
-    "deepscalelm_sigma",
+    *("deepscalelm_sigma", "scaled_embed", "wesar"),
 )
 
 

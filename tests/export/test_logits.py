@@ -31,6 +31,8 @@ CASES = {
     "llama-rezero": ("llama", *SHALLOW, *LLAMA, "model.method=rezero", "model.placement=pre"),
     "llama-tied-multiplier": ("llama", *SHALLOW, *LLAMA, "model.method=completep", TIED),
     "llama-biases": ("llama", *SHALLOW, *LLAMA, "model.method=sigma_reparam", "model.bias=true"),
+    "llama-wesar": ("llama", *SHALLOW, *LLAMA, "model.method=wesar"),
+    "llama-scaled-embeddings": ("llama", *SHALLOW, *LLAMA, "model.method=scaled_embed"),
     "llama-norm-on-embeddings": ("llama", *SHALLOW, *LLAMA, "model.embedding_norm=true", TIED),
     "llama-layernorm": ("llama", *SHALLOW, *LLAMA, "model.norm=layernorm", "model.method=deepscalelm_pre", TIED),
     "qwen3-scaled": ("qwen3", *SHALLOW, *LLAMA, "model.method=deepscalelm_pre", "model.attention.qk_norm=true"),

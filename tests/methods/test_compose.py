@@ -120,7 +120,7 @@ def test_the_cover_holds_every_pair_but_the_refused():
     assert covered | COVER.impossible == set(all_pairs(AXES))
     assert not covered & COVER.impossible
     assert len(COVER.possible) > 10 * len(COVER.impossible) > 0
-    assert len(COVER.cases) < 120
+    assert len(COVER.cases) < 150
 
 
 def test_no_legal_case_holds_a_pair_that_is_called_impossible():

@@ -162,6 +162,16 @@ def test_a_thousand_layers(method):
         ("deepscalelm_pre", 12, ("model.activation=gelu", "model.attention.position=learned")),
         ("deepscalelm_pre", 12, ("deepscale.form=literal",)),
         ("sigma_reparam", 4, ("model.sigma.gamma=one",)),
+        ("gated_attention", 12, ()),
+        ("deepscalelm_pre", 12, ("model.attention.gate=elementwise", "model.gate.start=0.3")),
+        ("post_ln", 12, ("model.attention.softmax=sink", "model.attention.position=alibi")),
+        ("softmax_one", 12, ()),
+        ("shaped_attention", 12, ()),
+        ("shaped_attention", 12, ("model.shaped.tau=0.1", "model.placement=pre")),
+        ("sas", 12, ()),
+        ("sas_p", 24, ("model.simplified.gain=0.3",)),
+        ("wesar", 12, ()),
+        ("scaled_embed", 12, ()),
     ],
 )
 def test_variants(method, n_layers, overrides):
@@ -179,6 +189,12 @@ def test_sigma_reparametrisation_starts_as_its_plain_twin(n_layers):
         one, other = measure(sigma, 0), measure(plain, 0)
         np.testing.assert_allclose(one.stream_variance, other.stream_variance, rtol=1e-4)
         np.testing.assert_allclose(one.gradient_norm, other.gradient_norm, rtol=1e-4)
+
+
+def test_clipped_weights_have_no_prediction():
+    """Which weights are clipped depends on the largest logits of each row."""
+    found = predict(resolved("clipped_softmax", 4, 64), seq_len=16)
+    assert all(np.isnan(values).all() for values in vars(found).values())
 
 
 # What the bands see: wrong constants in the model, the right config in the prediction.

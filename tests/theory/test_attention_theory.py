@@ -105,7 +105,7 @@ VARIANTS = {
     "null": make_body(null_logit=1.0),
     "null alibi": make_body(alibi(2), null_logit=0.0),
     "centred": make_body(gain=1.2, centred=True),
-    "gate": make_body(gate=gate_function(-0.5), gate_gain=1.0),
+    "gate": make_body(gate=gate_function(0.0), gate_gain=1.0),
 }
 PLAIN = [("plain", r, r_gradient) for r in (0.0, 0.3, 0.6, 0.9) for r_gradient in (0.0, 0.5)]
 OTHERS = [(name, r, 0.0) for name in VARIANTS if name != "plain" for r in (0.05, 0.5)]
