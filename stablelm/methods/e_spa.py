@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HE = "He et al., Deep Transformers without Shortcuts, ICLR 2023"
-LARGEST = 0.95
+LARGEST = 0.85
 """Correlation of two different tokens up to which feed-forwards alone may take them."""
 LOGITS = 0.5
 """Std of the logits at the start."""
@@ -128,6 +128,12 @@ class Skipless(Stream):
                 "without skips and norms the signal shrinks with every activation whose variance is not 1; "
                 "use model.activation=tailored, or model.placement=pre",
             )
+        if model.axes.init != Orthogonal():
+            yield Refusal(
+                ("model.stream", "model.init"),
+                "without skips the product of all layers' matrices must be orthogonal, lest it leaves few directions; "
+                "use model.init=orthogonal, or a stream with a skip",
+            )
         if not placement.before_body and model.dropout:
             yield Refusal(
                 ("model.stream", "model.dropout"),
@@ -180,18 +186,13 @@ class Planned(Shaping):
     def bias_and_scale(self, model: Model, layer: int, seq_len: int) -> tuple[Array, Array]:
         return self.rows(model, layer, np.arange(seq_len), seq_len)
 
-    def fed_alone(self, model: Model) -> float:
-        """Correlation that feed-forwards give two different tokens, without attention."""
-        return setting(model).fed_alone(model.n_layers)
-
     def refusals(self, model: Model) -> Iterable[Refusal]:
         axes = model.axes
         if axes.init != Orthogonal() or not isinstance(axes.stream, self.streams()):
-            names = " or ".join(stream.name for stream in self.streams())
             yield Refusal(
                 ("model.attention.shaping", "model.stream", "model.init"),
-                "the matrices that attention starts with are solved for the kernel of this stream and for orthogonal "
-                f"weights with zero queries; use model.stream={names} and model.init=orthogonal, or "
+                "attention is planned for the kernel of a stream without skips, or for espa with weighted ones, and for "
+                "orthogonal weights with zero queries; use model.stream=skipless and model.init=orthogonal, or "
                 "model.attention.shaping=none",
             )
         if axes.position.biases_logits or model.attention.qk_norm:
@@ -232,12 +233,11 @@ class Espa(Planned):
         return logs - np.log(np.exp(logs).sum(axis=1))[:, None], at_places(factors[layer], places)
 
     def out_of_reach(self, model: Model) -> Iterable[Refusal]:
-        alone = self.fed_alone(model)
-        if alone > LARGEST:
+        if setting(model).fed_alone(model.n_layers) > LARGEST:
             yield Refusal(
-                ("model.attention.shaping", "model.activation", "model.n_layers"),
-                f"the feed-forwards alone give different tokens a correlation of {alone:.3f}, which no attention takes "
-                "back; use model.activation=tailored, or fewer layers",
+                ("model.attention.shaping", "model.placement", "model.activation", "model.n_layers"),
+                "the feed-forwards alone make different tokens nearly equal, which no attention takes back; "
+                "use model.activation=tailored with a small model.e_spa.nonlinearity, or fewer layers",
             )
 
     def modelling(self, model: Model) -> dict[str, Any]:

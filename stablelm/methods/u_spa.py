@@ -30,10 +30,9 @@ class Uspa(Planned):
     def out_of_reach(self, model: Model) -> Iterable[Refusal]:
         last = model.option(EspaOptions).uniform
         if not uniform_plan(setting(model), last):
-            alone = setting(model).fed_alone(model.n_layers - 1)
             yield Refusal(
                 ("model.attention.shaping", "model.e_spa.uniform", "model.activation"),
-                f"the feed-forwards alone give different tokens a correlation of {alone:.3f}, above the one planned; "
+                "the feed-forwards alone give different tokens a higher correlation than the one planned; "
                 "use model.activation=tailored with a lower model.e_spa.nonlinearity, or a higher model.e_spa.uniform",
             )
 
