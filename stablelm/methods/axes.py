@@ -82,6 +82,9 @@ class Value:
     predicted: ClassVar[bool] = True
     """Whether the theory knows what it does to signals at the start."""
 
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """What runs with it had in keys of the configuration that they do not name, where that is no default any more."""
+
     def theory_gap(self, model: Model) -> str | None:
         """The assumption that the theory lacks in this model; None: it knows the model's signals at the start."""
         return None

@@ -37,8 +37,8 @@ from stablelm.methods.softmax_variants import ATTENTION_SINK, CLIPPED_SOFTMAX, S
 from stablelm.methods.tfixup import TFIXUP
 from stablelm.methods.u_spa import U_SPA
 from stablelm.methods.value_residual import VALUE_RESIDUAL
-from stablelm.methods.wesar import WESAR
 from stablelm.methods.value_skipinit import VALUE_SKIPINIT
+from stablelm.methods.wesar import WESAR
 from stablelm.methods.with_sigma import CATFORMER_SIGMA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA
 
 METHODS: dict[str, Method] = {
@@ -46,7 +46,17 @@ METHODS: dict[str, Method] = {
     for method in (
         *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
-        *(DENSEFORMER, E_SPA, U_SPA, VALUE_SKIPINIT, E_SPA_SKIPS, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
+        *(
+            DENSEFORMER,
+            E_SPA,
+            U_SPA,
+            VALUE_SKIPINIT,
+            E_SPA_SKIPS,
+            MLRA,
+            DEEPSCALELM_SIGMA,
+            MAGNETO_SIGMA,
+            CATFORMER_SIGMA,
+        ),
         *(GATED_ATTENTION, SOFTMAX_ONE, ATTENTION_SINK, CLIPPED_SOFTMAX, SHAPED_ATTENTION, SAS, SAS_P),
         *(SCALED_EMBED, EMBED_LN, WESAR),
     )

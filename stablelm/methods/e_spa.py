@@ -1,12 +1,12 @@
 """E-SPA: a stack without skips, by attention that starts as a fixed decay and a leaky relu (He et al., ICLR 2023).
 
 The attention of layer l is A_l = D_l P_l. P_l has the shape of the matrix that takes exp(-gamma_(l-1) |i - j|) to
-exp(-gamma_l |i - j|); D_l brings the variance back to 1, given what attention and feed-forwards have made of the tokens'
-kernel so far (`theory.faithful_attention`). Softmax makes it with zero queries, a bias log P_l and a row scale D_l.
+exp(-gamma_l |i - j|); D_l brings the variance back to 1, given what attention and feed-forwards have made of the
+tokens' kernel so far (`theory.faithful_attention`). Softmax makes it with zero queries, a bias log P_l and a row scale.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,17 +50,16 @@ class EspaOptions(MethodOptions):
     SECTION: ClassVar[str] = "e_spa"
 
     decay: float = key(
-        0.005, "espa: attention alone leaves two tokens the correlation exp(-this x distance)", identity=True, range=ABOVE_0
+        0.005,
+        "espa: attention alone leaves two tokens the correlation exp(-this x distance)",
+        identity=True,
+        range=ABOVE_0,
     )
-    uniform: float = key(
-        0.8, "uspa: correlation of two tokens after the last attention", identity=True, range=SHARE
-    )
+    uniform: float = key(0.8, "uspa: correlation of two tokens after the last attention", identity=True, range=SHARE)
     nonlinearity: float = key(
         0.2, "tailored: all activations together take correlation 0 to this", identity=True, range=SHARE
     )
-    skip: float = key(
-        0.98, "weighted: gain of the skip; the branch has sqrt(1 - skip^2)", identity=True, range=SHARE
-    )
+    skip: float = key(0.98, "weighted: gain of the skip; the branch has sqrt(1 - skip^2)", identity=True, range=SHARE)
 
 
 def setting(model: Model) -> Setting:
@@ -141,12 +140,6 @@ class Skipless(Stream):
                 "use model.dropout=0, or model.placement=pre",
             )
 
-    def theory_gap(self, model: Model) -> str | None:
-        features = min(d_key_value(model), model.axes.maps.rank(model) or model.d_model)
-        if not model.axes.maps.has_values or features >= stream_width(model, 0):
-            return None
-        return "what a stream without skips keeps of its features in values that are fewer than these is not known"
-
     def export_obstacle(self, model: Model) -> str:
         return "its layers have no skips, which every standard architecture has"
 
@@ -191,8 +184,8 @@ class Planned(Shaping):
         if axes.init != Orthogonal() or not isinstance(axes.stream, self.streams()):
             yield Refusal(
                 ("model.attention.shaping", "model.stream", "model.init"),
-                "attention is planned for the kernel of a stream without skips, or for espa with weighted ones, and for "
-                "orthogonal weights with zero queries; use model.stream=skipless and model.init=orthogonal, or "
+                "attention is planned for the kernel of a stream without skips, or for espa with weighted ones, and "
+                "for orthogonal weights with zero queries; use model.stream=skipless and model.init=orthogonal, or "
                 "model.attention.shaping=none",
             )
         if axes.position.biases_logits or model.attention.qk_norm:
@@ -209,6 +202,12 @@ class Planned(Shaping):
             )
         if isinstance(axes.stream, self.streams()):
             yield from self.out_of_reach(model)
+
+    def theory_gap(self, model: Model) -> str | None:
+        features = min(d_key_value(model), model.axes.maps.rank(model) or model.d_model)
+        if model.axes.stream.has_skip or not model.axes.maps.has_values or features >= stream_width(model, 0):
+            return None
+        return "what a stream without skips keeps of its features in values that are fewer than these is not known"
 
     def streams(self) -> tuple[type[Stream], ...]:
         """The streams that it is planned for."""
@@ -326,6 +325,7 @@ class Tailored(Activation):
 
     name: ClassVar[str] = "tailored"
     keeps_variance: ClassVar[bool] = True
+    earlier: ClassVar[Mapping[str, Any]] = {f"model.{EspaOptions.SECTION}.nonlinearity": 0.9}
     end: float = EspaOptions.nonlinearity
 
     def at(self, model: Model) -> "Tailored":

@@ -1,4 +1,4 @@
-"""U-SPA: a stack without skips, by attention that gives all pairs of tokens the same correlation (He et al., ICLR 2023).
+"""U-SPA: a stack without skips, by attention that gives all pairs of tokens one correlation (He et al., ICLR 2023).
 
 The attention of layer l is the matrix chol((1 - r) I + r 11^T) chol((1 - r') I + r' 11^T)^-1, with r' the correlation
 that it finds and r the one that it leaves. Feed-forwards map such a kernel to another, so the plan holds exactly.

@@ -35,7 +35,7 @@ class ValueSkip(Shaping):
         return 1.0, correlation
 
     def modelling(self, model: Model) -> dict[str, Any]:
-        return {"value_skip": True}
+        return {"value_gains": True}
 
 
 VALUE_SKIPINIT = Method(

@@ -57,7 +57,8 @@ class AttentionBody:
     (1 - m) own + m those of the first attention body that is propagated, which itself mixes nothing (Zhou et al.
     2025); None: off. `dropout` is that of the attention weights. `null_logit`: of one more term in the denominator of
     the softmax; None: there is none. `centred`: the identity is added to the weights, and their mean subtracted (Noci
-    et al. 2023), all but the identity times `average`. `gate`, of inputs of gain `gate_gain` (`gate_back` as the others), multiplies what heads give.
+    et al. 2023), all but the identity times `average`. `gate`, of inputs of gain `gate_gain` (`gate_back` as the
+    others), multiplies what heads give.
     """
 
     pattern: Pattern

@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_limits": None,
     "identity_heads": False,
     "learned_identity": False,
-    "value_skip": False,
+    "value_gains": False,
     "norm_embedding": False,
     "norm_before_body": True,
     "norm_before_output": False,
@@ -100,19 +100,20 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
     the last, with `attention_factors` of each layer; `attention_correlations`: see `uniform_of`, a pair for each layer;
-    `value_skip`: heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices of what is read, without an output map; `gate_rows`: sigmoids
-    of what is read multiply the heads' output, one for each head or each feature, `gate_bias` with a bias; `null_key`:
-    one more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head;
-    `weight_limits` (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity
-    is added to the weights and what they are without queries subtracted, each with a gain for each head with
-    `learned_identity`. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x)
-    in place of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of
-    each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned gain with
-    `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each layer x is
-    a learned sum of the embeddings and all layers' outputs; `attention_skip` off: attention's output is the stream, and
-    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads. `embedding_scale` and
-    `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of
-    the gate if `gated`; `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    `value_gains`: heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices
+    of what is read, without an output map; `gate_rows`: sigmoids of what is read multiply the heads' output, one for
+    each head or each feature, `gate_bias` with a bias; `null_key`: one more term in the denominator of the softmax, e^0
+    or, with `learned_null`, of a logit for each head; `weight_limits` (zeta, gamma): weights w become clip((zeta -
+    gamma) w + gamma, 0, 1); `identity_heads`: the identity is added to the weights and what they are without queries
+    subtracted, each with a gain for each head with `learned_identity`. Norms: `norm_*` say where; `norm_centred`: the
+    mean is subtracted; `norm_slope`: tanh(slope x) in place of a norm, with a learned slope that starts there;
+    `norm_eps_scales`: factors of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x +
+    branch_gain f(x), times a learned gain with `learned_gain`; `growth`: the output of that width is appended to x
+    instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all layers' outputs;
+    `attention_skip` off: attention's output is the stream, and learned gains are the feed-forwards' alone; `parallel`:
+    these read what attention reads. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads.
+    Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`; `negative_slope`: a leaky relu in its
+    place; times `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
@@ -261,7 +262,7 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(heads)) if config.learned_null else None
         for name in IDENTITY_GAINS if config.learned_identity else ():
             self.register_parameter(name, nn.Parameter(torch.ones(heads)))
-        for name in IDENTITY_GAINS[:2] if config.value_skip else ():
+        for name in IDENTITY_GAINS[:2] if config.value_gains else ():
             self.register_parameter(name, nn.Parameter(torch.ones(1)))
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
@@ -294,7 +295,7 @@ class Attention(nn.Module):
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
-        if self.config.value_skip:
+        if self.config.value_gains:
             own = own.repeat_interleave(len(query[0]) // len(own[0]), dim=1)
             mixed = self.own_gain.to(own.dtype) * own + self.average_gain.to(own.dtype) * mixed
         if self.config.identity_heads:
@@ -501,7 +502,7 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
             for name in IDENTITY_GAINS if module.config.learned_identity else ():
                 init.ones_(getattr(module, name))
-            if module.config.value_skip:
+            if module.config.value_gains:
                 init.ones_(module.own_gain)
                 init.zeros_(module.average_gain)
         if isinstance(module, Layer) and module.mix is not None:
