@@ -60,7 +60,7 @@ def _uniform(correlation: float, seq_len: int) -> Array:
 
 def _quotient(after: Array, before: Array) -> Array:
     """chol(after) chol(before)^-1."""
-    return np.linalg.solve(np.linalg.cholesky(before).T, np.linalg.cholesky(after).T).T
+    return np.asarray(np.linalg.solve(np.linalg.cholesky(before).T, np.linalg.cholesky(after).T).T, dtype=np.float64)
 
 
 def _fed(kernel: Array, slope: float) -> Array:
@@ -145,7 +145,7 @@ def test_a_uniform_kernel_is_met_exactly():
         espa.tailored_slope(n_layers, 0.2),
         _uniform(float(token_collision(config.vocab_size or 0)), seq_len),
     )
-    shares = []
+    left, shares = kernel, []
     for layer in range(n_layers):
         attention = _attention(config, layer, seq_len)
         left = attention @ kernel @ attention.T

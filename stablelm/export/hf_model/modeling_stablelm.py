@@ -297,7 +297,8 @@ class Attention(nn.Module):
             mixed = mixed * rows.to(mixed.dtype)
         if self.config.value_gains:
             own = own.repeat_interleave(len(query[0]) // len(own[0]), dim=1)
-            mixed = self.own_gain.to(own.dtype) * own + self.average_gain.to(own.dtype) * mixed
+            of_own, of_average = (getattr(self, name).to(own.dtype) for name in IDENTITY_GAINS[:2])
+            mixed = of_own * own + of_average * mixed
         if self.config.identity_heads:
             centre, _ = self._average(torch.zeros_like(query), key, value, shared.allowed, bias, False)
             mixed = self._with_identity(own.repeat_interleave(len(query[0]) // len(own[0]), dim=1), mixed, centre)
@@ -503,8 +504,8 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
             for name in IDENTITY_GAINS if module.config.learned_identity else ():
                 init.ones_(getattr(module, name))
             if module.config.value_gains:
-                init.ones_(module.own_gain)
-                init.zeros_(module.average_gain)
+                init.ones_(getattr(module, IDENTITY_GAINS[0]))
+                init.zeros_(getattr(module, IDENTITY_GAINS[1]))
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             init.copy_(module.mix, F.one_hot(torch.tensor(len(module.mix) - 1), len(module.mix)).to(module.mix))
