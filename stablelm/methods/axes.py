@@ -137,7 +137,7 @@ class Stream(Value):
     grows: ClassVar[bool] = False
     """Whether sub-layers have widths of their own (`widths`), and the end is projected back to d_model."""
     has_skip: ClassVar[bool] = True
-    """Whether there is a skip connection; the theory of gradients assumes one."""
+    """Whether there is a skip connection."""
     parallel: ClassVar[bool] = False
     """Whether the feed-forward reads what the attention of its layer reads, and writes onto what it wrote."""
     layers_differ: ClassVar[bool] = False

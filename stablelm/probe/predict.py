@@ -23,8 +23,8 @@ COLLAPSED = 0.99
 class Prediction:
     """By layer boundary 0 ... n_layers (0: the embedding), each (n_layers + 1,) float64, nan where there is none.
 
-    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan on
-    a stream without skips and where tokens have collapsed, where the theory falls short of measurement by factors.
+    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan where
+    tokens have collapsed, where the theory falls short of measurement by factors.
     """
 
     stream_variance: Array
@@ -55,7 +55,7 @@ def predict(
     trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
-    if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
+    if trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
 

@@ -268,15 +268,16 @@ SIZES = [
 @pytest.mark.parametrize(("n_layers", "d_model"), SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_stream_is_as_planned_at_every_layer(method, n_layers, d_model):
-    """Variances, correlations and the first loss; the theory is that of repeated tokens, too."""
+    """Variances, correlations, gradients and the first loss; the theory is that of repeated tokens, too."""
     config = resolved(method, n_layers, d_model)
-    measured = measure(config, 0, gradients="none")
+    measured = measure(config, 0)
     predicted = predict(config, seq_len=128, tokens=256, collision=measured.collision)
     assert measured.stream_variance.min() > 0.8 and measured.stream_variance.max() < 1.25
     for name in ("stream_variance", "attention_branch_variance", "feedforward_branch_variance"):
         ratio = (getattr(predicted, name) / getattr(measured, name))[1:]
         assert ratio.min() > 0.8 and ratio.max() < 1.25, name
     assert np.abs(predicted.token_correlation - measured.token_correlation).max() < 0.08
+    assert np.abs(np.log(predicted.gradient_norm / measured.gradient_norm)).max() < 0.2
     assert abs(measured.loss - math.log(config.vocab_size or 0)) < 0.35
 
 
