@@ -217,7 +217,10 @@ class Stream(Value):
         if not self.predicted or self.dual or self.parallel or self.gate(model) is not None:
             return None
         places = range(len(variances))
-        gains = [self.gains_at_start(model, index) for index in places]
+        gains = [
+            (skip, branch * model.axes.depth_drop.root_mean_square(model, index))
+            for index, (skip, branch) in ((index, self.gains_at_start(model, index)) for index in places)
+        ]
         normed = [model.axes.placement.at(model, index).after_write for index in places]
         return joined_shares(variances, gains, normed, embedding_variance)
 

@@ -202,7 +202,7 @@ class Planned(Shaping):
     def theory_gap(self, model: Model) -> str | None:
         features = min(d_key_value(model), model.axes.maps.rank(model) or model.d_model)
         if model.axes.stream.has_skip or not model.axes.maps.has_values or features >= stream_width(model, 0):
-            return None
+            return super().theory_gap(model)
         return "what a stream without skips keeps of its features in values that are fewer than these is not known"
 
     def streams(self) -> tuple[type[Stream], ...]:

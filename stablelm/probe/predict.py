@@ -16,8 +16,10 @@ from stablelm.theory.propagation import End, SublayerTheory, propagate
 from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
-# Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
+# Token correlation above which there is no gradient, and why.
 COLLAPSED = 0.99
+COLLAPSE = "tokens have collapsed, and a few early ones carry a gradient that scatters by factors"
+OVERFLOW = "figures of the theory are too large for float64"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ def theory_gap(config: ModelConfig) -> str | None:
     """The assumption that the theory lacks in a resolved config; None: it knows the model."""
     gaps = (value.theory_gap(config) for value in config.axes.each())
     return next((gap for gap in gaps if gap is not None), None)
+
+
+def unpredicted(config: ModelConfig, prediction: Prediction) -> dict[str, str]:
+    """Why figures are nan or infinite at some layer, by their names in `Prediction`."""
+    gap, collapsed = theory_gap(config), prediction.token_correlation.max() > COLLAPSED
+    # An embedding has no branches and no attention.
+    missing = [name for name, column in vars(prediction).items() if not np.isfinite(column[1:]).all()]
+    return {name: gap or (COLLAPSE if collapsed and name == "gradient_norm" else OVERFLOW) for name in missing}
 
 
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
@@ -82,7 +92,8 @@ def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: in
     branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
     variances = np.stack(branches, axis=1).ravel()
     if not np.isfinite(variances).all():
-        return None, f"the theory has no finite variance of the branches of model.stream={stream.name}"
+        nothing = f"the theory has no finite variance of the branches of model.stream={stream.name}"
+        return None, theory_gap(config) or nothing
     shares = stream.sensitivity_shares(config, variances, float(prediction.stream_variance[0]))
     if shares is None:
         return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
