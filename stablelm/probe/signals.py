@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stablelm.probe.changes import Growth
 from stablelm.probe.measure import Measured
-
-NOT_MEASURED = Growth(*[math.nan] * 4)
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,9 @@ class Signals:
 
 
 def signals_of(measured: Measured, *, vocab_size: int, seq_len: int) -> Signals:
-    """Of a model that was measured over sequences of `seq_len` >= 2 tokens; nan for what only an update shows."""
-    found, growth = measured.internals, measured.growth or NOT_MEASURED
+    """Of a model that was measured with an update, over sequences of `seq_len` >= 2 tokens."""
+    found, growth = measured.internals, measured.growth
+    assert growth is not None and measured.sensitivity is not None
     uniform = float(np.log(np.arange(1, seq_len + 1)).mean())
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = float(found.gradient_norm[1] / found.gradient_norm[-1])
@@ -44,7 +42,7 @@ def signals_of(measured: Measured, *, vocab_size: int, seq_len: int) -> Signals:
         token_cosine=float(found.token_correlation[-1]),
         excess_loss=measured.loss - math.log(vocab_size),
         attention_entropy=float(found.attention_entropy[1:].min()) / uniform,
-        sensitivity=math.nan if measured.sensitivity is None else measured.sensitivity,
+        sensitivity=measured.sensitivity,
         update_output_change=growth.output_change,
         update_stream_growth=growth.stream_variance,
         update_token_cosine=growth.token_correlation,

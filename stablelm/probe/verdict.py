@@ -36,11 +36,6 @@ class Kind:
     badness: Callable[[Signals], float]
     by_rate: bool = False
 
-    @property
-    def of_changes(self) -> bool:
-        """Whether it takes passes with other weights, which are not made of layers that are shared."""
-        return self.by_rate or self.name == "sensitivity"
-
 
 def factor(ratio: float) -> float:
     """A ratio as a factor of at least 1, whichever end is larger."""
@@ -168,8 +163,7 @@ def verdict(
     sentences, evidence = _not_finite(found, precision), ()
     if not sentences:
         if signals is not None:
-            kinds = [kind for kind in KINDS if not np.isnan(signals.sensitivity) or not kind.of_changes]
-            evidence = tuple(weigh(kind, signals, records) for kind in kinds)
+            evidence = tuple(weigh(kind, signals, records) for kind in KINDS)
             sentences += _weighed(evidence, records)
         sentences += [_gradient(found.gradient_norm), _stream(found), _tokens(found)]
     if reference is not None:

@@ -120,14 +120,6 @@ def test_what_is_not_predicted_has_a_reason(
         assert found["sensitivity"]["reason"] == reason
 
 
-def test_shared_layers_have_the_evidence_that_takes_no_change(tiny_corpus: TinyCorpus, tmp_path: Path):
-    assert probed(tiny_corpus, tmp_path, "model.method=looped") == 0
-    found = read(tmp_path)
-    assert [each["signal"] for each in found["evidence"]] == [kind.name for kind in KINDS if not kind.of_changes]
-    assert found["first_steps"] is None and found["sensitivity"]["measured"] is None
-    assert "nan" not in found["verdict"]
-
-
 def test_a_theory_beyond_floats_predicts_up_to_there(tiny_corpus: TinyCorpus):
     overrides = ("model.placement=none", "model.init=fan_in", "model.activation=swiglu", "model.n_layers=16")
     config = prepare(load([], [*SHAPE, *tiny_corpus.overrides(), *overrides]), None, 1, None).config
