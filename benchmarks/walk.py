@@ -67,7 +67,7 @@ def model_of(combination: dict[str, str]) -> ModelConfig:
     """The tiny model of a combination, its axes filled."""
     reparam, _, sigma = combination["reparam"].partition(":")
     targets, _, gamma = sigma.partition(":")
-    shaped = combination["stream"] == "skipless" and combination["init"] == "orthogonal"
+    shaped = combination["stream"] in ("skipless", "weighted") and combination["init"] == "orthogonal"
     axes: dict[str, Any] = combination | {"reparam": reparam}
     options: dict[str, Any] = {"targets": targets, "gamma": gamma} if sigma else {}
     return apply_method(

@@ -11,6 +11,7 @@ from stablelm.config.keys import keys, values
 from stablelm.config.schema import Config
 from stablelm.config.segments import SEGMENTS, Segment
 from stablelm.json_text import Count
+from stablelm.methods import catalogue
 from stablelm.methods.pre_ln import PRE_LN
 
 # Not compared: the axes say what a method's name means, the steps what the tokens come to, and segments what was.
@@ -77,6 +78,9 @@ def differences(
 
 def _whole(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
     """A run saved before a key existed had what is the key's default now, of an axis what a plain model has."""
+    axes = [catalogue.values(axis).get(str(saved.get(f"model.{key}"))) for axis, key in catalogue.KEYS.items()]
+    earlier = {name: value for axis in axes if axis is not None for name, value in axis.earlier.items()}
+    saved = earlier | saved
     defaults = {name: json.loads(json.dumps(keys()[name].default)) for name in current if name in keys()}
     plain = {f"model.{name}": value for name, value in PRE_LN.defaults.items()}
     defaults |= {name: plain[name] for name, value in defaults.items() if value is None and name in plain}

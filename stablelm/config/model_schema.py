@@ -43,8 +43,9 @@ class AttentionConfig(AttentionKeys):
     )
     shaping: str | None = key(
         None,
-        "espa: attention starts as a fixed decay that needs no skip; shaped, simplified: the identity is added to its "
-        "weights and what they are without queries subtracted; None: the method's own",
+        "espa, uspa: attention starts as a fixed matrix that needs no skip, by a decay or alike for all tokens; "
+        "value_skip: as the identity, with learned gains; shaped, simplified: the identity is added to its weights and "
+        "what they are without queries subtracted; None: the method's own",
         identity=True,
         path=False,
         axis="shaping",

@@ -93,7 +93,14 @@ class Value:
 
     name: ClassVar[str]
     predicted: ClassVar[bool] = True
-    """Whether the theory knows what it does to signals at the start."""
+    """Whether the theory knows what it does to signals at the start, as far as there is no `theory_gap`."""
+
+    earlier: ClassVar[Mapping[str, Any]] = {}
+    """What runs with it had in keys of the configuration that they do not name, where that is no default any more."""
+
+    def theory_gap(self, model: Model) -> str | None:
+        """The assumption that the theory lacks in this model; None: it knows the model's signals at the start."""
+        return None if self.predicted else f"what {self.name} does to signals at the start is not known"
 
     def in_attention(self, model: Model, layer: int) -> tuple[Added, ...]:
         """Parameters that the body of a layer's attention gets; what computes there takes them by name."""
@@ -143,9 +150,7 @@ class Stream(Value):
     grows: ClassVar[bool] = False
     """Whether sub-layers have widths of their own (`widths`), and the end is projected back to d_model."""
     has_skip: ClassVar[bool] = True
-    """Whether there is a skip connection; the theory of gradients assumes one."""
-    predicted: ClassVar[bool] = True
-    """Whether the theory knows the stream."""
+    """Whether there is a skip connection."""
     dual: ClassVar[bool] = False
     """Whether the head reads x + norm(d), d being the embedding and every branch, summed, for the theory."""
     parallel: ClassVar[bool] = False
@@ -212,7 +217,10 @@ class Stream(Value):
         if not self.predicted or self.dual or self.parallel or self.gate(model) is not None:
             return None
         places = range(len(variances))
-        gains = [self.gains_at_start(model, index) for index in places]
+        gains = [
+            (skip, branch * model.axes.depth_drop.root_mean_square(model, index))
+            for index, (skip, branch) in ((index, self.gains_at_start(model, index)) for index in places)
+        ]
         normed = [model.axes.placement.at(model, index).after_write for index in places]
         return joined_shares(variances, gains, normed, embedding_variance)
 
@@ -449,7 +457,11 @@ class Init(Value):
         """Whether matrices of that kind start at zero."""
         return False
 
-    def shaped(self, kind: str, gaussian: "Tensor") -> "Tensor | None":
+    def partner(self, kind: str) -> str | None:
+        """The matrix of the same body whose draws `shaped` gets, too; its shape is the transposed one."""
+        return None
+
+    def shaped(self, kind: str, gaussian: "Tensor", partner: "Tensor | None" = None) -> "Tensor | None":
         """A matrix made of standard normal draws in another way than by a std; None: by `std`."""
         return None
 
@@ -664,6 +676,10 @@ class Shaping(Value):
     """Whether `bias_and_scale` is used; it differs between layers, and needs whole sequences."""
     combines: ClassVar[bool] = False
     """Whether `combine` is used."""
+    centres: ClassVar[bool] = True
+    """Whether `combine` takes away what attention would average if all queries were zero."""
+    average_at_start: ClassVar[float] = 1.0
+    """What multiplies the average that `combine` gets, at the start."""
 
     def logit_factor(self, model: Model) -> float:
         """What multiplies `Init.logit_scale`."""
@@ -671,7 +687,7 @@ class Shaping(Value):
 
     def combine(self, own: "Tensor", averaged: "Tensor", centre: "Tensor", added: "Mapping[str, Tensor]") -> "Tensor":
         """The heads' output, of their own values, those that attention averages, and those it would average if all
-        queries were zero: (batch, heads, seq, d_head) each."""
+        queries were zero (without `centres` the averaged ones again): (batch, heads, seq, d_head) each."""
         raise NotImplementedError
 
     def moments(self, kept: float, common: float, correlation: float) -> tuple[float, float]:
@@ -682,13 +698,13 @@ class Shaping(Value):
     def modelling(self, model: Model) -> dict[str, Any] | None:
         return None if self.active or self.combines else {}
 
-    def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
+    def bias_and_scale(self, model: Model, layer: int, seq_len: int) -> tuple[Array, Array]:
         """The bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,)."""
         raise NotImplementedError
 
-    def rows(self, layer: int, n_layers: int, places: "NDArray[np.int64]", length: int) -> tuple[Array, Array]:
+    def rows(self, model: Model, layer: int, places: "NDArray[np.int64]", length: int) -> tuple[Array, Array]:
         """The rows of both for queries at `places`, (n,): the bias (n, length) and the factors (n,)."""
-        bias, factors = self.bias_and_scale(layer, n_layers, length)
+        bias, factors = self.bias_and_scale(model, layer, length)
         return bias[places], factors[places]
 
     def export_obstacle(self, model: Model) -> str | None:

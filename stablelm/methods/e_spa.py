@@ -1,99 +1,86 @@
 """E-SPA: a stack without skips, by attention that starts as a fixed decay and a leaky relu (He et al., ICLR 2023).
 
-The attention of layer l is the matrix A_l = L_l L_{l-1}^-1 of Cholesky factors of exp(-gamma_l |i - j|), so that
-the tokens' kernel after layer l is exactly that; softmax attention makes it with zero queries, a bias
-B_l = log(A_l / rowsum) and a row scale D_l = rowsum(A_l). The closed form (an AR(1) process) is derived here.
+The attention of layer l is A_l = D_l P_l. P_l has the shape of the matrix that takes exp(-gamma_(l-1) |i - j|) to
+exp(-gamma_l |i - j|); D_l brings the variance back to 1, given what attention and feed-forwards have made of the
+tokens' kernel so far (`theory.faithful_attention`). Softmax makes it with zero queries, a bias log P_l and a row scale.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablelm.key import ABOVE_0, Range, key
 from stablelm.methods.axes import (
-    BRANCH_MATRICES,
     Activation,
     Array,
-    Init,
     Method,
+    MethodOptions,
     Model,
     Refusal,
-    Role,
     Shaping,
     Stream,
 )
-from stablelm.theory.moments import Function, LeakyRelu
+from stablelm.methods.orthogonal import Orthogonal
+from stablelm.methods.sizes import d_key_value, stream_width
+from stablelm.theory.faithful_attention import Decay, Setting, at_places, decay_factors, planned_length
+from stablelm.theory.moments import Function, LeakyRelu, token_collision
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FINAL_DECAY = 0.005
-FINAL_CORRELATION = 0.9
+HE = "He et al., Deep Transformers without Shortcuts, ICLR 2023"
+LARGEST = 0.85
+"""Correlation of two different tokens up to which feed-forwards alone may take them."""
+SHARE = Range("above 0 and below 1", lambda v: 0 < v < 1)
 
 
-def decay(layer: int, n_layers: int) -> float:
-    """gamma after `layer` layers (from 1): -ln(1 - a^(2 layer / n_layers)) / 2 with a^2 = 1 - exp(-2 FINAL_DECAY).
+@dataclass(frozen=True)
+class EspaOptions(MethodOptions):
+    """Options of attention.shaping: espa and uspa, of activation: tailored and of stream: weighted."""
 
-    Geometric in the innovation a_l = sqrt(1 - exp(-2 gamma_l)), so that all layers have the same diagonal.
-    """
-    return -0.5 * math.log1p(-(_innovation(layer, n_layers) ** 2))
+    SECTION: ClassVar[str] = "e_spa"
 
-
-def _innovation(layer: int, n_layers: int) -> float:
-    return math.sqrt(-math.expm1(-2 * FINAL_DECAY)) ** (layer / n_layers)
-
-
-def log_attention(layer: int, n_layers: int, seq_len: int, places: np.ndarray | None = None) -> np.ndarray:
-    """log A_l of layer `layer` (from 0) in float64, (seq_len, seq_len), -inf above the diagonal.
-
-    `places`: the rows to compute, (n,) integers; None for all. A row does not depend on `seq_len`.
-
-    With phi = exp(-gamma), a = sqrt(1 - phi^2) and primes for the layer before: A_11 = 1, A_ii = a / a',
-    A_ij = (a / a') (phi - phi') phi^(i-j-1), A_i1 = phi^(i-2) (phi - a phi' / a'). Logs, because entries span
-    hundreds of orders of magnitude.
-    """
-    a, before = _innovation(layer + 1, n_layers), _innovation(layer, n_layers)
-    phi, phi_before = math.sqrt(1 - a * a), math.sqrt(max(0.0, 1 - before * before))
-    log_phi, log_ratio = math.log(phi), math.log(a / before)
-    queries = np.arange(seq_len) if places is None else places
-    distance = np.subtract.outer(queries.astype(np.float64), np.arange(seq_len, dtype=np.float64))
-    logs = log_ratio + math.log(phi - phi_before) + (distance - 1) * log_phi
-    logs[:, 0] = distance[:, 0] * log_phi - log_phi + math.log(phi - a / before * phi_before)
-    logs[distance == 0] = log_ratio
-    logs[queries == 0, 0] = 0.0
-    logs[distance < 0] = -np.inf
-    return logs
+    decay: float = key(
+        0.005,
+        "espa: attention alone leaves two tokens the correlation exp(-this x distance)",
+        identity=True,
+        range=ABOVE_0,
+    )
+    uniform: float = key(0.8, "uspa: correlation of two tokens after the last attention", identity=True, range=SHARE)
+    nonlinearity: float = key(
+        0.2, "tailored: all activations together take correlation 0 to this", identity=True, range=SHARE
+    )
+    skip: float = key(0.98, "weighted: gain of the skip; the branch has sqrt(1 - skip^2)", identity=True, range=SHARE)
 
 
-def bias_and_scale(
-    layer: int, n_layers: int, seq_len: int, places: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(B, D): the bias on the logits, (seq_len, seq_len), and what multiplies each row's output, (seq_len,).
-
-    `places`: the rows of both that are wanted; None: all.
-    """
-    logs = log_attention(layer, n_layers, seq_len, places)
-    rows = np.exp(logs).sum(axis=1)
-    return logs - np.log(rows)[:, None], rows
+def setting(model: Model) -> Setting:
+    """What the plan of the model's attention depends on."""
+    collision = float(token_collision(model.vocab_size)) if model.vocab_size else 0.0
+    if model.axes.position.adds_table:
+        collision /= 2
+    activation, (skip, branch) = model.axes.activation, model.axes.stream.gains(model)
+    function = activation.function(model.n_layers)
+    return Setting(model.n_layers, collision * (1 - model.dropout), function, activation.gated, skip, branch)
 
 
 @lru_cache(maxsize=64)
-def tailored_slope(n_layers: int) -> float:
-    """Negative slope of the leaky relu that takes correlation 0 to FINAL_CORRELATION over n_layers activations.
+def tailored_slope(n_layers: int, correlation: float) -> float:
+    """Negative slope of the leaky relu that takes correlation 0 to that one over n_layers activations.
 
     Tailored activation transformation (Zhang et al., ICLR 2022) as used by He et al.: bisection on the slope of
     `composed_correlation`; 0 (a relu) where depth is too small to get there.
     """
-    if composed_correlation(0.0, n_layers) <= FINAL_CORRELATION:
+    if composed_correlation(0.0, n_layers) <= correlation:
         return 0.0
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if composed_correlation(middle, n_layers) > FINAL_CORRELATION else (low, middle)
+        low, high = (middle, high) if composed_correlation(middle, n_layers) > correlation else (low, middle)
     return (low + high) / 2
 
 
@@ -122,12 +109,12 @@ class Skipless(Stream):
             yield Refusal(
                 ("model.stream", "model.attention.shaping"),
                 "without a skip, attention that starts uniform makes all tokens equal within a few layers; "
-                "use model.attention.shaping=espa, or a stream with a skip",
+                "use model.attention.shaping=espa, uspa or value_skip, or a stream with a skip",
             )
         if any(at.after_write or at.on_branch or at.before_output or at.by_depth for at in each):
             yield Refusal(
                 ("model.stream", "model.placement"),
-                "espa's decay leaves the size of the stream alone, which norms at other places would not; "
+                "shaped attention leaves the size of the stream alone, which norms at other places would not; "
                 "use model.placement=none or pre",
             )
         elif not placement.before_body and not model.axes.activation.keeps_variance:
@@ -136,82 +123,131 @@ class Skipless(Stream):
                 "without skips and norms the signal shrinks with every activation whose variance is not 1; "
                 "use model.activation=tailored, or model.placement=pre",
             )
+        if model.axes.init != Orthogonal():
+            yield Refusal(
+                ("model.stream", "model.init"),
+                "without skips the product of all layers' matrices must be orthogonal, lest it leaves few directions; "
+                "use model.init=orthogonal, or a stream with a skip",
+            )
+        if not placement.before_body and model.dropout:
+            yield Refusal(
+                ("model.stream", "model.dropout"),
+                "without skips and norms dropout multiplies the variance at every sub-layer; "
+                "use model.dropout=0, or model.placement=pre",
+            )
 
     def export_obstacle(self, model: Model) -> str:
         return "its layers have no skips, which every standard architecture has"
 
 
 @dataclass(frozen=True)
-class Espa(Shaping):
-    name: ClassVar[str] = "espa"
+class Weighted(Stream):
+    """a x + sqrt(1 - a^2) f(x): the paper's models with skips and without norms."""
+
+    name: ClassVar[str] = "weighted"
+
+    def gains(self, model: Model) -> tuple[float, float]:
+        skip = model.option(EspaOptions).skip
+        return skip, math.sqrt(1 - skip**2)
+
+    def refusals(self, model: Model) -> Iterable[Refusal]:
+        each = model.axes.placement.used()
+        if any(at.after_write or at.on_branch or at.before_output or at.by_depth for at in each):
+            yield Refusal(
+                ("model.stream", "model.placement"),
+                "skip and branch are weighted for branches of the stream's size, which norms there would change; "
+                "use model.placement=none or pre",
+            )
+        if not model.axes.activation.keeps_variance or not model.axes.init.unit_variance:
+            yield Refusal(
+                ("model.stream", "model.activation", "model.init"),
+                "skip and branch are weighted for branches of the stream's size; use model.activation=tailored or "
+                "shaped_relu and model.init=orthogonal or fan_in, or model.stream=residual",
+            )
+
+
+class Planned(Shaping):
+    """Attention that starts as a planned matrix: what its values have in common."""
+
     replaces_skip: ClassVar[bool] = True
     active: ClassVar[bool] = True
 
-    def bias_and_scale(self, layer: int, n_layers: int, seq_len: int) -> tuple[Array, Array]:
-        return bias_and_scale(layer, n_layers, seq_len)
-
-    def rows(self, layer: int, n_layers: int, places: NDArray[np.int64], length: int) -> tuple[Array, Array]:
-        return bias_and_scale(layer, n_layers, length, places)
+    def bias_and_scale(self, model: Model, layer: int, seq_len: int) -> tuple[Array, Array]:
+        return self.rows(model, layer, np.arange(seq_len), seq_len)
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         axes = model.axes
-        if axes.stream != Skipless() or axes.init != Orthogonal():
+        if axes.init != Orthogonal() or not isinstance(axes.stream, self.streams()):
             yield Refusal(
                 ("model.attention.shaping", "model.stream", "model.init"),
-                "the decay of espa is solved for a stack without skips and for orthogonal weights with zero queries; "
-                "use model.stream=skipless and model.init=orthogonal, or model.attention.shaping=none",
+                "attention is planned for the kernel of a stream without skips, or for espa with weighted ones, and "
+                "for orthogonal weights with zero queries; use model.stream=skipless and model.init=orthogonal, or "
+                "model.attention.shaping=none",
             )
         if axes.position.biases_logits or model.attention.qk_norm:
             yield Refusal(
                 ("model.attention.shaping", "model.attention.position", "model.attention.qk_norm"),
-                "espa is itself a bias on the logits and starts with queries of zero, which a norm cannot scale; "
-                "use model.attention.position=none, rope or learned, and no qk_norm",
+                "shaped attention is itself a bias on the logits and starts with queries of zero, which a norm cannot "
+                "scale; use model.attention.position=none, rope or learned, and no qk_norm",
             )
         if axes.value_mixing.share is not None:
             yield Refusal(
                 ("model.attention.value_residual", "model.attention.shaping"),
-                "mixing in the first layer's values is a skip, which espa's decay does not account for; "
+                "mixing in the first layer's values is a skip, which the plan of attention does not account for; "
                 "use model.attention.value_residual=false",
             )
+        if isinstance(axes.stream, self.streams()):
+            yield from self.out_of_reach(model)
 
-    def modelling(self, model: Model) -> dict[str, Any]:
-        layers = range(model.n_layers + 1)
-        return {"attention_innovations": [_innovation(layer, model.n_layers) for layer in layers]}
+    def theory_gap(self, model: Model) -> str | None:
+        features = min(d_key_value(model), model.axes.maps.rank(model) or model.d_model)
+        if model.axes.stream.has_skip or not model.axes.maps.has_values or features >= stream_width(model, 0):
+            return super().theory_gap(model)
+        return "what a stream without skips keeps of its features in values that are fewer than these is not known"
+
+    def streams(self) -> tuple[type[Stream], ...]:
+        """The streams that it is planned for."""
+        return (Skipless,)
+
+    def out_of_reach(self, model: Model) -> Iterable[Refusal]:
+        """Why no plan reaches its end."""
+        return ()
 
 
 @dataclass(frozen=True)
-class Orthogonal(Init):
-    """Zero queries and uniform orthogonal matrices, as "scaled-corrected uniform orthogonal" of Martens et al. 2021."""
+class Espa(Planned):
+    name: ClassVar[str] = "espa"
 
-    name: ClassVar[str] = "orthogonal"
-    sizes_branches: ClassVar[bool] = True
-    unit_variance: ClassVar[bool] = True
+    def streams(self) -> tuple[type[Stream], ...]:
+        return (Skipless, Weighted)
 
-    def refusals(self, model: Model) -> Iterable[Refusal]:
-        if not model.axes.shaping.active:
+    def rows(self, model: Model, layer: int, places: NDArray[np.int64], length: int) -> tuple[Array, Array]:
+        decay = _decay(model)
+        logs = decay.log_rows(layer, places, length)
+        factors = decay_factors(setting(model), decay, planned_length(decay, length))
+        return logs - np.log(np.exp(logs).sum(axis=1))[:, None], at_places(factors[layer], places)
+
+    def out_of_reach(self, model: Model) -> Iterable[Refusal]:
+        if setting(model).fed_alone(model.n_layers) > LARGEST:
             yield Refusal(
-                ("model.init", "model.attention.shaping"),
-                "orthogonal starts with zero queries, which only espa's attention can learn from; "
-                "use model.init=fan_in, or model.method=e_spa",
+                ("model.attention.shaping", "model.placement", "model.activation", "model.n_layers"),
+                "the feed-forwards alone make different tokens nearly equal, which no attention takes back; "
+                "use model.activation=tailored with a small model.e_spa.nonlinearity, or fewer layers",
             )
 
-    def std(self, role: Role, shape: Sequence[int], model: Model) -> float:
-        return shape[1] ** -0.5
+    def modelling(self, model: Model) -> dict[str, Any]:
+        assert model.max_seq_len is not None
+        decay = _decay(model)
+        size = min(model.max_seq_len, planned_length(decay, model.max_seq_len))
+        factors = decay_factors(setting(model), decay, planned_length(decay, size))[:, :size]
+        return {
+            "attention_innovations": [decay.innovation(layer) for layer in range(model.n_layers + 1)],
+            "attention_factors": factors.tolist(),
+        }
 
-    def starts_at_zero(self, kind: str) -> bool:
-        return kind == "query"
 
-    def shaped(self, kind: str, gaussian: "Tensor") -> "Tensor | None":
-        """An orthogonal matrix times max(1, sqrt(d_out / d_in)), which keeps the size of its input's features."""
-        import torch
-
-        if kind not in BRANCH_MATRICES:
-            return None
-        d_out, d_in = gaussian.shape
-        tall = gaussian if d_out >= d_in else gaussian.t()
-        q, r = torch.linalg.qr(tall.double())
-        q = q * r.diagonal().sign()
-        return ((q if d_out >= d_in else q.t()) * max(1.0, math.sqrt(d_out / d_in))).float().contiguous()
+def _decay(model: Model) -> Decay:
+    return Decay(model.n_layers, model.option(EspaOptions).decay)
 
 
 @dataclass(frozen=True)
@@ -220,6 +256,11 @@ class Tailored(Activation):
 
     name: ClassVar[str] = "tailored"
     keeps_variance: ClassVar[bool] = True
+    earlier: ClassVar[Mapping[str, Any]] = {f"model.{EspaOptions.SECTION}.nonlinearity": 0.9}
+    end: float = EspaOptions.nonlinearity
+
+    def at(self, model: Model) -> "Tailored":
+        return replace(self, end=model.option(EspaOptions).nonlinearity)
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if not model.axes.init.unit_variance:
@@ -229,37 +270,34 @@ class Tailored(Activation):
                 "use model.init=fan_in, unit or orthogonal, or model.activation=relu",
             )
 
+    def slope(self, n_layers: int) -> float:
+        return tailored_slope(n_layers, self.end)
+
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
         import torch.nn.functional as F
 
-        return F.leaky_relu(hidden, tailored_slope(n_layers)) * self.output_scale(n_layers)
+        return F.leaky_relu(hidden, self.slope(n_layers)) * self.output_scale(n_layers)
 
     def function(self, n_layers: int) -> Function:
-        return LeakyRelu(tailored_slope(n_layers))
+        return LeakyRelu(self.slope(n_layers))
 
     def output_scale(self, n_layers: int) -> float:
-        return math.sqrt(2 / (1 + tailored_slope(n_layers) ** 2))
+        return math.sqrt(2 / (1 + self.slope(n_layers) ** 2))
 
     def second_moment(self, variance: float, n_layers: int) -> float:
         return variance  # scaled to keep it
 
-    def correlation(self, r: float, n_layers: int) -> float:
-        return r  # a leaky relu of a slope near 1 turns it by less than the recursion resolves
-
     def modelling(self, model: Model) -> dict[str, Any]:
-        return {"negative_slope": tailored_slope(model.n_layers)}
+        return {"negative_slope": self.slope(model.n_layers)}
 
 
-E_SPA = Method(
-    "e_spa",
-    "He et al., Deep Transformers without Shortcuts, ICLR 2023",
-    {
-        "stream": "skipless",
-        "placement": "none",
-        "init": "orthogonal",
-        "activation": "tailored",
-        "attention.shaping": "espa",
-        "attention.position": "none",
-    },
-    (Skipless(), Espa(), Orthogonal(), Tailored()),
-)
+DEFAULTS = {
+    "stream": "skipless",
+    "placement": "none",
+    "init": "orthogonal",
+    "activation": "tailored",
+    "attention.shaping": "espa",
+    "attention.position": "none",
+}
+E_SPA = Method("e_spa", HE, DEFAULTS, (Skipless(), Weighted(), Espa(), Orthogonal(), Tailored()), (EspaOptions,))
+E_SPA_SKIPS = Method("e_spa_skips", HE, {**DEFAULTS, "stream": "weighted"})

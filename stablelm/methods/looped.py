@@ -42,6 +42,9 @@ class Shared(Stack):
     def unshared(self, model: M) -> M:
         return model.changed(stack=OwnLayers.name)
 
+    def theory_gap(self, model: Model) -> str:
+        return "the weights of all places are taken as independent, and shared layers have the same ones at several"
+
     def refusals(self, model: Model) -> Iterable[Refusal]:
         axes, places = model.axes, range(model.n_layers)
         if axes.stream.grows or axes.stream.layers_differ:

@@ -159,7 +159,7 @@ class UnitRowsInit(Init):
         """Of the entries: one over the root of the width along which the length is 1."""
         return (shape[0] if role.kind in WRITING else shape[1]) ** -0.5
 
-    def shaped(self, kind: str, gaussian: "Tensor") -> "Tensor":
+    def shaped(self, kind: str, gaussian: "Tensor", partner: "Tensor | None" = None) -> "Tensor":
         return gaussian / gaussian.norm(dim=0 if kind in WRITING else 1, keepdim=True)
 
 

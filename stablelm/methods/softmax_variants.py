@@ -88,7 +88,9 @@ class LearnedSink(WithNull):
 @dataclass(frozen=True)
 class Clipped(Softmax):
     name: ClassVar[str] = "clipped"
-    predicted: ClassVar[bool] = False  # which weights are clipped depends on the largest logits of each row
+
+    def theory_gap(self, model: Model) -> str:
+        return "which attention weights are clipped depends on the largest logits of each row, which are not known"
 
     def clip(self, model: Model) -> tuple[float, float]:
         options = model.option(ClippedOptions)

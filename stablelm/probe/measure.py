@@ -314,7 +314,7 @@ class _Walk:
         chunks, values = self.decoder.stream.start(self._embed()), ()
         for index in range(self._config.n_layers):
             with self._layer(index) as layer:
-                new = layer(chunks, self._positions, values)
+                new = layer(chunks, self._positions, values, factors=self._factors(index))
             if layer.gives_values:
                 new, values = new[:-1], new[-1:]
             chunks = self._after(chunks, new)

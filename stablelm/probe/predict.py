@@ -16,16 +16,18 @@ from stablelm.theory.propagation import End, SublayerTheory, propagate
 from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
-# Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
+# Token correlation above which there is no gradient, and why.
 COLLAPSED = 0.99
+COLLAPSE = "tokens have collapsed, and a few early ones carry a gradient that scatters by factors"
+OVERFLOW = "figures of the theory are too large for float64"
 
 
 @dataclass(frozen=True)
 class Prediction:
     """By layer boundary 0 ... n_layers (0: the embedding), each (n_layers + 1,) float64, nan where there is none.
 
-    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan on
-    a stream without skips and where tokens have collapsed, where the theory falls short of measurement by factors.
+    As `theory.propagation.Trace`; `gradient_norm`: of the mean loss to the whole stream of all its tokens; nan where
+    tokens have collapsed, where the theory falls short of measurement by factors.
     """
 
     stream_variance: Array
@@ -36,19 +38,32 @@ class Prediction:
     gradient_norm: Array
 
 
+def theory_gap(config: ModelConfig) -> str | None:
+    """The assumption that the theory lacks in a resolved config; None: it knows the model."""
+    gaps = (value.theory_gap(config) for value in config.axes.each())
+    return next((gap for gap in gaps if gap is not None), None)
+
+
+def unpredicted(config: ModelConfig, prediction: Prediction) -> dict[str, str]:
+    """Why figures are nan or infinite at some layer, by their names in `Prediction`."""
+    gap, collapsed = theory_gap(config), prediction.token_correlation.max() > COLLAPSED
+    # An embedding has no branches and no attention.
+    missing = [name for name, column in vars(prediction).items() if not np.isfinite(column[1:]).all()]
+    return {name: gap or (COLLAPSE if collapsed and name == "gradient_norm" else OVERFLOW) for name in missing}
+
+
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def predict(
     config: ModelConfig, *, seq_len: int, tokens: int | None = None, collision: float | None = None
 ) -> Prediction:
     """Signal and gradient of a resolved config in training mode, over sequences of `seq_len` positions.
 
-    Nan where the theory does not know the stream, and where layers are shared: it takes the weights of all places as
-    independent. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability that two positions of
-    a sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not finite from the depth on
-    at which a model explodes beyond float64.
+    Nan where there is a `theory_gap`. `tokens` are averaged by the loss (None: seq_len); `collision` is the probability
+    that two positions of a sequence hold the same token (None: of Zipf's law with this vocabulary). Figures are not
+    finite from the depth on at which a model explodes beyond float64.
     """
     assert config.vocab_size is not None
-    if not all(value.predicted for value in config.axes.each()) or config.axes.stack.shared:
+    if theory_gap(config) is not None:
         return Prediction(*(np.full(config.n_layers + 1, np.nan) for _ in fields(Prediction)))
     if collision is None:
         collision = float(token_collision(config.vocab_size))
@@ -57,7 +72,7 @@ def predict(
     trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
-    if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
+    if trace.token_correlation.max() > COLLAPSED:
         gradient_norm = np.full_like(gradient_norm, np.nan)
     return Prediction(**{each.name: getattr(trace, each.name, gradient_norm) for each in fields(Prediction)})
 
@@ -77,7 +92,8 @@ def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: in
     branches = (prediction.attention_branch_variance[1:], prediction.feedforward_branch_variance[1:])
     variances = np.stack(branches, axis=1).ravel()
     if not np.isfinite(variances).all():
-        return None, f"the theory has no finite variance of the branches of model.stream={stream.name}"
+        nothing = f"the theory has no finite variance of the branches of model.stream={stream.name}"
+        return None, theory_gap(config) or nothing
     shares = stream.sensitivity_shares(config, variances, float(prediction.stream_variance[0]))
     if shares is None:
         return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
@@ -165,6 +181,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         dropout=config.dropout,
         null_logit=axes.softmax.null_at_start,
         centred=axes.shaping.combines,
+        average=axes.shaping.average_at_start,
         gate=gate_function(axes.gate.logit_mean(config)) if axes.gate.width(config) else None,
         gate_gain=width.read * gates,
         gate_back=width.attention * gates,
@@ -185,7 +202,7 @@ def _heads(config: ModelConfig, width: Widths) -> dict[str, int]:
 
 def _pattern(config: ModelConfig, layer: int, seq_len: int) -> Pattern:
     if config.axes.shaping.active:
-        bias, rows = config.axes.shaping.bias_and_scale(layer, config.n_layers, seq_len)
+        bias, rows = config.axes.shaping.bias_and_scale(config, layer, seq_len)
         return Pattern(bias[None], row_scale=rows)
     return config.axes.position.pattern(config, seq_len, d_head(config))
 

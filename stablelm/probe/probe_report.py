@@ -58,7 +58,7 @@ STYLES = (("#0072B2", "o"), ("#D55E00", "^"))
 class Probe:
     """A measured model beside its prediction; `tokens` are those that the loss averages.
 
-    `sensitivity`: predicted, or None and the reason.
+    `unpredicted`: why figures of the prediction are missing, by name. `sensitivity`: predicted, or None and the reason.
     """
 
     method: str
@@ -69,6 +69,7 @@ class Probe:
     collision: float
     measured: Measured
     prediction: Prediction
+    unpredicted: dict[str, str]
     sensitivity: tuple[float | None, str | None]
     verdict: Verdict
     seconds: float
@@ -118,9 +119,20 @@ def as_json(probe: Probe) -> dict[str, Any]:
             "measured": as_number(probe.measured.sensitivity),
             "reason": probe.sensitivity[1],
         },
+        "unpredicted": probe.unpredicted,
         "first_steps": None if probe.measured.growth is None else as_number(asdict(probe.measured.growth)),
         "layers": layers,
     }
+
+
+def reasons(probe: Probe) -> list[str]:
+    """A sentence for each reason why figures have no prediction at some layer."""
+    missing, found = probe.unpredicted, []
+    for reason in dict.fromkeys(missing.values()):
+        names = [name.replace("_", " ") for name in missing if missing[name] == reason]
+        what = "all figures" if len(names) == len(vars(probe.prediction)) else ", ".join(names)
+        found.append(f"No prediction of {what}: {reason}.")
+    return found
 
 
 def _evidence(found: Evidence) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _run(request: ProbeRequest) -> None:
     from rich.console import Console
 
     from stablelm.probe.disk_offload import unwritable
-    from stablelm.probe.probe_report import as_json, draw, table
+    from stablelm.probe.probe_report import as_json, draw, reasons, table
 
     create(request.out)
     model = request.config.model
@@ -105,7 +105,8 @@ def _run(request: ProbeRequest) -> None:
     made = make(request)
     # A log has no width of its own: the table is not cut there.
     Console(width=None if sys.stdout.isatty() else 130).print(table(made))
-    print(textwrap.fill(made.verdict.text, 110))
+    for text in (*reasons(made), made.verdict.text):
+        print(textwrap.fill(text, 110))
     try:
         replace_file(request.out / "probe.json", json.dumps(as_json(made), indent=1, allow_nan=False) + "\n")
         clear(request.out / "probe.png")
@@ -137,7 +138,7 @@ def make(request: ProbeRequest) -> "Probe":
     """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
     from stablelm.probe.changes import FirstUpdate
     from stablelm.probe.measure import measure
-    from stablelm.probe.predict import predict, predict_sensitivity
+    from stablelm.probe.predict import predict, predict_sensitivity, unpredicted
     from stablelm.probe.probe_report import Probe
     from stablelm.probe.run_records import read_records
     from stablelm.probe.signals import signals_of
@@ -179,6 +180,7 @@ def make(request: ProbeRequest) -> "Probe":
         collision=collision,
         measured=measured,
         prediction=prediction,
+        unpredicted=unpredicted(model, prediction),
         sensitivity=predict_sensitivity(model, prediction, request.seq_len),
         verdict=verdict(measured.internals, signals, beside, read_records(), _precision(config)),
         seconds=time.perf_counter() - started,

@@ -57,7 +57,8 @@ class AttentionBody:
     (1 - m) own + m those of the first attention body that is propagated, which itself mixes nothing (Zhou et al.
     2025); None: off. `dropout` is that of the attention weights. `null_logit`: of one more term in the denominator of
     the softmax; None: there is none. `centred`: the identity is added to the weights, and their mean subtracted (Noci
-    et al. 2023). `gate`, of inputs of gain `gate_gain` (`gate_back` as the others), multiplies what heads give.
+    et al. 2023), all but the identity times `average`. `gate`, of inputs of gain `gate_gain` (`gate_back` as the
+    others), multiplies what heads give.
     """
 
     pattern: Pattern
@@ -78,6 +79,7 @@ class AttentionBody:
     dropout: float = 0.0
     null_logit: float | None = None
     centred: bool = False
+    average: float = 1.0
     gate: Function | None = None
     gate_gain: float = 0.0
     gate_back: float = 0.0
@@ -172,7 +174,7 @@ def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
         mixed = mixed + noise * np.eye(len(kernel))
-    averaged = _scaled_rows(rows.kept, mixed).mean(axis=0)
+    averaged = body.average**2 * _scaled_rows(rows.kept, mixed).mean(axis=0)
     if body.centred:
         averaged = averaged + values
     if body.pattern.row_scale is not None:
@@ -273,7 +275,7 @@ def attention_backward(
     outer = outer * _gates(body, state.kernel)
     if body.pattern.row_scale is not None:
         outer = outer * np.outer(body.pattern.row_scale, body.pattern.row_scale)
-    straight, outer = outer, _scaled_rows(state.rows.kept, outer)
+    straight, outer = outer, body.average**2 * _scaled_rows(state.rows.kept, outer)
     drawn = size * outer
     pulled = drawn @ p
     one_sided = _transposed(pulled * p) @ p

@@ -45,6 +45,7 @@ CONFIGS = {name: model_of(name) for name in METHODS} | {
     "dense_sigma": model_of("denseformer", reparam="sigma", activation="swiglu", norm="rmsnorm"),
     "catformer_documents": model_of("catformer", {"document_end": END, "position": "learned"}, tie_embeddings=True),
     "espa_rope": model_of("e_spa", {"position": "rope"}, placement="pre", kv_heads=2, activation="gelu"),
+    "espa_skips": model_of("e_spa_skips", kv_heads=2),
     "shrinking_eps": model_of("deepscalelm_pre", norm_eps=0.01, options=(DeepscaleOptions(norm_eps="shrinking"),)),
     "hyper_static": model_of("hyper_connections", options=(HyperConnectionsOptions(expansion=3, dynamic=False),)),
     "mudd_static": model_of("muddformer", options=(MuddformerOptions(dynamic=False),), placement="pre_scaled"),

@@ -101,7 +101,7 @@ def _forbidden(case: Case) -> bool:
 
     inside = {key.removeprefix("attention."): value for key, value in keys.items() if key.startswith("attention.")}
     sizes = {"n_layers": TINY["n_layers"], "d_model": TINY["d_model"], "n_heads": 2}
-    outside = {"kv_heads": keys["kv_heads"]} if "kv_heads" in keys else {}
+    outside = {key: keys[key] for key in ("kv_heads", "dropout") if key in keys}
     outside["tie_embeddings"] = keys.get("tie_embeddings", False)
     parts = {"axes": SimpleNamespace(**axes), "attention": SimpleNamespace(**inside), "option": option}
     model: Any = SimpleNamespace(**sizes, **outside, **parts)
@@ -150,7 +150,7 @@ def test_no_legal_case_holds_a_pair_that_is_called_impossible():
         (("stream", "concat"), ("placement", "post")),
         (("stream", "skipless"), ("init", "gpt2")),
         (("attention.shaping", "espa"), ("sigma", "all spectral")),
-        (("init", "orthogonal"), ("attention.position", "alibi")),  # by way of shaping: no rule names both
+        (("attention.shaping", "uspa"), ("placement", "peri")),  # by way of the stream: no rule names both
     ],
 )
 def test_pairs_that_rules_exclude_are_impossible(pair):
@@ -176,14 +176,20 @@ def test_every_possible_pair_trains(case):
     assert all(tensor.isfinite().all() for tensor in engine.tensors().values())
 
 
-E_SPA, SAS = {"method": "e_spa"}, {"method": "sas"}
+E_SPA, U_SPA, SKIPS = ({"method": name} for name in ("e_spa", "u_spa", "e_spa_skips"))
+VALUE_SKIP, SAS = {"method": "value_skipinit"}, {"method": "sas"}
 # What breaks a rule, and what mends it.
 EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"stream": "deepnorm"}, {"placement": "post"}),
     ({"stream": "concat", "placement": "post"}, {"placement": "sub"}),
     ({"stream": "rezero", "placement": "peri"}, {"placement": "none"}),
     ({"stream": "depth_attention", "placement": "post"}, {"placement": "pre"}),
-    ({"stream": "skipless"}, {"stream": "residual"}),
+    (VALUE_SKIP | {"attention.shaping": "shaped"}, {"attention.shaping": "value_skip"}),
+    (VALUE_SKIP | {"init": "fan_in"}, {"init": "orthogonal"}),
+    (E_SPA | {"placement": "pre", "activation": "relu", "n_layers": 12}, {"n_layers": 4}),
+    (U_SPA | {"e_spa.uniform": 0.1}, {"e_spa.uniform": 0.5}),
+    (SKIPS | {"placement": "sub"}, {"placement": "pre"}),
+    (SKIPS | {"activation": "gelu"}, {"activation": "shaped_relu"}),
     ({"attention.shaping": "espa"}, {"stream": "skipless", "init": "orthogonal"}),
     ({"init": "orthogonal"}, {"init": "fan_in"}),
     (E_SPA | {"placement": "sub"}, {"placement": "pre"}),

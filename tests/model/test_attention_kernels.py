@@ -177,7 +177,7 @@ def test_flex_attention_gives_what_dense_logits_give(name: str):
             weights = torch.eye(tokens.shape[1], dtype=torch.float64) + weights - centre
         mixed = (weights @ value).transpose(1, 2).flatten(-2)
         if config.axes.shaping.active:
-            rows = config.axes.shaping.bias_and_scale(1, config.n_layers, tokens.shape[1])[1]
+            rows = config.axes.shaping.bias_and_scale(config, 1, tokens.shape[1])[1]
             mixed = mixed * torch.from_numpy(rows)[:, None]
         assert attention.output is not None
         torch.testing.assert_close(found, attention.output(mixed), rtol=1e-12, atol=1e-12)

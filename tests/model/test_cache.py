@@ -36,6 +36,9 @@ VARIANTS = {
     "documents_alibi": variant(document_end=END, position="alibi", logit_cap=5.0),
     "espa_rope": small_config("e_spa", position="rope"),
     "espa_learned": small_config("e_spa", position="learned"),
+    "espa_skips": small_config("e_spa_skips"),
+    "uspa": small_config("u_spa"),
+    "value_skip": small_config("value_skipinit"),
     "sub": small_config("pre_ln", placement="sub"),
     "embedding_norm": small_config("pre_ln", embedding_norm=True, tie_embeddings=True, bias=True),
 }

@@ -243,6 +243,8 @@ def test_the_update_follows_rates_and_epsilon_of_roles():
         ("mlra", 0.7, 1.4),
         ("denseformer", 0.7, 1.4),
         ("gpt2", 0.7, 1.4),
+        ("stochastic_depth", 0.7, 1.6),
+        ("e_spa_skips", 0.7, 1.6),
     ],
 )
 def test_sensitivity_beside_the_theory(method: str, low: float, high: float, tmp_path: Path):

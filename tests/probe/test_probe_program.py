@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.load import load
 from stablelm.probe.measure import measure
-from stablelm.probe.predict import predict
+from stablelm.probe.predict import Prediction, predict
 from stablelm.probe.probe_report import chosen
 from stablelm.probe.prober import collision_of, prepare, probe, reference_model
 from stablelm.probe.verdict import KINDS
@@ -62,6 +63,7 @@ def test_files_table_and_verdict(tiny_corpus: TinyCorpus, tmp_path: Path, capsys
     assert {each["status"] for each in found["evidence"]} <= {"for", "against", "none"}
     sensitivity = found["sensitivity"]
     assert 0.3 < sensitivity["measured"] / sensitivity["predicted"] < 3 and sensitivity["reason"] is None
+    assert found["unpredicted"] == {}
     assert set(found["first_steps"]) == {"output_change", "stream_variance", "token_correlation", "loss"}
     assert found["layers"][2]["attention_sink"]["predicted"] is None
     assert 0 < found["layers"][2]["attention_sink"]["measured"] < 1
@@ -90,6 +92,32 @@ def test_an_exploding_model_is_reported(tiny_corpus: TinyCorpus, tmp_path: Path,
     found = read(tmp_path)
     assert found["layers"][12]["stream_variance"] == {"predicted": None, "measured": "nan"}
     assert found["verdict"].startswith("The stream is not finite in fp32 from layer ")
+    assert found["unpredicted"]["stream_variance"] == "figures of the theory are too large for float64"
+    assert "too large for float64." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "everything", "words"),
+    [
+        (["model.method=e_spa", "model.kv_heads=2"], True, "values that are fewer than these is not known"),
+        (["model.method=looped"], True, "shared layers have the same ones at several"),
+        (["model.method=clipped_softmax"], True, "depends on the largest logits of each row"),
+        (["model.method=post_ln", "model.n_layers=24"], False, "tokens have collapsed"),
+    ],
+)
+def test_what_is_not_predicted_has_a_reason(
+    tiny_corpus: TinyCorpus, tmp_path: Path, capsys, overrides: list[str], everything: bool, words: str
+):
+    assert probed(tiny_corpus, tmp_path, *overrides, sequences=1) == 0
+    told, found = " ".join(capsys.readouterr().out.split()), read(tmp_path)
+    assert len(found["unpredicted"]) == (len(fields(Prediction)) if everything else 1)
+    (reason,) = set(found["unpredicted"].values())
+    assert words in reason
+    assert f"No prediction of {'all figures' if everything else 'gradient norm'}: {reason}." in told
+    assert found["layers"][-1]["gradient_norm"]["predicted"] is None
+    assert (found["layers"][-1]["stream_variance"]["predicted"] is None) == everything
+    if everything:
+        assert found["sensitivity"]["reason"] == reason
 
 
 def test_a_theory_beyond_floats_predicts_up_to_there(tiny_corpus: TinyCorpus):

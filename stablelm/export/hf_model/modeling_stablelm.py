@@ -48,6 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "first_value_share": None,
     "document_end": None,
     "attention_innovations": None,
+    "attention_factors": None,
+    "attention_correlations": None,
     "value_maps": True,
     "gate_rows": 0,
     "gate_bias": False,
@@ -56,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_limits": None,
     "identity_heads": False,
     "learned_identity": False,
+    "value_gains": False,
     "norm_embedding": False,
     "norm_before_body": True,
     "norm_before_output": False,
@@ -115,32 +118,33 @@ class StablelmDecoderConfig(PreTrainedConfig):
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last; `value_maps` off: heads average their slices of what is read, without an output map; `gate_rows`: sigmoids
-    of what is read multiply the heads' output, one for each head or each feature, `gate_bias` with a bias;
-    `head_scales`: a learned factor of what each head averages; `null_key`: one more term in the denominator of the
-    softmax, e^0 or, with `learned_null`, of a logit for each head; `weight_limits` (zeta, gamma): weights w become
-    clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity is added to the weights and what they are
-    without queries subtracted, each with a gain for each head with `learned_identity`. Norms: `norm_*` say where, of
-    all sub-layers or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place of
-    a norm, with a learned slope that starts there; `norm_unit`: x / |x| in its place; `norm_compressed`: the root mean
-    square is that of x and of one more feature, minus the sum of all (Jiang et al., 2023); `norm_eps_scales`: factors
-    of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of
-    all sub-layers or as lists; the branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of
-    the kinds of sub-layers in `learned_skip` times a learned factor for each feature, and the branch times
-    `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a (f(x) - x) with a = |alpha| step_ratio and a
-    learned alpha for each feature; `unit_ratios`: queries and keys have length 1 and learned factors, as the inputs of
-    the activation have (nGPT, Loshchilov et al., 2024); `attention_skip` off: attention's output is the stream, and
-    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads; `dual_stream`: beside x a
-    sum of all branches without norms, which the final norm reads and to which x is added; `growth`: the output of that
-    width is appended to x instead; `mixes_outputs`: after each layer x is a learned sum of the embeddings and all
-    layers' outputs; `mixes_separately`: and so are, with sums and norms of their own, the inputs of the next layer's
-    query, key and value, with `mix_hidden_multiple` by weights of each token. `copies`: x is that many tensors which
-    learned weights mix, with `copies_dynamic` of each token, with `copies_iterations` those of Sinkhorn and Knopp, at
-    the start a share `copies_exchange` of the others. `depth_block`: a softmax average of the embedding and of sums of
-    so many sub-layers' outputs is read. `gru_bias`: a recurrent unit's gate in place of the sum, and the start of its
-    bias. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads. Feed-forward: `hidden_act`
-    by transformers' name, of the gate if `gated`; `negative_slope`: a leaky relu in its place; times
-    `activation_scale`.
+    the last, with `attention_factors` of each layer; `attention_correlations`: see `uniform_of`, a pair for each layer;
+    `value_gains`: heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices
+    of what is read, without an output map; `gate_rows`: sigmoids of what is read multiply the heads' output, one for
+    each head or each feature, `gate_bias` with a bias; `head_scales`: a learned factor of what each head averages;
+    `null_key`: one more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head;
+    `weight_limits` (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity
+    is added to the weights and what they are without queries subtracted, each with a gain for each head with
+    `learned_identity`. Norms: `norm_*` say where, of all sub-layers or as a list of each; `norm_centred`: the mean is
+    subtracted; `norm_slope`: tanh(slope x) in place of a norm, with a learned slope that starts there; `norm_unit`: x /
+    |x| in its place; `norm_compressed`: the root mean square is that of x and of one more feature, minus the sum of all
+    (Jiang et al., 2023); `norm_eps_scales`: factors of `norm_eps` in front of each sub-layer, and last at the end.
+    Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the branch times a learned gain of
+    `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in `learned_skip` times a learned
+    factor for each feature, and the branch times `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a
+    (f(x) - x) with a = |alpha| step_ratio and a learned alpha for each feature; `unit_ratios`: queries and keys have
+    length 1 and learned factors, as the inputs of the activation have (nGPT, Loshchilov et al., 2024); `attention_skip`
+    off: attention's output is the stream, and learned gains are the feed-forwards' alone; `parallel`: these read what
+    attention reads; `dual_stream`: beside x a sum of all branches without norms, which the final norm reads and to
+    which x is added; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each layer x
+    is a learned sum of the embeddings and all layers' outputs; `mixes_separately`: and so are, with sums and norms of
+    their own, the inputs of the next layer's query, key and value, with `mix_hidden_multiple` by weights of each token.
+    `copies`: x is that many tensors which learned weights mix, with `copies_dynamic` of each token, with
+    `copies_iterations` those of Sinkhorn and Knopp, at the start a share `copies_exchange` of the others.
+    `depth_block`: a softmax average of the embedding and of sums of so many sub-layers' outputs is read. `gru_bias`: a
+    recurrent unit's gate in place of the sum, and the start of its bias. `embedding_scale` and `head_scale` multiply
+    the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
@@ -233,14 +237,39 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
 
+def uniform_of(
+    correlations: tuple[float, float], places: tuple[Tensor, Tensor], allowed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `decay_of`, the matrix that takes the kernel (1 - r) I + r 11^T of one correlation to that of another.
+
+    He et al., ICLR 2023: the quotient of their Cholesky factors, whose columns below the diagonal differ by a vector.
+    """
+    query, key = places[0][:, None, :, None], places[1][:, None, None, :]
+    where = {"dtype": torch.float32 if query.device.type == "mps" else torch.float64, "device": query.device}
+    k = torch.arange(key.shape[-1], **where)
+    before, after = (
+        ((1 - r) * (1 + k * r) / (1 + (k - 1) * r), r / (1 + (k - 1) * r), r / (1 + k * r)) for r in correlations
+    )
+    g = (after[0] / before[0]).sqrt()
+    g[0], weights = 1.0, before[1]
+    weights[0], h = 0.0, after[2] * g
+    sums = (h * weights).cumsum(dim=0)
+    rows = (h + sums)[key] - (sums - h * weights + g * weights)[query]
+    rows = torch.where(query == key, g[query], rows)
+    rows = rows.masked_fill(query < key if allowed is None else ~allowed, 0.0)
+    sums = rows.sum(dim=-1, keepdim=True)
+    return (rows / sums).log(), sums
+
+
 def decay_of(
-    innovations: tuple[float, float], places: tuple[Tensor, Tensor], allowed: Tensor | None
+    innovations: tuple[float, float], factors: list[float], places: tuple[Tensor, Tensor], allowed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(bias on the logits, factor of each row's output) that make attention a fixed decay when the logits are 0.
 
-    He et al., Deep Transformers without Shortcuts, ICLR 2023: the matrix L_l L_{l-1}^-1 of the Cholesky factors of
-    exp(-gamma |i - j|) after and before the layer, gamma given by the innovation a = sqrt(1 - exp(-2 gamma)) of an
-    AR(1) process. (batch or 1, 1, q, k) and (.., q, 1).
+    He et al., Deep Transformers without Shortcuts, ICLR 2023: weights as of the matrix L_l L_{l-1}^-1 of the Cholesky
+    factors of exp(-gamma |i - j|) after and before the layer, gamma given by the innovation a = sqrt(1 - exp(-2 gamma))
+    of an AR(1) process; `factors`: of the first positions, later ones have the last. (batch or 1, 1, q, k) and
+    (.., q, 1).
     """
     before, after = innovations
     phi, phi_before = math.sqrt(1 - after**2), math.sqrt(max(0.0, 1 - before**2))
@@ -252,8 +281,8 @@ def decay_of(
     logs = torch.where(key == 0, first, logs)
     logs = torch.where(distance == 0, torch.where(key == 0, 0.0, log_ratio), logs)
     logs = logs.masked_fill(distance < 0 if allowed is None else ~allowed, -math.inf)
-    rows = logs.exp().sum(dim=-1, keepdim=True)
-    return logs - rows.log(), rows
+    planned = torch.tensor(factors, dtype=logs.dtype, device=logs.device)
+    return logs.log_softmax(dim=-1), planned[query[..., 0].clamp(max=len(factors) - 1)][..., None]
 
 
 class Attention(nn.Module):
@@ -276,6 +305,8 @@ class Attention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(heads)) if config.learned_null else None
         for name in IDENTITY_GAINS if config.learned_identity else ():
             self.register_parameter(name, nn.Parameter(torch.ones(heads)))
+        for name in IDENTITY_GAINS[:2] if config.value_gains else ():
+            self.register_parameter(name, nn.Parameter(torch.ones(1)))
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
@@ -310,10 +341,17 @@ class Attention(nn.Module):
         bias, rows = shared.bias, None
         if self.config.attention_innovations is not None and shared.places is not None:
             before, after = self.config.attention_innovations[self.layer : self.layer + 2]
-            bias, rows = decay_of((before, after), shared.places, shared.allowed)
+            factors = self.config.attention_factors[self.layer]
+            bias, rows = decay_of((before, after), factors, shared.places, shared.allowed)
+        if self.config.attention_correlations is not None and shared.places is not None:
+            bias, rows = uniform_of(self.config.attention_correlations[self.layer], shared.places, shared.allowed)
         mixed, weights = self._average(query, key, value, shared.allowed, bias, weights_too)
         if rows is not None:
             mixed = mixed * rows.to(mixed.dtype)
+        if self.config.value_gains:
+            own = own.repeat_interleave(len(query[0]) // len(own[0]), dim=1)
+            of_own, of_average = (getattr(self, name).to(own.dtype) for name in IDENTITY_GAINS[:2])
+            mixed = of_own * own + of_average * mixed
         if self.config.identity_heads:
             centre, _ = self._average(torch.zeros_like(query), key, value, shared.allowed, bias, False)
             mixed = self._with_identity(own.repeat_interleave(len(query[0]) // len(own[0]), dim=1), mixed, centre)
@@ -680,6 +718,9 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter)
             for name in IDENTITY_GAINS if module.config.learned_identity else ():
                 init.ones_(getattr(module, name))
+            if module.config.value_gains:
+                init.ones_(getattr(module, IDENTITY_GAINS[0]))
+                init.zeros_(getattr(module, IDENTITY_GAINS[1]))
         if isinstance(module, Sublayer) and module.alpha is not None:
             init.constant_(module.alpha, 0.05 / module.ratio)
         if isinstance(module, Attention) and module.scale_qk is not None and module.ratio is not None:
@@ -820,7 +861,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         elif position_ids is None:
             position_ids = places[0]
         self._check_positions(position_ids, past + q)
-        needs_places = config.attention_innovations is not None
+        needs_places = config.attention_innovations is not None or config.attention_correlations is not None
         shared = Shared(
             embedded.dtype,
             self._rotation(position_ids, embedded.dtype),

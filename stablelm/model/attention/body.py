@@ -182,7 +182,7 @@ class Attention(nn.Module):
             return cache.shaped(self.shaping, self.layer, torch.promote_types(query.dtype, torch.float32))
         key = (query.shape[-2], query.device, torch.promote_types(query.dtype, torch.float32))
         if self._kept is None or self._kept[0] != key:
-            both = self.shaping.bias_and_scale(self.layer, self.config.n_layers, key[0])
+            both = self.shaping.bias_and_scale(self.config, self.layer, key[0])
             bias, rows = (to_device(torch.from_numpy(each).to(key[2]), query.device) for each in both)
             self._kept = key, (bias[None, None], rows[:, None])
         return self._kept[1]
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         if self.shaping.combines:
             own = value if cache is None else cache.of_new(value)
             own = _shared_by_heads(own, query.shape[1])
-            centre = self._centre(query, key, value, positions, cache)
+            centre = self._centre(query, key, value, positions, cache) if self.shaping.centres else mixed
             return self.shaping.combine(own, mixed, centre, self.added_parameters())
         return mixed * self._shaped(query, cache)[1].to(mixed.dtype) if self.shaping.active else mixed
 

@@ -57,7 +57,7 @@ class LayerCache:
     def shaped(self, shaping: Shaping, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The shaping's bias (batch or 1, 1, new, columns) and factors (batch or 1, 1, new, 1) for the new tokens."""
         places, whole = self._whole.places, self._whole
-        both = shaping.rows(layer, whole.config.n_layers, places.flatten().cpu().numpy(), whole.end)
+        both = shaping.rows(whole.config, layer, places.flatten().cpu().numpy(), whole.end)
         bias, factors = (torch.from_numpy(each).to(places.device, dtype) for each in both)
         return bias.unflatten(0, places.shape)[:, None], factors.unflatten(0, places.shape)[:, None, :, None]
 
