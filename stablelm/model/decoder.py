@@ -128,9 +128,10 @@ class Decoder(nn.Module):
             length = tokens.shape[1] if cache is None else cache.end
             assert length <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
             x = x + self.position(self._places(tokens, cache))
+        x = F.dropout(x, self.config.dropout, self.training)
         if self.norm_embedding is not None:
             x = self.norm_embedding(x)
-        return F.dropout(x, self.config.dropout, self.training).to(self.dtypes.stream)
+        return x.to(self.dtypes.stream)
 
     def _places(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         """The rows of the table of positions for these tokens, (seq,) or (batch, seq)."""

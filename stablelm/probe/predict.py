@@ -70,9 +70,8 @@ def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Ar
     token = variance * init.embedding_scale(config) ** 2
     kernel = np.full((seq_len, seq_len), token * collision)
     np.fill_diagonal(kernel, token + (variance if config.axes.position.adds_table else 0.0))
-    if config.embedding_norm:
-        kernel = norm_forward(_norm(config), kernel)
-    return times_diagonal(kernel, 1 / (1 - config.dropout))
+    kernel = times_diagonal(kernel, 1 / (1 - config.dropout))
+    return norm_forward(_norm(config), kernel) if config.embedding_norm else kernel
 
 
 def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:

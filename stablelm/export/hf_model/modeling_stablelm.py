@@ -482,9 +482,8 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         x = at_least_fp32(embedded) * self.config.embedding_scale
         if self.position is not None:
             x = x + self.position(position_ids).to(x.dtype)
-        if self.norm_embedding is not None:
-            x = self.norm_embedding(x)
-        return F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
+        return x if self.norm_embedding is None else self.norm_embedding(x)
 
     def _finish(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         x = (x if self.norm_final is None else self.norm_final(x)).to(dtype)
