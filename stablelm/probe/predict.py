@@ -12,7 +12,8 @@ from stablelm.methods.stds import initial_std
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
 from stablelm.theory.moments import token_collision
-from stablelm.theory.propagation import End, SublayerTheory, propagate
+from stablelm.theory.propagation import End, SublayerTheory, Text, propagate
+from stablelm.theory.repeats import pair
 
 Array = NDArray[np.float64]
 # Token correlation above which a few early tokens carry the gradient, and it scatters by factors.
@@ -52,7 +53,8 @@ def predict(
         collision = float(token_collision(config.vocab_size))
     tokens = tokens or seq_len
     sublayers = [_sublayer(config, index, seq_len) for index in range(2 * config.n_layers)]
-    trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
+    kernel, text = _embedding(config, seq_len, collision)
+    trace = propagate(kernel, sublayers, _end(config, tokens, collision), text)
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
     if not config.axes.stream.has_skip or trace.token_correlation.max() > COLLAPSED:
@@ -64,12 +66,19 @@ def _head_std(config: ModelConfig) -> float:
     return initial_std(Role("embedding" if config.tie_embeddings else "head", None), (1, 1), config)
 
 
-def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Array:
+def _embedding(config: ModelConfig, seq_len: int, collision: float) -> tuple[Array, Text]:
+    """The stream's kernel at its start, and what positions with the same token share in it."""
     init = config.axes.init
     variance = init.embedding_std(config) ** 2
     token = variance * init.embedding_scale(config) ** 2
+    whole = token + (variance if config.axes.position.adds_table else 0.0)
     kernel = np.full((seq_len, seq_len), token * collision)
-    np.fill_diagonal(kernel, token + (variance if config.axes.position.adds_table else 0.0))
+    np.fill_diagonal(kernel, whole)
+    ready = [_embedded(config, each) for each in (kernel, pair(whole, token / whole))]
+    return ready[0], Text(collision, ready[1])
+
+
+def _embedded(config: ModelConfig, kernel: Array) -> Array:
     kernel = times_diagonal(kernel, 1 / (1 - config.dropout))
     return norm_forward(_norm(config), kernel) if config.embedding_norm else kernel
 

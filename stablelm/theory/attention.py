@@ -3,7 +3,9 @@
 With p the attention weights that fixed biases alone give, and P those with random logits, everything rests on
 E[P_aj P_bk] = p_aj p_bk (1 + c_ab (delta_jk - p_bj - p_ak + sum_m p_am p_bm)): what random logits do to first order
 where all keys are alike, with rows that sum to one. The size c_ab comes from the covariance of the two rows' logits
-about their row means, such that a single row has its exact E[sum P^2] (`theory.rows`).
+about their row means, such that a single row has its exact E[sum P^2] (`theory.rows`). Keys of the same token are
+drawn together as a key is with itself (`theory.repeats`): the forward pass adds them to delta_jk with a size of their
+own.
 """
 
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from stablelm.theory.hermite import expectation
 from stablelm.theory.kernels import NormTheory, norm_backward, norm_forward
 from stablelm.theory.moments import dyt_second_moment
+from stablelm.theory.repeats import Repeats, token_correlation, roots
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
@@ -88,16 +91,18 @@ class _Tables(NamedTuple):
 
 class _Fluctuations(NamedTuple):
     """Of random softmax rows: c_ab, (groups, T, T); (groups, T): RMS slope of a row over that of p, and its entropy
-    in nats."""
+    in nats; the size, times their share, for two keys of the same token, (groups, T, T), 0 if there are none."""
 
     size: Array
     slope: Array
     entropy: Array
+    repeated: Array | float = 0.0
 
 
 class AttentionState(NamedTuple):
     """What the backward pass needs: kernels, (T, T), of the body's input, of its keys (and queries) but for their
-    gain, of the values and of the heads' output; the first body's share in the values; the rows' fluctuations."""
+    gain, of the values and of the heads' output; the first body's share in the values; the rows' fluctuations; the
+    correlation in the heads' output of two positions with the same token, nan if none are told of."""
 
     kernel: Array
     keys: Array
@@ -105,6 +110,7 @@ class AttentionState(NamedTuple):
     mixed: Array
     mix: float
     rows: _Fluctuations
+    repeated: float = np.nan
 
 
 @lru_cache(maxsize=8)
@@ -142,48 +148,87 @@ def _shared(p: Array, kernel: Array) -> Array:
     return (p * np.diagonal(kernel)) @ _transposed(p)
 
 
-def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -> tuple[Array, float, AttentionState]:
+def attention_forward(
+    body: AttentionBody, kernel: Array, first: Array | None, repeats: Repeats | None = None
+) -> tuple[Array, float, AttentionState]:
     """Kernel of the body's output, mean entropy of its rows in nats, and the state for the backward pass.
 
-    `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself.
+    `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself;
+    `repeats`: positions with the same token among those that `kernel` is the mean of.
     """
-    p, overlap, _, _ = _tables(body.pattern)
     keys = norm_forward(_UNIT, kernel) if body.qk_norm else kernel
     mix = 0.0 if first is None or body.value_mix is None else body.value_mix
-    values = (1 - mix) ** 2 * body.value_gain * kernel
-    if first is not None and mix:
-        values = values + mix**2 * first
-    rows = _fluctuations(body, keys)
+    own = (1 - mix) ** 2 * body.value_gain * kernel
+    values = own + mix**2 * first if first is not None and mix else own
+    rows, correlation = _fluctuations(body, keys, keys, None), np.nan
+    if repeats is None:
+        mixed, entropy = _mixed(body, values, rows, 0.0), rows.entropy
+    else:
+        shared = np.diagonal(own).mean() * repeats.correlation
+        shared += (np.diagonal(values).mean() - np.diagonal(own).mean()) * repeats.first
+        shared /= np.diagonal(values).mean()
+        drawn = _fluctuations(body, keys, keys, repeats)
+        mixed, entropy = _mixed(body, values, drawn, shared), drawn.entropy
+        alike = np.maximum(keys, repeats.correlation * roots(keys))
+        same = _mixed(body, values, _fluctuations(body, keys, alike, repeats), shared)
+        np.fill_diagonal(same, np.diagonal(mixed))
+        correlation = token_correlation(same)
+    output = body.output_gain * norm_forward(body.inner_norm, mixed)
+    return output, float(entropy.mean()), AttentionState(kernel, keys, values, mixed, mix, rows, correlation)
+
+
+def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation: float) -> Array:
+    """Kernel of the heads' output; `correlation`: of the values of two positions with the same token."""
+    p, overlap, _, _ = _tables(body.pattern)
     seen = values @ _transposed(p)  # (groups, key, row)
     mean, shared, one_sided = p @ seen, _shared(p, values), p @ (_transposed(p) * seen)
-    mixed = mean + rows.size * (shared - one_sided - _transposed(one_sided) + overlap * mean)
+    both_sided = one_sided + _transposed(one_sided)
+    mixed = mean + rows.size * (shared - both_sided + overlap * mean)
+    if isinstance(rows.repeated, np.ndarray):
+        repeated = correlation * (_sandwich(p, roots(values)) - shared)
+        mixed = mixed + rows.repeated * (repeated - 2 * mean + both_sided + (1 - overlap) * mean)
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
-        mixed = mixed + noise * np.eye(len(kernel))
+        mixed = mixed + noise * np.eye(len(values))
     mixed = mixed.mean(axis=0)
     if body.pattern.row_scale is not None:
         mixed = mixed * np.outer(body.pattern.row_scale, body.pattern.row_scale)
-    output = body.output_gain * norm_forward(body.inner_norm, mixed)
-    return output, float(rows.entropy.mean()), AttentionState(kernel, keys, values, mixed, mix, rows)
+    return mixed
 
 
-def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
-    """How far random logits draw the rows from their mean, for queries and keys of kernel `keys`."""
+def _fluctuations(body: AttentionBody, keys: Array, queries: Array, repeats: Repeats | None) -> _Fluctuations:
+    """How far random logits draw the rows from their mean, for keys and queries of these kernels.
+
+    With `repeats` the logits of keys with different tokens are what the others are compared with, and a row has as
+    many keys as different tokens.
+    """
     p, overlap, turn, turn_keys = _tables(body.pattern)
     same = _shared(p, keys)
     apart = _off_diagonal(_sandwich(p, keys), same, overlap)
     alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
     gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
-    covariance = gain * keys * (turn * alike - turn_keys * apart)
-    kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(keys) * (p @ np.diagonal(keys)))
+    share, excess_apart = 0.0, np.zeros_like(apart)
+    if repeats is not None and repeats.share < 1:
+        share = repeats.share
+        repeated = repeats.correlation * _off_diagonal(_sandwich(p, roots(keys)), same, overlap)
+        excess_apart = np.maximum(repeated - apart, 0.0) / (1 - share)
+        apart = apart - share * excess_apart
+    covariance = gain * queries * (turn * alike - turn_keys * apart)
+    kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(queries) * (p @ np.diagonal(keys)))
     spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
-    one_key = np.einsum("gaa->ga", overlap) > 1 - 1e-9
-    rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
+    own_overlap = np.einsum("gaa->ga", overlap)
+    one_key = own_overlap > 1 - 1e-9
+    together = gain * queries * turn_keys * excess_apart
+    alike_share = np.divide(np.einsum("gaa->ga", together) * kept, spread, out=np.zeros_like(spread), where=spread > 0)
+    effective = own_overlap + share * np.clip(alike_share, 0.0, 1.0) * (1 - own_overlap)
+    rows = row_fluctuations(spread, 1 / effective)
     damping = np.sqrt(kept * np.divide(rows.growth, spread, out=np.ones_like(spread), where=spread > 0))
     excess = np.expm1(np.clip(_both(damping, covariance), -_LARGEST, _LARGEST))
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) - np.where(one_key, 0.0, rows.entropy_loss)
-    size = excess / (1 + excess * overlap)
-    return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), np.maximum(entropy, 0.0))
+    drawn = np.expm1(np.clip(_both(damping, together), -_LARGEST, _LARGEST)) * share
+    whole = 1 + excess * overlap + drawn * (1 - overlap)
+    slope = np.sqrt(rows.slope_share * cap_slope)
+    return _Fluctuations(excess / whole, slope, np.maximum(entropy, 0.0), drawn / whole if share else 0.0)
 
 
 def _both(rows: Array, matrix: Array) -> Array:

@@ -25,6 +25,7 @@ from stablelm.theory.kernels import (
     norm_forward,
     times_diagonal,
 )
+from stablelm.theory.repeats import Repeats, correlation_of, token_correlation, pair
 
 Array = NDArray[np.float64]
 
@@ -83,9 +84,26 @@ class Trace:
     gradient_kernel: Array
 
 
+@dataclass(frozen=True)
+class Text:
+    """Positions with the same token: their `share` of all pairs, and the kernel, (2, 2), of two of them in the stream
+    after the embedding."""
+
+    share: float
+    pair: Array
+
+
+class _First(NamedTuple):
+    """Of the first attention body's values: the kernel, and the correlation of two positions with the same token."""
+
+    values: Array
+    repeated: float
+
+
 class _Step(NamedTuple):
     """A sub-layer's forward pass: the stream before and after it, the latter also before `norm_after`; the branch
-    before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward."""
+    before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward; the text before and
+    after it."""
 
     before: Array
     written: Array
@@ -94,31 +112,27 @@ class _Step(NamedTuple):
     branch: Array
     state: AttentionState | FeedForwardState
     entropy: float
+    read: Text | None
+    text: Text | None
 
 
-def token_correlation(kernel: Array) -> float:
-    """Mean over pairs of positions of K_ab / sqrt(K_aa K_bb); `kernel`: (T, T) with T > 1."""
-    std = np.sqrt(np.diagonal(kernel))
-    size = len(kernel)
-    return float(((kernel / np.outer(std, std)).sum() - size) / (size * (size - 1)))
-
-
-def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> Trace:
+def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text: Text | None = None) -> Trace:
     """Carries a kernel up through `sublayers`, attention and feed-forward in turn, and the loss gradient down again.
 
-    `kernel`: (T, T), of the stream after the embedding, at every position at least one other one. Memory grows with
-    the square root of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
+    `kernel`: (T, T), of the stream after the embedding, at every position at least one other one, the mean over
+    whatever tokens these hold; `text`: which of them hold the same, None: none does. Memory grows with the square root
+    of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
     run = max(1, math.isqrt(len(sublayers)))
     kept, records, first = [], [_record(kernel)], None
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
-            kept.append(kernel)
-        step = _forward(sublayer, kernel, first)
+            kept.append((kernel, text))
+        step = _forward(sublayer, kernel, first, text)
         if first is None and isinstance(step.state, AttentionState):
-            first = step.state.values
-        kernel = step.after
+            first = _first_of(sublayer, step)
+        kernel, text = step.after, step.text
         records.append(_record(kernel, step))
     gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, end))
     attention, feedforward = records[1::2], records[2::2]
@@ -155,16 +169,21 @@ def _start(kernel: Array, end: End) -> Array:
 
 
 def _gradients(
-    kept: list[Array], run: int, sublayers: Sequence[SublayerTheory], first: Array | None, gradient: Array
+    kept: list[tuple[Array, Text | None]],
+    run: int,
+    sublayers: Sequence[SublayerTheory],
+    first: _First | None,
+    gradient: Array,
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
     variances, to_first = [float(np.diagonal(gradient).mean())], None
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
-        kernel, steps = kept[block], []
+        (kernel, text), steps = kept[block], []
         for i in range(block * run, min((block + 1) * run, len(sublayers))):
-            steps.append((i, _forward(sublayers[i], kernel, None if i == owner else first)))
-            kernel = steps[-1][1].after
+            step = _forward(sublayers[i], kernel, None if i == owner else first, text)
+            steps.append((i, step))
+            kernel, text = step.after, step.text
         for i, step in reversed(steps):
             gradient, to_values = _backward(sublayers[i], step, gradient, to_first if i == owner else None)
             if to_values is not None:
@@ -174,20 +193,42 @@ def _gradients(
     return np.array(variances[::-1]), gradient
 
 
-def _forward(sublayer: SublayerTheory, before: Array, first: Array | None) -> _Step:
-    body, entropy = sublayer.body, math.nan
+def _first_of(sublayer: SublayerTheory, step: _Step) -> _First:
+    assert isinstance(step.state, AttentionState)
+    repeated = 0.0 if step.read is None else correlation_of(norm_forward(sublayer.norm_in, step.read.pair))
+    return _First(step.state.values, repeated)
+
+
+def _forward(sublayer: SublayerTheory, before: Array, first: _First | None, text: Text | None) -> _Step:
+    body, entropy, output_pair = sublayer.body, math.nan, None
     inside = norm_forward(sublayer.norm_in, before)
+    inside_pair = None if text is None else norm_forward(sublayer.norm_in, text.pair)
     if isinstance(body, AttentionBody):
-        output, entropy, state = attention_forward(body, inside, first)
+        repeats = None
+        if text is not None and inside_pair is not None:
+            own = correlation_of(inside_pair)
+            repeats = Repeats(text.share, own, own if first is None else first.repeated)
+        output, entropy, state = attention_forward(body, inside, None if first is None else first.values, repeats)
+        output_pair = None if repeats is None else pair(np.diagonal(output).mean(), state.repeated)
     else:
         output, state = feedforward_forward(body, inside)
+        output_pair = None if inside_pair is None else feedforward_forward(body, inside_pair)[0]
+    branch, written = _written(sublayer, before, output)
+    after = norm_forward(sublayer.norm_after, written)
+    after_text = None
+    if text is not None and output_pair is not None:
+        _, pair_written = _written(sublayer, text.pair, output_pair)
+        after_text = Text(text.share, norm_forward(sublayer.norm_after, pair_written))
+    return _Step(before, written, after, output, branch, state, entropy, text, after_text)
+
+
+def _written(sublayer: SublayerTheory, before: Array, output: Array) -> tuple[Array, Array]:
+    """The branch as written, and the stream with it."""
     branch = times_diagonal(norm_forward(sublayer.norm_branch, output), 1 / (1 - sublayer.dropout))
     if sublayer.concat is None:
-        written = sublayer.keep**2 * before + sublayer.write**2 * branch
-    else:
-        width, growth = sublayer.concat
-        written = (width * before + growth * branch) / (width + growth)
-    return _Step(before, written, norm_forward(sublayer.norm_after, written), output, branch, state, entropy)
+        return branch, sublayer.keep**2 * before + sublayer.write**2 * branch
+    width, growth = sublayer.concat
+    return branch, (width * before + growth * branch) / (width + growth)
 
 
 def _backward(
