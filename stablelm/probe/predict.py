@@ -31,6 +31,7 @@ class Prediction:
     stream_variance: Array
     token_correlation: Array
     attention_branch_variance: Array
+    attention_branch_spread: Array
     feedforward_branch_variance: Array
     attention_entropy: Array
     gradient_norm: Array
@@ -122,6 +123,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         inner_norm=_norm(config) if config.axes.placement.before_output else None,
         value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
+        draw_variance=2 / width.branch + (0.0 if config.axes.placement.before_output else 2 / d_key_value(config)),
     )
 
 

@@ -58,7 +58,8 @@ class AttentionBody:
     `logit_cap` c makes logits c tanh(logit / c); `qk_norm`: queries and keys of each head have unit RMS.
     `inner_norm` is over all heads together, before the output projection. `value_mix` m: values are
     (1 - m) own + m those of the first attention body that is propagated, which itself mixes nothing (Zhou et al.
-    2025); None: off. `dropout` is that of the attention weights.
+    2025); None: off. `dropout` is that of the attention weights. `draw_variance`: relative variance of the branch's size
+    between draws of the value and output maps where all tokens are alike, 2 / features of each.
     """
 
     pattern: Pattern
@@ -77,6 +78,7 @@ class AttentionBody:
     inner_norm: NormTheory | None = None
     value_mix: float | None = None
     dropout: float = 0.0
+    draw_variance: float = 0.0
 
 
 class _Tables(NamedTuple):
@@ -177,6 +179,18 @@ def attention_forward(
     return output, float(entropy.mean()), AttentionState(kernel, keys, values, mixed, mix, rows, correlation)
 
 
+def branch_spread(body: AttentionBody, state: AttentionState) -> float:
+    """Relative standard deviation of the branch's variance, a mean over positions, between draws of its maps.
+
+    A map of d outputs gives the mean of C_aa over positions a relative variance of 2 / d times the mean of C_ab^2, for
+    tokens of correlations C: of d independent features each has that for d = 1 (fourth moments of Gaussians; derived
+    here). Fewer key/value heads have fewer features.
+    """
+    scale = roots(state.mixed)
+    correlations = np.divide(state.mixed, scale, out=np.zeros_like(scale), where=scale > 0)
+    return float(np.sqrt(body.draw_variance * (correlations**2).mean()))
+
+
 def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation: float) -> Array:
     """Kernel of the heads' output; `correlation`: of the values of two positions with the same token."""
     p, overlap, _, _ = _tables(body.pattern)
@@ -187,6 +201,7 @@ def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation:
     if isinstance(rows.repeated, np.ndarray):
         repeated = correlation * (_sandwich(p, roots(values)) - shared)
         mixed = mixed + rows.repeated * (repeated - 2 * mean + both_sided + (1 - overlap) * mean)
+        mixed = mixed - rows.repeated * _off_diagonal(repeated - (mean - shared), np.zeros_like(mean), overlap) * _twice(p)
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
         mixed = mixed + noise * np.eye(len(values))
@@ -194,6 +209,13 @@ def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation:
     if body.pattern.row_scale is not None:
         mixed = mixed * np.outer(body.pattern.row_scale, body.pattern.row_scale)
     return mixed
+
+
+def _twice(p: Array) -> Array:
+    """sum_j p_aj sum_{k != j} p_bk^2 and the same with the rows exchanged: a key k of the token of j counts twice in the
+    product of the weight and of the values that are drawn to j, of which the product of means knows nothing."""
+    one = np.square(p).sum(axis=-1)[:, None, :] - p @ _transposed(np.square(p))
+    return one + _transposed(one)
 
 
 def _fluctuations(body: AttentionBody, keys: Array, queries: Array, repeats: Repeats | None) -> _Fluctuations:

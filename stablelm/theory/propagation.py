@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stablelm.theory.attention import AttentionBody, AttentionState, attention_backward, attention_forward
+from stablelm.theory.attention import AttentionBody, AttentionState, attention_backward, attention_forward, branch_spread
 from stablelm.theory.kernels import (
     FeedForwardBody,
     FeedForwardState,
@@ -69,7 +69,8 @@ class Trace:
 
     `stream_variance`: mean over positions of E[x^2]; `token_correlation`: mean over pairs of positions of
     K_ab / sqrt(K_aa K_bb); `attention_branch_variance`, `feedforward_branch_variance`: of what is written, after
-    norm and dropout and before `write`; `attention_entropy`: mean over rows and heads, in nats; `gradient_variance`:
+    norm and dropout and before `write`; `attention_branch_spread`: relative standard deviation of the former between
+    draws of the weights; `attention_entropy`: mean over rows and heads, in nats; `gradient_variance`:
     mean over positions of E[(dL/dx)^2]. What layers alone have is nan at index 0. `kernel`: (T, T), of the stream
     before the end's norm; `gradient_kernel`: (T, T), at the embedding.
     """
@@ -77,6 +78,7 @@ class Trace:
     stream_variance: Array
     token_correlation: Array
     attention_branch_variance: Array
+    attention_branch_spread: Array
     feedforward_branch_variance: Array
     attention_entropy: Array
     gradient_variance: Array
@@ -102,8 +104,8 @@ class _First(NamedTuple):
 
 class _Step(NamedTuple):
     """A sub-layer's forward pass: the stream before and after it, the latter also before `norm_after`; the branch
-    before `norm_branch` and as written; the body's state; the entropy, nan for feed-forward; the text before and
-    after it."""
+    before `norm_branch` and as written; the body's state; the entropy and the branch's spread, nan for feed-forward;
+    the text before and after it."""
 
     before: Array
     written: Array
@@ -112,6 +114,7 @@ class _Step(NamedTuple):
     branch: Array
     state: AttentionState | FeedForwardState
     entropy: float
+    spread: float
     read: Text | None
     text: Text | None
 
@@ -141,6 +144,7 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text
         stream_variance=np.array([r.variance for r in layers]),
         token_correlation=np.array([r.correlation for r in layers]),
         attention_branch_variance=np.array([np.nan, *(r.branch for r in attention)]),
+        attention_branch_spread=np.array([np.nan, *(r.spread for r in attention)]),
         feedforward_branch_variance=np.array([np.nan, *(r.branch for r in feedforward)]),
         attention_entropy=np.array([np.nan, *(r.entropy for r in attention)]),
         gradient_variance=gradients,
@@ -154,11 +158,13 @@ class _Record(NamedTuple):
     correlation: float
     branch: float
     entropy: float
+    spread: float
 
 
 def _record(kernel: Array, step: _Step | None = None) -> _Record:
     branch, entropy = (math.nan, math.nan) if step is None else (np.diagonal(step.branch).mean(), step.entropy)
-    return _Record(float(np.diagonal(kernel).mean()), token_correlation(kernel), float(branch), entropy)
+    spread = math.nan if step is None else step.spread
+    return _Record(float(np.diagonal(kernel).mean()), token_correlation(kernel), float(branch), entropy, spread)
 
 
 def _start(kernel: Array, end: End) -> Array:
@@ -200,7 +206,7 @@ def _first_of(sublayer: SublayerTheory, step: _Step) -> _First:
 
 
 def _forward(sublayer: SublayerTheory, before: Array, first: _First | None, text: Text | None) -> _Step:
-    body, entropy, output_pair = sublayer.body, math.nan, None
+    body, entropy, spread, output_pair = sublayer.body, math.nan, math.nan, None
     inside = norm_forward(sublayer.norm_in, before)
     inside_pair = None if text is None else norm_forward(sublayer.norm_in, text.pair)
     if isinstance(body, AttentionBody):
@@ -209,6 +215,7 @@ def _forward(sublayer: SublayerTheory, before: Array, first: _First | None, text
             own = correlation_of(inside_pair)
             repeats = Repeats(text.share, own, own if first is None else first.repeated)
         output, entropy, state = attention_forward(body, inside, None if first is None else first.values, repeats)
+        spread = 0.0 if sublayer.norm_branch is not None else branch_spread(body, state)
         output_pair = None if repeats is None else pair(np.diagonal(output).mean(), state.repeated)
     else:
         output, state = feedforward_forward(body, inside)
@@ -219,7 +226,7 @@ def _forward(sublayer: SublayerTheory, before: Array, first: _First | None, text
     if text is not None and output_pair is not None:
         _, pair_written = _written(sublayer, text.pair, output_pair)
         after_text = Text(text.share, norm_forward(sublayer.norm_after, pair_written))
-    return _Step(before, written, after, output, branch, state, entropy, text, after_text)
+    return _Step(before, written, after, output, branch, state, entropy, spread, text, after_text)
 
 
 def _written(sublayer: SublayerTheory, before: Array, output: Array) -> tuple[Array, Array]:
