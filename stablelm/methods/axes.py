@@ -560,18 +560,18 @@ class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
 
     share: ClassVar[float | None] = None
-    """The first layer's share in the values of the others; None: none is kept."""
+    """The first layer's share in the values of the others at the start, 1 - share is their own; None: none is kept."""
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
         return {} if self.share is None else None
 
-    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
+    def in_layer(self, model: Model, layer: int) -> tuple[Added, ...]:
+        """Parameters that each layer gets; `mix` takes them by name."""
+        return ()
+
+    def mix(self, own: "Tensor", first: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
         """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each."""
         return own
-
-    def moments(self, kept: float, common: float) -> tuple[float, float]:
-        """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
-        return kept, common
 
     def export_obstacle(self, model: Model) -> str | None:
         if self.share is None:

@@ -62,7 +62,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
     else:
         matrices, others = (model.n_layers * one for one in _layer(model, 0))
     for layer in range(model.n_layers):
-        others += _added(stream.in_layer(model, layer))
+        others += _added(stream.in_layer(model, layer)) + _added(model.axes.value_mixing.in_layer(model, layer))
         others += sum(_added(stream.in_sublayer(model, index)) for index in (2 * layer, 2 * layer + 1))
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0

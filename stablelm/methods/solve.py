@@ -24,6 +24,22 @@ class Reading:
     correlation: float
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """Variance and covariance of two tokens of what attention makes of values: `own` (variance, covariance) per unit of
+    the own values' variance, and `first` those that the first layer's values add."""
+
+    own: tuple[float, float]
+    first: tuple[float, float] = (0.0, 0.0)
+
+    def correlation(self, value_variance: float) -> float:
+        """Of two tokens, for own values of that variance."""
+        variance, covariance = (
+            own * value_variance + first for own, first in zip(self.own, self.first, strict=True)
+        )
+        return covariance / variance
+
+
 @lru_cache(maxsize=32)
 def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple[dict[str, float], ...]:
     """Stds of each sub-layer's matrices by role kind, in order of depth; `model` is resolved.
@@ -34,13 +50,15 @@ def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple
     positions that have few keys count: `moments.causal_means`.
     """
     variance, correlation = _start(model, literal)
-    stds = []
+    stds, values = [], None
     for index in range(2 * model.n_layers):
         reading = Reading(_read_variance(model, variance, index), correlation)
         if index % 2 == 0:
-            kept, common = _attention(model, reading, index, literal)
-            stds.append(_attention_stds(model, reading, kept, index, shared))
-            out_correlation = common / kept
+            averaged = _attention(model, reading, values, literal)
+            stds.append(_attention_stds(model, reading, averaged, index, shared))
+            own = Reading(stds[-1]["value"] ** 2 * widths(model, index).read * reading.variance, correlation)
+            values = values or own
+            out_correlation = averaged.correlation(own.variance)
         else:
             stds.append(_feedforward_stds(model, reading, index, shared))
             out_correlation = model.axes.activation.correlation(reading.correlation, model.n_layers)
@@ -66,28 +84,37 @@ def _read_variance(model: Model, variance: float, index: int) -> float:
     return model.axes.norm.variance(model, variance) * placement.input_scale(index // 2) ** 2
 
 
-def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tuple[float, float]:
-    """(variance, covariance of two tokens) of averaged values, per unit of the values' variance."""
-    r = reading.correlation
-    if literal:
-        return r, r
-    width = d_head(model)
-    logit_variance = 1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width
-    own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
-    own /= 1 - model.dropout
-    kept, common = r + (1 - r) * own, r + (1 - r) * shared
-    return model.axes.value_mixing.moments(kept, common) if index else (kept, common)
+def _attention(model: Model, reading: Reading, values: Reading | None, literal: bool) -> Averaged:
+    """What attention keeps of values of the correlation that it reads; `values`: the first layer's, in later layers."""
+    r, own, shared = reading.correlation, 0.0, 0.0
+    if not literal:
+        width = d_head(model)
+        logit_variance = 1.0 if model.attention.qk_norm else model.axes.init.logit_scale(width) ** 2 * width
+        own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
+        own /= 1 - model.dropout
+    share = model.axes.value_mixing.share
+    kept = r + (1 - r) * own, r + (1 - r) * shared
+    if values is None or share is None:
+        return Averaged(kept)
+    # Independent maps, so the variances add; each of values with a correlation of its own, under the same weights.
+    by_own, by_first, s = (1 - share) ** 2, share**2 * values.variance, values.correlation
+    of_first = s + (1 - s) * own, s + (1 - s) * shared
+    return Averaged((by_own * kept[0], by_own * kept[1]), (by_first * of_first[0], by_first * of_first[1]))
 
 
-def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:
+def _attention_stds(model: Model, reading: Reading, averaged: Averaged, index: int, shared: bool) -> dict[str, float]:
     width, target = widths(model, index), 1 - model.dropout
-    fan_in = 1 / math.sqrt(width.read * reading.variance)
+    read = width.read * reading.variance
+    fan_in, kept, first = 1 / math.sqrt(read), averaged.own[0], averaged.first[0]
     if model.axes.placement.before_output:
         return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / width.attention)}
     if shared:
-        both = (target / (width.read * width.attention * reading.variance * kept)) ** 0.25
+        # w^2 d (kept read w^2 + first) = target
+        root = math.sqrt(first**2 + 4 * kept * read * target / width.attention)
+        both = math.sqrt(2 * target / (width.attention * (first + root)))
         return {"query": fan_in, "key": fan_in, "value": both, "output": both}
-    return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / (width.attention * kept))}
+    output = math.sqrt(target / (width.attention * (kept + first)))
+    return {"query": fan_in, "key": fan_in, "value": fan_in, "output": output}
 
 
 def _feedforward_stds(model: Model, reading: Reading, index: int, shared: bool) -> dict[str, float]:

@@ -102,11 +102,11 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
 
 
 def _added(name: str, role: Role, config: ModelConfig) -> Added:
-    """What the stream adds to the layer or sub-layer under that name."""
+    """What the stream or the mixing of values adds to the layer or sub-layer under that name."""
     assert role.layer is not None, name
     stream, module = config.axes.stream, name.split(".")[-2]
     if module.isdigit():
-        found = stream.in_layer(config, role.layer)
+        found = (*stream.in_layer(config, role.layer), *config.axes.value_mixing.in_layer(config, role.layer))
     else:
         found = stream.in_sublayer(config, 2 * role.layer + (module == "feedforward"))
     return next(parameter for parameter in found if parameter.name == role.kind)

@@ -131,6 +131,7 @@ class Layer(nn.Module):
         self.attention = Sublayer(config, dtypes, 2 * index)
         self.feedforward = Sublayer(config, dtypes, 2 * index + 1)
         self.added = _add(self, self.stream.in_layer(config, index), dtypes)
+        self.added_to_values = _add(self, self.value_mixing.in_layer(config, index), dtypes)
 
     def forward(
         self, chunks: Chunks, positions: Positions, values: Chunks = (), cache: LayerCache | None = None
@@ -157,5 +158,6 @@ class Layer(nn.Module):
         products = self.attention.enter(chunks)
         *rest, own = products
         if values:
-            products = (*rest, self.value_mixing.mix(own, values[0]))
+            added = named_parameters_of(self, self.added_to_values)
+            products = (*rest, self.value_mixing.mix(own, values[0], added))
         return self.attention.leave(chunks, products, positions, cache), own if self.gives_values else None

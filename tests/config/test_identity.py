@@ -174,6 +174,13 @@ def test_a_run_saved_before_a_key_existed_had_its_default():
     assert line == "data.packing: saved with split, now best_fit"
 
 
+@pytest.mark.parametrize("key", ["model.value_residual.weights"])
+def test_options_that_methods_got_later_have_the_plain_value(key):
+    saved = make("model.method=value_residual")
+    del saved[key]
+    assert differences(saved, make("model.method=value_residual")) == []
+
+
 def test_a_run_that_does_not_say_its_order_has_the_first_one():
     saved = make()
     assert saved.pop("data.order") == 2

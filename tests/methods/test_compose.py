@@ -38,6 +38,7 @@ AXES: dict[str, tuple] = {
     "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
     "attention.value_residual": (False, True),
+    "value_residual.weights": ("fixed", "learned"),
     "norm": choices("model.norm"),
     "attention.logit_cap": (0, 30),
     "attention.low_rank": (0, 0.5),

@@ -13,6 +13,7 @@ from stablelm.methods.stds import initial_std
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_value, role_of
 from stablelm.model.loss import LossSums
+from stablelm.probe.predict import predict
 
 WIDTH = 256
 ENCODER = ("deepscale.form=literal", "model.dropout=0.1")
@@ -121,6 +122,19 @@ def test_the_stream_starts_with_unit_variance(method, overrides):
         torch.manual_seed(0)
         variance = decoder.embed(tokens).square().mean().item()
     assert variance == pytest.approx(1, abs=1e-4 if config.embedding_norm else 0.05)
+
+
+@pytest.mark.parametrize("init", ["deepscale", "unit"])
+def test_solved_stds_count_the_first_layers_values(init):
+    """Branches of variance 1 with mixed values: 1/4 (v_1 kappa(r_1) + v_l kappa(r_l)), by the theory of whole kernels."""
+    keys = ("model.attention.value_residual=true", f"model.init={init}")
+    config, plain = resolved("deepscalelm_pre", 24, WIDTH, *keys), resolved("deepscalelm_pre", 24, WIDTH, *keys[1:])
+    mixed, alone = (predict(each, seq_len=128, collision=0.0225) for each in (config, plain))
+    for prediction in (mixed, alone):
+        branches = prediction.attention_branch_variance[1:]
+        assert branches.min() > 0.85 and branches.max() < 1.25
+    stds, same = solve(config, shared=init == "deepscale"), solve(plain, shared=init == "deepscale")
+    assert stds[0] == same[0] and stds[2]["output"] > 1.2 * same[2]["output"]
 
 
 # The head

@@ -160,6 +160,7 @@ def test_a_thousand_layers(method):
         ("deepscalelm_pre", 12, ("model.activation=gelu", "model.attention.position=learned")),
         ("deepscalelm_pre", 12, ("deepscale.form=literal",)),
         ("sigma_reparam", 4, ("model.sigma.gamma=one",)),
+        ("deepscalelm_pre", 12, ("model.attention.value_residual=true",)),
     ],
 )
 def test_variants(method, n_layers, overrides):

@@ -216,6 +216,44 @@ def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
     assert len(list(decoder.parameters())) == len(list(plain.parameters()))
 
 
+def test_learned_weights_of_values_start_at_halves_and_equal_the_equation():
+    """V_l <- lambda_l1 V_1 + lambda_l2 V_l: logits and gradients of a plain loop over layers of a plain model."""
+    learned = "model.value_residual.weights=learned"
+    decoder, fixed = _decoder(_config("value_residual", learned)), _decoder(_config("value_residual"))
+    tokens = _tokens()
+    torch.testing.assert_close(decoder(tokens), fixed(tokens), rtol=1e-12, atol=1e-12)
+    own = {name: each for name, each in decoder.named_parameters() if name.endswith("value_weights")}
+    assert list(own) == ["layers.1.value_weights", "layers.2.value_weights"]
+    assert parameter_counts(decoder.config)["total"] == sum(each.numel() for each in decoder.parameters())
+    weights = [torch.tensor([0.8, -0.3]).double(), torch.tensor([0.2, 1.1]).double()]
+    with torch.no_grad():
+        for parameter, value in zip(own.values(), weights, strict=True):
+            parameter.copy_(value)
+    plain = _decoder(_config("pre_ln"))
+    moved = [value.clone().requires_grad_() for value in weights]
+    out, same = decoder(tokens), _with_mixed_values(plain, tokens, moved)
+    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
+    out.square().mean().backward()
+    same.square().mean().backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        gradient = dict(zip(own, moved, strict=True))[name].grad if name in own else theirs[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def _with_mixed_values(plain: Decoder, tokens: Tensor, weights: list[Tensor]) -> Tensor:
+    """The hidden states of a plain model whose layers from the second on mix values by these weights."""
+    positions, x, first = plain.positions(tokens), plain.embed(tokens), None
+    for index, layer in enumerate(plain.layers):
+        attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
+        both, value = attention.enter((x,))  # type: ignore[operator]
+        first = value if first is None else first
+        mixed = value if index == 0 else weights[index - 1][0] * first + weights[index - 1][1] * value
+        (x,) = attention.leave((x,), (both, mixed), positions)  # type: ignore[operator]
+        (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
+    return plain.finish((x,))
+
+
 # Streams that start as simpler ones.
 
 

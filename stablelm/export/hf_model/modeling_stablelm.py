@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "logit_cap": None,
     "qk_norm": False,
     "first_value_share": None,
+    "learned_value_weights": False,
     "document_end": None,
     "attention_innovations": None,
     "norm_embedding": False,
@@ -83,7 +84,8 @@ class StablelmDecoderConfig(PreTrainedConfig):
     of factorised query, key and value maps. Positions: `rotary_base`, `position_table` (learned, added to the
     embeddings) and `alibi_slopes` (one a head), each off by default. Attention: `logit_scale` None: head_dim^-0.5;
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
-    `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
+    `first_value_share`: share of the first layer's values in those of the later layers, with `learned_value_weights` at
+    the start of learned weights of these and of the own values; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
     the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
     of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
@@ -214,13 +216,23 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, d_out, bias=bias)
 
     def forward(
-        self, x: Tensor, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
+        self,
+        x: Tensor,
+        shared: Shared,
+        first_value: Tensor | None,
+        value_weights: Tensor | None,
+        cache: Cache | None,
+        weights_too: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x: (batch, q, d_in) -> its branch, its values (batch, q, d_kv), and the attention weights if asked for."""
+        """x: (batch, q, d_in) -> its branch, its values (batch, q, d_kv), and the attention weights if asked for.
+
+        value_weights: (2,), of the first layer's values and of the own, if they are learned.
+        """
         query, key, own_value = self.query(x), self.key(x), self.value(x)
         share, value = self.config.first_value_share, own_value
         if share is not None and first_value is not None:
-            value = (1 - share) * own_value + share * first_value
+            of_first, of_own = (share, 1 - share) if value_weights is None else value_weights.to(own_value.dtype)
+            value = of_own * own_value + of_first * first_value
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
         if self.norm_query is not None and self.norm_key is not None:
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
@@ -354,6 +366,9 @@ class Layer(GradientCheckpointingLayer):
         self.attention = Sublayer(config, 2 * index)
         self.feedforward = Sublayer(config, 2 * index + 1)
         self.mix = nn.Parameter(torch.zeros(index + 2)) if config.mixes_outputs else None
+        learned = config.learned_value_weights and index > 0
+        self.value_weights = nn.Parameter(torch.full((2,), 0.5)) if learned else None
+        self.value_share = config.first_value_share
 
     def forward(
         self,
@@ -367,7 +382,7 @@ class Layer(GradientCheckpointingLayer):
         """x: the stream; outputs: those of all layers before -> (the stream, own output, own values, weights)."""
         attention, feedforward = self.attention, self.feedforward
         branch, value, weights = attention.body(
-            attention.read(x, shared.dtype), shared, first_value, cache, weights_too
+            attention.read(x, shared.dtype), shared, first_value, self.value_weights, cache, weights_too
         )
         x = attention.write(x, branch)
         x = output = feedforward.write(x, feedforward.body(feedforward.read(x, shared.dtype)))
@@ -402,6 +417,9 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
         if isinstance(module, Layer) and module.mix is not None:
             # The newest output alone.
             init.copy_(module.mix, F.one_hot(torch.tensor(len(module.mix) - 1), len(module.mix)).to(module.mix))
+        if isinstance(module, Layer) and module.value_weights is not None:
+            share = module.value_share
+            init.copy_(module.value_weights, torch.tensor([share, 1 - share]).to(module.value_weights))
 
 
 class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
