@@ -265,7 +265,7 @@ class NormKind(Value):
     has_bias: ClassVar[bool] = True
     """Whether it has a bias where the model has biases."""
     has_slope: ClassVar[bool] = False
-    """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+    """Whether it has a learned slope `alpha` (1,), which starts at `slope`."""
     wide_inside: ClassVar[bool] = False
     """Whether `apply` computes in at least fp32 whatever the dtype of x, its weight and its bias."""
     standard: ClassVar[str | None] = None
@@ -278,12 +278,20 @@ class NormKind(Value):
         if `has_slope`."""
         raise NotImplementedError
 
+    def slope(self, model: Model, attention: bool) -> float:
+        """Start of `alpha`, of a norm in an attention sub-layer or elsewhere."""
+        return model.norm_alpha
+
+    def embedding_gain(self, model: Model) -> float | None:
+        """Start of a learned factor (1,) of the token embeddings that goes with it; None: there is none."""
+        return None
+
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
-        """Its action on token kernels."""
+        """Its action on token kernels; of one with a slope, outside attention sub-layers."""
         raise NotImplementedError
 
-    def variance(self, model: Model, variance: float) -> float:
-        """Second moment of its output per feature, from that of its input."""
+    def variance(self, model: Model, variance: float, attention: bool) -> float:
+        """Second moment of its output per feature, from that of its input, in an attention sub-layer or elsewhere."""
         return 1.0
 
     def modelling(self, model: Model) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from stablelm.methods.completep import COMPLETEP
 from stablelm.methods.deepnorm import DEEPNORM
 from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
 from stablelm.methods.denseformer import DENSEFORMER
+from stablelm.methods.dyt import DYT
 from stablelm.methods.e_spa import E_SPA
 from stablelm.methods.gpt2 import GPT2
 from stablelm.methods.layernorm_scaling import LAYERNORM_SCALING
@@ -38,7 +39,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *(PRE_LN, POST_LN, GPT2, DEEPSCALELM_PRE, DEEPSCALELM_POST, MAGNETO, SIGMA_REPARAM, SIGMA_REPARAM_NONORM),
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
-        *(DENSEFORMER, E_SPA, MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
+        *(DENSEFORMER, E_SPA, MLRA, DYT, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
     )
 }
 SHARED: tuple[Value, ...] = (*NORMS, *ACTIVATIONS, *POSITIONS, Alibi())

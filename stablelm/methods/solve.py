@@ -81,7 +81,7 @@ def _read_variance(model: Model, variance: float, index: int) -> float:
     placement = model.axes.placement
     if not placement.before_body:
         return variance
-    return model.axes.norm.variance(model, variance) * placement.input_scale(index // 2) ** 2
+    return model.axes.norm.variance(model, variance, index % 2 == 0) * placement.input_scale(index // 2) ** 2
 
 
 def _attention(model: Model, reading: Reading, values: Reading | None, literal: bool) -> Averaged:

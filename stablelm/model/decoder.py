@@ -14,7 +14,7 @@ from stablelm.model.attention import attention_kernels, documents
 from stablelm.model.attention.cache import KeyValueCache
 from stablelm.model.attention.positions import Positions, positions_of
 from stablelm.model.devices import to_device
-from stablelm.model.linear import Linear, make_dtypes
+from stablelm.model.linear import Dtypes, Linear, make_dtypes
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, token_scores
 from stablelm.model.norms import Norm
 from stablelm.model.sublayer import Chunks, Layer
@@ -44,6 +44,8 @@ class Decoder(nn.Module):
         self.embedding = _table(config.vocab_size, config.d_model, dtypes.parameter)
         rows = config.max_seq_len if axes.position.adds_table else None
         self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
+        gains = axes.norm.embedding_gain(config) is not None
+        self.scaling = EmbeddingGain(dtypes) if gains else None
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, dtypes, index) for index in range(config.n_layers))
         end = stream_width(config, config.n_layers)
@@ -124,6 +126,8 @@ class Decoder(nn.Module):
         scale = self.config.axes.init.embedding_scale(self.config)
         if scale != 1:
             x = x * scale
+        if self.scaling is not None:
+            x = self.scaling(x)
         if self.position is not None:
             length = tokens.shape[1] if cache is None else cache.end
             assert length <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
@@ -166,6 +170,18 @@ class Decoder(nn.Module):
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""
         return attention_kernels.choose(self.config, self.dtypes.compute, attention_kernels.gpu_of(device))
+
+
+class EmbeddingGain(nn.Module):
+    """A learned factor of the token embeddings, left unset."""
+
+    def __init__(self, dtypes: Dtypes):
+        super().__init__()
+        self.embedding_gain = nn.Parameter(torch.empty(1, dtype=dtypes.parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, seq, d_model), in the parameter dtype."""
+        return x * self.embedding_gain
 
 
 class Head(Linear):

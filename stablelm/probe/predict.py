@@ -1,6 +1,7 @@
 """What the theory says of a config at initialisation: its sub-layers as gains, propagated over depth (torch-free)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ def _embedding(config: ModelConfig, seq_len: int, collision: float) -> tuple[Arr
     """The stream's kernel at its start, and what positions with the same token share in it."""
     init = config.axes.init
     variance = init.embedding_std(config) ** 2
-    token = variance * init.embedding_scale(config) ** 2
+    token = variance * (init.embedding_scale(config) * (config.axes.norm.embedding_gain(config) or 1.0)) ** 2
     whole = token + (variance if config.axes.position.adds_table else 0.0)
     kernel = np.full((seq_len, seq_len), token * collision)
     np.fill_diagonal(kernel, whole)
@@ -86,21 +87,23 @@ def _embedded(config: ModelConfig, kernel: Array) -> Array:
 
 def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     placement, stream = config.axes.placement, config.axes.stream
-    width = widths(config, index)
+    width, norm = widths(config, index), partial(_norm, config, attention=index % 2 == 0)
     return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=stream.gains(config)[0],
         write=stream.branch_at_start(config),
-        norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
-        norm_branch=_norm(config) if placement.on_branch else None,
-        norm_after=_norm(config) if placement.after_write else None,
+        norm_in=norm(placement.input_scale(index // 2)) if placement.before_body else None,
+        norm_branch=norm() if placement.on_branch else None,
+        norm_after=norm() if placement.after_write else None,
         dropout=config.dropout,
         concat=(width.read, width.branch) if stream.grows else None,
     )
 
 
-def _norm(config: ModelConfig, scale: float = 1.0) -> NormTheory:
-    return config.axes.norm.theory(config, scale)
+def _norm(config: ModelConfig, scale: float = 1.0, *, attention: bool = False) -> NormTheory:
+    norm = config.axes.norm
+    found = norm.theory(config, scale)
+    return replace(found, alpha=norm.slope(config, attention)) if norm.has_slope else found
 
 
 def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> AttentionBody:
@@ -120,7 +123,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         d_head=d_head(config),
         qk_norm=bool(config.attention.qk_norm),
         logit_cap=config.attention.logit_cap or None,
-        inner_norm=_norm(config) if config.axes.placement.before_output else None,
+        inner_norm=_norm(config, attention=True) if config.axes.placement.before_output else None,
         value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
         draw_variance=2 / width.branch + (0.0 if config.axes.placement.before_output else 2 / d_key_value(config)),

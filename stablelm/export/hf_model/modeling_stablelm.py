@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_final": True,
     "norm_centred": False,
     "norm_slope": None,
+    "norm_slope_attention": None,
     "norm_bias": False,
     "norm_eps": 1e-5,
     "norm_eps_scales": None,
@@ -61,7 +62,10 @@ DEFAULTS: dict[str, Any] = {
     "learned_gain": False,
     "growth": None,
     "mixes_outputs": False,
+    "mix_dilation": 1,
+    "mix_period": 1,
     "embedding_scale": 1.0,
+    "embedding_gain": None,
     "head_scale": 1.0,
     "hidden_act": "gelu",
     "gated": False,
@@ -88,11 +92,13 @@ class StablelmDecoderConfig(PreTrainedConfig):
     the start of learned weights of these and of the own values; `document_end`: token whose
     documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
     the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there; `norm_eps_scales`: factors of `norm_eps` in front of each
+    of a norm, with a learned slope that starts there, in attention sub-layers at `norm_slope_attention` if it is not
+    None; `norm_eps_scales`: factors of `norm_eps` in front of each
     sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
     gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    layer x is a learned sum of the embeddings and all layers' outputs. `embedding_scale` and `head_scale` multiply the
-    embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    `mix_period`-th layer x is a learned sum of every `mix_dilation`-th of the embeddings and all layers' outputs, counted
+    back from its own. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads;
+    `embedding_gain`: start of a learned factor of the token embeddings. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
@@ -140,11 +146,20 @@ def at_least_fp32(x: Tensor) -> Tensor:
 class Norm(nn.Module):
     """Over the last dimension; returns at least fp32."""
 
-    def __init__(self, config: StablelmDecoderConfig, width: int, *, of_heads: bool = False, reads: int | None = None):
+    def __init__(
+        self,
+        config: StablelmDecoderConfig,
+        width: int,
+        *,
+        of_heads: bool = False,
+        reads: int | None = None,
+        attention: bool = False,
+    ):
         super().__init__()
         scales = config.norm_eps_scales
         self.eps = config.norm_eps * (1.0 if scales is None or reads is None else scales[reads])
-        self.slope = None if of_heads else config.norm_slope
+        slope = config.norm_slope_attention if attention else None
+        self.slope = None if of_heads else config.norm_slope if slope is None else slope
         self.centred = config.norm_centred and not of_heads
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if config.norm_bias and not of_heads else None
@@ -212,7 +227,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value = first(width), first(d_kv), first(d_kv)
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
-        self.norm_inner = Norm(config, width) if config.norm_before_output else None
+        self.norm_inner = Norm(config, width, attention=True) if config.norm_before_output else None
         self.output = nn.Linear(width, d_out, bias=bias)
 
     def forward(
@@ -334,12 +349,13 @@ class Sublayer(nn.Module):
         self.skip_gain, self.branch_gain, self.grows = config.skip_gain, config.branch_gain, config.growth is not None
         growth = config.growth or 0
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
-        self.norm_in = Norm(config, d_in, reads=index) if config.norm_before_body else None
+        attention = index % 2 == 0
+        self.norm_in = Norm(config, d_in, reads=index, attention=attention) if config.norm_before_body else None
         self.body = FeedForward(config, d_in, d_out) if index % 2 else Attention(config, d_in, d_out, index // 2)
-        self.norm_branch = Norm(config, d_out) if config.norm_on_branch else None
+        self.norm_branch = Norm(config, d_out, attention=attention) if config.norm_on_branch else None
         self.dropout = nn.Dropout(config.dropout)
         self.gain = nn.Parameter(torch.zeros(1)) if config.learned_gain else None
-        self.norm_out = Norm(config, d_out) if config.norm_after_write else None
+        self.norm_out = Norm(config, d_out, attention=attention) if config.norm_after_write else None
 
     def read(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return (x if self.norm_in is None else self.norm_in(x)).to(dtype)
@@ -365,7 +381,9 @@ class Layer(GradientCheckpointingLayer):
         super().__init__()
         self.attention = Sublayer(config, 2 * index)
         self.feedforward = Sublayer(config, 2 * index + 1)
-        self.mix = nn.Parameter(torch.zeros(index + 2)) if config.mixes_outputs else None
+        mixes = config.mixes_outputs and (index + 1) % config.mix_period == 0
+        self.dilation = config.mix_dilation
+        self.mix = nn.Parameter(torch.zeros((index + 1) // self.dilation + 1)) if mixes else None
         learned = config.learned_value_weights and index > 0
         self.value_weights = nn.Parameter(torch.full((2,), 0.5)) if learned else None
         self.value_share = config.first_value_share
@@ -389,9 +407,23 @@ class Layer(GradientCheckpointingLayer):
         if self.mix is not None:
             mix = self.mix.to(x.dtype)
             x = torch.zeros_like(output)
-            for weight, each in zip(mix.unbind(), (*outputs, output), strict=True):
+            whole = (*outputs, output)
+            read = whole[(len(whole) - 1) % self.dilation :: self.dilation]
+            for weight, each in zip(mix.unbind(), read, strict=True):
                 x = x.addcmul(each, weight)
         return x, output, value, weights
+
+
+class EmbeddingGain(nn.Module):
+    """A learned factor of the token embeddings."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.start = start
+        self.embedding_gain = nn.Parameter(torch.full((1,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.embedding_gain.to(x.dtype)
 
 
 class StablelmDecoderPreTrainedModel(PreTrainedModel):
@@ -412,6 +444,8 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
             if module.alpha is not None and module.slope is not None:
                 init.constant_(module.alpha, module.slope)
+        if isinstance(module, EmbeddingGain):
+            init.constant_(module.embedding_gain, module.start)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
         if isinstance(module, Layer) and module.mix is not None:
@@ -431,6 +465,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         end = width + 2 * config.num_hidden_layers * (config.growth or 0)
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_table else None
+        self.scaling = EmbeddingGain(config.embedding_gain) if config.embedding_gain is not None else None
         self.norm_embedding = Norm(config, width) if config.norm_embedding else None
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         last = 2 * config.num_hidden_layers
@@ -498,6 +533,8 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
     def _embed(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
         """The stream at its start."""
         x = at_least_fp32(embedded) * self.config.embedding_scale
+        if self.scaling is not None:
+            x = self.scaling(x)
         if self.position is not None:
             x = x + self.position(position_ids).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
