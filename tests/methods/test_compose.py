@@ -39,6 +39,8 @@ AXES: dict[str, tuple] = {
     "attention.qk_norm": (False, True),
     "attention.value_residual": (False, True),
     "value_residual.weights": ("fixed", "learned"),
+    "denseformer.dilation": (1, 2),
+    "denseformer.period": (1, 2),
     "norm": choices("model.norm"),
     "attention.logit_cap": (0, 30),
     "attention.low_rank": (0, 0.5),

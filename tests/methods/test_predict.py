@@ -161,6 +161,8 @@ def test_a_thousand_layers(method):
         ("deepscalelm_pre", 12, ("deepscale.form=literal",)),
         ("sigma_reparam", 4, ("model.sigma.gamma=one",)),
         ("deepscalelm_pre", 12, ("model.attention.value_residual=true",)),
+        ("dyt", 12, ("model.dyt.other_alpha=0.4", "model.dropout=0.1")),
+        ("sigma_reparam_nonorm", 4, ()),
     ],
 )
 def test_variants(method, n_layers, overrides):
