@@ -1,9 +1,10 @@
 """What the probe quotes: the gradient of each model of a trainability comparison at its start, and whether it trained.
 
-    python benchmarks/trained.py trainability/trainability.json [--out stablelm/probe/trainability.json]
+    python benchmarks/trained.py trainability/trainability.json ... [--out stablelm/probe/trainability.json]
 
 A model trained if at its best learning rate the mean validation loss lies LEARNED nats below that of a unigram model,
-which is what counting tokens reaches without any layer. The report's data and tokenizer are read again.
+which is what counting tokens reaches without any layer; with several reports, of other warm-ups and lengths, if it did
+in any. The reports' data and tokenizer are read again.
 """
 
 import argparse
@@ -41,17 +42,22 @@ def gradient_ratio(method: str, settings: dict) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="trainability.json of benchmarks/trainability.py")
+    parser.add_argument("report", type=Path, nargs="+", help="trainability.json of benchmarks/trainability.py")
     parser.add_argument("--out", type=Path, default=TRAINABILITY)
     arguments = parser.parse_args()
-    told = json.loads(arguments.report.read_text())
-    unigram = told["runs"][0]["unigram_loss"]
+    trained, settings = {}, {}
+    for report in arguments.report:
+        told = json.loads(report.read_text())
+        unigram = told["runs"][0]["unigram_loss"]
+        for row in told["methods"]:
+            learned = row["val_loss_mean"] < unigram - LEARNED
+            trained[row["method"]] = trained.get(row["method"], False) or learned
+            settings.setdefault(row["method"], told["settings"])
     found = []
-    for row in told["methods"]:
-        ratio = float(f"{gradient_ratio(row['method'], told['settings']):.4g}")
-        trained = row["val_loss_mean"] < unigram - LEARNED
-        found.append({"method": row["method"], "gradient_ratio": ratio, "trained": trained})
-        print(f"{row['method']}: {ratio:.4g}, {'trained' if trained else 'did not train'}", flush=True)
+    for method, learned in trained.items():
+        ratio = float(f"{gradient_ratio(method, settings[method]):.4g}")
+        found.append({"method": method, "gradient_ratio": ratio, "trained": learned})
+        print(f"{method}: {ratio:.4g}, {'trained' if learned else 'did not train'}", flush=True)
     lines = ",\n".join(f" {json.dumps(item)}" for item in found)
     arguments.out.write_text(f"[\n{lines}\n]\n")
 
