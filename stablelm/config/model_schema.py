@@ -76,7 +76,9 @@ class ModelConfig(Model):
     norm: str | None = key(None, "kind of norm", identity=True, path=False, axis="norm")
     norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
     norm_alpha: float = key(0.5, "start of the slope inside dyt's tanh", identity=True)
-    embedding_norm: bool | None = key(None, "a norm on the embeddings, after their dropout; None: the method's own", identity=True)
+    embedding_norm: bool | None = key(
+        None, "a norm on the embeddings, after their dropout; None: the method's own", identity=True
+    )
     init: str | None = key(None, "initialisation of the weights", identity=True, path=False, axis="init")
     reparam: str | None = key(None, "reparametrisation of the weights", identity=True, path=False, axis="reparam")
     activation: str | None = key(

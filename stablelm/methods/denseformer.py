@@ -24,9 +24,7 @@ class DenseformerOptions(MethodOptions):
     dilation: int = key(
         1, "a sum reads every dilation-th output, counted back from its own layer's", identity=True, range=AT_LEAST_1
     )
-    period: int = key(
-        1, "every period-th layer is followed by a sum", unit="layers", identity=True, range=AT_LEAST_1
-    )
+    period: int = key(1, "every period-th layer is followed by a sum", unit="layers", identity=True, range=AT_LEAST_1)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,7 @@ class Averaged:
 
     def correlation(self, value_variance: float) -> float:
         """Of two tokens, for own values of that variance."""
-        variance, covariance = (
-            own * value_variance + first for own, first in zip(self.own, self.first, strict=True)
-        )
+        variance, covariance = (own * value_variance + first for own, first in zip(self.own, self.first, strict=True))
         return covariance / variance
 
 

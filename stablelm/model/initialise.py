@@ -84,8 +84,8 @@ def initial_values(
 def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of any parameter but those beside a reparametrised matrix, an fp32 CPU tensor of that shape.
 
-    Gains 1, biases 0, the slope of a norm and its factor of the embeddings as it says, what other axis values add as they say; of matrices what `model.init`
-    says, N(0, std^2) as a rule.
+    Gains 1, biases 0, the slope of a norm and its factor of the embeddings as it says, what other axis values add as
+    they say; of matrices what `model.init` says, N(0, std^2) as a rule.
     """
     init = config.axes.init
     if role.kind == "norm_gain":

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stablelm.theory.hermite import expectation
 from stablelm.theory.kernels import NormTheory, norm_backward, norm_forward
 from stablelm.theory.moments import dyt_second_moment
-from stablelm.theory.repeats import Repeats, token_correlation, roots
+from stablelm.theory.repeats import Repeats, roots, token_correlation
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
@@ -58,8 +58,8 @@ class AttentionBody:
     `logit_cap` c makes logits c tanh(logit / c); `qk_norm`: queries and keys of each head have unit RMS.
     `inner_norm` is over all heads together, before the output projection. `value_mix` m: values are
     (1 - m) own + m those of the first attention body that is propagated, which itself mixes nothing (Zhou et al.
-    2025); None: off. `dropout` is that of the attention weights. `draw_variance`: relative variance of the branch's size
-    between draws of the value and output maps where all tokens are alike, 2 / features of each.
+    2025); None: off. `dropout` is that of the attention weights. `draw_variance`: relative variance of the branch's
+    size between draws of the value and output maps where all tokens are alike, 2 / features of each.
     """
 
     pattern: Pattern
@@ -201,7 +201,9 @@ def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation:
     if isinstance(rows.repeated, np.ndarray):
         repeated = correlation * (_sandwich(p, roots(values)) - shared)
         mixed = mixed + rows.repeated * (repeated - 2 * mean + both_sided + (1 - overlap) * mean)
-        mixed = mixed - rows.repeated * _off_diagonal(repeated - (mean - shared), np.zeros_like(mean), overlap) * _twice(p)
+        mixed = mixed - rows.repeated * _off_diagonal(
+            repeated - (mean - shared), np.zeros_like(mean), overlap
+        ) * _twice(p)
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
         mixed = mixed + noise * np.eye(len(values))
@@ -212,8 +214,11 @@ def _mixed(body: AttentionBody, values: Array, rows: _Fluctuations, correlation:
 
 
 def _twice(p: Array) -> Array:
-    """sum_j p_aj sum_{k != j} p_bk^2 and the same with the rows exchanged: a key k of the token of j counts twice in the
-    product of the weight and of the values that are drawn to j, of which the product of means knows nothing."""
+    """sum_j p_aj sum_{k != j} p_bk^2 and the same with the rows exchanged.
+
+    A key k with the token of j is both in the weight that is drawn to j and in the values that are alike there, which
+    the product of the two means misses.
+    """
     one = np.square(p).sum(axis=-1)[:, None, :] - p @ _transposed(np.square(p))
     return one + _transposed(one)
 
@@ -229,12 +234,8 @@ def _fluctuations(body: AttentionBody, keys: Array, queries: Array, repeats: Rep
     apart = _off_diagonal(_sandwich(p, keys), same, overlap)
     alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
     gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
-    share, excess_apart = 0.0, np.zeros_like(apart)
-    if repeats is not None and repeats.share < 1:
-        share = repeats.share
-        repeated = repeats.correlation * _off_diagonal(_sandwich(p, roots(keys)), same, overlap)
-        excess_apart = np.maximum(repeated - apart, 0.0) / (1 - share)
-        apart = apart - share * excess_apart
+    excess_apart, share = _excess_apart(p, overlap, keys, same, apart, repeats)
+    apart = apart - share * excess_apart
     covariance = gain * queries * (turn * alike - turn_keys * apart)
     kept, cap_slope = _cap(body.logit_cap, gain * np.diagonal(queries) * (p @ np.diagonal(keys)))
     spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
@@ -251,6 +252,19 @@ def _fluctuations(body: AttentionBody, keys: Array, queries: Array, repeats: Rep
     whole = 1 + excess * overlap + drawn * (1 - overlap)
     slope = np.sqrt(rows.slope_share * cap_slope)
     return _Fluctuations(excess / whole, slope, np.maximum(entropy, 0.0), drawn / whole if share else 0.0)
+
+
+def _excess_apart(
+    p: Array, overlap: Array, keys: Array, same: Array, apart: Array, repeats: Repeats | None
+) -> tuple[Array, float]:
+    """What keys of the same token share over what others do, as means under p_aj p_bk, and these pairs' share.
+
+    `same`, `apart`: the sum of keys' kernel over j = k, and its mean over j != k.
+    """
+    if repeats is None or repeats.share >= 1:
+        return np.zeros_like(apart), 0.0
+    repeated = repeats.correlation * _off_diagonal(_sandwich(p, roots(keys)), same, overlap)
+    return np.maximum(repeated - apart, 0.0) / (1 - repeats.share), repeats.share
 
 
 def _both(rows: Array, matrix: Array) -> Array:

@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stablelm.theory.attention import AttentionBody, AttentionState, attention_backward, attention_forward, branch_spread
+from stablelm.theory.attention import (
+    AttentionBody,
+    AttentionState,
+    attention_backward,
+    attention_forward,
+    branch_spread,
+)
 from stablelm.theory.kernels import (
     FeedForwardBody,
     FeedForwardState,
@@ -25,7 +31,7 @@ from stablelm.theory.kernels import (
     norm_forward,
     times_diagonal,
 )
-from stablelm.theory.repeats import Repeats, correlation_of, token_correlation, pair
+from stablelm.theory.repeats import Repeats, correlation_of, pair, token_correlation
 
 Array = NDArray[np.float64]
 

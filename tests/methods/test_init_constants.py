@@ -126,7 +126,7 @@ def test_the_stream_starts_with_unit_variance(method, overrides):
 
 @pytest.mark.parametrize("init", ["deepscale", "unit"])
 def test_solved_stds_count_the_first_layers_values(init):
-    """Branches of variance 1 with mixed values: 1/4 (v_1 kappa(r_1) + v_l kappa(r_l)), by the theory of whole kernels."""
+    """Branches of variance 1: values have 1/4 (v_1 kappa(r_1) + v_l kappa(r_l)), by the theory of whole kernels."""
     keys = ("model.attention.value_residual=true", f"model.init={init}")
     config, plain = resolved("deepscalelm_pre", 24, WIDTH, *keys), resolved("deepscalelm_pre", 24, WIDTH, *keys[1:])
     mixed, alone = (predict(each, seq_len=128, collision=0.0225) for each in (config, plain))

@@ -352,7 +352,13 @@ def test_dyt_starts_its_slopes_by_place_and_width():
     for name, slope in slopes.items():
         assert slope == pytest.approx(0.7 if ".attention." in name else 0.3), name
     assert decoder.get_parameter("scaling.embedding_gain").item() == pytest.approx(math.sqrt(32))
-    for width, attention, other in ((64, 1, 1), (2048, 1, 0.5), (5120, 0.6, 0.15), (8192, 0.2, 0.05), (16384, 0.2, 0.05)):
+    for width, attention, other in (
+        (64, 1, 1),
+        (2048, 1, 0.5),
+        (5120, 0.6, 0.15),
+        (8192, 0.2, 0.05),
+        (16384, 0.2, 0.05),
+    ):
         assert slope_by_width(width, attention=True) == pytest.approx(attention)
         assert slope_by_width(width, attention=False) == pytest.approx(other)
     assert 0.2 < slope_by_width(3000, attention=False) < 0.5
@@ -362,7 +368,7 @@ def test_dyt_equals_the_equation():
     """tanh(alpha x) gamma + beta before sub-layers and the head, after g E: hidden states and gradients."""
     decoder = _decoder(_config("dyt", "model.bias=true", "model.attention.position=none"))
     with torch.no_grad():
-        for number, (name, parameter) in enumerate(decoder.named_parameters()):
+        for number, parameter in enumerate(decoder.parameters()):
             if parameter.ndim == 1:
                 parameter.add_(0.1 * _draw(*parameter.shape, seed=number))
     weights = {name: each.detach().clone().requires_grad_() for name, each in decoder.named_parameters()}

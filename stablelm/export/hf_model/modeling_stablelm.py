@@ -89,17 +89,17 @@ class StablelmDecoderConfig(PreTrainedConfig):
     embeddings) and `alibi_slopes` (one a head), each off by default. Attention: `logit_scale` None: head_dim^-0.5;
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
     `first_value_share`: share of the first layer's values in those of the later layers, with `learned_value_weights` at
-    the start of learned weights of these and of the own values; `document_end`: token whose
-    documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last. Norms: `norm_*` say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place
-    of a norm, with a learned slope that starts there, in attention sub-layers at `norm_slope_attention` if it is not
-    None; `norm_eps_scales`: factors of `norm_eps` in front of each
-    sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), times a learned
-    gain with `learned_gain`; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each
-    `mix_period`-th layer x is a learned sum of every `mix_dilation`-th of the embeddings and all layers' outputs, counted
-    back from its own. `embedding_scale` and `head_scale` multiply the embeddings and what the head reads;
-    `embedding_gain`: start of a learned factor of the token embeddings. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
-    `negative_slope`: a leaky relu in its place; times `activation_scale`.
+    the start of learned weights of these and of the own values; `document_end`: token whose documents attention does
+    not cross; `attention_innovations`: see `decay_of`, from before the first layer to after the last. Norms: `norm_*`
+    say where; `norm_centred`: the mean is subtracted; `norm_slope`: tanh(slope x) in place of a norm, with a learned
+    slope that starts there, in attention sub-layers at `norm_slope_attention` if it is not None; `norm_eps_scales`:
+    factors of `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x),
+    times a learned gain with `learned_gain`; `growth`: the output of that width is appended to x instead;
+    `mixes_outputs`: after each `mix_period`-th layer x is a learned sum of every `mix_dilation`-th of the embeddings
+    and all layers' outputs, counted back from its own. `embedding_scale` and `head_scale` multiply the embeddings and
+    what the head reads; `embedding_gain`: start of a learned factor of the token embeddings. Feed-forward: `hidden_act`
+    by transformers' name, of the gate if `gated`; `negative_slope`: a leaky relu in its place; times
+    `activation_scale`.
     """
 
     model_type = "stablelm_decoder"
