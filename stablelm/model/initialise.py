@@ -93,7 +93,9 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
     if role.kind == "norm_alpha":
         return torch.full(tuple(shape), config.axes.norm.slope(config, ".attention." in name))
     if role.kind == "embedding_gain":
-        return torch.full(tuple(shape), config.axes.norm.embedding_gain(config))
+        gain = config.axes.norm.embedding_gain(config)
+        assert gain is not None
+        return torch.full(tuple(shape), gain)
     if role.kind == "bias" or init.starts_at_zero(role.kind):
         return torch.zeros(*shape)
     if role.kind not in MATRICES and role.kind not in TABLES:

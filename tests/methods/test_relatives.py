@@ -326,7 +326,9 @@ def test_denseformer_with_dilation_and_period_equals_the_equation(dilation, peri
         outputs.append(layer((y,), positions)[0])
         weights = moved.get(f"layers.{i - 1}.mix")
         read = [j for j in range(i + 1) if (i - j) % dilation == 0]
-        y = outputs[-1] if weights is None else sum(weights[n] * outputs[j] for n, j in enumerate(read))
+        y = outputs[-1]
+        if weights is not None:
+            y = torch.stack([weight * outputs[j] for weight, j in zip(weights, read, strict=True)]).sum(dim=0)
     same = plain.finish((y,))
     torch.testing.assert_close(decoder(tokens), same, rtol=1e-12, atol=1e-12)
     decoder(tokens).square().mean().backward()

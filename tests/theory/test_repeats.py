@@ -13,9 +13,8 @@ WIDTH = HEADS * D_HEAD
 
 
 def make_body(pattern: Pattern, gain: float) -> AttentionBody:
-    back = {f"{name}_back": 1.0 for name in ("query", "key", "value", "output")}
-    gains = {"query_gain": gain, "key_gain": gain, "value_gain": 1.0, "output_gain": 1.0}
-    return AttentionBody(pattern, **gains, **back, scale=D_HEAD**-0.5, d_head=D_HEAD)
+    forward, back = (gain, gain, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0)
+    return AttentionBody(pattern, *forward, *back, scale=D_HEAD**-0.5, d_head=D_HEAD)
 
 
 def measured(body: AttentionBody, seed: int) -> tuple[np.ndarray, float, float]:
@@ -37,10 +36,10 @@ def measured(body: AttentionBody, seed: int) -> tuple[np.ndarray, float, float]:
 def test_repeated_tokens_are_drawn_together(gain, rotary):
     pattern = causal_pattern(SEQ_LEN) if rotary is None else Pattern(causal_pattern(SEQ_LEN).log_weights, rotary=rotary)
     body, draws = make_body(pattern, gain), [measured(make_body(pattern, gain), seed) for seed in range(12)]
-    found, share = (np.mean([draw[i] for draw in draws], axis=0) for i in (0, 1))
-    kernel = np.full((SEQ_LEN, SEQ_LEN), float(share))
+    found, share = np.mean([draw[0] for draw in draws], axis=0), float(np.mean([draw[1] for draw in draws]))
+    kernel = np.full((SEQ_LEN, SEQ_LEN), share)
     np.fill_diagonal(kernel, 1.0)
-    with_repeats, _, state = attention_forward(body, kernel, None, Repeats(float(share), 1.0, 1.0))
+    with_repeats, _, state = attention_forward(body, kernel, None, Repeats(share, 1.0, 1.0))
     without, _, _ = attention_forward(body, kernel, None)
     variance = np.diagonal(found).mean()
     assert np.diagonal(with_repeats).mean() == pytest.approx(variance, rel=0.05)
