@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,11 +19,10 @@ class ValueResidualOptions(MethodOptions):
 
     SECTION: ClassVar[str] = "value_residual"
 
-    weights: Literal["fixed", "learned"] = key(
-        "fixed",
-        "fixed: half the first layer's values and half the own; learned: two weights a layer that start there",
+    learned: bool = key(
+        False, "the halves of the first layer's and the own values are the start of two learned weights a layer",
         identity=True,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ValueResidual(ValueMixing):
         return bool(model.attention.value_residual)
 
     def in_layer(self, model: Model, layer: int) -> tuple[Added, ...]:
-        learned = layer > 0 and model.option(ValueResidualOptions).weights == "learned"
+        learned = layer > 0 and model.option(ValueResidualOptions).learned
         return (Added("value_weights", np.full(2, 0.5)),) if learned else ()
 
     def mix(self, own: "Tensor", first: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
@@ -48,7 +47,7 @@ class ValueResidual(ValueMixing):
         return of_first * first + of_own * own
 
     def modelling(self, model: Model) -> dict[str, Any]:
-        learned = model.option(ValueResidualOptions).weights == "learned"
+        learned = model.option(ValueResidualOptions).learned
         return {"first_value_share": self.share, "learned_value_weights": learned}
 
 

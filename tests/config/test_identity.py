@@ -177,7 +177,7 @@ def test_a_run_saved_before_a_key_existed_had_its_default():
 @pytest.mark.parametrize(
     ("key", "method"),
     [
-        ("model.value_residual.weights", "value_residual"),
+        ("model.value_residual.learned", "value_residual"),
         ("model.denseformer.dilation", "denseformer"),
         ("model.denseformer.period", "denseformer"),
         ("model.dyt.attention_alpha", "pre_ln"),

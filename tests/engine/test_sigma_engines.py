@@ -34,7 +34,7 @@ TOLERANCE = {"fp32": 1e-6, "fp64": 1e-9}
 OTHERS = (
     *("catformer", "denseformer", "value_residual", "rezero", "dyt"),
     "denseformer model.denseformer.dilation=2 model.denseformer.period=2",
-    "value_residual model.value_residual.weights=learned",
+    "value_residual model.value_residual.learned=true",
 )
 SIZES = ("model.n_layers=4", "model.d_model=32", "model.n_heads=4", "model.kv_heads=2", "data.seq_len=16")
 TRAINING = ("train.steps=20", "train.lr=3e-4", "train.warmup_steps=100", f"train.global_batch_size={ROWS}")

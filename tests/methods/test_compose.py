@@ -38,7 +38,7 @@ AXES: dict[str, tuple] = {
     "attention.position": choices("model.attention.position"),
     "attention.qk_norm": (False, True),
     "attention.value_residual": (False, True),
-    "value_residual.weights": ("fixed", "learned"),
+    "value_residual.learned": (False, True),
     "denseformer.dilation": (1, 2),
     "denseformer.period": (1, 2),
     "norm": choices("model.norm"),

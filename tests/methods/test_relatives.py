@@ -222,7 +222,7 @@ def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
 
 def test_learned_weights_of_values_start_at_halves_and_equal_the_equation():
     """V_l <- lambda_l1 V_1 + lambda_l2 V_l: logits and gradients of a plain loop over layers of a plain model."""
-    learned = "model.value_residual.weights=learned"
+    learned = "model.value_residual.learned=true"
     decoder, fixed = _decoder(_config("value_residual", learned)), _decoder(_config("value_residual"))
     tokens = _tokens()
     torch.testing.assert_close(decoder(tokens), fixed(tokens), rtol=1e-12, atol=1e-12)

@@ -86,7 +86,7 @@ def test_every_method_equals_the_whole_decoder(method: str, tmp_path: Path):
         ("model.method=denseformer", "model.dropout=0.1", "model.attention.position=alibi", "model.kv_heads=2"),
         ("model.method=value_residual", "model.dropout=0.1", "model.n_layers=1"),
         ("model.method=value_residual", "model.stream=concat", "model.init=unit", "model.activation=swiglu"),
-        ("model.method=value_residual", "model.value_residual.weights=learned", "model.kv_heads=2"),
+        ("model.method=value_residual", "model.value_residual.learned=true", "model.kv_heads=2"),
         ("model.method=denseformer", "model.denseformer.period=2", "model.denseformer.dilation=2"),
         ("model.method=dyt", "model.dropout=0.1", "model.tie_embeddings=true", "model.placement=peri"),
         ("model.method=magneto", "model.tie_embeddings=true", "model.norm=dyt", "model.attention.logit_cap=2.0"),
