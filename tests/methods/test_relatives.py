@@ -227,7 +227,7 @@ def test_learned_weights_of_values_start_at_halves_and_equal_the_equation():
     tokens = _tokens()
     torch.testing.assert_close(decoder(tokens), fixed(tokens), rtol=1e-12, atol=1e-12)
     own = {name: each for name, each in decoder.named_parameters() if name.endswith("value_weights")}
-    assert list(own) == ["layers.1.value_weights", "layers.2.value_weights"]
+    assert list(own) == [f"layers.{layer}.attention.body.value_weights" for layer in (1, 2)]
     assert parameter_counts(decoder.config)["total"] == sum(each.numel() for each in decoder.parameters())
     weights = [torch.tensor([0.8, -0.3]).double(), torch.tensor([0.2, 1.1]).double()]
     with torch.no_grad():
