@@ -65,7 +65,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--steps", type=int, default=200, help="the first tenth warms up")
+    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--warmup", type=int, help="steps of warm-up; by default a tenth of --steps")
     parser.add_argument("--eval-batches", type=int, default=64, help="held-out batches, of --batch sequences")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--report-only", action="store_true", help="report on the runs that are there")
@@ -89,7 +90,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "data.seq_len": options.seq_len,
         "train.global_batch_size": options.batch,
         "train.steps": options.steps,
-        "train.warmup_steps": options.steps // 10,
+        "train.warmup_steps": options.steps // 10 if options.warmup is None else options.warmup,
         "evaluate.batches": options.eval_batches,
     }
     return settings | ({"data.validation_path": options.validation} if options.validation else {})

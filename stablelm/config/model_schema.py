@@ -100,7 +100,9 @@ class ModelConfig(Model):
     norm: str | None = key(None, "kind of norm", identity=True, path=False, axis="norm")
     norm_eps: float = key(1e-5, "added to the variance in norms", identity=True)
     norm_alpha: float = key(0.5, "start of the slope inside dyt's tanh", identity=True)
-    embedding_norm: bool | None = key(None, "a norm on the embeddings; None: the method's own", identity=True)
+    embedding_norm: bool | None = key(
+        None, "a norm on the embeddings, after their dropout; None: the method's own", identity=True
+    )
     embedding_gradient_scale: float = key(
         1.0, "what multiplies the gradient of looked-up token embeddings; GLM-130B: 0.1", identity=True
     )

@@ -30,7 +30,8 @@ def norm_inputs(model: ModelConfig, weights: Weights, tokens: Tensor) -> list[No
     centred = model.axes.norm.standard == "layer"
     with torch.device("meta"):
         decoder = Decoder(model, "fp32").eval()
-    outer = [part for part in (decoder.embedding, decoder.position, decoder.norm_embedding) if part is not None]
+    outer = (decoder.embedding, decoder.scaling, decoder.position, decoder.norm_embedding)
+    outer = [part for part in outer if part is not None]
     for part in outer:
         _load(part, decoder, weights)
     chunks = decoder.stream.start(decoder.embed(tokens))

@@ -72,14 +72,16 @@ class _Moments(NamedTuple):
 def profiled(model: Model) -> tuple[float, ...]:
     """The start of each sub-layer's w: 1, then the root of w^2 Var[x] + Var[f(x)] of the sub-layer before (released
     code), by a recursion over variance and correlation of the stream; `model` is resolved."""
-    stream, skips = _embedded(model), [1.0]
+    stream, skips, values = _embedded(model), [1.0], None
     for index in range(2 * model.n_layers):
-        branch = _branch(model, _read(model, stream, index), index)
+        read = _read(model, stream, index)
+        branch = _branch(model, read, index, values)
+        values = values or _values(model, read, index)  # the first layer's
         kept = skips[-1] ** 2 * stream.variance
         total = kept + branch.variance / (1 - model.dropout)
         correlation = (kept * stream.correlation + branch.variance * branch.correlation) / total
         after = model.axes.placement.at(model, index).after_write
-        stream = _Moments(model.axes.norm.variance(model, total) if after else total, correlation)
+        stream = _Moments(model.axes.norm.variance(model, total, index % 2 == 0) if after else total, correlation)
         skips.append(math.sqrt(total))
     return tuple(skips[:-1])
 
@@ -89,12 +91,11 @@ def _embedded(model: Model) -> _Moments:
     assert model.vocab_size is not None
     init = model.axes.init
     table = init.embedding_std(model) ** 2
-    token = table * init.embedding_scale(model) ** 2
+    token = table * (init.embedding_scale(model) * (model.axes.norm.embedding_gain(model) or 1.0)) ** 2
     variance = token + (table if model.axes.position.adds_table else 0.0)
-    correlation = token / variance * float(token_collision(model.vocab_size))
-    if model.embedding_norm:
-        variance = model.axes.norm.variance(model, variance)
-    return _Moments(variance / (1 - model.dropout), (1 - model.dropout) * correlation)
+    correlation = (1 - model.dropout) * token / variance * float(token_collision(model.vocab_size))
+    variance /= 1 - model.dropout
+    return _Moments(model.axes.norm.variance(model, variance, False) if model.embedding_norm else variance, correlation)
 
 
 def _read(model: Model, stream: _Moments, index: int) -> _Moments:
@@ -102,33 +103,45 @@ def _read(model: Model, stream: _Moments, index: int) -> _Moments:
     if not placement.before_body:
         return stream
     scale = placement.input_scale(index // 2)
-    return _Moments(model.axes.norm.variance(model, stream.variance) * scale**2, stream.correlation)
+    return _Moments(model.axes.norm.variance(model, stream.variance, index % 2 == 0) * scale**2, stream.correlation)
 
 
-def _branch(model: Model, read: _Moments, index: int) -> _Moments:
-    """What is written, before its dropout; 1 where the initialisation is solved for it."""
-    found = _feedforward(model, read, index) if index % 2 else _attention(model, read, index)
+def _branch(model: Model, read: _Moments, index: int, values: _Moments | None) -> _Moments:
+    """What is written, before its dropout; 1 where the initialisation is solved for it. `values`: the first layer's, in
+    later layers."""
+    found = _feedforward(model, read, index) if index % 2 else _attention(model, read, index, values)
     if model.axes.init.solved:
         return _Moments(1 - model.dropout, found.correlation)
     if model.axes.placement.at(model, index).on_branch:
-        return _Moments(model.axes.norm.variance(model, found.variance), found.correlation)
+        return _Moments(model.axes.norm.variance(model, found.variance, index % 2 == 0), found.correlation)
     return found
 
 
-def _attention(model: Model, read: _Moments, index: int) -> _Moments:
-    width, size = widths(model, index), d_head(model)
-    d_kv, solved = d_key_value(model), model.axes.init.solved
-    query, key, value = (
-        1.0 if solved else read.variance * width.read * map_variance(model, kind, index, width.read, rows)
-        for kind, rows in (("query", width.attention), ("key", d_kv), ("value", d_kv))
-    )
+def _product(model: Model, read: _Moments, index: int, kind: str, rows: int) -> float:
+    """Variance of what a first map gives; 1 where the initialisation is solved."""
+    fan_in = widths(model, index).read
+    return 1.0 if model.axes.init.solved else read.variance * fan_in * map_variance(model, kind, index, fan_in, rows)
+
+
+def _values(model: Model, read: _Moments, index: int) -> _Moments:
+    return _Moments(_product(model, read, index, "value", d_key_value(model)), read.correlation)
+
+
+def _attention(model: Model, read: _Moments, index: int, first: _Moments | None) -> _Moments:
+    width, size, r = widths(model, index), d_head(model), read.correlation
+    query = _product(model, read, index, "query", width.attention)
+    key = _product(model, read, index, "key", d_key_value(model))
     logits = model.axes.init.logit_scale(size) ** 2 * size * (1.0 if model.attention.qk_norm else query * key)
-    own, shared = model.axes.position.mean_weights(model, (1 - read.correlation) * logits)
-    r = read.correlation
-    kept, common = r + (1 - r) * own / (1 - model.dropout), r + (1 - r) * shared
-    if index:
-        kept, common = model.axes.value_mixing.moments(kept, common)
-    inside = 1.0 if model.axes.placement.at(model, index).before_output else value * kept
+    own, shared = model.axes.position.mean_weights(model, (1 - r) * logits)
+    own /= 1 - model.dropout
+    share, values = model.axes.value_mixing.share, _values(model, read, index)
+    parts = [(1.0, values)] if first is None or share is None else [((1 - share) ** 2, values), (share**2, first)]
+    kept, common = (
+        sum(part * of.variance * (of.correlation + (1 - of.correlation) * weight) for part, of in parts)
+        for weight in (own, shared)
+    )
+    inside = 1.0 if model.axes.placement.at(model, index).before_output else kept
+    solved = model.axes.init.solved
     last = 1.0 if solved else width.attention * map_variance(model, "output", index, width.attention, width.branch)
     return _Moments(inside * last, min(1.0, common / kept))
 

@@ -374,7 +374,7 @@ class NormKind(Value):
     has_gain: ClassVar[bool] = True
     """Whether it has a learned gain for each feature."""
     has_slope: ClassVar[bool] = False
-    """Whether it has a learned slope `alpha` (1,), which starts at `model.norm_alpha`."""
+    """Whether it has a learned slope `alpha` (1,), which starts at `slope`."""
     wide_inside: ClassVar[bool] = False
     """Whether `apply` computes in at least fp32 whatever the dtype of x, its weight and its bias."""
     standard: ClassVar[str | None] = None
@@ -391,12 +391,20 @@ class NormKind(Value):
         """Initial values of a table or of a matrix that writes onto the stream, whose features are along `dim`."""
         return value
 
+    def slope(self, model: Model, attention: bool) -> float:
+        """Start of `alpha`, of a norm in an attention sub-layer or elsewhere."""
+        return model.norm_alpha
+
+    def embedding_gain(self, model: Model) -> float | None:
+        """Start of a learned factor (1,) of the token embeddings that goes with it; None: there is none."""
+        return None
+
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
-        """Its action on token kernels."""
+        """Its action on token kernels; of one with a slope, outside attention sub-layers."""
         raise NotImplementedError
 
-    def variance(self, model: Model, variance: float) -> float:
-        """Second moment of its output per feature, from that of its input."""
+    def variance(self, model: Model, variance: float, attention: bool) -> float:
+        """Second moment of its output per feature, from that of its input, in an attention sub-layer or elsewhere."""
         return 1.0
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
@@ -794,18 +802,15 @@ class ValueMixing(Value):
     """Whether later layers see the first layer's values."""
 
     share: ClassVar[float | None] = None
-    """The first layer's share in the values of the others; None: none is kept."""
+    """The first layer's share in the values of the others at the start, 1 - share is their own; None: none is kept."""
 
     def modelling(self, model: Model) -> dict[str, Any] | None:
         return {} if self.share is None else None
 
-    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
-        """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each."""
+    def mix(self, own: "Tensor", first: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
+        """The values of a later layer, from its own and the first's; (batch, seq, d_kv) each; `added`: by name, what
+        axis values add to its attention (`in_attention`)."""
         return own
-
-    def moments(self, kept: float, common: float) -> tuple[float, float]:
-        """Variance and covariance of averaged values after the mixing, from those of the layer's own values."""
-        return kept, common
 
     def export_obstacle(self, model: Model) -> str | None:
         if self.share is None:

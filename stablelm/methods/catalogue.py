@@ -18,6 +18,7 @@ from stablelm.methods.completep import COMPLETEP
 from stablelm.methods.deepnorm import DEEPNORM
 from stablelm.methods.deepscalelm import DEEPSCALELM_POST, DEEPSCALELM_PRE
 from stablelm.methods.denseformer import DENSEFORMER
+from stablelm.methods.dyt import DYT
 from stablelm.methods.e_spa import E_SPA, E_SPA_SKIPS
 from stablelm.methods.gated_attention import GATED_ATTENTION
 from stablelm.methods.gpt2 import GPT2
@@ -63,7 +64,7 @@ METHODS: dict[str, Method] = {
         *(CATFORMER, DEEPNORM, PERI_LN, REZERO, TFIXUP, LAYERNORM_SCALING, COMPLETEP, QK_NORM, VALUE_RESIDUAL),
         *(HYPER_CONNECTIONS, MHC, MUDDFORMER, ATTENTION_RESIDUALS, GTRXL),
         *(DENSEFORMER, E_SPA, U_SPA, VALUE_SKIPINIT, E_SPA_SKIPS),
-        *(MLRA, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
+        *(MLRA, DYT, DEEPSCALELM_SIGMA, MAGNETO_SIGMA, CATFORMER_SIGMA),
         *(KEEL, MIX_LN, LAYERSCALE, SKIPINIT, ADMIN, NORMFORMER, RESI_DUAL),
         *(GATED_ATTENTION, SOFTMAX_ONE, ATTENTION_SINK, CLIPPED_SOFTMAX, SHAPED_ATTENTION, SAS, SAS_P),
         *(SCALED_EMBED, EMBED_LN, WESAR),

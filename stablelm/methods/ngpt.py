@@ -123,7 +123,7 @@ class UnitNorm(NormKind):
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
         return NormTheory(scale=scale * model.d_model**-0.5)
 
-    def variance(self, model: Model, variance: float) -> float:
+    def variance(self, model: Model, variance: float, attention: bool) -> float:
         return 1 / model.d_model
 
     def modelling(self, model: Model) -> dict[str, Any] | None:

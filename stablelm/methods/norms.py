@@ -59,10 +59,10 @@ class DyT(NormKind):
         return x if bias is None else x + bias
 
     def theory(self, model: Model, scale: float = 1.0) -> NormTheory:
-        return NormTheory(scale=scale, alpha=model.norm_alpha)
+        return NormTheory(scale=scale, alpha=self.slope(model, attention=False))
 
-    def variance(self, model: Model, variance: float) -> float:
-        return float(moments.dyt_second_moment(model.norm_alpha, variance))
+    def variance(self, model: Model, variance: float, attention: bool) -> float:
+        return float(moments.dyt_second_moment(self.slope(model, attention), variance))
 
     def modelling(self, model: Model) -> dict[str, Any]:
         return {"norm_slope": model.norm_alpha}

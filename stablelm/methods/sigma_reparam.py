@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stablelm.key import key
-from stablelm.methods.axes import Method, MethodOptions, Model, Refusal, Reparam
+from stablelm.methods.axes import Init, Method, MethodOptions, Model, Refusal, Reparam, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,6 +102,24 @@ class Sigma(Reparam):
         spectral.refresh(matrices, reduce)
 
 
+@dataclass(frozen=True)
+class NormalInit(Init):
+    """One std for all matrices and tables, whatever they do and however deep the model is (released vision code)."""
+
+    name: ClassVar[str] = "normal"
+
+    def std(self, role: Role, shape: Sequence[int], model: Model) -> float:
+        return 0.02
+
+    def embedding_std(self, model: Model) -> float:
+        return 0.02
+
+    def head_std(self, model: Model) -> float:
+        return 0.02
+
+
 DEFAULTS = {"reparam": "sigma"}
 SIGMA_REPARAM = Method("sigma_reparam", ZHAI, DEFAULTS, (Sigma(),), (SigmaOptions,))
-SIGMA_REPARAM_NONORM = Method("sigma_reparam_nonorm", ZHAI, {**DEFAULTS, "placement": "none", "init": "gpt2"})
+SIGMA_REPARAM_NONORM = Method(
+    "sigma_reparam_nonorm", ZHAI, {**DEFAULTS, "placement": "none", "init": "normal"}, (NormalInit(),)
+)

@@ -90,6 +90,7 @@ def parameter_counts(model: Model) -> dict[str, int]:
     end = stream_width(model, model.n_layers)
     projection = end * model.d_model if stream.grows else 0
     norms = model.axes.placement.final * _norm(model, end) + bool(model.embedding_norm) * _norm(model, model.d_model)
+    norms += model.axes.norm.embedding_gain(model) is not None
     vocabulary = model.vocab_size * model.d_model
     embedding = vocabulary + (model.max_seq_len * model.d_model if model.axes.position.adds_table else 0)
     head = 0 if model.tie_embeddings else vocabulary

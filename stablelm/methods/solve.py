@@ -24,6 +24,20 @@ class Reading:
     correlation: float
 
 
+@dataclass(frozen=True)
+class Averaged:
+    """Variance and covariance of two tokens of what attention makes of values: `own` (variance, covariance) per unit of
+    the own values' variance, and `first` those that the first layer's values add."""
+
+    own: tuple[float, float]
+    first: tuple[float, float] = (0.0, 0.0)
+
+    def correlation(self, value_variance: float) -> float:
+        """Of two tokens, for own values of that variance."""
+        variance, covariance = (own * value_variance + first for own, first in zip(self.own, self.first, strict=True))
+        return covariance / variance
+
+
 @lru_cache(maxsize=32)
 def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple[dict[str, float], ...]:
     """Stds of each sub-layer's matrices by role kind, in order of depth; `model` is resolved.
@@ -34,13 +48,15 @@ def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple
     positions that have few keys count: `moments.causal_means`.
     """
     variance, correlation = _start(model, literal)
-    stds = []
+    stds, values = [], None
     for index in range(2 * model.n_layers):
         reading = Reading(_read_variance(model, variance, index), correlation)
         if index % 2 == 0:
-            kept, common = _attention(model, reading, index, literal)
-            stds.append(_attention_stds(model, reading, kept, index, shared))
-            out_correlation = common / kept
+            averaged = _attention(model, reading, values, literal)
+            stds.append(_attention_stds(model, reading, averaged, index, shared))
+            own = Reading(stds[-1]["value"] ** 2 * widths(model, index).read * reading.variance, correlation)
+            values = values or own
+            out_correlation = averaged.correlation(own.variance)
         else:
             stds.append(_feedforward_stds(model, reading, index, shared))
             out_correlation = model.axes.activation.correlation(reading.correlation, model.n_layers)
@@ -63,36 +79,57 @@ def _read_variance(model: Model, variance: float, index: int) -> float:
     placement = model.axes.placement.at(model, index)
     if not placement.before_body:
         return variance
-    return model.axes.norm.variance(model, variance) * placement.input_scale(index // 2) ** 2
+    return model.axes.norm.variance(model, variance, index % 2 == 0) * placement.input_scale(index // 2) ** 2
 
 
-def _attention(model: Model, reading: Reading, index: int, literal: bool) -> tuple[float, float]:
-    """(variance, covariance of two tokens) of averaged values, per unit of the values' variance."""
-    r = reading.correlation
+def _attention(model: Model, reading: Reading, values: Reading | None, literal: bool) -> Averaged:
+    """What attention keeps of values of the correlation that it reads; `values`: the first layer's, in later layers."""
+    own, shared = 0.0, 0.0
+    if not literal:
+        width = d_head(model)
+        factor = model.axes.shaping.logit_factor(model) ** 2
+        keys = 1.0 if model.axes.gains.normalises_keys(model) else model.axes.init.logit_scale(width) ** 2 * width
+        logit_variance = factor * keys
+        own, shared = model.axes.position.mean_weights(model, (1 - reading.correlation) * logit_variance)
+        own /= 1 - model.dropout
+    share = model.axes.value_mixing.share
+    kept, common = _passed(model, reading, reading.correlation, (own, shared), literal)
+    if values is None or share is None:
+        return Averaged((kept, common))
+    # Independent maps, so the variances add; each of values with a correlation of its own, under the same weights.
+    by_own, by_first = (1 - share) ** 2, share**2 * values.variance
+    kept_first, common_first = _passed(model, reading, values.correlation, (own, shared), literal)
+    return Averaged((by_own * kept, by_own * common), (by_first * kept_first, by_first * common_first))
+
+
+def _passed(
+    model: Model, reading: Reading, correlation: float, weights: tuple[float, float], literal: bool
+) -> tuple[float, float]:
+    """(variance, covariance of two tokens) of the heads' output per unit of the variance of values of that
+    correlation.
+
+    `weights`: sums of squared attention weights, and of products of two queries'.
+    """
+    kept, common = (correlation + (1 - correlation) * each for each in weights)
     if literal:
-        return r, r
-    width = d_head(model)
-    factor = model.axes.shaping.logit_factor(model) ** 2
-    keys = 1.0 if model.axes.gains.normalises_keys(model) else model.axes.init.logit_scale(width) ** 2 * width
-    logit_variance = factor * keys
-    own, shared = model.axes.position.mean_weights(model, (1 - r) * logit_variance)
-    own /= 1 - model.dropout
-    kept, common = r + (1 - r) * own, r + (1 - r) * shared
-    if index:
-        kept, common = model.axes.value_mixing.moments(kept, common)
-    kept, common = model.axes.shaping.moments(kept, common, r)
-    return model.axes.gate.moments(kept, common, model, reading.variance, r)
+        return kept, common
+    kept, common = model.axes.shaping.moments(kept, common, correlation)
+    return model.axes.gate.moments(kept, common, model, reading.variance, reading.correlation)
 
 
-def _attention_stds(model: Model, reading: Reading, kept: float, index: int, shared: bool) -> dict[str, float]:
+def _attention_stds(model: Model, reading: Reading, averaged: Averaged, index: int, shared: bool) -> dict[str, float]:
     width, target = widths(model, index), 1 - model.dropout
-    fan_in = 1 / math.sqrt(width.read * reading.variance)
+    read = width.read * reading.variance
+    fan_in, kept, first = 1 / math.sqrt(read), averaged.own[0], averaged.first[0]
     if model.axes.placement.at(model, index).before_output:
         return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / width.attention)}
     if shared:
-        both = (target / (width.read * width.attention * reading.variance * kept)) ** 0.25
+        # w^2 d (kept read w^2 + first) = target
+        root = math.sqrt(first**2 + 4 * kept * read * target / width.attention)
+        both = math.sqrt(2 * target / (width.attention * (first + root)))
         return {"query": fan_in, "key": fan_in, "value": both, "output": both}
-    return {"query": fan_in, "key": fan_in, "value": fan_in, "output": math.sqrt(target / (width.attention * kept))}
+    output = math.sqrt(target / (width.attention * (kept + first)))
+    return {"query": fan_in, "key": fan_in, "value": fan_in, "output": output}
 
 
 def _feedforward_stds(model: Model, reading: Reading, index: int, shared: bool) -> dict[str, float]:

@@ -46,6 +46,8 @@ class Decoder(nn.Module):
         self.embedding = _table(config.vocab_size, config.d_model, dtypes.parameter)
         rows = config.max_seq_len if axes.position.adds_table else None
         self.position = _table(rows, config.d_model, dtypes.parameter) if rows is not None else None
+        gains = axes.norm.embedding_gain(config) is not None
+        self.scaling = EmbeddingGain(dtypes) if gains else None
         self.norm_embedding = Norm(config, dtypes, config.d_model) if config.embedding_norm else None
         firsts = [axes.stack.first_place(config, layer) for layer in range(axes.stack.distinct(config))]
         self.layers = nn.ModuleList(Layer(config, dtypes, place) for place in firsts)
@@ -145,13 +147,16 @@ class Decoder(nn.Module):
         scale = self.config.axes.init.embedding_scale(self.config)
         if scale != 1:
             x = x * scale
+        if self.scaling is not None:
+            x = self.scaling(x)
         if self.position is not None:
             length = tokens.shape[1] if cache is None else cache.end
             assert length <= self.position.num_embeddings, "a sequence is longer than model.max_seq_len"
             x = x + self.position(self._places(tokens, cache))
+        x = F.dropout(x, self.config.dropout, self.training)
         if self.norm_embedding is not None:
             x = self.norm_embedding(x)
-        return F.dropout(x, self.config.dropout, self.training).to(self.dtypes.stream)
+        return x.to(self.dtypes.stream)
 
     def _places(self, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
         """The rows of the table of positions for these tokens, (seq,) or (batch, seq)."""
@@ -188,6 +193,18 @@ class Decoder(nn.Module):
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""
         return attention_kernels.choose(self.config, self.dtypes.compute, attention_kernels.gpu_of(device))
+
+
+class EmbeddingGain(nn.Module):
+    """A learned factor of the token embeddings, left unset."""
+
+    def __init__(self, dtypes: Dtypes):
+        super().__init__()
+        self.embedding_gain = nn.Parameter(torch.empty(1, dtype=dtypes.parameter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, seq, d_model), in the parameter dtype."""
+        return x * self.embedding_gain
 
 
 class Head(Linear):

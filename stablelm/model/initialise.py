@@ -93,14 +93,18 @@ def initial_values(
 def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:
     """The initial value of any parameter but those beside a reparametrised matrix, an fp32 CPU tensor of that shape.
 
-    Gains 1, biases 0, the slope of a norm `norm_alpha`, what axis values add as they say; of matrices what `model.init`
-    says, N(0, std^2) as a rule.
+    Gains 1, biases 0, the slope of a norm and its factor of the embeddings as it says, what other axis values add as
+    they say; of matrices what `model.init` says, N(0, std^2) as a rule.
     """
     init = config.axes.init
     if role.kind == "norm_gain":
         return torch.ones(*shape)
     if role.kind == "norm_alpha":
-        return torch.full(tuple(shape), config.norm_alpha)
+        return torch.full(tuple(shape), config.axes.norm.slope(config, ".attention." in name))
+    if role.kind == "embedding_gain":
+        gain = config.axes.norm.embedding_gain(config)
+        assert gain is not None
+        return torch.full(tuple(shape), gain)
     if role.kind == "bias" or init.starts_at_zero(role.kind):
         return torch.zeros(*shape)
     if role.kind not in MATRICES and role.kind not in TABLES:

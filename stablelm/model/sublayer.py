@@ -197,6 +197,7 @@ class Layer(nn.Module):
         products = self.attention.enter(chunks)
         own = products[1]
         if values:
-            products = (products[0], self.value_mixing.mix(own, values[0]), *products[2:])
+            mixed = self.value_mixing.mix(own, values[0], self.attention.body.added_parameters())
+            products = (products[0], mixed, *products[2:])
         left = self.attention.leave(chunks, products, positions, cache, factor)
         return left, own if self.gives_values else None

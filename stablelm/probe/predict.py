@@ -1,6 +1,7 @@
 """What the theory says of a config at initialisation: its sub-layers as gains, propagated over depth (torch-free)."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,8 @@ from stablelm.methods.stds import entry_variance, initial_std, map_variance
 from stablelm.theory.attention import AttentionBody, Pattern
 from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, times_diagonal
 from stablelm.theory.moments import causal_means, gate_function, token_collision
-from stablelm.theory.propagation import End, SublayerTheory, propagate
+from stablelm.theory.propagation import End, SublayerTheory, Text, propagate
+from stablelm.theory.repeats import pair
 from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
@@ -33,6 +35,7 @@ class Prediction:
     stream_variance: Array
     token_correlation: Array
     attention_branch_variance: Array
+    attention_branch_spread: Array
     feedforward_branch_variance: Array
     attention_entropy: Array
     gradient_norm: Array
@@ -69,7 +72,8 @@ def predict(
         collision = float(token_collision(config.vocab_size))
     tokens = tokens or seq_len
     sublayers = [_sublayer(config, index, seq_len) for index in range(2 * config.n_layers)]
-    trace = propagate(_embedding_kernel(config, seq_len, collision), sublayers, _end(config, tokens, collision))
+    kernel, text = _embedding(config, seq_len, collision)
+    trace = propagate(kernel, sublayers, _end(config, tokens, collision), text)
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
     if trace.token_correlation.max() > COLLAPSED:
@@ -123,44 +127,55 @@ def _head_std(config: ModelConfig) -> float:
     return initial_std(Role("embedding" if config.tie_embeddings else "head", None), (1, 1), config)
 
 
-def _embedding_kernel(config: ModelConfig, seq_len: int, collision: float) -> Array:
+def _embedding(config: ModelConfig, seq_len: int, collision: float) -> tuple[Array, Text]:
+    """The stream's kernel at its start, and what positions with the same token share in it."""
     init = config.axes.init
     variance = init.embedding_std(config) ** 2
-    token = variance * init.embedding_scale(config) ** 2
+    token = variance * (init.embedding_scale(config) * (config.axes.norm.embedding_gain(config) or 1.0)) ** 2
+    whole = token + (variance if config.axes.position.adds_table else 0.0)
     kernel = np.full((seq_len, seq_len), token * collision)
-    np.fill_diagonal(kernel, token + (variance if config.axes.position.adds_table else 0.0))
-    if config.embedding_norm:
-        kernel = norm_forward(_norm(config), kernel)
-    return times_diagonal(kernel, 1 / (1 - config.dropout))
+    np.fill_diagonal(kernel, whole)
+    ready = [_embedded(config, each) for each in (kernel, pair(whole, token / whole))]
+    return ready[0], Text(collision, ready[1])
+
+
+def _embedded(config: ModelConfig, kernel: Array) -> Array:
+    kernel = times_diagonal(kernel, 1 / (1 - config.dropout))
+    return norm_forward(_norm(config), kernel) if config.embedding_norm else kernel
 
 
 def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
     stream, placement = config.axes.stream, config.axes.placement.at(config, index)
-    width = widths(config, index)
+    width, norm = widths(config, index), partial(_norm, config, attention=index % 2 == 0)
     keep, write = stream.gains_at_start(config, index)
     return SublayerTheory(
         body=_feedforward(config, index, width) if index % 2 else _attention(config, index, width, seq_len),
         keep=keep,
         write=write * config.axes.depth_drop.root_mean_square(config, index),
         parallel=stream.parallel and index % 2 == 1,
-        norm_in=_norm(config, placement.input_scale(index // 2)) if placement.before_body else None,
-        norm_branch=_norm(config) if placement.on_branch else None,
-        norm_after=_norm(config) if placement.after_write else None,
+        norm_in=norm(placement.input_scale(index // 2)) if placement.before_body else None,
+        norm_branch=norm() if placement.on_branch else None,
+        norm_after=norm() if placement.after_write else None,
         dropout=config.dropout,
         concat=(width.read, width.branch) if stream.grows else None,
         gate=stream.gate(config),
     )
 
 
-def _norm(config: ModelConfig, scale: float = 1.0) -> NormTheory:
-    return config.axes.norm.theory(config, scale)
+def _norm(config: ModelConfig, scale: float = 1.0, *, attention: bool = False) -> NormTheory:
+    norm = config.axes.norm
+    found = norm.theory(config, scale)
+    return replace(found, alpha=norm.slope(config, attention)) if norm.has_slope else found
 
 
 def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> AttentionBody:
     into = {kind: map_variance(config, kind, index, width.read, out) for kind, out in _heads(config, width).items()}
+    before_output = config.axes.placement.at(config, index).before_output
+    draws = 2 / width.branch + (0.0 if before_output else 2 / d_key_value(config))
     axes, output = config.axes, map_variance(config, "output", index, width.attention, width.branch)
     if not axes.maps.has_values:  # the identity in their place: width.read, width.attention and width.branch are equal
         into["value"] = output = 1 / width.attention
+        draws = 0.0
     gates = entry_variance(config, Role("head_gate", index // 2), (axes.gate.width(config), width.read), index)
     return AttentionBody(
         pattern=_pattern(config, index // 2, seq_len),
@@ -176,7 +191,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         d_head=d_head(config),
         qk_norm=config.axes.gains.normalises_keys(config),
         logit_cap=config.attention.logit_cap or None,
-        inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
+        inner_norm=_norm(config, attention=True) if before_output else None,
         value_mix=config.axes.value_mixing.share,
         dropout=config.dropout,
         null_logit=axes.softmax.null_at_start,
@@ -185,6 +200,7 @@ def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> 
         gate=gate_function(axes.gate.logit_mean(config)) if axes.gate.width(config) else None,
         gate_gain=width.read * gates,
         gate_back=width.attention * gates,
+        draw_variance=draws,
     )
 
 

@@ -88,6 +88,7 @@ class Probe:
 def as_json(probe: Probe) -> dict[str, Any]:
     """What `probe.json` holds; entry 0 of `layers` is the embedding, a predicted null means no prediction.
 
+    `attention_branch_spread`: by layer, the relative standard deviation of its variance between draws of the weights.
     Measured figures that are no numbers are written as the strings "nan", "inf" and "-inf", as in metrics.jsonl.
     """
     sigma = probe.measured.sigma.values()
@@ -112,6 +113,7 @@ def as_json(probe: Probe) -> dict[str, Any]:
         "tev": {"mean": probe.measured.tev[0], "std": probe.measured.tev[1]},
         "sigma": {"smallest": min(sigma), "largest": max(sigma)} if sigma else None,
         "seconds": round(probe.seconds, 2),
+        "attention_branch_spread": [_finite(each) for each in probe.prediction.attention_branch_spread[1:]],
         "verdict": probe.verdict.text,
         "evidence": [_evidence(each) for each in probe.verdict.evidence],
         "sensitivity": {
@@ -214,6 +216,9 @@ def _panel(panel: Any, probe: Probe, names: Sequence[str]) -> None:
         predicted, measured = probe.predicted(name)[first:], probe.found(name)
         points = [place for place in chosen(probe.n_layers, POINTS) if place >= first]
         panel.plot(depth, predicted, color=colour, linewidth=1.6)
+        if name == "attention_branch_variance":
+            spread = np.exp(2 * probe.prediction.attention_branch_spread[first:])
+            panel.fill_between(depth, predicted / spread, predicted * spread, color=colour, alpha=0.15, linewidth=0)
         panel.plot(points, measured[points], marker, color=colour, markersize=4.5, markerfacecolor="white")
         panel.plot([], [], f"{marker}-", color=colour, markerfacecolor="white", label=NAMES.get(name))
         values += [predicted[np.isfinite(predicted)], measured[first:][np.isfinite(measured[first:])]]

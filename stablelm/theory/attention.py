@@ -3,7 +3,9 @@
 With p the attention weights that fixed biases alone give, and P those with random logits, everything rests on
 E[P_aj P_bk] = p_aj p_bk (1 + c_ab (delta_jk - p_bj - p_ak + sum_m p_am p_bm)): what random logits do to first order
 where all keys are alike, with rows that sum to one. The size c_ab comes from the covariance of the two rows' logits
-about their row means, such that a single row has its exact E[sum P^2] (`theory.rows`).
+about their row means, such that a single row has its exact E[sum P^2] (`theory.rows`). Keys of the same token are
+drawn together as a key is with itself (`theory.repeats`): the forward pass adds them to delta_jk with a size of their
+own.
 """
 
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from stablelm.theory.hermite import expectation
 from stablelm.theory.kernels import NormTheory, columns_and_rows, norm_backward, norm_forward
 from stablelm.theory.moments import Function, dyt_second_moment
+from stablelm.theory.repeats import Repeats, roots, token_correlation
 from stablelm.theory.rows import row_fluctuations
 
 Array = NDArray[np.float64]
@@ -58,7 +61,8 @@ class AttentionBody:
     2025); None: off. `dropout` is that of the attention weights. `null_logit`: of one more term in the denominator of
     the softmax; None: there is none. `centred`: the identity is added to the weights, and their mean subtracted (Noci
     et al. 2023), all but the identity times `average`. `gate`, of inputs of gain `gate_gain` (`gate_back` as the
-    others), multiplies what heads give.
+    others), multiplies what heads give. `draw_variance`: relative variance of the branch's size between draws of the
+    value and output maps where all tokens are alike, 2 / features of each.
     """
 
     pattern: Pattern
@@ -83,6 +87,7 @@ class AttentionBody:
     gate: Function | None = None
     gate_gain: float = 0.0
     gate_back: float = 0.0
+    draw_variance: float = 0.0
 
 
 class _Tables(NamedTuple):
@@ -97,18 +102,21 @@ class _Tables(NamedTuple):
 
 class _Fluctuations(NamedTuple):
     """Of random softmax rows: c_ab, (groups, T, T); (groups, T): RMS slope of a row over that of p, and its entropy
-    in nats; and the share of a row's weight that keys get, (groups, T) or 1."""
+    in nats; the share of a row's weight that keys get, (groups, T) or 1; and the size, times their share, for two keys
+    of the same token, (groups, T, T), 0 if there are none."""
 
     size: Array
     slope: Array
     entropy: Array
-    kept: Array | float
+    kept: Array | float = 1.0
+    repeated: Array | float = 0.0
 
 
 class AttentionState(NamedTuple):
     """What the backward pass needs: kernels, (T, T), of the body's input, of its keys (and queries) but for their
     gain, of the values, of what heads average, and of the heads' output after the gate; the first body's share in the
-    values; the rows' fluctuations."""
+    values; the rows' fluctuations; the correlation in the heads' output of two positions with the same token, nan if
+    none are told of."""
 
     kernel: Array
     keys: Array
@@ -117,6 +125,7 @@ class AttentionState(NamedTuple):
     mixed: Array
     mix: float
     rows: _Fluctuations
+    repeated: float = np.nan
 
 
 @lru_cache(maxsize=8)
@@ -154,34 +163,95 @@ def _shared(p: Array, kernel: Array) -> Array:
     return (p * np.diagonal(kernel)) @ _transposed(p)
 
 
-def attention_forward(body: AttentionBody, kernel: Array, first: Array | None) -> tuple[Array, float, AttentionState]:
+def attention_forward(
+    body: AttentionBody, kernel: Array, first: Array | None, repeats: Repeats | None = None
+) -> tuple[Array, float, AttentionState]:
     """Kernel of the body's output, mean entropy of its rows in nats, and the state for the backward pass.
 
-    `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself.
+    `kernel`: (T, T), of the body's input; `first`: values' kernel of the first attention body, None for itself;
+    `repeats`: positions with the same token among those that `kernel` is the mean of.
     """
-    p, overlap, _, _ = _tables(body.pattern)
     keys = norm_forward(_UNIT, kernel) if body.qk_norm else kernel
     mix = 0.0 if first is None or body.value_mix is None else body.value_mix
-    values = (1 - mix) ** 2 * body.value_gain * kernel
-    if first is not None and mix:
-        values = values + mix**2 * first
-    rows = _fluctuations(body, keys)
+    own = (1 - mix) ** 2 * body.value_gain * kernel
+    values = own + mix**2 * first if first is not None and mix else own
+    rows, correlation = _fluctuations(body, keys, keys, None), np.nan
+    drawn, shared = rows, 0.0
+    if repeats is not None:
+        drawn, shared = _fluctuations(body, keys, keys, repeats), _shared_values(own, values, repeats)
+    averaged = _averaged(body, values, values, drawn, shared)
+    mixed = averaged * _gates(body, kernel)
+    if repeats is not None:
+        same = _fluctuations(body, keys, _alike(keys, repeats.correlation), repeats)
+        alike = _averaged(body, values, _alike(values, shared), same, shared)
+        alike = alike * _gates(body, _alike(kernel, repeats.correlation))
+        np.fill_diagonal(alike, np.diagonal(mixed))
+        correlation = token_correlation(alike)
+    output = body.output_gain * norm_forward(body.inner_norm, mixed)
+    state = AttentionState(kernel, keys, values, averaged, mixed, mix, rows, correlation)
+    return output, float(drawn.entropy.mean()), state
+
+
+def _shared_values(own: Array, values: Array, repeats: Repeats) -> float:
+    """Correlation of the values of two positions with the same token; `own`: the layer's part of their kernel."""
+    of_own, whole = np.diagonal(own).mean(), np.diagonal(values).mean()
+    return float((of_own * repeats.correlation + (whole - of_own) * repeats.first) / whole)
+
+
+def _alike(kernel: Array, correlation: float) -> Array:
+    """That between a position and one with the token of the other."""
+    return np.maximum(kernel, correlation * roots(kernel))
+
+
+def branch_spread(body: AttentionBody, state: AttentionState) -> float:
+    """Relative standard deviation of the branch's variance, a mean over positions, between draws of its maps.
+
+    A map of d outputs gives the mean of C_aa over positions a relative variance of 2 / d times the mean of C_ab^2, for
+    tokens of correlations C: of d independent features each has that for d = 1 (fourth moments of Gaussians; derived
+    here). Fewer key/value heads have fewer features.
+    """
+    scale = roots(state.mixed)
+    correlations = np.divide(state.mixed, scale, out=np.zeros_like(scale), where=scale > 0)
+    return float(np.sqrt(body.draw_variance * (correlations**2).mean()))
+
+
+def _averaged(body: AttentionBody, values: Array, straight: Array, rows: _Fluctuations, correlation: float) -> Array:
+    """Kernel of what heads average; `correlation`: of the values of two positions with the same token.
+
+    `straight`: of the values that a centred body adds to these.
+    """
+    p, overlap, _, _ = _tables(body.pattern)
     seen = values @ _transposed(p)  # (groups, key, row)
     mean, shared, one_sided = p @ seen, _shared(p, values), p @ (_transposed(p) * seen)
-    mixed = rows.size * (shared - one_sided - _transposed(one_sided) + overlap * mean)
+    both_sided = one_sided + _transposed(one_sided)
+    mixed = rows.size * (shared - both_sided + overlap * mean)
+    if isinstance(rows.repeated, np.ndarray):
+        repeated = correlation * (_sandwich(p, roots(values)) - shared)
+        mixed = mixed + rows.repeated * (repeated - 2 * mean + both_sided + (1 - overlap) * mean)
+        mixed = mixed - rows.repeated * _off_diagonal(
+            repeated - (mean - shared), np.zeros_like(mean), overlap
+        ) * _twice(p)
     if not body.centred:
         mixed = mixed + mean
     if body.dropout:
         noise = body.dropout / (1 - body.dropout) * shared * (1 + rows.size * (1 - overlap))
-        mixed = mixed + noise * np.eye(len(kernel))
+        mixed = mixed + noise * np.eye(len(values))
     averaged = body.average**2 * _scaled_rows(rows.kept, mixed).mean(axis=0)
     if body.centred:
-        averaged = averaged + values
+        averaged = averaged + straight
     if body.pattern.row_scale is not None:
         averaged = averaged * np.outer(body.pattern.row_scale, body.pattern.row_scale)
-    mixed = averaged * _gates(body, kernel)
-    output = body.output_gain * norm_forward(body.inner_norm, mixed)
-    return output, float(rows.entropy.mean()), AttentionState(kernel, keys, values, averaged, mixed, mix, rows)
+    return averaged
+
+
+def _twice(p: Array) -> Array:
+    """sum_j p_aj sum_{k != j} p_bk^2 and the same with the rows exchanged.
+
+    A key k with the token of j is both in the weight that is drawn to j and in the values that are alike there, which
+    the product of the two means misses.
+    """
+    one = np.square(p).sum(axis=-1)[:, None, :] - p @ _transposed(np.square(p))
+    return one + _transposed(one)
 
 
 def _gates(body: AttentionBody, kernel: Array) -> Array | float:
@@ -203,28 +273,54 @@ def _scaled_rows(scale: Array | float, matrices: Array) -> Array:
     return _both(scale, matrices) if isinstance(scale, np.ndarray) else matrices * scale**2
 
 
-def _fluctuations(body: AttentionBody, keys: Array) -> _Fluctuations:
-    """How far random logits draw the rows from their mean, for queries and keys of kernel `keys`."""
+def _fluctuations(body: AttentionBody, keys: Array, queries: Array, repeats: Repeats | None) -> _Fluctuations:
+    """How far random logits draw the rows from their mean, for keys and queries of these kernels.
+
+    With `repeats` the logits of keys with different tokens are what the others are compared with, and a row has as
+    many keys as different tokens.
+    """
     p, overlap, turn, turn_keys = _tables(body.pattern)
     same = _shared(p, keys)
     apart = _off_diagonal(_sandwich(p, keys), same, overlap)
     alike = np.divide(same, overlap, out=np.zeros_like(same), where=overlap > 0)
     gain = body.scale**2 * body.d_head * (1.0 if body.qk_norm else body.query_gain * body.key_gain)
-    covariance = gain * keys * (turn * alike - turn_keys * apart)
-    variance = gain * np.diagonal(keys) * (p @ np.diagonal(keys))
+    excess_apart, share = _excess_apart(p, overlap, keys, same, apart, repeats)
+    apart = apart - share * excess_apart
+    covariance = gain * queries * (turn * alike - turn_keys * apart)
+    variance = gain * np.diagonal(queries) * (p @ np.diagonal(keys))
     kept, cap_slope = _cap(body.logit_cap, variance)
     spread = kept * np.maximum(np.einsum("gaa->ga", covariance), 0.0)
-    one_key = np.einsum("gaa->ga", overlap) > 1 - 1e-9
-    rows = row_fluctuations(spread, 1 / np.einsum("gaa->ga", overlap))
+    own_overlap = np.einsum("gaa->ga", overlap)
+    one_key = own_overlap > 1 - 1e-9
+    together = gain * queries * turn_keys * excess_apart
+    alike_share = np.divide(np.einsum("gaa->ga", together) * kept, spread, out=np.zeros_like(spread), where=spread > 0)
+    effective = own_overlap + share * np.clip(alike_share, 0.0, 1.0) * (1 - own_overlap)
+    rows = row_fluctuations(spread, 1 / effective)
     damping = np.sqrt(kept * np.divide(rows.growth, spread, out=np.ones_like(spread), where=spread > 0))
     excess = np.expm1(np.clip(_both(damping, covariance), -_LARGEST, _LARGEST))
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1) - np.where(one_key, 0.0, rows.entropy_loss)
-    size, entropy = excess / (1 + excess * overlap), np.maximum(entropy, 0.0)
-    share: Array | float = 1.0
+    entropy, of_keys = np.maximum(entropy, 0.0), 1.0
     if body.null_logit is not None:
-        share = _share_of_keys(body.pattern, spread, kept * variance - spread, body.null_logit)
-        entropy = share * (entropy - np.log(share))
-    return _Fluctuations(size, np.sqrt(rows.slope_share * cap_slope), entropy, share)
+        # What keys of different tokens share is common to the row, so repeats are in `spread` alone.
+        of_keys = _share_of_keys(body.pattern, spread, kept * variance - spread, body.null_logit)
+        entropy = of_keys * (entropy - np.log(of_keys))
+    drawn = np.expm1(np.clip(_both(damping, together), -_LARGEST, _LARGEST)) * share
+    whole = 1 + excess * overlap + drawn * (1 - overlap)
+    slope = np.sqrt(rows.slope_share * cap_slope)
+    return _Fluctuations(excess / whole, slope, entropy, of_keys, drawn / whole if share else 0.0)
+
+
+def _excess_apart(
+    p: Array, overlap: Array, keys: Array, same: Array, apart: Array, repeats: Repeats | None
+) -> tuple[Array, float]:
+    """What keys of the same token share over what others do, as means under p_aj p_bk, and these pairs' share.
+
+    `same`, `apart`: the sum of keys' kernel over j = k, and its mean over j != k.
+    """
+    if repeats is None or repeats.share >= 1:
+        return np.zeros_like(apart), 0.0
+    repeated = repeats.correlation * _off_diagonal(_sandwich(p, roots(keys)), same, overlap)
+    return np.maximum(repeated - apart, 0.0) / (1 - repeats.share), repeats.share
 
 
 def _share_of_keys(pattern: Pattern, spread: Array, common: Array, null_logit: float) -> Array:

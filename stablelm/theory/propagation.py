@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stablelm.theory.attention import AttentionBody, AttentionState, attention_backward, attention_forward
+from stablelm.theory.attention import (
+    AttentionBody,
+    AttentionState,
+    attention_backward,
+    attention_forward,
+    branch_spread,
+)
 from stablelm.theory.gates import GateState, GateTheory, gate_backward, gate_forward
 from stablelm.theory.kernels import (
     FeedForwardBody,
@@ -27,6 +33,7 @@ from stablelm.theory.kernels import (
     norm_slopes,
     times_diagonal,
 )
+from stablelm.theory.repeats import Repeats, correlation_of, pair, token_correlation
 
 Array = NDArray[np.float64]
 
@@ -75,7 +82,8 @@ class Trace:
 
     `stream_variance`: mean over positions of E[x^2]; `token_correlation`: mean over pairs of positions of
     K_ab / sqrt(K_aa K_bb); `attention_branch_variance`, `feedforward_branch_variance`: of what is written, after
-    norm and dropout and before `write`; `attention_entropy`: mean over rows and heads, in nats; `gradient_variance`:
+    norm and dropout and before `write`; `attention_branch_spread`: relative standard deviation of the former between
+    draws of the weights; `attention_entropy`: mean over rows and heads, in nats; `gradient_variance`:
     mean over positions of E[(dL/dx)^2]. What layers alone have is nan at index 0. `kernel`: (T, T), of the stream
     before the end's norm; `gradient_kernel`: (T, T), at the embedding.
     """
@@ -83,6 +91,7 @@ class Trace:
     stream_variance: Array
     token_correlation: Array
     attention_branch_variance: Array
+    attention_branch_spread: Array
     feedforward_branch_variance: Array
     attention_entropy: Array
     gradient_variance: Array
@@ -90,10 +99,26 @@ class Trace:
     gradient_kernel: Array
 
 
+@dataclass(frozen=True)
+class Text:
+    """Positions with the same token: their `share` of all pairs, and the kernel, (2, 2), of two of them in the stream
+    after the embedding."""
+
+    share: float
+    pair: Array
+
+
+class _First(NamedTuple):
+    """Of the first attention body's values: the kernel, and the correlation of two positions with the same token."""
+
+    values: Array
+    repeated: float
+
+
 class _Step(NamedTuple):
     """A sub-layer's forward pass: the stream before it, what it reads of it, and the stream after it, also before
     `norm_after`; the branch before `norm_branch`, before dropout and as written; the body's and the gate's state; the
-    entropy, nan for feed-forward."""
+    entropy and the branch's spread, nan for feed-forward; the text before and after it."""
 
     before: Array
     read: Array
@@ -105,6 +130,9 @@ class _Step(NamedTuple):
     state: AttentionState | FeedForwardState
     gate: GateState | None
     entropy: float
+    spread: float
+    text_before: Text | None
+    text_after: Text | None
 
 
 class _Beside(NamedTuple):
@@ -114,29 +142,23 @@ class _Beside(NamedTuple):
     cross: Array
 
 
-def token_correlation(kernel: Array) -> float:
-    """Mean over pairs of positions of K_ab / sqrt(K_aa K_bb); `kernel`: (T, T) with T > 1."""
-    std = np.sqrt(np.diagonal(kernel))
-    size = len(kernel)
-    return float(((kernel / np.outer(std, std)).sum() - size) / (size * (size - 1)))
-
-
-def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> Trace:
+def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text: Text | None = None) -> Trace:
     """Carries a kernel up through `sublayers`, attention and feed-forward in turn, and the loss gradient down again.
 
-    `kernel`: (T, T), of the stream after the embedding, at every position at least one other one. Memory grows with
-    the square root of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
+    `kernel`: (T, T), of the stream after the embedding, at every position at least one other one, the mean over
+    whatever tokens these hold; `text`: which of them hold the same, None: none does. Memory grows with the square root
+    of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
     run = max(2, math.isqrt(len(sublayers)) // 2 * 2)  # whole layers
     kept, records, first, summed, step = [], [_record(kernel)], None, kernel, None
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
-            kept.append(kernel)
-        step = _forward(sublayer, kernel, first, step)
+            kept.append((kernel, text))
+        step = _forward(sublayer, kernel, first, step, text)
         if first is None and isinstance(step.state, AttentionState):
-            first = step.state.values
-        kernel, summed = step.after, summed + step.branch
+            first = _first_of(sublayer, step)
+        kernel, summed, text = step.after, summed + step.branch, step.text_after
         records.append(_record(kernel, step))
     gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, summed, end))
     attention, feedforward = records[1::2], records[2::2]
@@ -145,6 +167,7 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End) -> T
         stream_variance=np.array([r.variance for r in layers]),
         token_correlation=np.array([r.correlation for r in layers]),
         attention_branch_variance=np.array([np.nan, *(r.branch for r in attention)]),
+        attention_branch_spread=np.array([np.nan, *(r.spread for r in attention)]),
         feedforward_branch_variance=np.array([np.nan, *(r.branch for r in feedforward)]),
         attention_entropy=np.array([np.nan, *(r.entropy for r in attention)]),
         gradient_variance=gradients,
@@ -158,11 +181,13 @@ class _Record(NamedTuple):
     correlation: float
     branch: float
     entropy: float
+    spread: float
 
 
 def _record(kernel: Array, step: _Step | None = None) -> _Record:
     branch, entropy = (math.nan, math.nan) if step is None else (np.diagonal(step.branch).mean(), step.entropy)
-    return _Record(float(np.diagonal(kernel).mean()), token_correlation(kernel), float(branch), entropy)
+    spread = math.nan if step is None else step.spread
+    return _Record(float(np.diagonal(kernel).mean()), token_correlation(kernel), float(branch), entropy, spread)
 
 
 def _start(kernel: Array, summed: Array, end: End) -> tuple[Array, _Beside | None]:
@@ -176,10 +201,10 @@ def _start(kernel: Array, summed: Array, end: End) -> tuple[Array, _Beside | Non
 
 
 def _gradients(
-    kept: list[Array],
+    kept: list[tuple[Array, Text | None]],
     run: int,
     sublayers: Sequence[SublayerTheory],
-    first: Array | None,
+    first: _First | None,
     start: tuple[Array, _Beside | None],
 ) -> tuple[Array, Array]:
     """Mean gradient variance at each layer boundary, and the gradient kernel at the embedding."""
@@ -187,12 +212,12 @@ def _gradients(
     variances, to_first, waiting = [float(np.diagonal(gradient).mean())], None, 0.0
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
-        kernel, steps = kept[block], []
+        (kernel, text), steps = kept[block], []
         step = None
         for i in range(block * run, min((block + 1) * run, len(sublayers))):
-            step = _forward(sublayers[i], kernel, None if i == owner else first, step)
+            step = _forward(sublayers[i], kernel, None if i == owner else first, step, text)
             steps.append((i, step))
-            kernel = step.after
+            kernel, text = step.after, step.text_after
         for i, step in reversed(steps):
             gradient, own, to_values, beside = _backward(
                 sublayers[i], step, gradient, to_first if i == owner else None, beside
@@ -208,28 +233,55 @@ def _gradients(
     return np.array(variances[::-1]), gradient
 
 
-def _forward(sublayer: SublayerTheory, before: Array, first: Array | None, below: _Step | None) -> _Step:
+def _first_of(sublayer: SublayerTheory, step: _Step) -> _First:
+    assert isinstance(step.state, AttentionState)
+    text = step.text_before
+    repeated = 0.0 if text is None else correlation_of(norm_forward(sublayer.norm_in, text.pair))
+    return _First(step.state.values, repeated)
+
+
+def _forward(
+    sublayer: SublayerTheory, before: Array, first: _First | None, below: _Step | None, text: Text | None
+) -> _Step:
     """`below`: the sub-layer before this one, for one that is parallel to it."""
-    body, entropy, read = sublayer.body, math.nan, before
+    body, entropy, spread, read, text_read, output_pair = sublayer.body, math.nan, math.nan, before, text, None
     if sublayer.parallel:
         assert below is not None
-        read = below.before
+        read, text_read = below.before, below.text_before
     inside = norm_forward(sublayer.norm_in, read)
+    inside_pair = None if text_read is None else norm_forward(sublayer.norm_in, text_read.pair)
     if isinstance(body, AttentionBody):
-        output, entropy, state = attention_forward(body, inside, first)
+        repeats = None
+        if text_read is not None and inside_pair is not None:
+            own = correlation_of(inside_pair)
+            repeats = Repeats(text_read.share, own, own if first is None else first.repeated)
+        output, entropy, state = attention_forward(body, inside, None if first is None else first.values, repeats)
+        spread = 0.0 if sublayer.norm_branch is not None else branch_spread(body, state)
+        output_pair = None if repeats is None else pair(np.diagonal(output).mean(), state.repeated)
     else:
         output, state = feedforward_forward(body, inside)
-    normed, gate = norm_forward(sublayer.norm_branch, output), None
+        output_pair = None if inside_pair is None else feedforward_forward(body, inside_pair)[0]
+    normed, branch, written, gate = _written(sublayer, before, output)
+    after, text_after = norm_forward(sublayer.norm_after, written), None
+    if text is not None and output_pair is not None:
+        pair_written = _written(sublayer, text.pair, output_pair)[2]
+        text_after = Text(text.share, norm_forward(sublayer.norm_after, pair_written))
+    return _Step(
+        before, read, written, after, output, normed, branch, state, gate, entropy, spread, text, text_after
+    )  # fmt: skip
+
+
+def _written(sublayer: SublayerTheory, before: Array, output: Array) -> tuple[Array, Array, Array, GateState | None]:
+    """The branch before its dropout and as written, the stream with it, and the gate's state."""
+    normed = norm_forward(sublayer.norm_branch, output)
     branch = times_diagonal(normed, 1 / (1 - sublayer.dropout))
     if sublayer.gate is not None:
-        written, gate = gate_forward(sublayer.gate, before, normed, sublayer.dropout)
-    elif sublayer.concat is None:
-        written = sublayer.keep**2 * before + sublayer.write**2 * branch
-    else:
-        width, growth = sublayer.concat
-        written = (width * before + growth * branch) / (width + growth)
-    after = norm_forward(sublayer.norm_after, written)
-    return _Step(before, read, written, after, output, normed, branch, state, gate, entropy)
+        written, state = gate_forward(sublayer.gate, before, normed, sublayer.dropout)
+        return normed, branch, written, state
+    if sublayer.concat is None:
+        return normed, branch, sublayer.keep**2 * before + sublayer.write**2 * branch, None
+    width, growth = sublayer.concat
+    return normed, branch, (width * before + growth * branch) / (width + growth), None
 
 
 def _backward(

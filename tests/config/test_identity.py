@@ -185,6 +185,22 @@ def test_a_run_saved_before_a_key_existed_had_its_default():
     assert line == "data.packing: saved with split, now best_fit"
 
 
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [
+        ("model.value_residual.learned", "value_residual"),
+        ("model.denseformer.dilation", "denseformer"),
+        ("model.denseformer.period", "denseformer"),
+        ("model.dyt.attention_alpha", "pre_ln"),
+        ("model.dyt.other_alpha", "pre_ln"),
+    ],
+)
+def test_options_that_methods_got_later_have_the_plain_value(key, method):
+    saved = make(f"model.method={method}")
+    del saved[key]
+    assert differences(saved, make(f"model.method={method}")) == []
+
+
 def test_a_run_that_does_not_say_its_order_has_the_first_one():
     saved = make()
     assert saved.pop("data.order") == 2

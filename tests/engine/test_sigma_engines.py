@@ -29,14 +29,20 @@ from stablelm.train.step import train_step
 SINGLE = Ranks(0, 1, torch.device("cpu"), None, None)
 ROWS, PIECES, STEPS = 12, 96, 20
 TOLERANCE = {"fp32": 1e-6, "fp64": 1e-9}
-# Beside sigma: a stream that grows, one with vectors of every length, values across layers, parameters of one element.
-OTHERS = ("catformer", "denseformer", "value_residual", "rezero")
+# Beside sigma: a stream that grows, one with vectors of every length, values across layers, parameters of one element,
+# layers with and without parameters of their own, a parameter outside layers.
+OTHERS = (
+    *("catformer", "denseformer", "value_residual", "rezero", "dyt"),
+    "denseformer model.denseformer.dilation=2 model.denseformer.period=2",
+    "value_residual model.value_residual.learned=true",
+)
 SIZES = ("model.n_layers=4", "model.d_model=32", "model.n_heads=4", "model.kv_heads=2", "data.seq_len=16")
 TRAINING = ("train.steps=20", "train.lr=3e-4", "train.warmup_steps=100", f"train.global_batch_size={ROWS}")
 
 
 def make_config(method: str, *overrides: str) -> Config:
-    config = load([], [f"model.method={method}", *SIZES, *TRAINING, *overrides]).config
+    name, *options = method.split()
+    config = load([], [f"model.method={name}", *options, *SIZES, *TRAINING, *overrides]).config
     return resolve(config, pieces=PIECES, world_size=1, accelerate_precision=None)
 
 

@@ -10,8 +10,10 @@ from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.methods.attention_residuals import AttentionResidualsOptions
 from stablelm.methods.catalogue import METHODS, apply_method, problems
 from stablelm.methods.deepscalelm import DeepscaleOptions
+from stablelm.methods.denseformer import DenseformerOptions
 from stablelm.methods.hyper_connections import HyperConnectionsOptions
 from stablelm.methods.muddformer import MuddformerOptions
+from stablelm.methods.value_residual import ValueResidualOptions
 from stablelm.model.decoder import Decoder
 
 END = 7
@@ -42,6 +44,8 @@ CONFIGS = {name: model_of(name) for name in METHODS} | {
     "documents_alibi": model_of("pre_ln", {"position": "alibi", "document_end": END}, kv_heads=2),
     "low_rank_sigma": model_of("magneto_sigma", {"low_rank": 0.25, "qk_norm": True}, bias=True),
     "values_capped": model_of("value_residual", {"logit_cap": 2.0, "low_rank": 0.5}, kv_heads=1),
+    "values_learned": model_of("value_residual", options=(ValueResidualOptions(learned=True),)),
+    "dense_dilated": model_of("denseformer", options=(DenseformerOptions(dilation=2, period=2),), norm="dyt"),
     "dense_sigma": model_of("denseformer", reparam="sigma", activation="swiglu", norm="rmsnorm"),
     "catformer_documents": model_of("catformer", {"document_end": END, "position": "learned"}, tie_embeddings=True),
     "espa_rope": model_of("e_spa", {"position": "rope"}, placement="pre", kv_heads=2, activation="gelu"),

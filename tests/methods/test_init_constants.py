@@ -13,6 +13,7 @@ from stablelm.methods.stds import initial_std
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initial_value, role_of
 from stablelm.model.loss import LossSums
+from stablelm.probe.predict import predict
 
 WIDTH = 256
 ENCODER = ("deepscale.form=literal", "model.dropout=0.1")
@@ -113,15 +114,27 @@ def test_every_matrix_has_the_std_that_is_asked_for(method):
     ],
 )
 def test_the_stream_starts_with_unit_variance(method, overrides):
-    """In training, embedding dropout included; after a norm, dropout is all that changes the variance."""
+    """In training, embedding dropout included; a norm on the embedding comes after the dropout (released code)."""
     config = resolved(method, 4, WIDTH, *overrides)
     decoder = make_decoder(config, 0).train()
     tokens = torch.randint(VOCABULARY, (32, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         variance = decoder.embed(tokens).square().mean().item()
-    normed = config.dropout if config.embedding_norm else 0.0
-    assert variance * (1 - normed) == pytest.approx(1, abs=0.05)
+    assert variance == pytest.approx(1, abs=1e-4 if config.embedding_norm else 0.05)
+
+
+@pytest.mark.parametrize("init", ["deepscale", "unit"])
+def test_solved_stds_count_the_first_layers_values(init):
+    """Branches of variance 1: values have 1/4 (v_1 kappa(r_1) + v_l kappa(r_l)), by the theory of whole kernels."""
+    keys = ("model.attention.value_residual=true", f"model.init={init}")
+    config, plain = resolved("deepscalelm_pre", 24, WIDTH, *keys), resolved("deepscalelm_pre", 24, WIDTH, *keys[1:])
+    mixed, alone = (predict(each, seq_len=128, collision=0.0225) for each in (config, plain))
+    for prediction in (mixed, alone):
+        branches = prediction.attention_branch_variance[1:]
+        assert branches.min() > 0.85 and branches.max() < 1.25
+    stds, same = solve(config, shared=init == "deepscale"), solve(plain, shared=init == "deepscale")
+    assert stds[0] == same[0] and stds[2]["output"] > 1.2 * same[2]["output"]
 
 
 # The head

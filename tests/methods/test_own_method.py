@@ -153,7 +153,7 @@ class QuarterOfFirst(ValueMixing):
     def asked(self, model: Model) -> bool:
         return bool(model.attention.value_residual)
 
-    def mix(self, own: "Tensor", first: "Tensor") -> "Tensor":
+    def mix(self, own: "Tensor", first: "Tensor", added: Mapping[str, "Tensor"]) -> "Tensor":
         return 0.75 * own + 0.25 * first
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import ModelConfig
+from stablelm.errors import ConfigError
 from stablelm.methods.alibi import alibi_bias, alibi_slopes
+from stablelm.methods.dyt import slope_by_width
 from stablelm.methods.positions import rotation_table
 from stablelm.methods.sizes import parameter_counts
 from stablelm.model.attention.body import Attention
@@ -23,6 +25,8 @@ from stablelm.model.loss import chunked_cross_entropy
 
 SIZES = ("model.n_layers=3", "model.d_model=32", "model.n_heads=4", "data.seq_len=24", "train.steps=5")
 CPU = torch.device("cpu")
+# What DenseFormer's default differs from GPT-2's in, but for the sums.
+GPT2_AS_DENSE = ("model.n_layers=6", "model.bias=false", "model.tie_embeddings=false", "model.attention.position=rope")
 
 
 def _config(method: str, *overrides: str) -> ModelConfig:
@@ -217,6 +221,44 @@ def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
     assert len(list(decoder.parameters())) == len(list(plain.parameters()))
 
 
+def test_learned_weights_of_values_start_at_halves_and_equal_the_equation():
+    """V_l <- lambda_l1 V_1 + lambda_l2 V_l: logits and gradients of a plain loop over layers of a plain model."""
+    learned = "model.value_residual.learned=true"
+    decoder, fixed = _decoder(_config("value_residual", learned)), _decoder(_config("value_residual"))
+    tokens = _tokens()
+    torch.testing.assert_close(decoder(tokens), fixed(tokens), rtol=1e-12, atol=1e-12)
+    own = {name: each for name, each in decoder.named_parameters() if name.endswith("value_weights")}
+    assert list(own) == [f"layers.{layer}.attention.body.value_weights" for layer in (1, 2)]
+    assert parameter_counts(decoder.config)["total"] == sum(each.numel() for each in decoder.parameters())
+    weights = [torch.tensor([0.8, -0.3]).double(), torch.tensor([0.2, 1.1]).double()]
+    with torch.no_grad():
+        for parameter, value in zip(own.values(), weights, strict=True):
+            parameter.copy_(value)
+    plain = _decoder(_config("pre_ln"))
+    moved = [value.clone().requires_grad_() for value in weights]
+    out, same = decoder(tokens), _with_mixed_values(plain, tokens, moved)
+    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
+    out.square().mean().backward()
+    same.square().mean().backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        gradient = dict(zip(own, moved, strict=True))[name].grad if name in own else theirs[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def _with_mixed_values(plain: Decoder, tokens: Tensor, weights: list[Tensor]) -> Tensor:
+    """The hidden states of a plain model whose layers from the second on mix values by these weights."""
+    positions, x, first = plain.positions(tokens), plain.embed(tokens), None
+    for index, layer in enumerate(plain.layers):
+        attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
+        both, value = attention.enter((x,))  # type: ignore[operator]
+        first = value if first is None else first
+        mixed = value if index == 0 else weights[index - 1][0] * first + weights[index - 1][1] * value
+        (x,) = attention.leave((x,), (both, mixed), positions)  # type: ignore[operator]
+        (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
+    return plain.finish((x,))
+
+
 # Streams that start as simpler ones.
 
 
@@ -263,6 +305,122 @@ def test_denseformer_averages_all_outputs_so_far():
         outputs.append(layer((x,), positions)[0])
         x = (torch.stack(outputs) * weight[:, None, None, None]).sum(dim=0)
     torch.testing.assert_close(decoder(tokens), plain.finish((x,)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dilation", "period"), [(1, 1), (2, 1), (1, 2), (2, 3), (4, 5), (3, 2)])
+def test_denseformer_with_dilation_and_period_equals_the_equation(dilation, period):
+    """y_i = sum of a_ij x_j over j = i mod k, for i that p divides: hidden states and gradients of a plain loop."""
+    options = (f"model.denseformer.dilation={dilation}", f"model.denseformer.period={period}", "model.n_layers=6")
+    decoder, plain = _decoder(_config("denseformer", *options)), _decoder(_config("gpt2", *GPT2_AS_DENSE))
+    tokens = _tokens()
+    torch.testing.assert_close(decoder(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+    assert parameter_counts(decoder.config)["total"] == sum(each.numel() for each in decoder.parameters())
+    own = {name: each for name, each in decoder.named_parameters() if name.endswith(".mix")}
+    assert list(own) == [f"layers.{i - 1}.mix" for i in range(1, 7) if i % period == 0]
+    with torch.no_grad():
+        for number, parameter in enumerate(own.values()):
+            parameter.copy_(0.3 * _draw(*parameter.shape, seed=number) + torch.eye(len(parameter))[-1])
+    moved = {name: each.detach().clone().requires_grad_() for name, each in own.items()}
+    positions, y = plain.positions(tokens), plain.embed(tokens)
+    outputs = [y]
+    for i, layer in enumerate(plain.layers, 1):
+        outputs.append(layer((y,), positions)[0])
+        weights = moved.get(f"layers.{i - 1}.mix")
+        read = [j for j in range(i + 1) if (i - j) % dilation == 0]
+        y = outputs[-1]
+        if weights is not None:
+            y = torch.stack([weight * outputs[j] for weight, j in zip(weights, read, strict=True)]).sum(dim=0)
+    same = plain.finish((y,))
+    torch.testing.assert_close(decoder(tokens), same, rtol=1e-12, atol=1e-12)
+    decoder(tokens).square().mean().backward()
+    same.square().mean().backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        gradient = moved[name].grad if name in moved else theirs[name].grad
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_denseformer_refuses_a_period_without_a_sum():
+    with pytest.raises(ConfigError, match=r"model\.denseformer\.period=4 with model\.n_layers=3: .*; use a period of"):
+        _config("denseformer", "model.denseformer.period=4")
+
+
+# DyT and one std for all.
+
+
+def test_dyt_starts_its_slopes_by_place_and_width():
+    decoder = _decoder(_config("dyt", "model.dyt.attention_alpha=0.7", "model.dyt.other_alpha=0.3"))
+    slopes = {name: each.item() for name, each in decoder.named_parameters() if name.endswith("alpha")}
+    assert len(slopes) == 2 * 3 + 1
+    for name, slope in slopes.items():
+        assert slope == pytest.approx(0.7 if ".attention." in name else 0.3), name
+    assert decoder.get_parameter("scaling.embedding_gain").item() == pytest.approx(math.sqrt(32))
+    for width, attention, other in (
+        (64, 1, 1),
+        (2048, 1, 0.5),
+        (5120, 0.6, 0.15),
+        (8192, 0.2, 0.05),
+        (16384, 0.2, 0.05),
+    ):
+        assert slope_by_width(width, attention=True) == pytest.approx(attention)
+        assert slope_by_width(width, attention=False) == pytest.approx(other)
+    assert 0.2 < slope_by_width(3000, attention=False) < 0.5
+
+
+def test_dyt_equals_the_equation():
+    """tanh(alpha x) gamma + beta before sub-layers and the head, after g E: hidden states and gradients."""
+    decoder = _decoder(_config("dyt", "model.bias=true", "model.attention.position=none"))
+    with torch.no_grad():
+        for number, parameter in enumerate(decoder.parameters()):
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * _draw(*parameter.shape, seed=number))
+    weights = {name: each.detach().clone().requires_grad_() for name, each in decoder.named_parameters()}
+    tokens = _tokens()
+    out, same = decoder(tokens), _plain_dyt(weights, tokens)
+    torch.testing.assert_close(out, same, rtol=1e-12, atol=1e-12)
+    out.square().mean().backward()
+    same.square().mean().backward()
+    for name, parameter in decoder.named_parameters():
+        if name != "head.weight":
+            torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def _plain_dyt(w: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Three layers of width 32 with four heads, without positions, in plain torch."""
+
+    def dyt(x: Tensor, stem: str) -> Tensor:
+        return w[f"{stem}.weight"] * torch.tanh(w[f"{stem}.alpha"] * x) + w[f"{stem}.bias"]
+
+    def linear(x: Tensor, stem: str) -> Tensor:
+        return x @ w[f"{stem}.weight"].T + w[f"{stem}.bias"]
+
+    x = w["scaling.embedding_gain"] * w["embedding.weight"][tokens]
+    mask = torch.ones(24, 24, dtype=torch.bool).triu(1)
+    for layer in range(3):
+        stem = f"layers.{layer}.attention"
+        h = dyt(x, f"{stem}.norm_in")
+        q, k, v = (linear(h, f"{stem}.body.{name}").unflatten(-1, (4, 8)) for name in ("query", "key", "value"))
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(8)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", logits.masked_fill(mask, -math.inf).softmax(-1), v).flatten(-2)
+        x = x + linear(mixed, f"{stem}.body.output")
+        stem = f"layers.{layer}.feedforward"
+        hidden = linear(dyt(x, f"{stem}.norm_in"), f"{stem}.body.fc1")
+        x = x + linear(torch.nn.functional.gelu(hidden), f"{stem}.body.fc2")
+    return dyt(x, "norm_final")
+
+
+@pytest.mark.parametrize("init", ["xavier", "unit", "magneto", "deepscale"])
+def test_dyt_gives_the_stream_unit_variance_under_any_init(init):
+    decoder = _decoder(_config("dyt", f"model.init={init}", "model.d_model=128"))
+    assert decoder.embed(_tokens()).square().mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_without_norms_sigma_reparametrised_matrices_have_one_std_at_any_depth():
+    """0.02 for every linear map, as in the released vision code, output projections too."""
+    decoder = _decoder(_config("sigma_reparam_nonorm", "model.d_model=128"))
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.03), name
 
 
 def test_layernorm_scaling_divides_each_norm_by_the_root_of_its_layer():

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "logit_cap": None,
     "qk_norm": False,
     "first_value_share": None,
+    "learned_value_weights": False,
     "document_end": None,
     "attention_innovations": None,
     "attention_factors": None,
@@ -69,6 +70,7 @@ DEFAULTS: dict[str, Any] = {
     "norm_slope": None,
     "norm_unit": False,
     "norm_compressed": False,
+    "norm_slope_attention": None,
     "norm_bias": False,
     "norm_eps": 1e-5,
     "norm_eps_scales": None,
@@ -93,7 +95,10 @@ DEFAULTS: dict[str, Any] = {
     "copies_exchange": 0.01,
     "depth_block": None,
     "gru_bias": None,
+    "mix_dilation": 1,
+    "mix_period": 1,
     "embedding_scale": 1.0,
+    "embedding_gain": None,
     "head_scale": 1.0,
     "hidden_act": "gelu",
     "gated": False,
@@ -116,34 +121,37 @@ class StablelmDecoderConfig(PreTrainedConfig):
     of factorised query, key and value maps. Positions: `rotary_base`, `position_table` (learned, added to the
     embeddings) and `alibi_slopes` (one a head), each off by default. Attention: `logit_scale` None: head_dim^-0.5;
     `logit_cap`: logits become cap tanh(logit / cap); `qk_norm`: RMSNorm over each head's queries and keys;
-    `first_value_share`: share of the first layer's values in those of the later layers; `document_end`: token whose
-    documents attention does not cross; `attention_innovations`: see `decay_of`, from before the first layer to after
-    the last, with `attention_factors` of each layer; `attention_correlations`: see `uniform_of`, a pair for each layer;
-    `value_gains`: heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices
-    of what is read, without an output map; `gate_rows`: sigmoids of what is read multiply the heads' output, one for
-    each head or each feature, `gate_bias` with a bias; `head_scales`: a learned factor of what each head averages;
-    `null_key`: one more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head;
-    `weight_limits` (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity
-    is added to the weights and what they are without queries subtracted, each with a gain for each head with
-    `learned_identity`. Norms: `norm_*` say where, of all sub-layers or as a list of each; `norm_centred`: the mean is
-    subtracted; `norm_slope`: tanh(slope x) in place of a norm, with a learned slope that starts there; `norm_unit`: x /
-    |x| in its place; `norm_compressed`: the root mean square is that of x and of one more feature, minus the sum of all
-    (Jiang et al., 2023); `norm_eps_scales`: factors of `norm_eps` in front of each sub-layer, and last at the end.
-    Stream: x <- skip_gain x + branch_gain f(x), both of all sub-layers or as lists; the branch times a learned gain of
-    `learned_gain` numbers, 1 or hidden_size; the skip of the kinds of sub-layers in `learned_skip` times a learned
-    factor for each feature, and the branch times `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a
-    (f(x) - x) with a = |alpha| step_ratio and a learned alpha for each feature; `unit_ratios`: queries and keys have
-    length 1 and learned factors, as the inputs of the activation have (nGPT, Loshchilov et al., 2024); `attention_skip`
-    off: attention's output is the stream, and learned gains are the feed-forwards' alone; `parallel`: these read what
-    attention reads; `dual_stream`: beside x a sum of all branches without norms, which the final norm reads and to
-    which x is added; `growth`: the output of that width is appended to x instead; `mixes_outputs`: after each layer x
-    is a learned sum of the embeddings and all layers' outputs; `mixes_separately`: and so are, with sums and norms of
-    their own, the inputs of the next layer's query, key and value, with `mix_hidden_multiple` by weights of each token.
-    `copies`: x is that many tensors which learned weights mix, with `copies_dynamic` of each token, with
-    `copies_iterations` those of Sinkhorn and Knopp, at the start a share `copies_exchange` of the others.
-    `depth_block`: a softmax average of the embedding and of sums of so many sub-layers' outputs is read. `gru_bias`: a
-    recurrent unit's gate in place of the sum, and the start of its bias. `embedding_scale` and `head_scale` multiply
-    the embeddings and what the head reads. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
+    `first_value_share`: share of the first layer's values in those of the later layers, with `learned_value_weights` at
+    the start of learned weights of these and of the own values; `document_end`: token whose documents attention does
+    not cross; `attention_innovations`: see `decay_of`, from before the first layer to after the last, with
+    `attention_factors` of each layer; `attention_correlations`: see `uniform_of`, a pair for each layer; `value_gains`:
+    heads' own values and averages have a learned gain each; `value_maps` off: heads average their slices of what is
+    read, without an output map; `gate_rows`: sigmoids of what is read multiply the heads' output, one for each head or
+    each feature, `gate_bias` with a bias; `head_scales`: a learned factor of what each head averages; `null_key`: one
+    more term in the denominator of the softmax, e^0 or, with `learned_null`, of a logit for each head; `weight_limits`
+    (zeta, gamma): weights w become clip((zeta - gamma) w + gamma, 0, 1); `identity_heads`: the identity is added to the
+    weights and what they are without queries subtracted, each with a gain for each head with `learned_identity`. Norms:
+    `norm_*` say where, of all sub-layers or as a list of each; `norm_centred`: the mean is subtracted; `norm_slope`:
+    tanh(slope x) in place of a norm, with a learned slope that starts there, in attention sub-layers at
+    `norm_slope_attention` if it is not None; `norm_unit`: x / |x| in its place; `norm_compressed`: the root mean square
+    is that of x and of one more feature, minus the sum of all (Jiang et al., 2023); `norm_eps_scales`: factors of
+    `norm_eps` in front of each sub-layer, and last at the end. Stream: x <- skip_gain x + branch_gain f(x), both of all
+    sub-layers or as lists; the branch times a learned gain of `learned_gain` numbers, 1 or hidden_size; the skip of the
+    kinds of sub-layers in `learned_skip` times a learned factor for each feature, and the branch times
+    `branch_factors`, one for each sub-layer; `step_ratio`: x <- x + a (f(x) - x) with a = |alpha| step_ratio and a
+    learned alpha for each feature; `unit_ratios`: queries and keys have length 1 and learned factors, as the inputs of
+    the activation have (nGPT, Loshchilov et al., 2024); `attention_skip` off: attention's output is the stream, and
+    learned gains are the feed-forwards' alone; `parallel`: these read what attention reads; `dual_stream`: beside x a
+    sum of all branches without norms, which the final norm reads and to which x is added; `growth`: the output of that
+    width is appended to x instead; `mixes_outputs`: after each `mix_period`-th layer x is a learned sum of every
+    `mix_dilation`-th of the embeddings and all layers' outputs, counted back from its own; `mixes_separately`: after
+    each layer x is such a sum, and so are, with sums and norms of their own, the inputs of the next layer's query, key
+    and value, with `mix_hidden_multiple` by weights of each token. `copies`: x is that many tensors which learned
+    weights mix, with `copies_dynamic` of each token, with `copies_iterations` those of Sinkhorn and Knopp, at the start
+    a share `copies_exchange` of the others. `depth_block`: a softmax average of the embedding and of sums of so many
+    sub-layers' outputs is read. `gru_bias`: a recurrent unit's gate in place of the sum, and the start of its bias.
+    `embedding_scale` and `head_scale` multiply the embeddings and what the head reads; `embedding_gain`: start of a
+    learned factor of the token embeddings. Feed-forward: `hidden_act` by transformers' name, of the gate if `gated`;
     `negative_slope`: a leaky relu in its place; times `activation_scale`.
     """
 
@@ -196,11 +204,20 @@ def of_sublayer(setting: Any, index: int) -> Any:
 class Norm(nn.Module):
     """Over the last dimension; returns at least fp32."""
 
-    def __init__(self, config: StablelmDecoderConfig, width: int, *, of_heads: bool = False, reads: int | None = None):
+    def __init__(
+        self,
+        config: StablelmDecoderConfig,
+        width: int,
+        *,
+        of_heads: bool = False,
+        reads: int | None = None,
+        attention: bool = False,
+    ):
         super().__init__()
         scales = config.norm_eps_scales
         self.eps = config.norm_eps * (1.0 if scales is None or reads is None else scales[reads])
-        self.slope = None if of_heads else config.norm_slope
+        slope = config.norm_slope_attention if attention else None
+        self.slope = None if of_heads else config.norm_slope if slope is None else slope
         self.centred = config.norm_centred and not of_heads
         self.compressed = config.norm_compressed and not of_heads
         self.weight = None if config.norm_unit and not of_heads else nn.Parameter(torch.ones(width))
@@ -309,11 +326,14 @@ class Attention(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.ones(1)))
         self.norm_query = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
         self.norm_key = Norm(config, self.head_dim, of_heads=True) if config.qk_norm else None
-        self.norm_inner = Norm(config, width) if of_sublayer(config.norm_before_output, 2 * layer) else None
+        before_output = of_sublayer(config.norm_before_output, 2 * layer)
+        self.norm_inner = Norm(config, width, attention=True) if before_output else None
         self.head_scale = nn.Parameter(torch.ones(config.num_attention_heads)) if config.head_scales else None
         self.output = nn.Linear(width, d_out, bias=bias) if config.value_maps else None
         self.ratio = None if config.unit_ratios is None else config.unit_ratios["query_key"]
         self.scale_qk = None if self.ratio is None else nn.Parameter(torch.full((width,), 1 / self.ratio))
+        learned = config.learned_value_weights and layer > 0
+        self.value_weights = nn.Parameter(torch.full((2,), 0.5)) if learned else None
 
     def forward(
         self, x: Inputs, shared: Shared, first_value: Tensor | None, cache: Cache | None, weights_too: bool
@@ -325,7 +345,9 @@ class Attention(nn.Module):
         own_value = read[2] if self.value is None else self.value(read[2])
         share, value = self.config.first_value_share, own_value
         if share is not None and first_value is not None:
-            value = (1 - share) * own_value + share * first_value
+            learned = self.value_weights
+            of_first, of_own = (share, 1 - share) if learned is None else learned.to(own_value.dtype)
+            value = of_own * own_value + of_first * first_value
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (query, key, value))
         if self.norm_query is not None and self.norm_key is not None:
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
@@ -478,25 +500,27 @@ class Sublayer(nn.Module):
         self.skip_gain, self.branch_gain = (of_sublayer(gain, index) for gain in (config.skip_gain, config.branch_gain))
         growth, before = config.growth or 0, of_sublayer(config.norm_before_body, index)
         d_in, d_out = config.hidden_size + index * growth, growth or config.hidden_size
-        self.norm_in = Norm(config, d_in, reads=index) if before else None
-        self.body = FeedForward(config, d_in, d_out, index) if index % 2 else Attention(config, d_in, d_out, index // 2)
-        self.separate = config.mixes_separately and index % 2 == 0 and index > 0
+        attention = index % 2 == 0
+        self.norm_in = Norm(config, d_in, reads=index, attention=attention) if before else None
+        self.body = Attention(config, d_in, d_out, index // 2) if attention else FeedForward(config, d_in, d_out, index)
+        self.separate = config.mixes_separately and attention and index > 0
         for name in ("norm_in_1", "norm_in_2") if self.separate else ():
-            self.register_module(name, Norm(config, d_in, reads=index) if before else None)
-        self.norm_branch = Norm(config, d_out) if of_sublayer(config.norm_on_branch, index) else None
+            self.register_module(name, Norm(config, d_in, reads=index, attention=True) if before else None)
+        on_branch, after_write = (of_sublayer(at, index) for at in (config.norm_on_branch, config.norm_after_write))
+        self.norm_branch = Norm(config, d_out, attention=attention) if on_branch else None
         self.dropout = nn.Dropout(config.dropout)
-        if not config.attention_skip and index % 2 == 0:
+        if not config.attention_skip and attention:
             self.skip_gain = 0.0
         self.factor = 1.0 if config.branch_factors is None else config.branch_factors[index]
-        has_gain = config.learned_gain and (config.attention_skip or index % 2 == 1)
+        has_gain = config.learned_gain and (config.attention_skip or not attention)
         self.gain = nn.Parameter(torch.zeros(int(config.learned_gain))) if has_gain else None
         self.ratio = config.step_ratio
         self.alpha = None if self.ratio is None else nn.Parameter(torch.full((d_out,), 0.05 / self.ratio))
-        kind = "feedforward" if index % 2 else "attention"
+        kind = "attention" if attention else "feedforward"
         self.skip = nn.Parameter(torch.ones(d_out)) if kind in (config.learned_skip or ()) else None
         for name, start in stream_starts(config, index).items():
             self.register_parameter(name, nn.Parameter(torch.zeros(start.shape)))
-        self.norm_out = Norm(config, d_out) if of_sublayer(config.norm_after_write, index) else None
+        self.norm_out = Norm(config, d_out, attention=attention) if after_write else None
 
     if TYPE_CHECKING:
 
@@ -630,9 +654,14 @@ class Layer(GradientCheckpointingLayer):
         self.eps, width, count = config.norm_eps, config.hidden_size, index + 2
         last = index == config.num_hidden_layers - 1
         self.ways = 0 if not config.mixes_separately else 1 if last else 4
+        self.keeps_outputs, self.dilation = bool(config.mixes_outputs or self.ways), 1
         self.mix = self.mix_hidden = self.mix_out = None
-        if config.mixes_outputs or self.ways:
-            self.mix = nn.Parameter(torch.zeros(max(1, self.ways) * count))
+        if self.ways:
+            self.mix = nn.Parameter(torch.zeros(self.ways * count))
+        elif config.mixes_outputs:
+            self.dilation = config.mix_dilation
+            if (index + 1) % config.mix_period == 0:
+                self.mix = nn.Parameter(torch.zeros((index + 1) // self.dilation + 1))
         if self.ways and config.mix_hidden_multiple:
             hidden, multiple = self.ways * count * (4 if last else 1), config.mix_hidden_multiple
             hidden = (hidden // multiple + 1) * multiple
@@ -660,6 +689,8 @@ class Layer(GradientCheckpointingLayer):
         x, outputs = feedforward.write(x, outputs, feedforward.body(read))
         if self.mix is not None:
             x, outputs = self._mixed(x, outputs)
+        elif self.keeps_outputs:
+            outputs = (*outputs, x)
         return x, outputs, value, weights
 
     def _mixed(self, x: Tensor, outputs: Tensors) -> tuple[Tensor, Tensors]:
@@ -668,11 +699,12 @@ class Layer(GradientCheckpointingLayer):
         inputs = 3 if self.ways else 0
         outputs, weights = (*outputs, x), self.mix.to(x.dtype)
         kept = outputs[inputs:]
+        read = kept[(len(kept) - 1) % self.dilation :: self.dilation]
         if self.mix_hidden is not None and self.mix_out is not None:
             normed = x * (x.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
             hidden = F.gelu(F.linear(normed.to(self.mix_hidden.dtype), self.mix_hidden))
             weights = weights + F.linear(hidden, self.mix_out).to(x.dtype)
-        sums = [_weighted(each, kept) for each in weights.split(len(kept), dim=-1)]
+        sums = [_weighted(each, read) for each in weights.split(len(read), dim=-1)]
         return sums[-1], (*sums[:-1], *kept) if len(sums) > 1 else outputs
 
 
@@ -682,6 +714,18 @@ def _weighted(weights: Tensor, outputs: Tensors) -> Tensor:
     for weight, each in zip(weights.split(1, dim=-1), outputs, strict=True):
         total = total.addcmul(each, weight)
     return total
+
+
+class EmbeddingGain(nn.Module):
+    """A learned factor of the token embeddings."""
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.start = start
+        self.embedding_gain = nn.Parameter(torch.full((1,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.embedding_gain.to(x.dtype)
 
 
 class StablelmDecoderPreTrainedModel(PreTrainedModel):
@@ -703,6 +747,8 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
             if module.alpha is not None and module.slope is not None:
                 init.constant_(module.alpha, module.slope)
+        if isinstance(module, EmbeddingGain):
+            init.constant_(module.embedding_gain, module.start)
         if isinstance(module, Sublayer) and module.gain is not None:
             init.zeros_(module.gain)
         if isinstance(module, Sublayer):
@@ -721,6 +767,9 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
             if module.config.value_gains:
                 init.ones_(getattr(module, IDENTITY_GAINS[0]))
                 init.zeros_(getattr(module, IDENTITY_GAINS[1]))
+            if module.value_weights is not None:
+                share = module.config.first_value_share
+                init.copy_(module.value_weights, torch.tensor([share, 1 - share]).to(module.value_weights))
         if isinstance(module, Sublayer) and module.alpha is not None:
             init.constant_(module.alpha, 0.05 / module.ratio)
         if isinstance(module, Attention) and module.scale_qk is not None and module.ratio is not None:
@@ -748,6 +797,7 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
         end = width + 2 * config.num_hidden_layers * (config.growth or 0)
         self.embedding = nn.Embedding(config.vocab_size, width)
         self.position = nn.Embedding(config.max_position_embeddings, width) if config.position_table else None
+        self.scaling = EmbeddingGain(config.embedding_gain) if config.embedding_gain is not None else None
         self.norm_embedding = Norm(config, width) if config.norm_embedding else None
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         last = 2 * config.num_hidden_layers
@@ -817,11 +867,12 @@ class StablelmDecoderModel(StablelmDecoderPreTrainedModel):
     def _embed(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
         """The stream at its start."""
         x = at_least_fp32(embedded) * self.config.embedding_scale
+        if self.scaling is not None:
+            x = self.scaling(x)
         if self.position is not None:
             x = x + self.position(position_ids).to(x.dtype)
-        if self.norm_embedding is not None:
-            x = self.norm_embedding(x)
-        return F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
+        return x if self.norm_embedding is None else self.norm_embedding(x)
 
     def _finish(self, x: Tensor, dual: Tensor | None, dtype: torch.dtype) -> Tensor:
         end = x if dual is None else dual
