@@ -197,7 +197,9 @@ class Layer(nn.Module):
         products = self.attention.enter(chunks)
         own = products[1]
         if values:
-            mixed = self.value_mixing.mix(own, values[0], self.attention.body.added_parameters())
+            body = self.attention.body
+            assert isinstance(body, Attention)
+            mixed = self.value_mixing.mix(own, values[0], body.added_parameters())
             products = (products[0], mixed, *products[2:])
         left = self.attention.leave(chunks, products, positions, cache, factor)
         return left, own if self.gives_values else None
