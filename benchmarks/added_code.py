@@ -76,10 +76,16 @@ def writes(engine: TorchEngine, shape: Shape) -> Work:
     return work
 
 
+def _last_map(body: Attention | FeedForward) -> Linear:
+    last = body.output if isinstance(body, Attention) else body.fc2
+    assert last is not None
+    return last
+
+
 def inner_norms(engine: TorchEngine, shape: Shape) -> Work:
     """The norms before the last matrices, with the casts around them, forward and backward."""
     bodies = [*_parts(engine, Attention), *_parts(engine, FeedForward)]
-    norms = [(body.norm_inner, body.output if isinstance(body, Attention) else body.fc2) for body in bodies]
+    norms = [(body.norm_inner, _last_map(body)) for body in bodies]
     inputs = {out.weight.shape[1]: _features(engine, shape, out.weight.shape[1], out.compute_dtype) for _, out in norms}
     gradients = {width: torch.randn_like(x) for width, x in inputs.items()}
 
@@ -119,7 +125,7 @@ def reads(engine: TorchEngine, shape: Shape) -> Work:
     for part in _parts(engine, Sublayer):
         jobs.append((part, chunks))
         if part.frees_input:
-            last = part.body.output if isinstance(part.body, Attention) else part.body.fc2
+            last = _last_map(part.body)
             chunks = (*chunks, _features(engine, shape, len(last.weight), torch.float32))
     largest = max(factor.numel() for part, read in jobs for factor in _factors(part, *read))
     noise = torch.randn(largest, device=engine.device).to(jobs[0][0].compute_dtype)

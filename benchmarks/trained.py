@@ -36,7 +36,7 @@ from stablelm.engine.ranks import Ranks
 from stablelm.errors import ConfigError
 from stablelm.evaluate.perplexity import evaluate
 from stablelm.json_text import as_number
-from stablelm.probe.changes import Update
+from stablelm.probe.changes import FirstUpdate
 from stablelm.probe.measure import measure
 from stablelm.probe.run_records import RECORDS
 from stablelm.probe.signals import Signals, signals_of
@@ -222,7 +222,7 @@ def signals_at_start(prepared: Prepared) -> Signals:
             seed=config.run.seed,
             pieces=prepared.tokenizer.pieces,
             folder=Path(folder),
-            update=Update.of(config.model, config.train),
+            update=FirstUpdate.of(config.model, config.train),
         )
     return signals_of(measured, vocab_size=config.model.vocab_size, seq_len=seq_len)
 

@@ -96,7 +96,7 @@ def _resolve_model(model: ModelConfig, seq_len: int, pieces: int) -> ModelConfig
         apply_method(model),
         kv_heads=_or(model.kv_heads, model.n_heads),
         max_seq_len=_or(model.max_seq_len, seq_len),
-        vocab_size=_or(model.vocab_size, _up(pieces, VOCABULARY_MULTIPLE)),
+        vocab_size=_or(model.vocab_size, padded_vocabulary(pieces)),
     )
     return model.axes.stream.sized(model)
 
@@ -115,6 +115,11 @@ def _resolve_train(train: TrainConfig, seq_len: int, world_size: int, accelerate
         else train.power_after,
         precision=_or(train.precision, accelerate_precision or "fp32"),
     )
+
+
+def padded_vocabulary(pieces: int) -> int:
+    """`model.vocab_size` for a tokenizer of so many pieces, where the key is null."""
+    return _up(pieces, VOCABULARY_MULTIPLE)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -48,7 +48,7 @@ def obstacles(model: ModelConfig, norm: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Centred:
+class CentredNorms:
     """What `--format hf` writes of a model with such norms; `source` is one that `obstacles` lets pass."""
 
     source: TrainedModel

@@ -175,7 +175,7 @@ def _write_model(request: ExportRequest, name: str, folded: Folded, run: Trained
         return sum(math.prod(tensor.shape) for _, tensor in format_of(gguf_architecture(folded)).tensors(folded))
     architecture, dtype = format_of(name), DTYPES[request.dtype]
     if name == OWN and request.norm != centred_norms.OWN:
-        architecture = centred_norms.Centred(folded, request.norm)
+        architecture = centred_norms.CentredNorms(folded, request.norm)
     ids = tokenizer_files.token_ids(run.tokenizer)
     # No pad_token_id here: an embedding of that id would not be trained further.
     tokens = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": None}

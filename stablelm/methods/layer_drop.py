@@ -62,6 +62,11 @@ class RandomDrop(DepthDrop):
         factors = [self.evaluated(model, sublayer) for sublayer in range(2 * model.n_layers)]
         return {} if set(factors) == {1.0} else {"branch_factors": factors}
 
+    def import_obstacle(self, model: Model) -> str | None:
+        if self.modelling(model):
+            return "it multiplies branches by their probability in evaluation, which a plain model does not"
+        return None
+
     def refusals(self, model: Model) -> Iterable[Refusal]:
         stream = model.axes.stream
         if not stream.has_skip:

@@ -9,7 +9,7 @@ from stablelm.methods.axes import Method, MethodOptions, Model, Placement
 
 @dataclass(frozen=True)
 class MixLnOptions(MethodOptions):
-    """Options of placement: mix."""
+    """Options of placement: mix_ln."""
 
     SECTION: ClassVar[str] = "mix_ln"
 
@@ -21,7 +21,7 @@ class MixLnOptions(MethodOptions):
     )
 
 
-POST = Placement("mix", after_write=True)
+POST = Placement("mix_ln", after_write=True)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Mix(Placement):
 MIX_LN = Method(
     "mix_ln",
     "Li et al., Mix-LN: Unleashing the Power of Deeper Layers by Combining Pre-LN and Post-LN, ICLR 2025",
-    {"placement": "mix", "norm": "rmsnorm"},
-    (Mix("mix", before_body=True, final=True),),
+    {"placement": "mix_ln", "norm": "rmsnorm"},
+    (Mix("mix_ln", before_body=True, final=True),),
     (MixLnOptions,),
 )

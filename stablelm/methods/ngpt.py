@@ -83,7 +83,7 @@ class Lerp(Stream):
     ratio: float = 1.0
     """init / scale of alpha."""
 
-    def at(self, model: Model) -> "Lerp":
+    def at(self, model: Model, sublayer: int | None = None) -> "Lerp":
         (skip, branch), options = self.gains(model), model.option(NgptOptions)
         ratio = options.alpha_init / _scale(model, options.alpha_scale)
         return replace(self, skip=skip, branch=branch, ratio=ratio)

@@ -36,7 +36,8 @@ def map_variance(model: Model, kind: str, sublayer: int, d_in: int, d_out: int) 
     """Variance of the entries of a map as it acts at the start: of low-rank factors, of a reparametrised matrix."""
     if model.axes.init.starts_at_zero(kind):
         return 0.0
-    layer, inner = sublayer // 2, model.axes.maps.rank(model) if kind in ("query", "key", "value") else None
+    layer = model.axes.stack.layer_at(model, sublayer // 2)
+    inner = model.axes.maps.rank(model) if kind in ("query", "key", "value") else None
     if inner is None:
         return entry_variance(model, Role(kind, layer), (d_out, d_in), sublayer)
     down = entry_variance(model, Role(kind, layer, "down"), (inner, d_in), sublayer)

@@ -59,7 +59,8 @@ def chunked_cross_entropy(
     total, cross_entropy, each, *objective = _ChunkedCrossEntropy.apply(
         hidden, weight, targets, z_loss, token_loss if grad else None, chunk_bytes, compiled, grad
     )
-    return LossSums(total, cross_entropy, (targets != IGNORED).sum(), *objective or (cross_entropy,), each)
+    own = objective[0] if objective else cross_entropy
+    return LossSums(total, cross_entropy, (targets != IGNORED).sum(), own, each)
 
 
 class TokenScores(NamedTuple):

@@ -197,7 +197,7 @@ def depth_metrics(found: Internals) -> dict[str, float]:
         "kurtosis": found.kurtosis,
         "angular_distance": found.angular_distance,
     }
-    heads = {"entropy": found.attention_entropy, "logit_max": found.logit_max, "sink": found.attention_sink}
+    heads = {"entropy": found.attention_entropy, "logit_max": found.logit_max, "sink_share": found.attention_sink}
     metrics: dict[str, float] = {}
     for index in range(len(found.stream_variance)):
         metrics |= {f"layer/{index:04d}/{name}": float(column[index]) for name, column in columns.items()}

@@ -25,7 +25,7 @@ STEPS = 10
 
 
 @dataclass(frozen=True)
-class Update:
+class FirstUpdate:
     """The first update of Adam, as large as the rates of the first `STEPS` steps together.
 
     Adam's first step moves every parameter by its rate along g / (|g| + eps) (Kingma & Ba 2015, algorithm 1 at t = 1).
@@ -36,7 +36,7 @@ class Update:
     eps: float
 
     @classmethod
-    def of(cls, model: ModelConfig, train: TrainConfig) -> "Update":
+    def of(cls, model: ModelConfig, train: TrainConfig) -> "FirstUpdate":
         """Of a resolved configuration."""
         return cls(model, sum(learning_rate(step, train) for step in range(1, STEPS + 1)), train.eps)
 
@@ -74,7 +74,7 @@ def independent_copies(model: ModelConfig, seed: int) -> Change:
     return change
 
 
-def taken(update: Update, directions: dict[str, Tensor]) -> Change:
+def taken(update: FirstUpdate, directions: dict[str, Tensor]) -> Change:
     """Adds the update along the directions by name."""
 
     def change(name: str, value: Tensor) -> Tensor | None:

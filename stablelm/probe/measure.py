@@ -22,7 +22,7 @@ from stablelm.model.loss import chunked_cross_entropy
 from stablelm.model.sublayer import Chunks, Layer
 from stablelm.observe.layer_hooks import Internals, LayerGauge, internals, norm, stream_figures
 from stablelm.observe.layers import tev
-from stablelm.probe.changes import RELATIVE, Change, Growth, Update, independent_copies, relative_change, taken
+from stablelm.probe.changes import RELATIVE, Change, FirstUpdate, Growth, independent_copies, relative_change, taken
 from stablelm.probe.disk_offload import to_disk
 from stablelm.seeds import seed_from
 
@@ -55,7 +55,7 @@ def measure(
     pieces: int,
     folder: Path,
     z_loss: float = 0.0,
-    update: Update | None = None,
+    update: FirstUpdate | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Forward and backward at initialisation in training mode, so with dropout; tokens, targets: (rows, seq) int64.
@@ -96,7 +96,7 @@ class _Walk:
         tokens: Tensor,
         folder: Path,
         on_layer: Callable[[], None],
-        update: Update | None,
+        update: FirstUpdate | None,
     ):
         self._config, self._seed, self._tokens, self._on_layer = config, seed, tokens, on_layer
         self._folder, self._update = folder, update
@@ -242,7 +242,8 @@ class _Walk:
             new, own = layer(chunks, self._positions, values, factors=self._factors(index)), ()
             if layer.gives_values:
                 new, own = new[:-1], new[-1:] if self._values_gradient else ()
-            named = {f"layers.{index}.{name}": parameter for name, parameter in layer.named_parameters()}
+            prefix = f"layers.{self.decoder.places[index]}"
+            named = {f"{prefix}.{name}": parameter for name, parameter in layer.named_parameters()}
             if self._update is None:
                 named = {name: parameter for name, parameter in named.items() if parameter.ndim == 2}
             gradient = (*self._gradient, *(self._values_gradient if own else ()))
@@ -256,27 +257,34 @@ class _Walk:
                 materialize_grads=True,
             )
             width = len(chunks)
-            learned = found[width + len(values) :]
-            self._direct(named, learned)
+            learned = self._summed(index, found[width + len(values) :])
+            if self._is_first(index):
+                self._direct(named, learned)
         self._add_weight_gradient(index, tuple(each for each in learned if each.ndim == 2))
         self._add_to_values(found[width : width + len(values)])
         self._reach(found[:width])
 
-    def _add_weight_gradient(self, index: int, gradient: tuple[Tensor, ...]) -> None:
-        """A shared layer has one gradient, known at its first place and standing at each."""
-        if not self._config.axes.stack.shared:
-            self._weight_gradients.append(norm(gradient))
-            return
-        places, number = self.decoder.places, self.decoder.places[index]
+    def _is_first(self, index: int) -> bool:
+        """Whether its layer runs at no place before this one."""
+        return self.decoder.places.index(self.decoder.places[index]) == index
+
+    def _summed(self, index: int, gradient: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of the layer at a place, with those of its later places where it is shared."""
+        number = self.decoder.places[index]
         kept = self._shared_gradients.pop(number, None)
         if kept is not None:
             gradient = tuple(map(torch.add, kept, gradient))
-        self._weight_gradients.append(norm(gradient))
-        if index != places.index(number):
+        if not self._is_first(index):
             self._shared_gradients[number] = gradient
+        return gradient
+
+    def _add_weight_gradient(self, index: int, gradient: tuple[Tensor, ...]) -> None:
+        """A shared layer has one gradient, known at its first place and standing at each."""
+        self._weight_gradients.append(norm(gradient))
+        if not (self._config.axes.stack.shared and self._is_first(index)):
             return
-        for later, layer in enumerate(reversed(places[index:])):
-            if layer == number:
+        for later, layer in enumerate(reversed(self.decoder.places[index:])):
+            if layer == self.decoder.places[index]:
                 self._weight_gradients[later] = self._weight_gradients[-1]
 
     def _factors(self, index: int) -> Tensor | None:
@@ -318,7 +326,7 @@ class _Walk:
         return relative_change(before, after) / RELATIVE**2
 
     @torch.no_grad()
-    def growth(self, update: Update, targets: Tensor) -> Growth:
+    def growth(self, update: FirstUpdate, targets: Tensor) -> Growth:
         """By the update along the directions that the backward pass kept; the walk's last pass."""
         self._change = taken(update, self._directions)
         self._materialise_outside()

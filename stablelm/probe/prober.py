@@ -136,7 +136,7 @@ def _instead(config: Config) -> str:
 
 def make(request: ProbeRequest) -> "Probe":
     """The probe of a checked request, whose folder exists: it holds the layers meanwhile."""
-    from stablelm.probe.changes import Update
+    from stablelm.probe.changes import FirstUpdate
     from stablelm.probe.measure import measure
     from stablelm.probe.predict import predict, predict_sensitivity, unpredicted
     from stablelm.probe.probe_report import Probe
@@ -149,9 +149,7 @@ def make(request: ProbeRequest) -> "Probe":
     config, model = request.config, request.config.model
     tokens, targets = first_rows(request.prepared, request.sequences, request.seq_len)
     collision = collision_of(tokens)
-    # A shared layer moves at all its places at once, which passes layer by layer do not.
-    update = None if model.axes.stack.shared else Update.of(model, config.train)
-    with progress((4 if update else 2) * model.n_layers, "layers, up and down") as on_layer:
+    with progress(4 * model.n_layers, "layers, up and down") as on_layer:
         measured = measure(
             model,
             tokens,
@@ -161,7 +159,7 @@ def make(request: ProbeRequest) -> "Probe":
             pieces=request.prepared.tokenizer.pieces,
             folder=request.out,
             z_loss=config.train.z_loss,
-            update=update,
+            update=FirstUpdate.of(model, config.train),
             on_layer=on_layer,
         )
 

@@ -14,6 +14,8 @@ COMMANDS = {
     "eval": ("eval", "loss, perplexity, bits per byte and tasks of a checkpoint"),
     "probe": ("probe", "signal and gradient of every layer at initialisation, predicted and measured"),
     "plan": ("plan", "memory, collectives and step time on any accelerators, without one"),
+    "study": ("study", "trains what a study file compares, and reports on it"),
+    "advise": ("advise", "a method's learning rate at a size, from recorded studies"),
     "export": ("export", "a checkpoint for transformers, vLLM or llama.cpp"),
     "import": ("import_model", "a model of another program as a run"),
     "report": ("report", "one HTML page of a run"),

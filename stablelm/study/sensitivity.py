@@ -12,7 +12,7 @@ def lr_sensitivity(losses: Mapping[float, float], initial_loss: float) -> float:
     rates, where a failed run counts as one that learned nothing. The result depends on the learning
     rates, so compare only values over the same ones.
 
-    `losses`: final loss of each learning rate, nats a token; one that is NaN or infinite is of a run
+    `losses`: final loss of each learning rate, nats per token; one that is NaN or infinite is of a run
     that diverged and counts as `initial_loss`, the loss before the first update. The best loss is
     capped as well (ours; it matters only where no learning rate improved on the start, which gives 0).
     Raises ValueError where nothing can be said: no learning rate at all, no finite loss (the best is

@@ -31,6 +31,8 @@ WORDS = {
     "--launcher",
     "--method",
     "--keep-best",
+    "--average",
+    "--coordinates",
 }
 """Options that take words of the user's own which are no path."""
 HOME_PATHS = [

@@ -51,7 +51,7 @@ def test_it_has_the_figures_of_the_records(finished: tuple[Path, list[PageText]]
     for name in ("layer/0003/stream_rms", "layer/0001/token_correlation", "attention/0002/entropy"):
         assert f"{last[name]:.4g}" in page.text, name
     assert last["samples"][0]["prompt"] in page.text
-    assert sum(tag == "image" for tag, _ in page.tags) == 7
+    assert sum(tag == "image" for tag, _ in page.tags) == 10
     assert "launch/pretrain.py" in page.text and "n_layers: 3" in page.text
 
 

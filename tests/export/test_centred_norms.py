@@ -16,7 +16,7 @@ from test_hf_model import model_of, some_tokens
 
 from stablelm.checkpoint.format import save_tensors
 from stablelm.errors import ConfigError
-from stablelm.export.centred_norms import Centred, check
+from stablelm.export.centred_norms import CentredNorms, check
 from stablelm.export.hf_model import writer
 from stablelm.export.weights import Weights
 from stablelm.export.writer import ExportRequest, export
@@ -40,7 +40,7 @@ def folder_of(decoder: Decoder, folder: Path, norm: str) -> Path:
     save_tensors(folder / "tensors", {f"model.{name}": p.detach() for name, p in decoder.named_parameters()}, None)
     source: Any = SimpleNamespace(model=decoder.config, weights=Weights(folder))
     check(decoder.config, norm)
-    made, out = Centred(source, norm), folder / "out"
+    made, out = CentredNorms(source, norm), folder / "out"
     out.mkdir()
     shutil.copy(writer.MODELLING_FILE, out)
     (out / "config.json").write_text(json.dumps(made.config() | {"dtype": "float64"}))

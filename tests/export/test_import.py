@@ -23,6 +23,7 @@ from stablelm.methods import catalogue
 FITTING = (
     *("pre_ln", "gpt2", "deepscalelm_pre", "sigma_reparam", "layernorm_scaling", "completep", "denseformer"),
     *("deepscalelm_sigma", "hyper_connections", "mhc", "layerscale", "scaled_embed", "wesar"),
+    "layer_drop",
 )
 
 

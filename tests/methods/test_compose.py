@@ -85,12 +85,14 @@ def _forbidden(case: Case) -> bool:
     """Whether what a partial case sets is refused; a refusal that reads more is not known to be."""
     keys = _keys(case)
     axes = {axis: catalogue.values(axis)[keys[key]] for axis, key in catalogue.KEYS.items() if key in keys}
-    if "attention.value_maps" in keys:
-        axes["maps"] = WholeMaps() if keys["attention.value_maps"] else NoValues()
     if "attention.value_residual" in keys:
         axes["value_mixing"] = ValueResidual() if keys["attention.value_residual"] else OwnValues()
-    if "attention.low_rank" in keys:
+    if keys.get("attention.value_maps") is False:
+        axes["maps"] = NoValues()
+    elif "attention.low_rank" in keys:
         axes["maps"] = LowRank() if keys["attention.low_rank"] else WholeMaps()
+    elif "attention.value_maps" in keys:
+        axes["maps"] = WholeMaps()
 
     def option(kind: type) -> Any:
         if kind is not SigmaOptions:
@@ -211,6 +213,8 @@ EXAMPLES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (SAS | {"attention.qk_norm": True}, {"attention.qk_norm": False}),
     (SAS | {"stream": "concat"}, {"attention.value_maps": True}),
     ({"method": "shaped_attention", "stream": "simplified", "init": "unit"}, {"init": "fan_in"}),
+    ({"method": "muddformer", "attention.gate": "headwise"}, {"attention.gate": "none"}),
+    ({"method": "muddformer", "attention.value_maps": False}, {"attention.value_maps": True}),
     ({"method": "ngpt", "init": "xavier"}, {"init": "unit_length"}),
     ({"norm": "unit", "placement": "sub"}, {"norm": "rmsnorm"}),
     ({"method": "catformer", "norm": "unit"}, {"norm": "rmsnorm"}),

@@ -198,6 +198,7 @@ def test_attention_at_the_start_does_not_see_its_input(logit_cap):
     assert not decoder.get_parameter("layers.2.attention.body.query.weight").any()
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)
+    assert attention.output is not None
     wanted = torch.from_numpy(_attention(config, 2, 24)) @ value @ attention.output.weight.T
     for _ in range(2):
         x = torch.randn(1, 24, 32, generator=generator, dtype=torch.float64)

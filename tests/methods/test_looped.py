@@ -72,7 +72,8 @@ def test_a_shared_layer_is_its_copies_and_its_gradient_their_sum(case):
         if "layers." in name:
             _, layer, rest = name.split(".", 2)
             places = [place for place, own in enumerate(decoder.places) if own == int(layer)]
-            wanted = sum(gradients[f"layers.{place}.{rest}"] for place in places)
+            each: list[Any] = [gradients[f"layers.{place}.{rest}"] for place in places]
+            wanted = sum(each)
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-10, atol=1e-12, msg=name)
 
 

@@ -127,6 +127,7 @@ def test_the_logits_that_are_told_are_those_that_weigh_the_values(position, opti
     products = first_products(attention, x)
     weights = attention.logits(*attention.queries_and_keys(products, positions), positions).softmax(dim=-1)
     value = products[1].unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(4 * 8 // products[1].shape[-1], dim=1)
+    assert attention.output is not None
     wanted = (weights @ value).transpose(1, 2).flatten(-2) @ attention.output.weight.T
     torch.testing.assert_close(attention(products, positions), wanted, rtol=1e-10, atol=1e-12)
 

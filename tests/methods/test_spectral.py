@@ -131,7 +131,7 @@ def test_a_refresh_of_rows_equals_that_of_the_whole_in_two_sums(splits):
     for rank in range(len(splits)):
         first = sum(splits[:rank])
         rows = slice(first, first + splits[rank])
-        shards.append([spectral.Matrix(m.rows[rows], first, *own_vectors(m)) for m in whole])
+        shards.append([m._replace(rows=m.rows[rows], first_row=first, **vectors_of(m)) for m in whole])
     ranks = _Ranks(len(splits))
     ranks.run(spectral.refresh, shards)
     assert ranks.calls == 2
@@ -147,8 +147,12 @@ def test_a_refresh_of_rows_equals_that_of_the_whole_in_two_sums(splits):
     assert ranks.calls == 3
 
 
+def vectors_of(matrix: spectral.Part) -> dict[str, Tensor]:
+    return {"u": matrix.u.clone(), "v": matrix.v.clone(), "sigma": matrix.sigma.clone()}
+
+
 def own_vectors(matrix: spectral.Part) -> list[Tensor]:
-    return [vector.clone() for vector in (matrix.u, matrix.v, matrix.sigma)]
+    return list(vectors_of(matrix).values())
 
 
 def assert_same_vectors(one: spectral.Part, other: spectral.Part) -> None:
@@ -179,7 +183,7 @@ def several_layers(layers: int) -> list[spectral.Matrix]:
 def test_every_matrix_is_refreshed_by_its_own_values():
     matrices = several_layers(3)
     wanted = []
-    for rows, _, u, _, _ in matrices:
+    for rows, u in ((matrix.rows, matrix.u) for matrix in matrices):
         v = rows @ u / (rows @ u).norm()
         wanted.append((rows.T @ v / (rows.T @ v).norm(), v))
     squares = spectral.squared_rows(matrices)
@@ -201,7 +205,7 @@ def test_a_refresh_of_flat_ranges_equals_that_of_the_whole_in_two_sums(ends):
         cuts = [(int(begin * m.rows.numel()), int(end * m.rows.numel())) for m in whole]
         held = [m.rows.flatten()[start:stop] for m, (start, stop) in zip(whole, cuts, strict=True)]
         parts = zip(held, cuts, whole, strict=True)
-        shards.append([spectral.Slice(values, start, *own_vectors(m)) for values, (start, _), m in parts])
+        shards.append([spectral.Slice(values, start, **vectors_of(m)) for values, (start, _), m in parts])
         begin = end
     ranks = _Ranks(len(ends))
     squares = ranks.run(spectral.squared_rows, shards)
@@ -221,7 +225,7 @@ def test_a_refresh_of_flat_ranges_equals_that_of_the_whole_in_two_sums(ends):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sigma_of_whole_matrices_is_found_again_to_the_bit(dtype: torch.dtype):
     matrices = [
-        spectral.Matrix(m.rows.to(dtype), 0, *(vector.to(dtype) for vector in m[2:])) for m in several_layers(3)
+        spectral.Matrix(m.rows.to(dtype), 0, m.u.to(dtype), m.v.to(dtype), m.sigma.to(dtype)) for m in several_layers(3)
     ]
     for _ in range(3):
         spectral.refresh(matrices)

@@ -1,7 +1,7 @@
 """Attention on a CPU by blocks of queries: the same as from whole matrices of logits, where it is taken, and how."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stablelm.model.attention import attention_kernels, blockwise
+from stablelm.private_names import compilation_settings_kept, configure_compilation
 
 SCALE = 0.3
 
@@ -56,6 +57,14 @@ def results(function: Callable[..., Tensor], given: Any) -> tuple[Tensor, ...]:
     *parts, gradient = given
     made = function(*parts, SCALE)
     return made, *torch.autograd.grad(made, parts, gradient)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _many_shapes() -> Iterator[None]:
+    """More than a run has, in a process that may have had the strict limit of one."""
+    with compilation_settings_kept():
+        configure_compilation(memory_budget=1.0, recompile_limit=256)
+        yield
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])

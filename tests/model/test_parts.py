@@ -59,6 +59,7 @@ def test_rotation_of_bf16_is_computed_in_fp32():
 def test_norm_of_a_bf16_stream_has_fp32_statistics(norm):
     config = small_config(norm=norm, bias=True)
     module = Norm(config, make_dtypes("bf16", "bf16"), 32)
+    assert module.weight is not None
     torch.nn.init.ones_(module.weight)
     if module.bias is not None:
         torch.nn.init.zeros_(module.bias)

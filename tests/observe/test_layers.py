@@ -111,7 +111,7 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
     products = layer.attention.enter(chunks)
     found = layer_hooks.attention_figures(attention, products, positions)
     logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
-    entropies, largest = [], 0.0
+    entropies, sinks, largest = [], [], 0.0
     for row in range(12):
         seen = logits[:, :, row, : row + 1]
         weights = seen.detach().softmax(-1)
@@ -120,10 +120,10 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
         if "clipped" in overrides[0]:
             weights = ((1 + 1 / 12) * weights - 1 / 12).clamp(0, 1)
         entropies.append(torch.special.entr(weights).sum(-1))
+        sinks.append(weights[..., 0])
         largest = max(largest, float(seen.detach().abs().max()))
     assert found["attention_entropy"].item() == pytest.approx(float(torch.stack(entropies).mean().detach()), rel=1e-9)
-    first = torch.stack([logits[:, :, row, : row + 1].softmax(-1)[..., 0] for row in range(12)]).mean()
-    assert found["attention_sink"].item() == pytest.approx(float(first.detach()), rel=1e-9)
+    assert found["attention_sink"].item() == pytest.approx(float(torch.stack(sinks).mean()), rel=1e-9)
     assert found["logit_max"].item() == pytest.approx(largest, rel=1e-12)
     assert largest > 0
 
@@ -275,7 +275,7 @@ def test_names_of_records():
     assert found["layer/0000/token_correlation"] == internals.token_correlation[0]
     assert found["attention/0001/entropy"] == internals.attention_entropy[1] > 0
     assert found["attention/0003/logit_max"] == internals.logit_max[3] > 0
-    assert found["attention/0003/sink"] == internals.attention_sink[3] > 0
+    assert found["attention/0003/sink_share"] == internals.attention_sink[3] > 0
     assert found["layer/0002/kurtosis"] == internals.kurtosis[2] > 1
     assert found["layer/0000/angular_distance"] == 0 < found["layer/0003/angular_distance"] < 1
     assert 0 < found["update_ratio/query"] < 1

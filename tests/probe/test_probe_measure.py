@@ -22,7 +22,7 @@ from stablelm.model.initialise import initialise
 from stablelm.observe.layer_hooks import Internals, internals, norm
 from stablelm.observe.layers import Recorder
 from stablelm.probe import measure as module
-from stablelm.probe.changes import Update
+from stablelm.probe.changes import FirstUpdate
 from stablelm.probe.measure import Measured, boundary_seed, measure
 from stablelm.probe.predict import predict, predict_sensitivity
 from stablelm.seeds import seed_from
@@ -151,10 +151,14 @@ def test_the_generator_is_left_alone_and_the_file_goes_on_errors(tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sensitivity_and_growth_equal_the_whole_decoder(tmp_path: Path):
+SHARED = ("model.method=looped", "model.n_layers=4", "model.shared.repeats=2")
+
+
+@pytest.mark.parametrize("overrides", [("model.method=value_residual", "model.tie_embeddings=true"), SHARED])
+def test_sensitivity_and_growth_equal_the_whole_decoder(overrides: tuple[str, ...], tmp_path: Path):
     """By changing all weights at once; dropout draws the same masks in every pass."""
-    config = model("model.method=value_residual", "model.dropout=0.1", "model.tie_embeddings=true")
-    update = Update(config, rate=0.01, eps=1e-8)
+    config = model(*overrides, "model.dropout=0.1")
+    update = FirstUpdate(config, rate=0.01, eps=1e-8)
     found = walked(config, tmp_path, update=update)
     decoder = Decoder(config, "fp64")
     initialise(decoder, config, SEED)
@@ -219,7 +223,7 @@ def outputs(decoder: Decoder) -> tuple[Tensor, Tensor]:
 
 def test_the_update_follows_rates_and_epsilon_of_roles():
     config = model("model.method=completep", "model.completep.base_width=8", "model.completep.base_depth=1")
-    update = Update(config, rate=0.5, eps=1.0)
+    update = FirstUpdate(config, rate=0.5, eps=1.0)
     gradient = torch.tensor([[2.0, -1.0, 0.0]])
     rates = config.axes.init.rates(config, in_layer=True, matrix=True)
     expected = -rates.lr * gradient / (gradient.abs() + rates.eps)
@@ -247,7 +251,7 @@ def test_sensitivity_beside_the_theory(method: str, low: float, high: float, tmp
     """Measured / predicted; in post_ln what a change does to later branches adds up (docs/theory.md)."""
     config = model(f"model.method={method}", "model.n_layers=8", "model.d_model=64", "data.seq_len=64")
     rows = torch.randint(0, 90, (2, 65), generator=torch.Generator().manual_seed(1))
-    update = Update(config, rate=0.01, eps=1e-8)
+    update = FirstUpdate(config, rate=0.01, eps=1e-8)
     tokens, targets = rows[:, :-1], rows[:, 1:].contiguous()
     options = {"precision": "fp32", "seed": SEED, "pieces": 90, "folder": tmp_path, "update": update}
     found = measure(config, tokens, targets, **options).sensitivity

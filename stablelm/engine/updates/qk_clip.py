@@ -27,7 +27,7 @@ class QkClip:
     def begin(self, device: torch.device) -> None:
         """Before the passes of a step, or without one: what was seen is forgotten."""
         for body in self._bodies:
-            dtype = torch.promote_types(body.output.weight.dtype, torch.float32)
+            dtype = torch.promote_types(next(body.parameters()).dtype, torch.float32)
             body.largest_logits = torch.full((body.config.n_heads,), -math.inf, dtype=dtype, device=device)
 
     @torch.no_grad()

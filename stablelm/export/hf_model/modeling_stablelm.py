@@ -331,7 +331,7 @@ class Attention(nn.Module):
             query, key = self.norm_query(query).to(query.dtype), self.norm_key(key).to(key.dtype)
         if shared.rotation is not None:
             query, key = rotate(query, *shared.rotation), rotate(key, *shared.rotation)
-        if self.scale_qk is not None:
+        if self.scale_qk is not None and self.ratio is not None:
             factor = (self.scale_qk * self.ratio).square().view(-1, 1, self.head_dim)
             query, key = (F.normalize(at_least_fp32(part), dim=-1, eps=1e-30).to(part.dtype) for part in (query, key))
             query = query * factor.to(query.dtype)
@@ -723,7 +723,7 @@ class StablelmDecoderPreTrainedModel(PreTrainedModel):
                 init.zeros_(getattr(module, IDENTITY_GAINS[1]))
         if isinstance(module, Sublayer) and module.alpha is not None:
             init.constant_(module.alpha, 0.05 / module.ratio)
-        if isinstance(module, Attention) and module.scale_qk is not None:
+        if isinstance(module, Attention) and module.scale_qk is not None and module.ratio is not None:
             init.constant_(module.scale_qk, 1 / module.ratio)
         if isinstance(module, FeedForward):
             for factors in (module.scale_u, module.scale_v):

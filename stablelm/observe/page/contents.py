@@ -44,7 +44,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "attention/entropy": ("Attention entropy", "Mean over heads and rows, nats: near 0 each token sees one other."),
     "attention/logit_max": ("Largest attention logit", "Absolute value, as the softmax sees it."),
-    "attention/sink": ("Attention to the first token", "Share of all attention: an attention sink takes most of it."),
+    "attention/sink_share": (
+        "Attention to the first token",
+        "Share of all attention: an attention sink takes most of it.",
+    ),
 }
 
 

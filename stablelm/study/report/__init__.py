@@ -1,0 +1,1 @@
+"""From the results of a study to its page, tables and figures."""
