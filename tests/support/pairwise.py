@@ -45,7 +45,8 @@ def cover(axes: Mapping[str, Sequence[Hashable]], forbidden: Forbidden, seed: in
     impossible: set[Pair] = set()
     while missing:
         pair = next(iter(missing))
-        filled = None if forbidden(dict(pair)) else _fill(dict(pair), axes, forbidden, missing.keys(), drawer)
+        begun = None if forbidden(dict(pair)) else _with_forced(dict(pair), axes, forbidden)
+        filled = None if begun is None else _fill(begun, axes, forbidden, missing.keys(), drawer)
         if filled is None:
             impossible.add(pair)
             del missing[pair]
@@ -54,6 +55,27 @@ def cover(axes: Mapping[str, Sequence[Hashable]], forbidden: Forbidden, seed: in
         for found in pairs_of(cases[-1]):
             missing.pop(found, None)
     return Cover(cases, set(all_pairs(axes)) - impossible, impossible)
+
+
+def _with_forced(case: Case, axes: Mapping[str, Sequence[Hashable]], forbidden: Forbidden) -> Case | None:
+    """With the values of axes that have no choice beside these; None where an axis has no value left.
+
+    Otherwise the search would find that out after it has tried all values of the axes before.
+    """
+    while True:
+        allowed = {
+            axis: [value for value in values if not forbidden({**case, axis: value})]
+            for axis, values in axes.items()
+            if axis not in case
+        }
+        if not all(allowed.values()):
+            return None
+        forced = {axis: values[0] for axis, values in allowed.items() if len(values) == 1}
+        if not forced:
+            return case
+        case = case | forced
+        if forbidden(case):
+            return None
 
 
 def _fill(
