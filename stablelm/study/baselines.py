@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +21,11 @@ MOST_TOKENS = 50_000_000
 """A larger budget is not counted: minutes, and gigabytes of pairs."""
 
 
-def bigram_losses(study: Study, cells: Sequence[Cell]) -> dict[str, float | None]:
-    """By the cell's name; None for large budgets, and where the text cannot be read. Raises OSError."""
+def bigram_losses(study: Study, cells: Sequence[Cell], message: Callable[[str], None]) -> dict[str, float | None]:
+    """Nats by the cell's name; None for large budgets, and where the text cannot be read, which `message` is given.
+
+    Raises OSError.
+    """
     file = study.results_folder / FILE
     known: dict[str, float] = {}
     with suppress(OSError, ValueError):
@@ -31,9 +34,11 @@ def bigram_losses(study: Study, cells: Sequence[Cell]) -> dict[str, float | None
     for cell in cells:
         name = _name(study, cell)
         if name not in known and cell.tokens <= MOST_TOKENS:
-            with suppress(UserError):
+            try:
                 known[name] = round(_loss(study, cell.config, cell.texts), 6)
                 _keep(file, known)
+            except UserError as error:
+                message(f"warning: no bigram loss for {cell.name}: {error}")
         found[cell.name] = known.get(name)
     return found
 

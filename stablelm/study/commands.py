@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from stablelm.errors import ConfigError, StorageError
@@ -79,7 +80,7 @@ def report(arguments: argparse.Namespace) -> int:
     found = results.read_results(study.results_folder)
     folder = Path(arguments.out) if arguments.out else study.folder / "report"
     try:
-        made = findings(study, cells, found, bigram_losses(study, cells))
+        made = findings(study, cells, found, bigram_losses(study, cells, partial(print, file=sys.stderr)))
         page = write_report(made, folder)
         if arguments.records:
             replace_file(Path(arguments.records), as_lines(records_of(made)))

@@ -59,10 +59,9 @@ def train_step(
             seed_dropout(seed, step, index, ranks.rank)
             last = index == len(parts) - 1
             if kind == CURVATURE:
-                draws = draws_of(
-                    seed, step, range(index * micro, index * micro + len(part_tokens)), ranks, tokens.shape[1]
-                )
-                own = engine.drawn(part_tokens, to_device(draws, engine.device), boundaries=boundaries[index])
+                rows = range(index * micro, index * micro + len(part_tokens))
+                draws = to_device(draws_of(seed, step, rows, ranks, tokens.shape[1]), engine.device)
+                own = engine.drawn(part_tokens, draws, boundaries=boundaries[index])
                 part_targets = torch.where(part_targets == IGNORED, IGNORED, own)
                 seed_dropout(seed, step, index, ranks.rank)
             drawn = {"boundaries": boundaries[index], "factors": engine.module.branch_factors(seed, step, index)}

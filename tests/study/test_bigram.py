@@ -8,6 +8,8 @@ import pytest
 from support.studies import write_study
 from support.tiny import TinyCorpus
 
+from stablelm.data import validation
+from stablelm.errors import DataError
 from stablelm.study.baselines import bigram_losses
 from stablelm.study.bigram import Bigram, training_pairs
 from stablelm.study.cells import StudyTexts, cells_of
@@ -61,11 +63,25 @@ def test_the_loss_of_a_study(tiny_corpus: TinyCorpus, tmp_path):
     study = read_study(str(write_study(tmp_path, tiny_corpus, budget={"tokens": 4096})))
     texts = StudyTexts()
     cells = cells_of(study, texts)
-    found = bigram_losses(study, cells)
+    found = bigram_losses(study, cells, pytest.fail)
     assert set(found) == {cell.name for cell in cells} and len(set(found.values())) == 1
     (loss,) = set(found.values())
     assert loss is not None and 1 < loss < math.log(300)
-    assert bigram_losses(study, cells) == found
+    assert bigram_losses(study, cells, pytest.fail) == found
     config = cells[0].config
     pairs = list(training_pairs(config, texts.sources(config.data), texts.tokenizer(config.data), 0))
     assert sum(len(first) for first, _ in pairs) == 4096
+
+
+def test_a_text_that_cannot_be_read_is_named(tiny_corpus: TinyCorpus, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    study = read_study(str(write_study(tmp_path, tiny_corpus, budget={"tokens": 4096})))
+    cells = cells_of(study, StudyTexts())
+
+    def unreadable(*_: object, **__: object):
+        raise DataError("gone.json.gz cannot be read")
+
+    monkeypatch.setattr(validation, "read", unreadable)
+    messages: list[str] = []
+    assert set(bigram_losses(study, cells, messages.append).values()) == {None}
+    assert len(messages) == len(cells)
+    assert all(cell.name in said and "gone.json.gz" in said for cell, said in zip(cells, messages, strict=True))

@@ -1,17 +1,14 @@
 """Makes the page of a run: on request, and during a run at its evaluations without holding it up."""
 
-import base64
-import hashlib
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stablelm.new_files import replace_file
+from stablelm.observe.page.template import page_template
 from stablelm.observe.provenance import versions
-from stablelm.printable import printable
 
 NAME = "report.html"
 SHARE = 0.01
@@ -99,28 +96,6 @@ def _write(run_dir: Path, reader: Any, out: Path, *, running: bool) -> int:
 
 
 def _rendered(shown: Any) -> str:
-    template, style, policy = _template()
+    template, style, policy = page_template(Path(__file__).parent, "page.html")
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return template.render(run=shown, style=style, policy=policy, made=made, version=versions()["stablelm"] or "")
-
-
-@cache
-def _template() -> tuple[Any, Any, str]:
-    """The template, its style, and the Content-Security-Policy that allows this style and pictures within the page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Nothing of a file reaches the page with marks that turn text around.
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    style = (folder / "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return environment.get_template("page.html"), Markup(style), policy

@@ -1,17 +1,15 @@
 """Writes a report: one HTML page that needs no script and no network, Markdown, CSV tables, PNG and SVG figures."""
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stablelm.new_files import make_folder, replace_file
-from stablelm.printable import printable
+from stablelm.observe.page.template import page_template
 from stablelm.study.report.conclusions import banners, limits, verdicts
 from stablelm.study.report.figures import figures
 from stablelm.study.report.findings import Findings, diverged, words_of
@@ -74,7 +72,7 @@ def _limits(found: Findings) -> str:
 
 
 def _page(found: Findings, pictures: list[Picture], made: list[Table]) -> str:
-    template, style, policy = _template()
+    template, style, policy = page_template(Path(__file__).parent, "study.html")
     return template.render(
         found=found,
         banners=banners(found),
@@ -99,23 +97,3 @@ def _plain(found: Findings) -> dict[str, Any]:
         "budget": vars(study.budget), "warmup_fraction": study.warmup_fraction, "lr": vars(study.lr),
         "seeds": vars(study.seeds), "stages": study.stages,
     }  # fmt: skip
-
-
-@cache
-def _template() -> tuple[Any, Any, str]:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    style = (folder / "style.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return environment.get_template("study.html"), Markup(style), policy
