@@ -36,6 +36,9 @@ class Key:
         return bool(self.path) and entry.partition(".")[2] in ("", "path")
 
 
+type_hints = lru_cache(get_type_hints)
+
+
 @lru_cache
 def keys() -> dict[str, Key]:
     """All keys by dotted name, in the schema's order."""
@@ -50,7 +53,7 @@ def sections() -> dict[str, str]:
 
 def _walk(section: type, prefix: str) -> Iterator[Key | tuple[str, str]]:
     """The keys of a section, and name and text of each section in it."""
-    hints = get_type_hints(section)
+    hints = type_hints(section)
     for field in dataclasses.fields(section):
         kind, name = hints[field.name], prefix + field.name.rstrip("_")
         if field.metadata.get("sections"):
@@ -96,7 +99,7 @@ def assemble(values: Mapping[str, Any]) -> Config:
 
 
 def _assemble(section: type, values: Mapping[str, Any], prefix: str) -> Any:
-    made, hints = {}, get_type_hints(section)
+    made, hints = {}, type_hints(section)
     for field in dataclasses.fields(section):
         name = prefix + field.name.rstrip("_")
         if field.metadata.get("sections"):

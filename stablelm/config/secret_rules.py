@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stablelm.config.keys import values
+from stablelm.config.keys import keys, values
 from stablelm.config.schema import Config
 from stablelm.redaction import HARMLESS_HEADERS, carries_secret, is_secret
 
@@ -30,6 +30,8 @@ SIGNED = re.compile(r"[?&](X-Amz-|AWSAccessKeyId)", re.IGNORECASE)
 def problems(config: Config) -> Iterator[str]:
     """A sentence for each key that holds a secret, which is not shown; it names what to set in the environment."""
     for name, value in values(config).items():
+        if value == keys()[name].default:
+            continue
         if name == "data.storage":
             for option, inner in value.items():
                 scheme = option.partition(".")[0]

@@ -265,6 +265,8 @@ class TorchEngine:
             follow_weights(self.optimizer, self._config.train)
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
+                if self._config.model.axes.stack.shared:
+                    part.unshard()  # ends a gather ahead of the layers' last places, which nothing waited for
                 part.reshard()
         self.matrices.derive()
 

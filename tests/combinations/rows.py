@@ -45,7 +45,19 @@ SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "dense": ("model.method=denseformer",),
         "sigma": ("model.method=sigma_reparam", "model.sigma.targets=all"),
         "espa": ("model.method=e_spa",),
+        "hyper": ("model.method=hyper_connections",),
+        "depth attention": ("model.method=attention_residuals",),
+        "mudd": ("model.method=muddformer",),
+        "ngpt": ("model.method=ngpt",),
+        "looped": ("model.method=looped",),
+        "layer_drop": ("model.method=layer_drop",),
     },
+    "optimizer": {
+        **{name: (f"train.optimizer={name}",) for name in ("adamw", "muon", "sophia", "sam", "looksam")},
+        **{name: (f"train.optimizer={name}",) for name in ("stable_adamw", "lion")},
+        "schedule_free": ("train.optimizer=schedule_free", "train.schedule=constant"),
+    },
+    "average": {"none": (), "ema": ("train.ema=0.9", "evaluate.average=ema")},
     "document_mask": {"no": (), "yes": ("data.document_mask=true",)},
     "source": dict.fromkeys(("files", "shards", "datasets", "mixture"), ()),
     "tokenizer": dict.fromkeys(("sentencepiece", "bpe-bytes"), ()),
@@ -130,8 +142,7 @@ def refusal(case: Mapping) -> str:
 
 def _first_legal(chosen: tuple[str, ...]) -> str:
     """'' if any engine takes the settings, else what the first one says."""
-    words = [_refusal(chosen, engine) for engine in ENGINES]
-    return "" if not all(words) else words[0]
+    return _refusal(chosen, next(iter(ENGINES))) if all(_refusal(chosen, engine) for engine in ENGINES) else ""
 
 
 @lru_cache(None)

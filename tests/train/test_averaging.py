@@ -41,6 +41,21 @@ def test_weights_inside_and_after(name: str):
     assert [key for key, tensor in engine.tensors().items() if not torch.equal(tensor, before[key])] == []
 
 
+def test_every_engine_averages_and_goes_on_alike(tiny_corpus: TinyCorpus, tmp_path: Path):
+    """Of shared layers, of which the last ones take fewer places: fsdp2 gathers ahead what no place needs."""
+    common = (*TINY, *tiny_corpus.overrides(), "model.method=looped", "model.n_layers=3", "train.global_batch_size=4")
+    often = ("train.ema=0.5", "train.steps=4", "evaluate.every=2", "train.lr=1e-2", "train.warmup_steps=0")
+    found = {}
+    for kind, processes in (("single", 1), ("fsdp2", 2), ("zero1", 2), ("zero3", 2)):
+        folder = tmp_path / kind
+        done = run("pretrain", *common, *often, f"engine.kind={kind}", f"run.dir={folder}", processes=processes)
+        assert done.returncode == 0, done.stderr
+        records = last_records(folder / "metrics.jsonl")
+        found[kind] = [records[step][name] for step in (2, 4) for name in ("loss", "val_loss/default")]
+        assert len(set(found[kind])) == 4
+        assert found[kind] == pytest.approx(found["single"], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "processes"),

@@ -13,9 +13,7 @@ WARM_UP = 9.0
 @torch.no_grad()
 def update_average(optimizer: torch.optim.Optimizer, decay: float, skipped: Tensor) -> None:
     """average += (weights - average) (1 - d), d = min(decay, (1 + t) / (10 + t)) after t updates; none if `skipped`."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            weights, average = local_part(parameter).detach(), local_part(state[EMA])
-            share = (WARM_UP / (10.0 + state["step"])).clamp(min=1 - decay).to(weights.device, weights.dtype)
-            average.lerp_(weights, share * (1 - skipped.to(weights.device, weights.dtype)))
+    for parameter, state in optimizer.state.items():  # DeepSpeed empties the groups of parameters
+        weights, average = local_part(parameter).detach(), local_part(state[EMA])
+        share = (WARM_UP / (10.0 + state["step"])).clamp(min=1 - decay).to(weights.device, weights.dtype)
+        average.lerp_(weights, share * (1 - skipped.to(weights.device, weights.dtype)))

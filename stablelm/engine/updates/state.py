@@ -1,8 +1,6 @@
 """The tensors of state of a parameter, for every optimizer: which there are, their shapes, bytes and first values."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +63,11 @@ def empty_state(parameter: Tensor, train: TrainConfig, *, hidden: bool) -> dict[
 @torch.no_grad()
 def follow_weights(optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
     """State that starts as weights starts again, of weights that were set."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state: Mapping[str, Any] = optimizer.state[parameter]
-            for name, each in own_states(train, hidden=group["hidden"]).items():
-                if each.from_weights:
-                    state[name].copy_(parameter.detach())
+    own = own_states(train, hidden=False) | own_states(train, hidden=True)
+    for parameter, state in optimizer.state.items():  # DeepSpeed empties the groups of parameters
+        for name in state.keys() & own.keys():
+            if own[name].from_weights:
+                state[name].copy_(parameter.detach())
 
 
 def _rounded(name: str, each: StateTensor, train: TrainConfig) -> bool:
