@@ -1,7 +1,9 @@
 """One optimizer step: micro-batches in, one update out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,41 +49,73 @@ def train_step(
     if ranks.world_size > 1:
         dist.all_reduce(valid_global)
     valid_global = valid_global.clamp(min=1)
-    parts = list(zip(tokens.split(micro), targets.split(micro), strict=True))
-    dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
-    cross_entropy, objective = torch.zeros(2, dtype=dtype, device=engine.device)
+    parts = list(map(_MicroBatch, tokens.split(micro), targets.split(micro), boundaries))
+    passes = _Passes(engine, ranks, step, seed, loss_factor, mark, parts, valid_global)
     engine.begin(lr)
-    for kind in engine.passes(step):
-        engine.begin_pass(kind)
-        for index, (part_tokens, part_targets) in enumerate(parts):
-            part = f"micro-batch {index + 1} of {len(parts)}"
-            mark("forward", part)
-            seed_dropout(seed, step, index, ranks.rank)
-            last = index == len(parts) - 1
-            if kind == CURVATURE:
-                rows = range(index * micro, index * micro + len(part_tokens))
-                draws = to_device(draws_of(seed, step, rows, ranks, tokens.shape[1]), engine.device)
-                own = engine.drawn(part_tokens, draws, boundaries=boundaries[index])
-                part_targets = torch.where(part_targets == IGNORED, IGNORED, own)
-                seed_dropout(seed, step, index, ranks.rank)
-            drawn = {"boundaries": boundaries[index], "factors": engine.module.branch_factors(seed, step, index)}
-            sums = engine.loss(part_tokens, part_targets, last=last, **drawn)
-            if loss_factor != 1.0:
-                sums = sums._replace(total=sums.total * loss_factor, cross_entropy=sums.cross_entropy * loss_factor)
-            # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.
-            nan_if_bad = 1 + 0 * sums.total.detach()
-            mark("backward", part)
-            engine.backward(sums.total / valid_global * nan_if_bad, last=last)
-            if kind == GRADIENT:
-                cross_entropy += sums.cross_entropy
-                objective += sums.objective
-        engine.end_pass(kind, valid_global)
+    sums = {kind: passes.run(kind) for kind in engine.passes(step)}
     if before_update is not None:
         mark("backward", "observe.metrics")
         before_update()
     mark("update", "")
     norm = engine.step(lr, largest_norm=largest_norm)
+    cross_entropy, objective = sums[GRADIENT]
     return StepResult(cross_entropy, valid, norm, refused(norm, largest_norm), objective)
+
+
+class _MicroBatch(NamedTuple):
+    tokens: Tensor
+    targets: Tensor
+    boundaries: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What every pass of a step over its micro-batches reads; `valid`: the targets of all ranks and micro-batches."""
+
+    engine: Engine
+    ranks: Ranks
+    step: int
+    seed: int
+    loss_factor: float
+    mark: Callable[[str, str], None]
+    parts: Sequence[_MicroBatch]
+    valid: Tensor
+
+    def run(self, kind: str) -> Tensor:
+        """Leaves a pass's gradients; the sums of cross-entropy and objective, (2,)."""
+        engine = self.engine
+        engine.begin_pass(kind)
+        dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
+        found = torch.zeros(2, dtype=dtype, device=engine.device)
+        for index, part in enumerate(self.parts):
+            place, last = f"micro-batch {index + 1} of {len(self.parts)}", index == len(self.parts) - 1
+            self.mark("forward", place)
+            self._seed(index)
+            targets = self._drawn(index) if kind == CURVATURE else part.targets
+            factors = engine.module.branch_factors(self.seed, self.step, index)
+            sums = engine.loss(part.tokens, targets, last=last, boundaries=part.boundaries, factors=factors)
+            if self.loss_factor != 1.0:
+                changed = {name: getattr(sums, name) * self.loss_factor for name in ("total", "cross_entropy")}
+                sums = sums._replace(**changed)
+            # NaN if this loss is not finite: then every rank's gradient norm becomes NaN, and all skip the update.
+            nan_if_bad = 1 + 0 * sums.total.detach()
+            self.mark("backward", place)
+            engine.backward(sums.total / self.valid * nan_if_bad, last=last)
+            found += torch.stack([sums.cross_entropy, sums.objective])
+        engine.end_pass(kind, self.valid)
+        return found
+
+    def _seed(self, index: int) -> None:
+        seed_dropout(self.seed, self.step, index, self.ranks.rank)
+
+    def _drawn(self, index: int) -> Tensor:
+        """Targets that the model draws in place of a micro-batch's own."""
+        tokens, targets, boundaries = self.parts[index]
+        first = sum(len(part.tokens) for part in self.parts[:index])
+        draws = draws_of(self.seed, self.step, range(first, first + len(tokens)), self.ranks, tokens.shape[1])
+        drawn = self.engine.drawn(tokens, to_device(draws, self.engine.device), boundaries=boundaries)
+        self._seed(index)
+        return torch.where(targets == IGNORED, IGNORED, drawn)
 
 
 def draws_of(seed: int, step: int, rows: range, ranks: Ranks, seq: int) -> Tensor:
