@@ -63,13 +63,19 @@ def measure_line(
     `on_step` is called STEPS + 1 times a model.
     """
     sizes = tuple(sorted(configs))
-    with torch.random.fork_rng([]):
-        rows = [_figures(configs[size], tokens, targets, on_step) for size in sizes]
+    rows = [figures_of(configs[size], tokens, targets, on_step) for size in sizes]
     return SizeSeries(axis, sizes, fixed, np.array(rows, dtype=np.float64))
 
 
-def _figures(config: Config, tokens: Tensor, targets: Tensor, on_step: Callable[[], None]) -> list[list[float]]:
-    """(STEPS + 1, len(FIGURES))."""
+def figures_of(
+    config: Config, tokens: Tensor, targets: Tensor, on_step: Callable[[], None] = lambda: None
+) -> list[list[float]]:
+    """(STEPS + 1, len(FIGURES)) of a model of a resolved config, trained at `train.lr` on the batch."""
+    with torch.random.fork_rng([]):
+        return _measured(config, tokens, targets, on_step)
+
+
+def _measured(config: Config, tokens: Tensor, targets: Tensor, on_step: Callable[[], None]) -> list[list[float]]:
     precision = "fp64" if config.train.precision == "fp64" else "fp32"
     config = replace(config, train=replace(config.train, precision=precision, compile=False))
     engine = build_engine(config, "single", SINGLE)

@@ -22,7 +22,7 @@ from stablelm.evaluate.validation_text import validation_paths
 from stablelm.methods.sizes import flops_per_token, parameter_counts
 from stablelm.study.results import ID_LENGTH
 from stablelm.study.shapes import Shape, counted, shapes_of, with_shape
-from stablelm.study.study_file import DEPTH, WARMUP, Study
+from stablelm.study.study_file import COORDINATES, DEPTH, TRAINING, WARMUP, Study
 from stablelm.tokenizers import Tokenizer
 
 
@@ -171,7 +171,7 @@ def _cells_at(study: Study, chosen: dict[str, Any], depth: int | None, texts: St
     given = {key: value for key, value in chosen.items() if key != WARMUP}
     with _blamed(study, "grid", where):
         sketch = _loaded(study, given).config
-        if not validation_paths(sketch):
+        if study.kind == TRAINING and not validation_paths(sketch):
             raise ConfigError("data.validation is missing, whose loss a study compares; give it in the base")
         model = replace(
             sketch.model,
@@ -180,7 +180,7 @@ def _cells_at(study: Study, chosen: dict[str, Any], depth: int | None, texts: St
         )
         for shape in shapes_of(study, model, depth):
             sized = with_shape(model, shape)
-            for column, tokens in _budgets(study, sketch.data.seq_len, sized):
+            for column, tokens in _budgets(study, sketch, sized):
                 steps, warmup = _steps(study, sketch, tokens), chosen.get(WARMUP, study.warmup_fraction)
                 length = {"train.steps": steps, "train.warmup_steps": round(warmup * steps)}
                 asked = _loaded(study, given | shape.keys() | length | {"train.lr": _first_rate(study)}).config
@@ -214,9 +214,13 @@ def _first_rate(study: Study) -> float:
     return (study.lr.fixed or study.lr.start)[0]
 
 
-def _budgets(study: Study, seq_len: int, model: ModelConfig) -> Iterator[tuple[list[tuple[str, Any]], float]]:
+def _budgets(study: Study, config: Config, model: ModelConfig) -> Iterator[tuple[list[tuple[str, Any]], float]]:
     """The budget's columns, each as an addition to the point, with its tokens."""
-    budget = study.budget
+    budget, seq_len = study.budget, config.data.seq_len
+    if study.kind == COORDINATES:
+        from stablelm.probe.coordinates import STEPS  # slow to import
+
+        yield [], STEPS * config.train.batch_sizes.largest * seq_len
     if budget.tokens is not None:
         yield [], budget.tokens
     for each in budget.tokens_per_parameter or []:

@@ -122,8 +122,15 @@ def _provenance(folder: Path, run: Run) -> dict[str, Any]:
         "changed": bool(last.get("diff")),
         "versions": last.get("versions"),
         "hosts": last.get("hosts"),
-        "processor": processor(),
         "attempts": len(attempts),
+        **origin(run),
+    }
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What a result comes of, beside the program: hashes, data and this machine."""
+    return {
+        "processor": processor(),
         "config": hashlib.sha256(dump(run.config).encode()).hexdigest()[:16],
         "data": run.cell.identity["data.path"],
         "tokenizer": run.cell.identity["data.tokenizer"],

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -55,6 +55,9 @@ class Result(TypedDict):
     """What `study.measure` found, None where it was not asked."""
 
 
+R = TypeVar("R")
+
+
 def loss_of(result: Result) -> float:
     """What the search compares: the validation loss, infinite where the run diverged."""
     value = result["val_loss"]
@@ -87,7 +90,7 @@ def finite(value: float | None, digits: int = 6) -> float | None:
     return round(value, digits) if value is not None and math.isfinite(value) else None
 
 
-def write_result(folder: Path, result: Result) -> None:
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = json.loads(json.dumps(as_number(dict(result))))
@@ -100,11 +103,16 @@ def seal(plain: Mapping[str, Any]) -> str:
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """By id. Raises ConfigError with a line for each file that is damaged or was changed by hand."""
+    """Those of training runs by id. Raises ConfigError with a line for each file that is damaged or was changed."""
+    return read_sealed(folder, Result)
+
+
+def read_sealed(folder: Path, kind: type[R]) -> dict[str, R]:
+    """Results of a kind by id. Raises ConfigError with a line for each file that is damaged or was changed by hand."""
     found, problems = {}, []
     for file in sorted(folder.glob(f"{'[0-9a-f]' * ID_LENGTH}.json")):
         try:
-            result = dict(parse(read_small(file), Result))
+            result: Any = parse(read_small(file), kind)
         except (OSError, ValueError) as error:
             problems.append(f"{file} is no result of a run ({error}); delete it, and the run is made again")
             continue

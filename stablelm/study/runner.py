@@ -51,16 +51,29 @@ def claimed(study: Study) -> Iterator[int]:
 
 
 class Runner:
-    """Starts what the agenda has open, and collects what has finished."""
+    """Starts what is open, process after process, and keeps the results of what has finished."""
 
     def __init__(self, study: Study, cells: list[Cell], lock: int, say: Callable[[str], None] = print):
+        """`lock`: what `claimed` gives."""
         self._study, self._cells, self._lock, self._say = study, cells, lock, say
         self._running: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
         self._failed: dict[str, Run] = {}
         self._stopping = False
         hours = study.limits.hours
         self._deadline = time.monotonic() + hours * 3600 if hours is not None else float("inf")
-        self._results = results.read_results(study.results_folder)
+        self._kept = 0
+
+    def _open(self) -> list[Run]:
+        """What has no result yet and waits for none."""
+        raise NotImplementedError
+
+    def _next(self, run: Run) -> tuple[str, ...]:
+        """Module and arguments of a run's next process; () where it has finished."""
+        raise NotImplementedError
+
+    def _keep(self, run: Run) -> None:
+        """Writes the result of a run that has finished."""
+        raise NotImplementedError
 
     def run(self) -> int:
         """The exit code: 0 all done, 75 stopped early, 1 where runs failed."""
@@ -69,11 +82,11 @@ class Runner:
         while True:
             if time.monotonic() > self._deadline:
                 self._stop(f"limits.hours={self._study.limits.hours:g}")
-            kept = len(self._results)
+            kept = self._kept
             self._start()
             if self._running:
                 self._wait()
-            elif len(self._results) == kept:
+            elif self._kept == kept:
                 break
         if self._stopping:
             return EXIT_STOPPED_EARLY
@@ -85,8 +98,7 @@ class Runner:
         """As many of the open runs as there is room for."""
         if self._stopping or len(self._running) >= self._study.limits.jobs:
             return
-        states = agenda(self._study, self._cells, results.losses(self._results.values()))
-        for run in (run for state in states for run in state.open):
+        for run in self._open():
             if len(self._running) >= self._study.limits.jobs:
                 return
             if run.id not in self._running and run.id not in self._failed:
@@ -94,26 +106,18 @@ class Runner:
 
     def _go_on(self, run: Run) -> None:
         """Starts a run's next process; with nothing left to start, its result is kept."""
-        folder = run_dir(self._study, run)
-        file = folder.with_suffix(".yaml")
-        if not is_finished(self._study, run):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, dump(placed(self._study, run)))
-            self._running[run.id] = run, self._process(run, "stablelm", "pretrain", "--config", str(file))
-        elif self._to_measure(run):
-            measures = str(measures_file(self._study, run))
-            self._running[run.id] = run, self._process(run, "stablelm.study.measure", str(file), measures)
+        if module := self._next(run):
+            self._running[run.id] = run, self._process(run, *module)
         else:
             self._keep(run)
+            self._kept += 1
 
-    def _to_measure(self, run: Run) -> bool:
-        """Runs of the comparison are measured, unless they diverged."""
-        code = read_summary(run_dir(self._study, run))["exit_code"]
-        return (
-            run.seed in self._study.seeds.confirm
-            and code == EXIT_FINISHED
-            and not measures_file(self._study, run).exists()
-        )
+    def _configuration(self, run: Run) -> Path:
+        """The run's file, written."""
+        file = run_dir(self._study, run).with_suffix(".yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, dump(placed(self._study, run)))
+        return file
 
     def _process(self, run: Run, *module: str) -> subprocess.Popen[bytes]:
         with open(self._log(run), "ab") as log:
@@ -149,11 +153,6 @@ class Runner:
             self._failed[run.id] = run
             self._say(f"{run}: exit code {code}, see {self._log(run)}")
 
-    def _keep(self, run: Run) -> None:
-        result = keep_finished(self._study, run, self._say)
-        assert result is not None
-        self._results[run.id] = result
-
     def _stop(self, why: str) -> None:
         """Asks the runs to save and end; none is started any more."""
         if self._stopping:
@@ -162,6 +161,39 @@ class Runner:
         self._say(f"stopped by {why}; the same command continues")
         for _, process in self._running.values():
             process.send_signal(signal.SIGTERM)
+
+
+class TrainingRunner(Runner):
+    """Trains what the agenda has open, and measures the runs of the comparison."""
+
+    def __init__(self, study: Study, cells: list[Cell], lock: int, say: Callable[[str], None] = print):
+        super().__init__(study, cells, lock, say)
+        self._results = results.read_results(study.results_folder)
+
+    def _open(self) -> list[Run]:
+        states = agenda(self._study, self._cells, results.losses(self._results.values()))
+        return [run for state in states for run in state.open]
+
+    def _next(self, run: Run) -> tuple[str, ...]:
+        if not is_finished(self._study, run):
+            return "stablelm", "pretrain", "--config", str(self._configuration(run))
+        if self._to_measure(run):
+            return "stablelm.study.measure", str(self._configuration(run)), str(measures_file(self._study, run))
+        return ()
+
+    def _to_measure(self, run: Run) -> bool:
+        """Runs of the comparison are measured, unless they diverged."""
+        code = read_summary(run_dir(self._study, run))["exit_code"]
+        return (
+            run.seed in self._study.seeds.confirm
+            and code == EXIT_FINISHED
+            and not measures_file(self._study, run).exists()
+        )
+
+    def _keep(self, run: Run) -> None:
+        result = keep_finished(self._study, run, self._say)
+        assert result is not None
+        self._results[run.id] = result
 
 
 def _end_with_parent() -> None:

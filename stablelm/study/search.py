@@ -1,7 +1,7 @@
 """The search for a cell's best learning rate: from the losses so far to the rates to try next, or an end.
 
 A function of the results alone, asked again after each batch of rates: the path is the same however the runs were
-spread over jobs, killed or continued. LearningRates are tried in factors, because losses are nearly quadratic in their
+spread over jobs, killed or continued. Rates are tried in factors, because losses are nearly quadratic in their
 logarithm around the best one.
 """
 
@@ -16,7 +16,7 @@ SLACK = 1e-3  # of a factor, for rounded rates
 
 
 class Next(NamedTuple):
-    """LearningRates to try, all of them before the search goes on."""
+    """Rates to try, all of them before the search goes on."""
 
     rates: tuple[float, ...]
 

@@ -31,6 +31,7 @@ INTERVAL = Range("two numbers above 0, the smaller first", lambda v: len(v) == 2
 NAME = Range("letters, digits, -, _ and dots", lambda v: re.fullmatch(r"\w[\w.-]*", v, re.ASCII) is not None)
 
 DEPTH, WARMUP = "depth", "warmup_fraction"
+TRAINING, COORDINATES = "training", "coordinates"
 OWN = {
     "model.n_layers": "depth, or a list of shapes",
     "model.d_model": "shapes",
@@ -120,7 +121,7 @@ class Study:
     """A study file. `lines`: the line of each key that was given, by dotted name."""
 
     study: str = key("", "its name, and that of its folder", range=NAME)
-    kind: Literal["training", "coordinates"] = key("training", "coordinates: ten steps at one rate, sizes of features")
+    kind: Literal["training", "coordinates"] = key(TRAINING, "coordinates: ten steps at one rate, sizes of features")
     base: str | list[str] = key("", "configuration of all runs, one or more files", path=True)
     grid: dict[str, list] = key({}, "values of keys, of depth and of warmup_fraction: each combination is a cell")
     shapes: ShapeRules = field(default_factory=ShapeRules, metadata={"text": ShapeRules.__doc__})
@@ -179,7 +180,8 @@ def read_study(file: str) -> Study:
     problems = reading.problems or [*_problems(study)]
     if problems:
         raise ConfigError("\n".join(problems))
-    return study
+    # Nothing is compared that seeds would have to confirm.
+    return dataclasses.replace(study, stages=["tune"]) if study.kind == COORDINATES else study
 
 
 class _Reading:
@@ -254,8 +256,10 @@ def _problems(study: Study) -> Iterator[str]:
     yield from _grid_problems(study)
     yield from _shape_problems(study)
     given = [name for name in ("tokens", "tokens_per_parameter", "flops") if getattr(study.budget, name) is not None]
-    if study.kind == "training" and len(given) != 1:
+    if study.kind == TRAINING and len(given) != 1:
         yield f"budget must have one of tokens, tokens_per_parameter and flops, not {len(given)} ({study.at('budget')})"
+    if study.kind == COORDINATES:
+        yield from _coordinates_problems(study, given)
     low, high = study.lr.bounds
     outside = [rate for rate in study.lr.start if not low <= rate <= high]
     if outside and study.lr.fixed is None:
@@ -270,6 +274,16 @@ def _problems(study: Study) -> Iterator[str]:
         )
     if "tune" not in study.stages:
         yield f"stages must begin with tune, which finds the rates ({study.at('stages')})"
+
+
+def _coordinates_problems(study: Study, budget: list[str]) -> Iterator[str]:
+    if study.lr.fixed is None or len(study.lr.fixed) != 1:
+        yield f"kind={COORDINATES} trains every model at one rate; give lr.fixed: [RATE] ({study.at('lr')})"
+    if budget:
+        yield f"budget.{budget[0]}: kind={COORDINATES} makes ten steps; leave budget out ({study.at('budget')})"
+    if WARMUP in study.grid or study.resources.gpu is not None:
+        name = f"grid.{WARMUP}" if WARMUP in study.grid else "resources"
+        yield f"{name}: kind={COORDINATES} makes ten steps at a constant rate on CPUs; leave it out ({study.at(name)})"
 
 
 def _grid_problems(study: Study) -> Iterator[str]:

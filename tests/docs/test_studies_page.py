@@ -10,14 +10,16 @@ from support.pages import DOCS, blocks, commands
 from support.programs import run
 from support.samples import REPOSITORY
 
-from stablelm.study.study_file import read_study
+from stablelm.study.study_file import COORDINATES, read_study
 
 PAGE = DOCS / "studies.md"
 
 
 @pytest.mark.slow
 def test_the_study_of_the_page_runs_and_is_reported(tmp_path: Path):
-    (asked,) = blocks(PAGE, "yaml")
+    asked, sizes = blocks(PAGE, "yaml")
+    (tmp_path / "my-sizes.yaml").write_text(sizes)
+    assert read_study(str(tmp_path / "my-sizes.yaml")).kind == COORDINATES
     file = tmp_path / "my-depths.yaml"
     file.write_text(asked)
     assert read_study(str(file)).grid["depth"] == [4, 8]

@@ -18,7 +18,7 @@ from stablelm.study.report.figures import pareto
 from stablelm.study.report.findings import Findings, findings, outcomes, regret, transfer
 from stablelm.study.report.ranking import ranking
 from stablelm.study.report.tables import as_markdown, tables
-from stablelm.study.report.writer import write_report
+from stablelm.study.report.writer import contents_of, write_report
 from stablelm.study.study_file import read_study
 
 Change = Callable[[Run], float]
@@ -100,7 +100,7 @@ def test_every_table_has_its_columns_and_no_traceback_without_results(
     study = read_study(str(write_study(tmp_path, tiny_corpus, **changes)))
     cells = cells_of(study)
     empty = findings(study, cells, {}, {})
-    page = write_report(empty, tmp_path / "empty")
+    page = write_report(contents_of(empty), tmp_path / "empty")
     assert "Nothing yet: no run has finished." in page.read_text()
     for own in (empty, findings(study, cells, pretend(study, cells), {})):
         for table in tables(own):
@@ -115,7 +115,9 @@ def test_the_report_is_whole_and_quick(tiny_corpus: TinyCorpus, tmp_path: Path):
     made = pretend(study, cells)
     assert len(made) >= 480
     began = time.process_time()
-    page = write_report(findings(study, cells, results.read_results(study.results_folder), {}), tmp_path / "report")
+    page = write_report(
+        contents_of(findings(study, cells, results.read_results(study.results_folder), {})), tmp_path / "report"
+    )
     assert time.process_time() - began < 30
     names = {file.stem for file in (tmp_path / "report" / "figures").glob("*.svg")}
     assert names >= {"loss-by-depth", "loss-by-rate", "outcomes", "rate-by-depth", "use-of-layers", "cost", "curves"}
@@ -134,7 +136,9 @@ def test_hostile_words_of_results_do_not_reach_the_page(tiny_corpus: TinyCorpus,
     evil = pretended(study, Run(cells[0], 0.123, 77), 3.0)
     evil["point"] = {"<script>alert(1)</script>": "\x1b[31m<img src=x>"}
     evil["provenance"]["commit"] = "<b>"
-    page = write_report(findings(study, cells, made | {evil["id"]: evil}, {}), tmp_path / "report").read_text()
+    page = write_report(
+        contents_of(findings(study, cells, made | {evil["id"]: evil}, {})), tmp_path / "report"
+    ).read_text()
     assert "<script" not in page and "<img src=x>" not in page and "\x1b" not in page
     assert "&lt;script&gt;" in page
 

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from stablelm.study import results
 from stablelm.study.report.findings import CellFinding, Findings, diverged, transfer
@@ -31,13 +33,20 @@ def banners(found: Findings) -> list[str]:
     if few:
         names = ", ".join(f"{each.arm} at depth {each.depth} ({len(each.by_seed)})" for each in few)
         lines.append(f"Fewer than {FEWEST_SEEDS} confirming seeds: {names}.")
-    commits = {str(each["provenance"].get("commit")) for each in found.runs}
-    if len(commits) > 1:
-        lines.append(f"The runs are of {len(commits)} commits: {', '.join(sorted(c[:8] for c in commits))}.")
-    if any(each["provenance"].get("changed") for each in found.runs):
-        lines.append("Some runs were made by a program with uncommitted changes.")
+    lines += of_programs([each["provenance"] for each in found.runs])
     if loaded := [each for each in found.runs if _under_load(found, each["provenance"])]:
         lines.append(f"{len(loaded)} of {len(found.runs)} runs were timed while other work ran: seconds say little.")
+    return lines
+
+
+def of_programs(provenances: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with the programs that made the results."""
+    known = list(provenances)
+    commits, lines = {str(each.get("commit")) for each in known}, []
+    if len(commits) > 1:
+        lines.append(f"The runs are of {len(commits)} commits: {', '.join(sorted(c[:8] for c in commits))}.")
+    if any(each.get("changed") for each in known):
+        lines.append("Some runs were made by a program with uncommitted changes.")
     return lines
 
 

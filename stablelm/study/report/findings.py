@@ -6,7 +6,7 @@ is one budget. Arms are compared at equal depth and column.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,14 @@ from stablelm.study.study_file import DEPTH, Study
 
 COLUMNS = ("tokens_per_parameter", "flops")
 NEIGHBOURHOOD = 4.0
-"""LearningRates from a fourth to four times the best one count as its neighbourhood."""
+"""Rates from a fourth to four times the best one count as its neighbourhood."""
+
+
+def arm_of(point: Iterable[tuple[str, Any]]) -> str:
+    """An arm's name, from the point of one of its cells."""
+    own = [(key, value) for key, value in point if key not in (DEPTH, *COLUMNS)]
+    words = [str(value) if key == "model.method" else f"{key.rpartition('.')[2]} {value}" for key, value in own]
+    return ", ".join(words) or "all"
 
 
 @dataclass(frozen=True)
@@ -46,9 +53,7 @@ class CellFinding:
 
     @cached_property
     def arm(self) -> str:
-        own = [(key, value) for key, value in self.cell.point if key not in (DEPTH, *COLUMNS)]
-        words = [str(v) if k == "model.method" else f"{k.rpartition('.')[2]} {v}" for k, v in own]
-        return ", ".join(words) or "all"
+        return arm_of(self.cell.point)
 
     @cached_property
     def column(self) -> str:

@@ -130,7 +130,7 @@ def _shapes(found: Findings) -> Table:
         ))  # fmt: skip
     heading = ("arm", "shape", "heads", "d_ff", "layers", "in all", "tokens", "FLOPs", "µs a token", "of the first arm")
     return Table(
-        "shapes", "ShapeRules and cost", heading, rows, "Seconds of one thread; parameters of the layers and in all."
+        "shapes", "Shapes and cost", heading, rows, "Seconds of one thread; parameters of the layers and in all."
     )
 
 
