@@ -2,7 +2,8 @@
 
 Losses window by window, for comparisons that draw the validation text again; and the use of layers: how much the loss
 rises when what one layer writes is left out, or what a block of a tenth of them writes, how far a layer turns the
-stream, and how many layers the rises come to (their participation ratio).
+stream, and how many layers the rises come to (their participation ratio). And signal and gradient by layer before the
+first step, beside the theory.
 """
 
 import json
@@ -12,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stablelm.config.load import Loaded
 from stablelm.data import inspection, validation
 from stablelm.data.validation import ValidationSet
 from stablelm.evaluate import consent
@@ -26,11 +29,14 @@ from stablelm.model.decoder import Decoder
 from stablelm.model.sublayer import Chunks, Sublayer
 from stablelm.model.targets import IGNORED
 from stablelm.new_files import replace_file
+from stablelm.observe.layers import rows_for
+from stablelm.probe import prober
 
 ROWS = 16  # windows of a pass
 ABLATED_WINDOWS = 16
 MOST_LAYERS = 32  # left out one by one
 BLOCKS = 10
+STARTS = ("stream_variance", "gradient_norm")
 
 
 def measure(config_file: str) -> dict[str, Any]:
@@ -40,8 +46,21 @@ def measure(config_file: str) -> dict[str, Any]:
     run = open_run(own.config.run.dir, own=own, trusted=True)
     module, data = load_module(run), validation_set(run)
     with torch.no_grad():
-        windows = window_losses(module, data)
-        return {"windows": [round(value, 5) for value in windows], **use_of_layers(module, data)}
+        windows = [round(value, 5) for value in window_losses(module, data)]
+        return {"windows": windows, **use_of_layers(module, data), "start": at_start(own)}
+
+
+def at_start(loaded: Loaded) -> dict[str, list[float | None]]:
+    """The probe's STARTS by boundary of layers from 0, and `predicted_` ones, None where there is no prediction."""
+    seq_len = loaded.config.data.seq_len
+    with TemporaryDirectory() as folder, torch.enable_grad():
+        made = prober.make(prober.prepare(loaded, folder, rows_for(seq_len), seq_len))
+    found = {name: made.found(name) for name in STARTS} | {f"predicted_{name}": made.predicted(name) for name in STARTS}
+    return {name: [_short(float(value)) for value in column] for name, column in found.items()}
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def validation_set(run: TrainedRun) -> ValidationSet:

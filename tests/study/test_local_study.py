@@ -60,6 +60,9 @@ def test_twelve_runs_and_a_report(tiny_corpus: TinyCorpus, tmp_path: Path):
             assert len(each["layers"]["windows"]) == 8 and set(each["layers"]["layer_rises"]) == {"0", "1"}
             mean = sum(each["layers"]["windows"]) / 8
             assert mean == pytest.approx(each["val_loss"], abs=1e-3)
+            start = each["layers"]["start"]
+            assert all(len(column) == 3 for column in start.values())
+            assert start["stream_variance"] == pytest.approx(start["predicted_stream_variance"], rel=0.4)
     assert not list((tmp_path / "runs").rglob("step-*"))
     again = study("run", file)
     assert (again.returncode, again.stdout) == (0, "")

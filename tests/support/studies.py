@@ -74,6 +74,10 @@ def pretended(study: Study, run: Run, loss: float) -> Result:
         "block_rises": {f"{layer}-{layer}": 0.1 / (layer + 1) for layer in range(depth)},
         "angles": [0.2] * depth,
         "share_of_layers": 0.5,
+        "start": {
+            name: [1.0] * (depth + 1)
+            for name in ("stream_variance", "gradient_norm", "predicted_stream_variance", "predicted_gradient_norm")
+        },
     }
     curve = [[step, 6.0 - (6.0 - min(loss, 6.0)) * step / steps] for step in range(1, steps + 1)]
     return {

@@ -17,6 +17,8 @@ from stablelm.study.statistics import around
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 MARKS = "osD^vP*X<>h"
 DASHES = ("-", "--", "-.", ":")
+SIGNALS = (("stream_rms", "stream_variance", 0.5), ("grad_norm", "gradient_norm", 1.0))
+"""A run's metric, what `study.measure` has of the start, and the power that makes them equal."""
 OUTCOME_MARKS = {results.TRAINED: "●", results.SPIKED: "▲", results.NOTHING_LEARNT: "○", results.NOT_FINITE: "✕"}
 OUTCOME_SHADES = {results.TRAINED: 0, results.SPIKED: 1, results.NOTHING_LEARNT: 2, results.NOT_FINITE: 3}
 STYLE: Any = {
@@ -240,25 +242,27 @@ def use_of_layers(found: Findings, column: str) -> Figure | None:
 
 
 def signal(found: Findings, column: str) -> Figure | None:
-    """Size of the stream and of its gradient at each layer of the deepest models, at the start and at the end."""
-    own = [cell for cell in found.cells if cell.column == column]
-    measured = [
-        (cell, run["signal"]) for cell in own for run in cell.confirming[:1] if run.get("signal", {}).get("end")
-    ]
+    """Size of the stream and of its gradient at each layer of the deepest models, before training, as the theory has
+    it, and at the end."""
+    own = [(cell, run) for cell in found.cells if cell.column == column for run in cell.confirming[:1]]
+    measured = [(cell, run) for cell, run in own if run.get("layers") and run["layers"].get("start")]
     if not measured:
         return None
     depth = max(cell.depth for cell, _ in measured)
-    figure, grid = _canvas(8.0, 3.4, 1, 2)
-    for cell, ends in ((cell, ends) for cell, ends in measured if cell.depth == depth):
-        for axes, name in zip(grid[0], ("stream_rms", "grad_norm"), strict=True):
-            for place, dash in (("start", ":"), ("end", "-")):
-                values = [(int(key.split("/")[1]), v) for key, v in ends[place].items() if key.endswith("/" + name)]
-                x, y = zip(*sorted(values), strict=True) if values else ((), ())
-                style = look(found, cell.arm) | {"marker": "", "linestyle": dash}
-                axes.plot(x, y, label=cell.arm if place == "end" else None, **style)
-            axes.set_yscale("log")
-            axes.set_xlabel(f"layer of {depth} (dotted: start, line: end of training)")
-            axes.set_ylabel({"stream_rms": "root mean square of the stream", "grad_norm": "norm of its gradient"}[name])
+    figure, grid = _canvas(8.0, 3.6, 1, 2)
+    for cell, run in ((cell, run) for cell, run in measured if cell.depth == depth):
+        for axes, (name, start, power) in zip(grid[0], SIGNALS, strict=True):
+            ends = run["signal"].get("end", {})
+            values = {int(key.split("/")[1]): v for key, v in ends.items() if key.endswith("/" + name)}
+            style = look(found, cell.arm) | {"marker": ""}
+            axes.plot(list(values), list(values.values()), label=cell.arm, **(style | {"linestyle": "-"}))
+            for key, dash, width in ((start, ":", 1.5), (f"predicted_{start}", "--", 0.9)):
+                line = [math.nan if value is None else value**power for value in run["layers"]["start"][key]]
+                axes.plot(range(len(line)), line, **(style | {"linestyle": dash, "linewidth": width}))
+    for axes, (name, *_) in zip(grid[0], SIGNALS, strict=True):
+        axes.set_yscale("log")
+        axes.set_xlabel(f"layer of {depth} (dotted: start, dashed: its theory, line: end)")
+        axes.set_ylabel({"stream_rms": "root mean square of the stream", "grad_norm": "norm of its gradient"}[name])
     grid[0][0].legend(fontsize=8)
     return figure
 
