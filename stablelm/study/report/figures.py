@@ -245,19 +245,19 @@ def signal(found: Findings, column: str) -> Figure | None:
     """Size of the stream and of its gradient at each layer of the deepest models, before training, as the theory has
     it, and at the end."""
     own = [(cell, run) for cell in found.cells if cell.column == column for run in cell.confirming[:1]]
-    measured = [(cell, run) for cell, run in own if run.get("layers") and run["layers"].get("start")]
+    measured = [(cell, run, start) for cell, run in own if (start := (run.get("layers") or {}).get("start"))]
     if not measured:
         return None
-    depth = max(cell.depth for cell, _ in measured)
+    depth = max(cell.depth for cell, *_ in measured)
     figure, grid = _canvas(8.0, 3.6, 1, 2)
-    for cell, run in ((cell, run) for cell, run in measured if cell.depth == depth):
+    for cell, run, before in (each for each in measured if each[0].depth == depth):
         for axes, (name, start, power) in zip(grid[0], SIGNALS, strict=True):
             ends = run["signal"].get("end", {})
             values = {int(key.split("/")[1]): v for key, v in ends.items() if key.endswith("/" + name)}
             style = look(found, cell.arm) | {"marker": ""}
             axes.plot(list(values), list(values.values()), label=cell.arm, **(style | {"linestyle": "-"}))
             for key, dash, width in ((start, ":", 1.5), (f"predicted_{start}", "--", 0.9)):
-                line = [math.nan if value is None else value**power for value in run["layers"]["start"][key]]
+                line = [math.nan if value is None else value**power for value in before[key]]
                 axes.plot(range(len(line)), line, **(style | {"linestyle": dash, "linewidth": width}))
     for axes, (name, *_) in zip(grid[0], SIGNALS, strict=True):
         axes.set_yscale("log")
