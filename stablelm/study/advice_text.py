@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from stablelm.study.advise import NEAR, NONE, Advice, Question, study_text
+from stablelm.study.advise import LITERATURE, NEAR, NONE, Advice, Question, study_text
+from stablelm.study.literature import published
 from stablelm.study.records import StudyRecord
 
 
@@ -12,8 +13,18 @@ def words(question: Question, advice: Advice | None, records: Sequence[StudyReco
     if advice is None:
         own = [each for each in records if each["method"] == question.method]
         known = ", ".join(sorted({f"{each['n_layers']}x{each['d_model']}" for each in own})) or "none at all"
+        paper = published(question)
+        said = [f"{question.method} at {size}: {LITERATURE if paper else NONE}"]
+        if paper is not None:
+            depths = " and ".join(map(str, paper.depths))
+            worse = "; {:g} diverged at {} layers".format(*paper.diverged) if paper.diverged else ""
+            said += [
+                f"learning rate  {paper.rate:g} trained {depths} layers{worse}",
+                f"from           {paper.source}",
+                "               not measured with this program, nor on your text",
+            ]
         return (
-            f"{question.method} at {size}: {NONE}\n"
+            "\n".join(said) + "\n"
             f"No recorded study of it lies within a factor of {NEAR:g} in depth, width and tokens (it has {known}).\n"
             f"These six to nine runs would tell (--study FILE writes them):\n\n{study_text(question)}"
         )

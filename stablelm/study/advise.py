@@ -12,7 +12,7 @@ from stablelm.study.statistics import line
 NEAR = 4.0
 """The factor in depth, width and tokens within which a record says anything."""
 SAME_SIZE, SAME_TOKENS = 1.05, 1.25
-MEASURED, INTERPOLATED, NONE = "measured", "interpolated", "no evidence"
+MEASURED, INTERPOLATED, LITERATURE, NONE = "measured", "interpolated", "literature", "no evidence"
 SIZES = ("n_layers", "d_model", "tokens")
 
 

@@ -10,8 +10,11 @@ from support.studies import loss_like, pretend, write_study
 from support.tiny import TinyCorpus
 
 from stablelm.errors import ConfigError
+from stablelm.methods.catalogue import METHODS
+from stablelm.study.advice_text import words
 from stablelm.study.advise import INTERPOLATED, MEASURED, Question, advise, study_text
 from stablelm.study.cells import cells_of
+from stablelm.study.literature import PUBLISHED
 from stablelm.study.records import StudyRecord, as_lines, read_records, records_of
 from stablelm.study.report.findings import findings
 from stablelm.study.study_file import read_study
@@ -58,6 +61,22 @@ FAR = [
 @pytest.mark.parametrize("question", FAR)
 def test_no_evidence_beyond_a_factor_of_four(records: list[StudyRecord], question: Question):
     assert advise(question, records) is None
+
+
+def test_papers_where_nothing_is_recorded(records: list[StudyRecord]):
+    question = Question("magneto", 64, 768, 10**9)
+    assert advise(question, records) is None
+    said = words(question, None, records)
+    assert "magneto at 64x768, 1,000,000,000 tokens: literature" in said and "learning rate  0.0012" in said
+    assert "arXiv 2210.06423" in said and "These six to nine runs would tell" in said
+    assert "0.001 diverged" in words(Question("pre_ln", 24, 1024, 10**9), None, [])
+    for far in (
+        Question("magneto", 300, 768, 10**9),
+        Question("magneto", 24, 128, 10**9),
+        Question("keel", 24, 1024, 9),
+    ):
+        assert "no evidence" in words(far, None, records)
+    assert all(each.method in METHODS for each in PUBLISHED)
 
 
 def test_other_keys_of_a_grid_are_another_model(records: list[StudyRecord]):
