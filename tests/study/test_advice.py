@@ -69,7 +69,7 @@ def test_papers_where_nothing_is_recorded(records: list[StudyRecord]):
     said = words(question, None, records)
     assert "magneto at 64x768, 1,000,000,000 tokens: literature" in said and "learning rate  0.0012" in said
     assert "arXiv 2210.06423" in said and "These six to nine runs would tell" in said
-    assert "0.001 diverged" in words(Question("pre_ln", 24, 1024, 10**9), None, [])
+    assert "0.001 diverged at 24 layers" in words(Question("pre_ln", 24, 1024, 10**9), None, [])
     for far in (
         Question("magneto", 300, 768, 10**9),
         Question("magneto", 24, 128, 10**9),
