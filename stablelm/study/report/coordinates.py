@@ -144,16 +144,19 @@ def _map(arms: Sequence[CheckedArm]) -> Figure:
         labels = [f"{'d' if line.axis == 'depth' else 'n'} {line.fixed}" for line in arm.lines]
         panel.set_xticks(range(len(labels)), labels, fontsize=8)
         panel.set_yticks(range(len(FIGURES)), [TITLES[name] for name in FIGURES])
-        panel.set_title(f"{arm.arm}: in depth at width d, in width at n layers", loc="left", fontsize=9)
+        panel.set_title(arm.arm, loc="left", fontsize=9)
         panel.grid(visible=False)
         panel.tick_params(length=0)
+    figure.supxlabel(
+        "d: in depth, at so many features\nn: in width, at so many layers\nboxed: above the limit", fontsize=8
+    )
     return figure
 
 
 def _by_step(arm: CheckedArm) -> Figure:
     """A panel for each figure: a curve for each model, darker when deeper; marks tell widths."""
-    figure = Figure(figsize=(2.9 * len(FIGURES), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(FIGURES))
+    figure = Figure(figsize=(8.0, 5.2), layout="constrained")
+    *panels, last = figure.subplots(2, 3).ravel()
     for index, (panel, name) in enumerate(zip(panels, FIGURES, strict=True)):
         for (depth, width), values in sorted(arm.models.items()):
             place = arm.depths.index(depth) / max(1, len(arm.depths) - 1)
@@ -170,8 +173,8 @@ def _by_step(arm: CheckedArm) -> Figure:
         panel.minorticks_off()
         panel.set_title(TITLES[name], loc="left", fontsize=9)
         panel.set_xlabel("step")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=7, title="layers x width", title_fontsize=7)
+    last.axis("off")
+    last.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize=8, title="layers x width")
     return figure
 
 
