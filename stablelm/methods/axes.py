@@ -465,6 +465,10 @@ class Init(Value):
         """Whether matrices of that kind start at zero."""
         return False
 
+    def draw_variance(self, d_out: int, d_in: int) -> float:
+        """Relative variance of |W x|^2 between draws of a map W, (d_out, d_in): of Gaussian entries, 2 / d_out."""
+        return 2 / d_out
+
     def partner(self, kind: str) -> str | None:
         """The matrix of the same body whose draws `shaped` gets, too; its shape is the transposed one."""
         return None

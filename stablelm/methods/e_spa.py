@@ -26,7 +26,6 @@ from stablelm.methods.axes import (
     Stream,
 )
 from stablelm.methods.orthogonal import Orthogonal
-from stablelm.methods.sizes import d_key_value, stream_width
 from stablelm.theory.faithful_attention import Decay, Setting, at_places, decay_factors, planned_length
 from stablelm.theory.moments import Function, LeakyRelu, token_collision
 
@@ -198,12 +197,6 @@ class Planned(Shaping):
             )
         if isinstance(axes.stream, self.streams()):
             yield from self.out_of_reach(model)
-
-    def theory_gap(self, model: Model) -> str | None:
-        features = min(d_key_value(model), model.axes.maps.rank(model) or model.d_model)
-        if model.axes.stream.has_skip or not model.axes.maps.has_values or features >= stream_width(model, 0):
-            return super().theory_gap(model)
-        return "what a stream without skips keeps of its features in values that are fewer than these is not known"
 
     def streams(self) -> tuple[type[Stream], ...]:
         """The streams that it is planned for."""

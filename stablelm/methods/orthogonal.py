@@ -46,6 +46,10 @@ class Orthogonal(Init):
     def starts_at_zero(self, kind: str) -> bool:
         return kind == "query"
 
+    def draw_variance(self, d_out: int, d_in: int) -> float:
+        """A uniform projection keeps a share of Beta(d_out / 2, (d_in - d_out) / 2); a larger map keeps all."""
+        return max(0.0, 2 * (d_in - d_out) / (d_out * (d_in + 2)))
+
     def partner(self, kind: str) -> str | None:
         return "fc1" if kind == "fc2" else None
 

@@ -151,13 +151,16 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
     run = max(2, math.isqrt(len(sublayers)) // 2 * 2)  # whole layers
-    kept, records, first, summed, step = [], [_record(kernel)], None, kernel, None
+    kept, records, first, summed, step, spread = [], [_record(kernel)], None, kernel, None, 0.0
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
             kept.append((kernel, text))
         step = _forward(sublayer, kernel, first, step, text)
         if first is None and isinstance(step.state, AttentionState):
             first = _first_of(sublayer, step)
+        spread = _spread(sublayer, step, spread)
+        if isinstance(sublayer.body, AttentionBody):
+            step = step._replace(spread=spread)
         kernel, summed, text = step.after, summed + step.branch, step.text_after
         records.append(_record(kernel, step))
     gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, summed, end))
@@ -174,6 +177,15 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text
         kernel=kernel,
         gradient_kernel=gradient_kernel,
     )
+
+
+def _spread(sublayer: SublayerTheory, step: _Step, below: float) -> float:
+    """Of the branch, given that of the branch below: where nothing but branches is kept, a layer starts at the size
+    that the layer below drew, and the relative variances of independent draws add up."""
+    handed = below if sublayer.keep == 0 and sublayer.gate is None and sublayer.concat is None else 0.0
+    if sublayer.norm_in is not None or sublayer.norm_branch is not None:
+        handed = 0.0
+    return math.hypot(handed, 0.0 if math.isnan(step.spread) else step.spread)
 
 
 class _Record(NamedTuple):

@@ -99,7 +99,6 @@ def test_an_exploding_model_is_reported(tiny_corpus: TinyCorpus, tmp_path: Path,
 @pytest.mark.parametrize(
     ("overrides", "everything", "words"),
     [
-        (["model.method=e_spa", "model.kv_heads=2"], True, "values that are fewer than these is not known"),
         (["model.method=looped"], True, "shared layers have the same ones at several"),
         (["model.method=clipped_softmax"], True, "depends on the largest logits of each row"),
         (["model.method=post_ln", "model.n_layers=24"], False, "tokens have collapsed"),
