@@ -15,6 +15,7 @@ SMALLER = {
     "{0: 16, 200: 32}": "{0: 12, 2: 24}",
     "train.steps=900": "train.steps=8",
     "step-00000825": "step-00000007",
+    "model.n_layers=48": "model.n_layers=5",
 }
 
 

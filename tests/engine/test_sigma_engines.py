@@ -131,6 +131,18 @@ def test_compiled_layers_take_batches_of_several_sizes(method: str, monkeypatch:
         assert scored.cross_entropy.item() == pytest.approx(trained.cross_entropy.item(), rel=1e-5)
 
 
+def test_any_number_of_compiled_models_in_a_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    text = torch.randint(PIECES, (1, 17), generator=torch.Generator().manual_seed(0))
+    engines = []
+    with compilation_settings_kept():
+        for width in range(16, 16 * 11, 16):
+            config = make_config("pre_ln", "train.compile=true", f"model.d_model={width}", "model.d_ff=32")
+            engines.append(TorchEngine(config, "single", SINGLE))
+            engines[-1].loss(text[:, :16], text[:, 1:].contiguous())
+        assert engines[0].loss(text[:, :16], text[:, 1:].contiguous()).total.isfinite()
+
+
 def test_too_many_shapes_for_compiled_layers_are_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch.compiler.reset()

@@ -152,7 +152,8 @@ def free(file: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stop_is_told_and_goes_on(tiny_corpus: TinyCorpus, tmp_path: Path):
-    file = write_study(tmp_path, tiny_corpus, **SMALL | {"budget": {"tokens": 65536}, "limits": {"jobs": 1}})
+    long = {"tokens": 65536, "max_epochs": 99}
+    file = write_study(tmp_path, tiny_corpus, **SMALL | {"budget": long, "limits": {"jobs": 1}})
     process = subprocess.Popen(
         command("study", "run", "--study", str(file)),
         cwd=tmp_path,
