@@ -51,7 +51,7 @@ def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: fl
     differ = axes.stream.layers_differ or axes.stream.eps_scale(config, 2) != axes.stream.eps_scale(config, 0)
     if axes.placement.by_depth or axes.placement.layers_differ or differ or axes.shaping.active:
         limit = 8 * config.n_layers  # torch's own limit of shapes and modes, for each layer
-    torch.compiler.reset()  # it counts the graphs of all models of a process; those of others are compiled again if used
+    torch.compiler.reset()  # it counts the graphs of all models together; those of others compile again when called
     configure_compilation(memory_budget=memory_budget, recompile_limit=limit)
     whole = [layer for layer in layers.modules() if isinstance(layer, Layer)]
     bodies = [layer.body for layer in layers.modules() if isinstance(layer, Sublayer)]
