@@ -10,9 +10,15 @@ from support.pages import DOCS, blocks, commands
 from support.programs import run
 from support.samples import REPOSITORY
 
+from stablelm.methods.catalogue import METHODS
+from stablelm.optimizers.catalogue import OPTIMIZERS
 from stablelm.study.study_file import COORDINATES, read_study
 
 PAGE = DOCS / "studies.md"
+EVERY = [
+    ("every-method", "model.method", list(METHODS)),
+    ("every-optimizer", "train.optimizer", list(OPTIMIZERS)),
+]
 
 
 @pytest.mark.slow
@@ -62,3 +68,8 @@ def test_every_key_of_the_table_is_one():
 def test_the_studies_of_the_repository_are_studies(file: Path):
     if "study:" in file.read_text():
         assert read_study(str(file)).study == file.stem
+
+
+@pytest.mark.parametrize(("name", "key", "known"), EVERY)
+def test_studies_of_everything_leave_nothing_out(name: str, key: str, known: list[str]):
+    assert sorted(read_study(str(REPOSITORY / "configs" / "study" / f"{name}.yaml")).grid[key]) == sorted(known)
