@@ -27,7 +27,7 @@ from stablelm.theory.attention import Pattern, causal_pattern
 from stablelm.theory.gates import GateTheory
 from stablelm.theory.kernels import NormTheory
 from stablelm.theory.moments import Function, causal_means
-from stablelm.theory.sensitivity import joined_shares
+from stablelm.theory.sensitivity import joined_shares, sensitivity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,10 +209,18 @@ class Stream(Value):
         """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
         return None
 
+    def sensitivity(
+        self, model: Model, variances: Array, matrices: Array, embedding_variance: float
+    ) -> float | None:
+        """Of the stream at the end (`theory.sensitivity`), from the variances of the branches as written, before their
+        scale, and how many matrices each counts with, (2 n_layers,) both. None: not known."""
+        shares = self.sensitivity_shares(model, variances, embedding_variance)
+        return None if shares is None else sensitivity(shares, matrices)
+
     def sensitivity_shares(self, model: Model, variances: Array, embedding_variance: float) -> Array | None:
         """The part of the stream's variance that each branch contributes where it joins, (2 n_layers,), at the start.
 
-        For the theory of sensitivity; `variances`: of the branches as written, before their scale. None: not known.
+        `variances`: of the branches as written, before their scale. None: not known.
         """
         if not self.predicted or self.dual or self.parallel or self.gate(model) is not None:
             return None

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from stablelm.key import key
-from stablelm.methods.axes import Added, Method, MethodOptions, Model, Stream, added_map
-from stablelm.theory.gates import GateTheory
+from stablelm.methods.axes import Added, Array, Method, MethodOptions, Model, Stream, added_map
+from stablelm.theory.gates import GateTheory, gated_sensitivity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,9 @@ class GruStream(Stream):
 
     def gate(self, model: Model) -> GateTheory:
         return GateTheory(gain=1.0, bias=model.option(GtrxlOptions).gate_bias)
+
+    def sensitivity(self, model: Model, variances: Array, matrices: Array, embedding_variance: float) -> float:
+        return gated_sensitivity(self.gate(model), variances, matrices, embedding_variance, model.dropout)
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
         import torch.nn.functional as F

@@ -64,9 +64,11 @@ class Growth:
 def independent_copies(model: ModelConfig, seed: int) -> Change:
     """Adds to every matrix of the layers an independent draw of itself, `RELATIVE` times as large."""
 
+    drawn = {*MATRICES, *(added.name for added in model.axes.stream.in_sublayer(model, 0) if added.std)}
+
     def change(name: str, value: Tensor) -> Tensor | None:
         role = role_of(name)
-        if role.layer is None or role.kind not in MATRICES or value.ndim != 2:
+        if role.layer is None or role.kind not in drawn or value.ndim != 2:
             return None
         draw = initial_value(name, role, tuple(value.shape), model, seed_from("sensitivity", seed))
         return RELATIVE * draw.to(value.dtype)

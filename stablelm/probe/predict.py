@@ -15,7 +15,6 @@ from stablelm.theory.kernels import FeedForwardBody, NormTheory, norm_forward, t
 from stablelm.theory.moments import causal_means, gate_function, token_collision
 from stablelm.theory.propagation import End, SublayerTheory, Text, propagate
 from stablelm.theory.repeats import pair
-from stablelm.theory.sensitivity import sensitivity
 
 Array = NDArray[np.float64]
 # Token correlation above which there is no gradient, and why.
@@ -98,14 +97,14 @@ def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: in
     if not np.isfinite(variances).all():
         nothing = f"the theory has no finite variance of the branches of model.stream={stream.name}"
         return None, theory_gap(config) or nothing
-    shares = stream.sensitivity_shares(config, variances, float(prediction.stream_variance[0]))
-    if shares is None:
-        return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
     values = 3 if config.axes.maps.rank(config) else 2
     feedforward = 3 if config.axes.activation.gated else 2
     logits = [_logit_matrices(config, layer, prediction, seq_len) for layer in range(config.n_layers)]
     matrices = np.array([[values + moved, feedforward] for moved in logits], dtype=np.float64)
-    return sensitivity(shares, matrices.ravel()), None
+    found = stream.sensitivity(config, variances, matrices.ravel(), float(prediction.stream_variance[0]))
+    if found is None:
+        return None, f"the theory does not know what a branch contributes to model.stream={stream.name}"
+    return found, None
 
 
 def _logit_matrices(config: ModelConfig, layer: int, prediction: Prediction, seq_len: int) -> float:

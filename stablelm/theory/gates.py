@@ -76,6 +76,32 @@ def gate_backward(
     return to_stream, times_diagonal(to_rectified, 1 / (1 - dropout)) * _slope(RELU, branch)
 
 
+def gated_sensitivity(
+    gate: GateTheory, branch_variances: Array, matrices: Array, embedding_variance: float, dropout: float
+) -> float:
+    """Sensitivity (`theory.sensitivity`) of the stream after gates of these branches, from their variances and numbers
+    of matrices; the gate's own six matrices change too, and as in a sum a branch changes as much as what it reads."""
+    stream, change = np.full((1, 1), embedding_variance), np.zeros((1, 1))
+    for variance, count in zip(branch_variances, matrices, strict=True):
+        branch = np.full((1, 1), variance)
+        stream, change = _changed(gate, stream, branch, dropout, change, variance * (change / stream + count))
+    return (change / stream).item()
+
+
+def _changed(
+    gate: GateTheory, stream: Array, branch: Array, dropout: float, of_stream: Array, of_branch: Array
+) -> tuple[Array, Array]:
+    """The stream's variance after the gate, and that of its change: changes of x, f and each matrix are independent."""
+    after, state = gate_forward(gate, stream, branch, dropout)
+    rectified = times_diagonal(of_branch * _slope(RELU, branch), 1 / (1 - dropout))
+    of_argument = state.argument + gate.gain * (rectified + of_stream)
+    of_update = _slope(logistic(gate.bias), state.argument) * of_argument
+    of_reset = _slope(logistic(0.0), state.argument) * of_argument
+    of_inner = state.candidate_argument + gate.gain * (rectified + state.reset * of_stream + stream * of_reset)
+    of_candidate = _slope(TANH, state.candidate_argument) * of_inner
+    return after, state.closed * of_stream + (stream + state.candidate) * of_update + state.update * of_candidate
+
+
 def _dual(function: Function, kernel: Array) -> Array:
     a, b = columns_and_rows(kernel)
     return function.dual(a, kernel, b)

@@ -248,6 +248,7 @@ def test_the_update_follows_rates_and_epsilon_of_roles():
         ("gpt2", 0.7, 1.4),
         ("stochastic_depth", 0.7, 1.6),
         ("e_spa_skips", 0.7, 1.6),
+        ("gtrxl", 0.6, 1.6),
     ],
 )
 def test_sensitivity_beside_the_theory(method: str, low: float, high: float, tmp_path: Path):
@@ -274,7 +275,8 @@ def test_a_stream_without_a_theory_says_so():
     config = model("model.method=pre_ln")
     prediction = predict(config, seq_len=12)
     axes = dataclasses.replace(config.axes, stream=Unknown())
-    found = predict_sensitivity(cast(ModelConfig, SimpleNamespace(axes=axes, n_layers=3)), prediction, 12)
+    unknown = SimpleNamespace(axes=axes, n_layers=0, attention=config.attention)
+    found = predict_sensitivity(cast(ModelConfig, unknown), prediction, 12)
     assert found == (None, "the theory does not know what a branch contributes to model.stream=unknown")
     dyt = model("model.norm=dyt")
     value, reason = predict_sensitivity(dyt, predict(dyt, seq_len=12), 12)
