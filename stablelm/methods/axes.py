@@ -209,9 +209,7 @@ class Stream(Value):
         """What takes the place of the sum of skip and branch, for the theory; None: nothing does."""
         return None
 
-    def sensitivity(
-        self, model: Model, variances: Array, matrices: Array, embedding_variance: float
-    ) -> float | None:
+    def sensitivity(self, model: Model, variances: Array, matrices: Array, embedding_variance: float) -> float | None:
         """Of the stream at the end (`theory.sensitivity`), from the variances of the branches as written, before their
         scale, and how many matrices each counts with, (2 n_layers,) both. None: not known."""
         shares = self.sensitivity_shares(model, variances, embedding_variance)
