@@ -220,7 +220,7 @@ class Stream(Value):
 
         `variances`: of the branches as written, before their scale. None: not known.
         """
-        if not self.predicted or self.dual or self.parallel or self.gate(model) is not None:
+        if not self.predicted or self.dual or self.gate(model) is not None:
             return None
         places = range(len(variances))
         gains = [
@@ -228,7 +228,10 @@ class Stream(Value):
             for index, (skip, branch) in ((index, self.gains_at_start(model, index)) for index in places)
         ]
         normed = [model.axes.placement.at(model, index).after_write for index in places]
-        return joined_shares(variances, gains, normed, embedding_variance)
+        shares = joined_shares(variances, gains, normed, embedding_variance)
+        if self.parallel:  # what a feed-forward reads has nothing of its layer's attention
+            shares[::2] *= 1 - shares[1::2]
+        return shares
 
     def plain_value(self, added: Added) -> Array:
         """The value of an added parameter with which the stream is x <- skip x + branch f(x)."""

@@ -97,7 +97,7 @@ def predict_sensitivity(config: ModelConfig, prediction: Prediction, seq_len: in
     if not np.isfinite(variances).all():
         nothing = f"the theory has no finite variance of the branches of model.stream={stream.name}"
         return None, theory_gap(config) or nothing
-    values = 3 if config.axes.maps.rank(config) else 2
+    values = (3 if config.axes.maps.rank(config) else 2) if config.axes.maps.has_values else 0
     feedforward = 3 if config.axes.activation.gated else 2
     logits = [_logit_matrices(config, layer, prediction, seq_len) for layer in range(config.n_layers)]
     matrices = np.array([[values + moved, feedforward] for moved in logits], dtype=np.float64)

@@ -249,6 +249,8 @@ def test_the_update_follows_rates_and_epsilon_of_roles():
         ("stochastic_depth", 0.7, 1.6),
         ("e_spa_skips", 0.7, 1.6),
         ("gtrxl", 0.6, 1.6),
+        ("sas", 0.9, 1.1),
+        ("sas_p", 0.9, 1.1),
     ],
 )
 def test_sensitivity_beside_the_theory(method: str, low: float, high: float, tmp_path: Path):
