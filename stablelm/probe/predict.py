@@ -170,8 +170,9 @@ def _norm(config: ModelConfig, scale: float = 1.0, *, attention: bool = False) -
 def _attention(config: ModelConfig, index: int, width: Widths, seq_len: int) -> AttentionBody:
     into = {kind: map_variance(config, kind, index, width.read, out) for kind, out in _heads(config, width).items()}
     before_output = config.axes.placement.at(config, index).before_output
-    d_kv, draw_variance = d_key_value(config), config.axes.init.draw_variance
-    draws = draw_variance(width.branch, width.attention) + (0.0 if before_output else draw_variance(d_kv, width.read))
+    kept = min(d_key_value(config), config.axes.maps.rank(config) or width.read)
+    draw_variance = config.axes.init.draw_variance
+    draws = draw_variance(width.branch, width.attention) + (0.0 if before_output else draw_variance(kept, width.read))
     axes, output = config.axes, map_variance(config, "output", index, width.attention, width.branch)
     if not axes.maps.has_values:  # the identity in their place: width.read, width.attention and width.branch are equal
         into["value"] = output = 1 / width.attention

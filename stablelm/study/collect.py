@@ -72,14 +72,8 @@ def collect(study: Study, run: Run, layers: Any = None) -> Result:
     val, unigram = (_only(summary.get(name)) for name in ("val_loss", "unigram_loss"))
     if summary["exit_code"] == DivergedError.exit_code:
         val = None
-    return {
-        "id": run.id,
-        "study": study.study,
-        "point": dict(run.cell.point),
-        "shape": dict(vars(run.cell.shape)),
-        "parameters": run.cell.counts,
-        "lr": run.lr,
-        "seed": run.seed,
+    result: Any = {
+        **asked(study, run),
         "steps": config.train.steps or 0,
         "tokens": run.cell.tokens,
         "flops": run.cell.flops,
@@ -93,6 +87,20 @@ def collect(study: Study, run: Run, layers: Any = None) -> Result:
         "provenance": _provenance(folder, run),
         "signal": _signal(records),
         "layers": layers,
+    }
+    return result
+
+
+def asked(study: Study, run: Run) -> Any:
+    """What a result has of the study file."""
+    return {
+        "id": run.id,
+        "study": study.study,
+        "point": dict(run.cell.point),
+        "shape": dict(vars(run.cell.shape)),
+        "parameters": run.cell.counts,
+        "lr": run.lr,
+        "seed": run.seed,
     }
 
 

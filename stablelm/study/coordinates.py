@@ -11,34 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
-from typing_extensions import TypedDict
 
 from stablelm.config.load import load
-from stablelm.json_text import Count, Number
+from stablelm.json_text import Number
 from stablelm.new_files import replace_file
 from stablelm.observe.provenance import git_state
 from stablelm.probe.prober import prepare
 from stablelm.study.cells import Cell, Run
-from stablelm.study.collect import origin, run_dir
-from stablelm.study.results import finite, read_sealed, write_result
+from stablelm.study.collect import asked, origin, run_dir
+from stablelm.study.results import Sealed, finite, read_sealed, write_result
 from stablelm.study.runner import Runner
 from stablelm.study.study_file import Study
 
 
-class Sizes(TypedDict):
+class Sizes(Sealed):
     """A measured model. `figures`: those of `probe.coordinates.FIGURES` after each step from 0; None: not finite."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-    id: str
-    study: str
-    point: dict[str, Any]
-    shape: dict[str, Count]
-    parameters: dict[str, Count]
-    lr: Number
-    seed: Count
     figures: list[list[Number | None]]
-    seconds: Number
-    provenance: dict[str, Any]
 
 
 def read_sizes(folder: Path) -> dict[str, Sizes]:
@@ -86,13 +76,7 @@ class SizesRunner(Runner):
 
 def _result(study: Study, run: Run, found: dict[str, Any]) -> dict[str, Any]:
     return {
-        "id": run.id,
-        "study": study.study,
-        "point": dict(run.cell.point),
-        "shape": dict(vars(run.cell.shape)),
-        "parameters": run.cell.counts,
-        "lr": run.lr,
-        "seed": run.seed,
+        **asked(study, run),
         "figures": [[finite(value, 8) for value in row] for row in found["figures"]],
         "seconds": found["seconds"],
         "provenance": {"commit": found["commit"], "changed": found["changed"], **origin(run)},

@@ -25,10 +25,9 @@ SMOOTH, LAST = 10, 20  # steps
 POINTS = 128  # of a curve
 
 
-class Result(TypedDict):
-    """A finished run. Losses in nats per token, None where they are not finite."""
+class Sealed(TypedDict):
+    """What every result of a study has."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     id: str
     study: str
     point: dict[str, Any]
@@ -36,6 +35,15 @@ class Result(TypedDict):
     parameters: dict[str, Count]
     lr: Number
     seed: Count
+    seconds: Number
+    """Of steps alone."""
+    provenance: dict[str, Any]
+
+
+class Result(Sealed):
+    """A finished run. Losses in nats per token, None where they are not finite."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     steps: Count
     tokens: Count
     flops: Number
@@ -46,9 +54,6 @@ class Result(TypedDict):
     first_loss: Number | None
     curve: list[list[Number | None]]
     """Step and mean loss since the point before."""
-    seconds: Number
-    """Of steps alone."""
-    provenance: dict[str, Any]
     signal: dict[str, dict[str, Number]]
     """Measurements of layers at the `start` and the `end`, by metric; empty where the run made none."""
     layers: dict[str, Any] | None
