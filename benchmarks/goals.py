@@ -1,6 +1,7 @@
 """All that speed and memory are measured by, in one command: runs the benchmarks and prints a table of their ratios.
 
-    python benchmarks/goals.py --peers-venv DIR --data DIR_OF_JSON_GZ --tokenizer FILE [--rounds 9] [--runs runs/goals]
+    python benchmarks/goals.py --peers-venv DIR --data DIR_OF_JSON_GZ --tokenizer FILE [--only NAME,NAME] [--rounds 9]
+        [--runs runs/goals]
 
 Runs train_step.py, methods.py, loader.py and checkpoints.py, one at a time (hours; use nothing else meanwhile), and
 keeps what they write in --runs: the same command continues where it was stopped, and with everything there it only
@@ -51,12 +52,14 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def best(rounds: Rounds, shape: str, entries: list[str], metric: str, *, most: bool) -> str | None:
-    """The entry with the best median, None if none of them has run."""
-    medians = {
-        entry: statistics.median(values)
+    """The entry with the best median of those with the most rounds, None if none of them has run."""
+    found = {
+        entry: values
         for entry in entries
         if (values := [each[metric] for each in rounds.get((shape, entry), {}).values() if metric in each])
     }
+    most_rounds = max(map(len, found.values()), default=0)
+    medians = {entry: statistics.median(values) for entry, values in found.items() if len(values) == most_rounds}
     return (max if most else min)(medians, key=lambda entry: medians[entry]) if medians else None
 
 
@@ -176,6 +179,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """By the name of what each writes."""
     rounds, runs = [f"--rounds={options.rounds}"], options.runs
     peers = [f"--peers-venv={options.peers_venv}"] if options.peers_venv else []
+    peers += [f"--only={options.only}"] if options.only else []
     methods = ["methods.py", *rounds, "--precision=bf16", "--shape", *METHOD_SHAPES]
     found = {
         "train-step": ["train_step.py", *rounds, *peers, f"--runs={runs}/train-step"],
@@ -192,6 +196,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-venv", type=Path, metavar="DIR", help="as train_step.py takes it")
+    parser.add_argument("--only", metavar="NAME,NAME", help="as train_step.py takes it")
     parser.add_argument("--data", type=Path, metavar="DIR", help="as loader.py takes it; without it no streaming")
     parser.add_argument("--tokenizer", metavar="FILE", help="as loader.py takes it")
     parser.add_argument("--rounds", type=int, default=9)

@@ -3,13 +3,16 @@
     python benchmarks/train_step.py --peers-venv DIR [--shape 12x384x4x512 ...] [--only stablelm,litgpt]
         [--mode eager compiled] [--precision bf16] [--rounds 9] [--runs DIR] [--out FILE.json]
 
-A step is forward, backward, clipping and AdamW on one device. In each round every contestant, eager and compiled, has a
-fresh process, in an order that changes from round to round; the first --cold-rounds have an empty compile cache:
+A step is forward, backward, clipping and AdamW on one device. In the first round every contestant, eager and compiled,
+has a process of its own and an empty compile cache. The further rounds are of those that decide a ratio: at each shape
+the quickest of stablelm and of the plain module, eager and compiled, the two quickest peers and the leanest one. They
+take turns, a few steps each, in an order that changes from round to round; their processes are replaced every
+--sitting rounds. The memory must hold these processes beside one another.
 
-    tokens_per_second      of the median step after the warm-up
+    tokens_per_second      of the median step of a round, after the warm-up
     peak_memory_bytes      most that the process held; training_memory_bytes: less what it held once all was imported
     first_step_seconds     from the start of the process to the end of the first step, imports and compilation included,
-                           of rounds with an empty cache; import_seconds: the first part of it
+                           of the first round; import_seconds: the first part of it
     flops_share            FLOPs (6 x matmul parameters, head but no embedding, plus causal attention) a second, of the
                            most that bf16 matmuls of 4096 x 4096 reached in the same round
 
@@ -24,16 +27,16 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.training.contestants import CONTESTANTS, is_peer
-from benchmarks.training.one_round import UNAVAILABLE
+from benchmarks.training.live import Failed, Live, Unavailable
 from benchmarks.training.shape import Shape
 from stablelm.errors import ConfigError
 
@@ -63,34 +66,60 @@ class Benchmark:
 
     def run(self) -> None:
         entries = [f"{name}-{mode}" for name in self.names for mode in self.options.mode]
-        for number in range(self.options.rounds):
+        for shape in self.options.shape:
+            for entry in entries:
+                self._sit([entry], shape, range(1))
+        for first in range(1, self.options.rounds, self.options.sitting):
             for shape in self.options.shape:
-                turn = number % len(entries)
-                for entry in (*entries[turn:], *entries[:turn]):
-                    self._one(entry, shape, number)
+                rounds = range(first, min(first + self.options.sitting, self.options.rounds))
+                self._sit(finalists(read_rounds(self.folder), str(shape), entries), shape, rounds)
 
-    def _one(self, entry: str, shape: Shape, number: int) -> None:
-        file = self.folder / f"{shape}-{entry}-{number}.json"
-        if file.exists() or entry in self.left_out or f"{entry} {shape}" in self.failed:
+    def _sit(self, entries: list[str], shape: Shape, rounds: range) -> None:
+        """Rounds of processes that live until all of them are done; nothing if all of them were done before."""
+        if all(self._file(shape, entry, number).exists() for entry in entries for number in rounds):
             return
-        done = self._process(entry, shape, cold=number < self.options.cold_rounds)
-        last = (done.stdout.strip() or done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        if done.returncode == 0:
-            file.write_text(last + "\n")
-            found = json.loads(last)
-            say(f"round {number + 1}  {shape}  {entry:<40}{found['tokens_per_second']:>10,.0f} tokens/s")
-        elif done.returncode == UNAVAILABLE:
-            self.left_out[entry] = json.loads(last)["unavailable"]
-            say(f"{entry} is left out: {self.left_out[entry]} (of {self._python(entry)})")
-        else:
-            self.failed[f"{entry} {shape}"] = last
-            say(f"{entry} failed at {shape}: {(done.stderr.strip() or last).splitlines()[-1]}")
+        with ExitStack() as stack:
+            live = {entry: one for entry in entries if (one := self._start(entry, shape, rounds, stack))}
+            for number in rounds:
+                turn = number % max(1, len(live))
+                for entry in [*live][turn:] + [*live][:turn]:
+                    self._round(entry, live[entry], shape, number)
+
+    def _start(self, entry: str, shape: Shape, rounds: range, stack: ExitStack) -> Live | None:
+        if entry in self.left_out or f"{entry} {shape}" in self.failed:
+            return None
+        try:
+            return stack.enter_context(self._process(entry, shape, cold=0 in rounds))
+        except Unavailable as reason:
+            self.left_out[entry] = str(reason)
+            say(f"{entry} is left out: {reason} (of {self._python(entry)})")
+        except Failed as reason:
+            self._fail(entry, shape, reason)
+        return None
+
+    def _round(self, entry: str, live: Live, shape: Shape, number: int) -> None:
+        if f"{entry} {shape}" in self.failed:
+            return
+        try:
+            found = live.round()
+        except Failed as reason:
+            self._fail(entry, shape, reason)
+            return
+        self._file(shape, entry, number).write_text(json.dumps(found) + "\n")
+        say(f"round {number + 1}  {shape}  {entry:<40}{found['tokens_per_second']:>10,.0f} tokens/s")
+
+    def _fail(self, entry: str, shape: Shape, reason: Failed) -> None:
+        self.failed[f"{entry} {shape}"] = str(reason)
+        say(f"{entry} failed at {shape}: {reason}")
+
+    def _file(self, shape: Shape, entry: str, number: int) -> Path:
+        return self.folder / f"{shape}-{entry}-{number}.json"
 
     def _python(self, entry: str) -> str:
         venv = self.options.peers_venv if is_peer(entry) else None
-        return str(venv / "bin" / "python") if venv else sys.executable
+        return str(venv.absolute() / "bin" / "python") if venv else sys.executable
 
-    def _process(self, entry: str, shape: Shape, *, cold: bool) -> subprocess.CompletedProcess[str]:
+    def _process(self, entry: str, shape: Shape, *, cold: bool) -> Live:
         name, _, mode = entry.rpartition("-")
         options, cache = self.options, self.folder.resolve() / "cache" / f"{shape}-{entry}"
         if cold:
@@ -108,26 +137,32 @@ class Benchmark:
             "started": time.monotonic(),
         }
         environment = {
-            **os.environ,
             "PYTHONPATH": str(REPOSITORY),
             "OMP_NUM_THREADS": str(options.threads),
             "HF_HUB_OFFLINE": "1",
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
-        command = [self._python(entry), "-m", "benchmarks.training.one_round", name, json.dumps(settings)]
-        try:
-            return subprocess.run(
-                command,
-                env=environment,
-                cwd=cache,
-                capture_output=True,
-                text=True,
-                timeout=options.timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return subprocess.CompletedProcess(command, 1, "", f"no result within {options.timeout:g} s")
+        python = self._python(entry)
+        return Live(python, name, settings, folder=cache, environment=environment, limit=options.timeout)
+
+
+def finalists(rounds: dict[tuple[str, str], dict[int, Round]], shape: str, entries: list[str]) -> list[str]:
+    """Of `entries`, those that decide a ratio at `shape`, by their first round."""
+    first = {
+        entry: found[0] for (at, entry), found in rounds.items() if at == shape and entry in entries and 0 in found
+    }
+    groups: dict[str, list[str]] = {}
+    for entry in first:
+        group = "peers" if is_peer(entry) else f"{entry.partition('-')[0]} {entry.rpartition('-')[2]}"
+        groups.setdefault(group, []).append(entry)
+    chosen: set[str] = set()
+    for group, members in groups.items():
+        quickest = sorted(members, key=lambda entry: -first[entry]["tokens_per_second"])
+        chosen.update(quickest[: 2 if group == "peers" else 1])
+    if "peers" in groups:
+        chosen.add(min(groups["peers"], key=lambda entry: first[entry]["peak_memory_bytes"]))
+    return [entry for entry in entries if entry in chosen]
 
 
 def say(line: str) -> None:
@@ -222,14 +257,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--cold-rounds", type=int, default=3, metavar="N", help="rounds that begin without compiled code"
-    )
-    parser.add_argument("--warm-up", type=int, default=2, help="steps after the first that are not timed")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a process")
+    parser.add_argument("--sitting", type=int, default=4, metavar="N", help="rounds that a process lives for")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps after the first that are not timed")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that one process may take")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that a start or a round may take")
     parser.add_argument("--peers-venv", type=Path, metavar="DIR", help="virtual environment of the peers")
     parser.add_argument("--runs", type=Path, default=Path("runs/train-step"), help="where finished rounds are kept")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the records here")

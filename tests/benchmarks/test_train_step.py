@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.training.contestants import CONTESTANTS, Setting, Trainer, is_peer
-from benchmarks.training.one_round import MODULES
+from benchmarks.training.one_process import MODULES
 from benchmarks.training.shape import Shape
 
 SHAPE = Shape.parse("2x64x1x32")
@@ -68,8 +68,33 @@ def test_rounds_are_kept_and_become_records(tmp_path: Path, capsys: pytest.Captu
     assert 0 < made["import_seconds"]["median"] < made["first_step_seconds"]["median"]
     assert train_step.main(asked) == 0
     assert capsys.readouterr().err == ""  # nothing ran again
+    assert train_step.main([*asked, "--rounds=4", "--sitting=2"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in told] == ["round 2", "round 3", "round 4"]
     assert train_step.main([*asked, "--steps=2"]) == 78
     assert "holds rounds of other steps; name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'OSError: no room' >&2; exit 1", "OSError: no room"),
+        ("exit 5", "exit code 5"),
+        ("sleep 60", "no result within 0.5 s"),
+        ("echo hello", "hello"),
+        ("echo '{\"parameters\": 1}'; echo gone >&2; exit 1", "gone"),
+    ],
+)
+def test_a_contestant_that_fails_is_named_once(
+    script: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (venv / "python").chmod(0o755)
+    asked = [f"--peers-venv={tmp_path}/venv", "--only=litgpt", "--mode", "eager", "--rounds=3", "--timeout=0.5"]
+    assert train_step.main(arguments(tmp_path, *asked)) == 1
+    assert capsys.readouterr().err.splitlines() == [f"litgpt-llama-eager failed at {SHAPE}: {reason}"]
 
 
 def test_what_cannot_be_imported_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -104,6 +129,28 @@ def test_the_share_is_of_the_best_matmuls_of_a_round(tmp_path: Path):
     rounds = train_step.read_rounds(tmp_path)
     assert [each[3]["flops_share"] for each in rounds.values()] == [0.2, 0.2]
     assert rounds["12x384x4x512", "stablelm-gpt2-eager"][3]["training_memory_bytes"] == 5
+
+
+def test_who_goes_on_after_the_first_round():
+    def first(rate: float, memory: float) -> dict[int, dict[str, float]]:
+        return {0: {"tokens_per_second": rate, "peak_memory_bytes": memory}}
+
+    measured = {
+        "stablelm-gpt2-eager": first(90, 5),
+        "stablelm-pre_ln-eager": first(95, 5),
+        "stablelm-pre_ln-compiled": first(120, 5),
+        "litgpt-llama-eager": first(60, 7),
+        "litgpt-llama-compiled": first(100, 9),
+        "transformers-gpt2-eager": first(50, 6),
+        "transformers-gpt2-compiled": first(70, 8),
+        "plain-decoder-eager": first(80, 9),
+    }
+    rounds = {("12x384x4x512", entry): found for entry, found in measured.items()}
+    assert train_step.finalists(rounds, "12x384x4x512", [*measured]) == [
+        *("stablelm-pre_ln-eager", "stablelm-pre_ln-compiled"),
+        *("litgpt-llama-compiled", "transformers-gpt2-eager", "transformers-gpt2-compiled", "plain-decoder-eager"),
+    ]
+    assert train_step.finalists(rounds, "2x64x1x32", [*measured]) == []
 
 
 def test_the_groups_of_names():

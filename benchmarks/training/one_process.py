@@ -1,9 +1,11 @@
-"""One contestant in a process of its own: builds, trains a few steps, prints one line of JSON.
+"""One contestant in a process of its own: builds, warms up, then times a few steps for each line of its input.
 
-    python -m benchmarks.training.one_round NAME SETTINGS_AS_JSON
+    python -m benchmarks.training.one_process NAME SETTINGS_AS_JSON
 
 Settings: shape, vocab_size, precision, compiled, cold (no compiled code is kept), device, warm_up, steps, started
-(time.monotonic when the process was started). Exit code 3: the library cannot be imported; the line says why.
+(time.monotonic when the process was started). Prints a line of JSON once it is warm, what that took, and one for each
+line that it reads, the round; between them it waits and computes nothing. Exit code 3: the library cannot be imported;
+the line says why.
 """
 
 import json
@@ -50,26 +52,50 @@ def main(name: str, settings: dict[str, Any]) -> int:
         return UNAVAILABLE
     imported, held = time.monotonic(), peak_memory(torch.device("cpu"))
     trainer = CONTESTANTS[name](setting)
-    losses, ends = [], []
-    for _ in range(1 + settings["warm_up"] + settings["steps"]):
-        losses.append(trainer.step(tokens, targets))
-        _wait(device)
-        ends.append(time.monotonic())
-    step = statistics.median(b - a for a, b in pairwise(ends[settings["warm_up"] :]))
+    steps = Steps(trainer, tokens, targets)
+    first = steps.timed(1)[0]
+    steps.timed(settings["warm_up"])
     attention = 6 * shape.n_layers * shape.seq_len * shape.d_model  # causal, as `stablelm.methods.sizes` counts it
-    found = {
-        "tokens_per_second": shape.tokens / step,
-        "flops_per_second": shape.tokens / step * (6 * trainer.matmul_parameters + attention),
-        "peak_memory_bytes": peak_memory(device),
+    start = {
+        **({"first_step_seconds": first - settings["started"]} if settings["cold"] else {}),
         "import_memory_bytes": held if device.type == "cpu" else 0,
-        **({"first_step_seconds": ends[0] - settings["started"]} if settings["cold"] else {}),
         "import_seconds": imported - settings["started"],
         "parameters": trainer.parameters,
-        "losses": [float(loss) for loss in losses],
         "torch": torch.__version__,
     }
-    print(json.dumps({**found, "matmul_flops_per_second": matmul_rate(device)}))
+    print(json.dumps(start), flush=True)
+    for _ in sys.stdin:
+        began = time.monotonic()
+        rate = shape.tokens / statistics.median(b - a for a, b in pairwise([began, *steps.timed(settings["steps"])]))
+        found = {
+            "tokens_per_second": rate,
+            "flops_per_second": rate * (6 * trainer.matmul_parameters + attention),
+            "peak_memory_bytes": peak_memory(device),
+            "losses": steps.losses(),
+            "matmul_flops_per_second": matmul_rate(device),
+        }
+        print(json.dumps(found), flush=True)
     return 0
+
+
+class Steps:
+    """Steps on one batch, one after another."""
+
+    def __init__(self, trainer: Any, tokens: Any, targets: Any):
+        self._trainer, self._tokens, self._targets = trainer, tokens, targets
+        self._losses: list[Any] = []
+
+    def timed(self, count: int) -> list[float]:
+        """When each of `count` steps ended."""
+        ends = []
+        for _ in range(count):
+            self._losses.append(self._trainer.step(self._tokens, self._targets))
+            _wait(self._tokens.device)
+            ends.append(time.monotonic())
+        return ends
+
+    def losses(self) -> list[float]:
+        return [float(loss) for loss in self._losses]
 
 
 def peak_memory(device: Any) -> int:
