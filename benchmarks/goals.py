@@ -3,10 +3,10 @@
     python benchmarks/goals.py --peers-venv DIR --data DIR_OF_JSON_GZ --tokenizer FILE [--only NAME,NAME] [--rounds 9]
         [--runs runs/goals]
 
-Runs train_step.py, methods.py, loader.py and checkpoints.py, one at a time (hours; use nothing else meanwhile), and
-keeps what they write in --runs: the same command continues where it was stopped, and with everything there it only
-prints. Ratios are of one round each, given as median and quartiles; against a group they are against its best member
-by median. Writes goals.md and goals.json there too.
+Runs train_step.py, methods.py, loader.py, checkpoints.py and deepest.py, one at a time (hours; use nothing else
+meanwhile), and keeps what they write in --runs: the same command continues where it was stopped, and with everything
+there it only prints. Ratios are of one round each, given as median and quartiles; against a group they are against its
+best member by median. Writes goals.md and goals.json there too.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.deepest import GOAL_BYTES
 from benchmarks.train_step import SHAPES, Round, read_rounds
-from benchmarks.training.contestants import OURS, PLAIN, is_peer
+from benchmarks.training.contestants import LEAN, OURS, PLAIN, is_peer
 
 BENCHMARKS = Path(__file__).resolve().parent
 METHOD_SHAPES = ("24x512x2x512", "192x256x1x256")
@@ -89,6 +90,9 @@ def training_rows(rounds: Rounds) -> list[Reached]:
             rows += ratio_row(rounds, "tokens/s", shape, ours, plain, "tokens_per_second", of_plain, most=True)
         ours = [entry for entry in entries if entry.startswith(OURS)]
         rows += ratio_row(rounds, "peak memory", shape, ours, peers, "peak_memory_bytes", 0.80, most=False)
+        whole = [entry for entry in ours if LEAN not in entry]
+        what = "peak memory without recompute"
+        rows += ratio_row(rounds, what, shape, whole, peers, "peak_memory_bytes", 0.80, most=False)
     compiled = [entry for entry in entries if entry.endswith("compiled")]
     ours, peers = ([e for e in compiled if e.startswith(OURS)], [e for e in compiled if is_peer(e)])
     for shape in SHAPES[2:]:
@@ -145,6 +149,15 @@ def checkpoint_rows(records: Records) -> list[Reached]:
     ]
 
 
+def depth_rows(records: Records) -> list[Reached]:
+    return [
+        Reached(
+            f"peak memory of {each['name']}, of 16 GB", each["shape"], *(each["median"] / GOAL_BYTES,) * 3, 1.0, False
+        )
+        for each in records
+    ]
+
+
 def _spread_of(record: dict[str, Any]) -> tuple[float, float, float]:
     return record["median"], record["low"], record["high"]
 
@@ -172,7 +185,7 @@ def rows_of(folder: Path) -> list[Reached]:
     rows += method_rows(read("methods-eager") + read("methods-compiled"))
     for name, cores in (("loader-one-core", "one core"), ("loader-two-cores", "two cores")):
         rows += loader_rows(found, cores) if (found := read(name)) else []
-    return rows + checkpoint_rows(read("checkpoints"))
+    return rows + checkpoint_rows(read("checkpoints")) + depth_rows(read("deepest"))
 
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -186,6 +199,7 @@ def commands(options: argparse.Namespace) -> dict[str, list[str]]:
         "methods-eager": methods,
         "methods-compiled": [*methods, "--compile"],
         "checkpoints": ["checkpoints.py", *rounds],
+        "deepest": ["deepest.py"],
     }
     if options.data and options.tokenizer:
         loader = ["loader.py", *rounds, f"--data={options.data}", f"--tokenizer={options.tokenizer}"]

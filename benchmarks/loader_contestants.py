@@ -161,6 +161,7 @@ def on_two_cores(files: list[str], tokenizer: Tokenizer, cache: str) -> dict[str
         "loader workers=0": ours(workers=0),
         "loader thread workers=1": ours(workers=1),
         "loader thread workers=2": ours(workers=2),
+        "loader thread workers=3 prefetch=32": ours(workers=3, prefetch=32),
         "loader process workers=2": ours(workers=2, worker_kind="process", prefetch=4),
         "datasets lists": lambda: datasets_lists(files, tokenizer),
         "datasets lists, 2 threads": lambda: datasets_lists(files, tokenizer, threads=2),

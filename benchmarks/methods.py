@@ -28,6 +28,7 @@ from torch import Tensor
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
+from stablelm.engine.process.torch_settings import arrange_heap
 from stablelm.engine.ranks import Ranks
 from stablelm.engine.torch_engine import TorchEngine
 
@@ -42,7 +43,9 @@ Records = list[dict[str, Any]]
 def build(method: str, shape: Shape, options: argparse.Namespace, *, train: bool = True) -> TorchEngine:
     """A method's model and optimizer; activation, heads and vocabulary are the same for all."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TorchEngine(config_of(method, shape, options), "single", Ranks(0, 1, device, None, None), train=train)
+    config = config_of(method, shape, options)
+    arrange_heap(config, device)
+    return TorchEngine(config, "single", Ranks(0, 1, device, None, None), train=train)
 
 
 def config_of(method: str, shape: Shape, options: argparse.Namespace) -> Config:

@@ -1,10 +1,12 @@
 """Theory against measurement at initialisation, over methods, depths and seeds: a table of predicted / measured.
 
-    python benchmarks/propagation.py [--shapes 12x256,48x256,192x256,1000x64] [--methods pre_ln,...] [--seeds 4]
-        [--out docs/propagation.json --table docs/propagation.md]
+    python benchmarks/propagation.py [--shapes 12x256,48x256,192x256,1000x64] [--methods pre_ln,...|all] [--seeds 4]
+        [--out docs/propagation.json --table docs/propagation.md] [KEY=VALUE ...]
 
-Text is the embedded corpus, each seed its own windows and weights. A method, shape and seed that `--out` holds
-already is not measured again, so the whole may be stopped and started at will.
+Text is the embedded corpus unless data.path says otherwise, each seed its own windows and weights; KEY=VALUE sets what
+all methods share. A method that refuses the shape or a key is left out, with its reason. A method, shape and seed that
+`--out` holds already is not measured again, so the whole may be stopped and started at will. The last column says
+whether predicted / measured is within .7 to 1.4 for the stream and .6 to 1.6 for branches at every layer.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from stablelm.config.load import load
+from stablelm.errors import ConfigError
+from stablelm.methods.catalogue import METHODS as CATALOGUE
 from stablelm.probe.measure import measure
 from stablelm.probe.predict import predict
 from stablelm.probe.prober import ProbeRequest, collision_of, prepare
@@ -25,6 +29,8 @@ from stablelm.train.job import first_rows
 METHODS = "pre_ln,post_ln,deepscalelm_pre,deepscalelm_post,magneto,sigma_reparam,catformer,deepnorm"
 SHAPES = "12x256,48x256,192x256,1000x64"
 FIGURES = ("stream_variance", "attention_branch_variance", "feedforward_branch_variance", "token_correlation")
+
+BANDS = dict(zip(FIGURES, ((0.7, 1.4), (0.6, 1.6), (0.6, 1.6)), strict=False))
 
 
 def request(method: str, shape: str, seed: int, options: argparse.Namespace) -> ProbeRequest:
@@ -41,7 +47,7 @@ def request(method: str, shape: str, seed: int, options: argparse.Namespace) -> 
         "train.global_batch_size": options.sequences,
         "train.steps": 1,
     }
-    loaded = load([], [f"{name}={value}" for name, value in keys.items()])
+    loaded = load([], [f"{name}={value}" for name, value in keys.items()] + options.keys)
     return prepare(loaded, None, options.sequences, options.seq_len)
 
 
@@ -100,17 +106,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each method and shape."""
     head = (
         "| method | shape | seeds | stream variance at the end | attention branch, layers "
-        "| feed-forward branch, layers | token correlation at the end | gradient norm, layer 1 / last |\n"
-        "|---|---|---|---|---|---|---|---|\n"
+        "| feed-forward branch, layers | token correlation at the end | gradient norm, layer 1 / last | within |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for method, shape in dict.fromkeys((row["method"], row["shape"]) for row in rows):
         own = [row for row in rows if (row["method"], row["shape"]) == (method, shape)]
         s = summary(own)
-        branches = " | ".join(f"{s[name][2]:.2f} to {s[name][3]:.2f}" for name in FIGURES[1:3])
+        branches = " | ".join(_range(*s[name][2:]) for name in FIGURES[1:3])
         ends = [_cell(s[name]) for name in ("stream_variance", "token_correlation", "gradient_norm")]
-        lines.append(f"| `{method}` | {shape} | {len(own)} | {ends[0]} | {branches} | {ends[1]} | {ends[2]} |")
+        lines.append(
+            f"| `{method}` | {shape} | {len(own)} | {ends[0]} | {branches} | {ends[1]} | {ends[2]} | {_within(s)} |"
+        )
     return head + "\n".join(lines) + "\n"
+
+
+def _range(low: float, high: float) -> str:
+    return "-" if np.isnan(low) else f"{low:.2f} to {high:.2f}"
+
+
+def _within(found: dict[str, Any]) -> str:
+    """Whether the predictions that there are lie in BANDS; those there are none of are named."""
+    ranges = {name: found[name][2:] for name in BANDS}
+    missing = [name.removesuffix("_variance").replace("_", " ") for name in BANDS if np.isnan(ranges[name][0])]
+    inside = all(
+        ranges[name][0] >= low and ranges[name][1] <= high
+        for name, (low, high) in BANDS.items()
+        if not np.isnan(ranges[name][0])
+    )
+    return ("yes" if inside else "no") + (f", no prediction: {', '.join(missing)}" if missing else "")
 
 
 def _cell(figures: tuple[float, float, float, float]) -> str:
@@ -130,16 +154,22 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--out", default="propagation.json", help="one JSON object a line")
     parser.add_argument("--table", help="a Markdown file for the table")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, for all methods")
     options = parser.parse_args()
+    methods = list(CATALOGUE) if options.methods == "all" else options.methods.split(",")
     out = Path(options.out)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["method"], row["shape"], row["seed"]) for row in rows}
     for shape in options.shapes.split(","):
         for seed in range(options.seeds):
-            for method in options.methods.split(","):
+            for method in methods:
                 if (method, shape, seed) in done:
                     continue
-                rows.append(one(method, shape, seed, options))
+                try:
+                    rows.append(one(method, shape, seed, options))
+                except ConfigError as reason:
+                    print(f"{method} {shape} is left out: {reason}", flush=True)
+                    continue
                 with out.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 print(f"{method} {shape} seed {seed}: {rows[-1]['measure_seconds']:.1f} s", flush=True)

@@ -5,9 +5,10 @@
 
 A step is forward, backward, clipping and AdamW on one device. In the first round every contestant, eager and compiled,
 has a process of its own and an empty compile cache. The further rounds are of those that decide a ratio: at each shape
-the quickest of stablelm and of the plain module, eager and compiled, the two quickest peers and the leanest one. They
-take turns, a few steps each, in an order that changes from round to round; their processes are replaced every
---sitting rounds. The memory must hold these processes beside one another.
+the quickest of stablelm and of the plain module, eager and compiled, the leanest of stablelm and of the peers, and the
+two quickest peers. They take turns, a few steps each, in an order that changes from round to round; their processes
+are replaced every --sitting rounds. As many go on as fit into --memory beside one another, the second quickest peer
+last.
 
     tokens_per_second      of the median step of a round, after the warm-up
     peak_memory_bytes      most that the process held; training_memory_bytes: less what it held once all was imported
@@ -25,22 +26,19 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.training.contestants import CONTESTANTS, is_peer
-from benchmarks.training.live import Failed, Live, Unavailable
+from benchmarks.training.contestants import CONTESTANTS, OURS, is_peer
+from benchmarks.training.live import REPOSITORY, Failed, Live, Unavailable, add_options, start
 from benchmarks.training.shape import Shape
 from stablelm.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES = ("12x384x4x512", "24x512x2x512", "96x128x2x512", "192x256x1x256")
 MODES = ("eager", "compiled")
 UNITS = {
@@ -72,7 +70,8 @@ class Benchmark:
         for first in range(1, self.options.rounds, self.options.sitting):
             for shape in self.options.shape:
                 rounds = range(first, min(first + self.options.sitting, self.options.rounds))
-                self._sit(finalists(read_rounds(self.folder), str(shape), entries), shape, rounds)
+                go_on = finalists(read_rounds(self.folder), str(shape), entries, self.options.memory)
+                self._sit(go_on, shape, rounds)
 
     def _sit(self, entries: list[str], shape: Shape, rounds: range) -> None:
         """Rounds of processes that live until all of them are done; nothing if all of them were done before."""
@@ -121,48 +120,35 @@ class Benchmark:
 
     def _process(self, entry: str, shape: Shape, *, cold: bool) -> Live:
         name, _, mode = entry.rpartition("-")
-        options, cache = self.options, self.folder.resolve() / "cache" / f"{shape}-{entry}"
-        if cold:
-            shutil.rmtree(cache, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "shape": str(shape),
-            "vocab_size": options.vocab,
-            "precision": options.precision,
-            "cold": cold,
-            "compiled": mode == "compiled",
-            "device": options.device,
-            "warm_up": options.warm_up,
-            "steps": options.steps,
-            "started": time.monotonic(),
-        }
-        environment = {
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": str(options.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-            "TRITON_CACHE_DIR": f"{cache}/triton",
-        }
-        python = self._python(entry)
-        return Live(python, name, settings, folder=cache, environment=environment, limit=options.timeout)
+        cache, python = self.folder.resolve() / "cache" / f"{shape}-{entry}", self._python(entry)
+        return start(python, name, shape, self.options, cache, compiled=mode == "compiled", cold=cold)
 
 
-def finalists(rounds: dict[tuple[str, str], dict[int, Round]], shape: str, entries: list[str]) -> list[str]:
-    """Of `entries`, those that decide a ratio at `shape`, by their first round."""
+def finalists(
+    rounds: dict[tuple[str, str], dict[int, Round]], shape: str, entries: list[str], memory: float
+) -> list[str]:
+    """Of `entries`, those that decide a ratio at `shape`, by their first round, as long as `memory` bytes hold them."""
     first = {
         entry: found[0] for (at, entry), found in rounds.items() if at == shape and entry in entries and 0 in found
     }
     groups: dict[str, list[str]] = {}
-    for entry in first:
+    for entry in sorted(first, key=lambda entry: -first[entry]["tokens_per_second"]):
         group = "peers" if is_peer(entry) else f"{entry.partition('-')[0]} {entry.rpartition('-')[2]}"
         groups.setdefault(group, []).append(entry)
+    wanted = [members[0] for members in groups.values()]
+    peers, ours = groups.get("peers", []), [entry for entry in first if entry.startswith(OURS)]
+    wanted += [min(some, key=lambda entry: first[entry]["peak_memory_bytes"]) for some in (peers, ours) if some]
+    wanted += peers[1:2]
     chosen: set[str] = set()
-    for group, members in groups.items():
-        quickest = sorted(members, key=lambda entry: -first[entry]["tokens_per_second"])
-        chosen.update(quickest[: 2 if group == "peers" else 1])
-    if "peers" in groups:
-        chosen.add(min(groups["peers"], key=lambda entry: first[entry]["peak_memory_bytes"]))
+    for entry in wanted:
+        if sum(first[each]["peak_memory_bytes"] for each in chosen | {entry}) <= memory:
+            chosen.add(entry)
     return [entry for entry in entries if entry in chosen]
+
+
+def host_memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def say(line: str) -> None:
@@ -254,15 +240,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", type=shape_of, default=[shape_of(each) for each in SHAPES])
     parser.add_argument("--only", metavar="NAME,NAME", help=f"beginnings of names: {', '.join(CONTESTANTS)}")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--memory", type=float, default=0.8 * host_memory(), metavar="BYTES", help="that those who take turns may hold"
+    )
     parser.add_argument("--sitting", type=int, default=4, metavar="N", help="rounds that a process lives for")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps after the first that are not timed")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that a start or a round may take")
+    add_options(parser, steps=3)
     parser.add_argument("--peers-venv", type=Path, metavar="DIR", help="virtual environment of the peers")
     parser.add_argument("--runs", type=Path, default=Path("runs/train-step"), help="where finished rounds are kept")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the records here")

@@ -8,7 +8,6 @@ profile-before.json and profile-after.json (benchmarks/step_profile.py); where a
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import stablelm
+from docs.filled_tables import filled, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "performance.md"
@@ -26,11 +26,6 @@ GPU = "h100-80"
 SHAPES = ((24, 1024, 16, 1024), (96, 512, 16, 1024), (192, 256, 16, 1024), (24, 2048, 8, 2048))
 METHODS = ("pre_ln", "deepscalelm_pre", "deepscalelm_sigma", "magneto")
 Rows = list[dict[str, Any]]
-
-
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def prediction() -> str:
@@ -118,14 +113,5 @@ def profiles() -> str:
 TABLES = {"goals": goals, "contestants": contestants, "profiles": profiles, "prediction": prediction}
 
 
-def filled(page: str) -> str:
-    """The page with every table made anew."""
-
-    def replaced(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
-
-    return re.sub(r"<!-- (\w+) -->\n(?:.*\n)*?<!-- end -->", replaced, page)
-
-
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), TABLES), encoding="utf-8")

@@ -42,6 +42,7 @@ def stablelm(setting: Setting, **keys: str) -> Trainer:
     """The engine and the step that a run has; `keys`: configuration beside the shape's."""
     from stablelm.config.load import load
     from stablelm.config.rules import resolve
+    from stablelm.engine.process.torch_settings import arrange_heap
     from stablelm.engine.ranks import Ranks
     from stablelm.engine.torch_engine import TorchEngine
     from stablelm.methods.sizes import parameter_counts
@@ -64,6 +65,7 @@ def stablelm(setting: Setting, **keys: str) -> Trainer:
     }
     loaded = load([], [f"{key}={value}" for key, value in settings.items()])
     config = resolve(loaded.config, pieces=setting.vocab_size, world_size=1, accelerate_precision=None)
+    arrange_heap(config, setting.device)
     ranks = Ranks(0, 1, setting.device, None, None)
     engine = TorchEngine(config, "single", ranks)
 
@@ -194,6 +196,9 @@ CONTESTANTS: dict[str, Callable[[Setting], Trainer]] = {
     "stablelm-pre_ln-bf16-stream": lambda setting: stablelm(
         setting, **{"model.method": "pre_ln", "model.stream_dtype": "bf16"}
     ),
+    "stablelm-pre_ln-lean": lambda setting: stablelm(
+        setting, **{"model.method": "pre_ln", "engine.recompute": "full", "train.moments": "bf16"}
+    ),
     "litgpt-llama": litgpt,
     "transformers-gpt2": transformers_gpt2,
     "transformers-llama": transformers_llama,
@@ -201,7 +206,17 @@ CONTESTANTS: dict[str, Callable[[Setting], Trainer]] = {
     "torchtitan-llama": torchtitan,
     "plain-decoder": plain,
 }
-OURS, PLAIN = "stablelm", "plain-"
+METHOD = "stablelm:"
+"""Before the name of a method: that method with the activation, norms and biases of its own (`method_costs.py`)."""
+OURS, PLAIN, LEAN = "stablelm", "plain-", "-lean-"
+
+
+def contestant(name: str) -> Callable[[Setting], Trainer]:
+    """One of CONTESTANTS, or METHOD and a method's name."""
+    if name.startswith(METHOD):
+        keys = {"model.method": name.removeprefix(METHOD), "model.activation": "null", "model.d_ff": "null"}
+        return lambda setting: stablelm(setting, **keys)
+    return CONTESTANTS[name]
 
 
 def is_peer(name: str) -> bool:

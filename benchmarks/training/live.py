@@ -1,13 +1,20 @@
 """A contestant's process, which the benchmark starts, warms, asks for rounds and ends."""
 
+import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 from typing import Any
+
+from benchmarks.training.shape import Shape
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Unavailable(Exception):
@@ -89,3 +96,51 @@ class Live:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+
+
+def add_options(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    """What `start` reads."""
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--warm-up", type=int, default=1, help="steps after the first that are not timed")
+    parser.add_argument("--steps", type=int, default=steps, help="timed steps of a round")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds that a start or a round may take")
+
+
+def start(
+    python: str,
+    name: str,
+    shape: Shape,
+    options: argparse.Namespace,
+    cache: Path,
+    *,
+    compiled: bool,
+    cold: bool,
+    matmuls: bool = True,
+) -> Live:
+    """The contestant `name`, warm; compiled code is kept in `cache`, which is emptied first if `cold`."""
+    if cold:
+        shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "shape": str(shape),
+        "vocab_size": options.vocab,
+        "precision": options.precision,
+        "cold": cold,
+        "compiled": compiled,
+        "matmuls": matmuls,
+        "device": options.device,
+        "warm_up": options.warm_up,
+        "steps": options.steps,
+        "started": time.monotonic(),
+    }
+    environment = {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+        "TRITON_CACHE_DIR": f"{cache}/triton",
+    }
+    return Live(python, name, settings, folder=cache, environment=environment, limit=options.timeout)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.training.one_process NAME SETTINGS_AS_JSON
 
-Settings: shape, vocab_size, precision, compiled, cold (no compiled code is kept), device, warm_up, steps, started
-(time.monotonic when the process was started). Prints a line of JSON once it is warm, what that took, and one for each
-line that it reads, the round; between them it waits and computes nothing. Exit code 3: the library cannot be imported;
-the line says why.
+Settings: shape, vocab_size, precision, compiled, cold (no compiled code is kept), matmuls (their rate is measured too),
+device, warm_up, steps, started (time.monotonic when the process was started). Prints a line of JSON once it is warm,
+what that took, and one for each line that it reads, the round; between them it waits and computes nothing. Exit code 3:
+the library cannot be imported; the line says why.
 """
 
 import json
@@ -34,7 +34,7 @@ MATMULS = 6
 def main(name: str, settings: dict[str, Any]) -> int:
     import torch
 
-    from benchmarks.training.contestants import CONTESTANTS, Setting
+    from benchmarks.training.contestants import Setting, contestant
     from benchmarks.training.shape import Shape
 
     device = torch.device(settings["device"])
@@ -45,13 +45,13 @@ def main(name: str, settings: dict[str, Any]) -> int:
     tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     torch.manual_seed(0)
     try:
-        for module in MODULES[name.partition("-")[0]]:
+        for module in MODULES[name.replace(":", "-").partition("-")[0]]:
             import_module(module)
     except ImportError as error:
         print(json.dumps({"unavailable": str(error)}))
         return UNAVAILABLE
     imported, held = time.monotonic(), peak_memory(torch.device("cpu"))
-    trainer = CONTESTANTS[name](setting)
+    trainer = contestant(name)(setting)
     steps = Steps(trainer, tokens, targets)
     first = steps.timed(1)[0]
     steps.timed(settings["warm_up"])
@@ -72,7 +72,7 @@ def main(name: str, settings: dict[str, Any]) -> int:
             "flops_per_second": rate * (6 * trainer.matmul_parameters + attention),
             "peak_memory_bytes": peak_memory(device),
             "losses": steps.losses(),
-            "matmul_flops_per_second": matmul_rate(device),
+            **({"matmul_flops_per_second": matmul_rate(device)} if settings["matmuls"] else {}),
         }
         print(json.dumps(found), flush=True)
     return 0

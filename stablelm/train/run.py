@@ -15,7 +15,7 @@ from stablelm.engine.peak_memory import choice
 from stablelm.engine.process import environment
 from stablelm.engine.process.compilation import obstacle, settled
 from stablelm.engine.process.compile_cache import CompileCache
-from stablelm.engine.process.torch_settings import give_memory_back, set_switches
+from stablelm.engine.process.torch_settings import arrange_heap, set_switches
 from stablelm.engine.ranks import Ranks, check_float8, check_precision, connect, disconnect
 from stablelm.errors import EXIT_FINISHED, EXIT_STOPPED_EARLY, ConfigError, UserError
 from stablelm.evaluate.consent import needs_consent
@@ -87,7 +87,7 @@ def _settled(prepared: Prepared, ranks: Ranks) -> tuple[Prepared, list[str]]:
     check_precision(str(config.train.precision), ranks.device)
     check_float8(config.train.float8, ranks.device)
     set_switches(config)
-    give_memory_back(config, ranks.device)
+    arrange_heap(config, ranks.device)
     config, chosen = choice.resolved(settled(config, prepared.kind, ranks.device), prepared.kind, ranks)
     return dataclasses.replace(prepared, config=config), [chosen] if chosen else []
 

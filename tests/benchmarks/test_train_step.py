@@ -146,11 +146,13 @@ def test_who_goes_on_after_the_first_round():
         "plain-decoder-eager": first(80, 9),
     }
     rounds = {("12x384x4x512", entry): found for entry, found in measured.items()}
-    assert train_step.finalists(rounds, "12x384x4x512", [*measured]) == [
+    assert train_step.finalists(rounds, "12x384x4x512", [*measured], 99) == [
         *("stablelm-pre_ln-eager", "stablelm-pre_ln-compiled"),
         *("litgpt-llama-compiled", "transformers-gpt2-eager", "transformers-gpt2-compiled", "plain-decoder-eager"),
     ]
-    assert train_step.finalists(rounds, "2x64x1x32", [*measured]) == []
+    assert train_step.finalists(rounds, "2x64x1x32", [*measured], 99) == []
+    less = train_step.finalists(rounds, "12x384x4x512", [*measured], 34)  # the leanest of ours is among the quickest
+    assert "transformers-gpt2-compiled" not in less and len(less) == 5
 
 
 def test_the_groups_of_names():

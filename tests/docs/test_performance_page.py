@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from support.pages import DOCS
 
+from docs.filled_tables import filled
+
 PAGE = DOCS / "performance.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
@@ -19,7 +21,7 @@ def script() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_page_is_as_its_script_makes_it(script: dict[str, Any]):
-    assert script["filled"](TEXT) == TEXT
+    assert filled(TEXT, script["TABLES"]) == TEXT
 
 
 def test_the_gpu_figures_are_called_a_prediction():

@@ -11,7 +11,8 @@ from torch.utils import deterministic
 from stablelm.config.schema import Config
 
 GPU_COLLECTION = 50  # steps, as torchtitan's default
-MMAP_THRESHOLD, FROM_BYTES = -3, 100_000  # mallopt's M_MMAP_THRESHOLD, and the size from which tensors get own pages
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+LARGE, NEVER = 100_000, 2**30  # bytes from which a tensor gets pages of its own
 YOUNGER = 1  # generations that a collection between steps looks at: what lives longer is the model
 
 
@@ -30,16 +31,21 @@ def repeats(device: torch.device) -> bool:
     return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
 
 
-def give_memory_back(config: Config, device: torch.device) -> None:
-    """Has the C library return each freed tensor to the system, where `engine.memory_limit` bounds a CPU's memory.
+def arrange_heap(config: Config, device: torch.device) -> None:
+    """Has the C library keep the memory of a CPU's freed tensors for those of the next step.
 
-    Otherwise its heap keeps holes between tensors of differing lifetimes: 15 to 20 % of a deep model's memory. Fresh
-    pages cost time, so nothing changes without a limit. Only the GNU C library is asked.
+    By itself it returns that of large ones, and the system clears it anew in every step, up to a sixth of its time.
+    Under `engine.memory_limit` each freed tensor is returned at once: the heap would keep holes between tensors of
+    differing lifetimes, 15 to 20 % of a deep model's memory. Only the GNU C library is asked.
     """
-    if config.engine.memory_limit is not None and device.type == "cpu":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(MMAP_THRESHOLD, FROM_BYTES)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type != "cpu" or mallopt is None:
+        return
+    if config.engine.memory_limit is None:
+        mallopt(TRIM_THRESHOLD, NEVER)
+        mallopt(MMAP_THRESHOLD, NEVER)
+    else:
+        mallopt(MMAP_THRESHOLD, LARGE)
 
 
 @contextmanager

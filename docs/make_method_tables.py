@@ -1,0 +1,114 @@
+"""Fills the measured tables of docs/methods/index.md and docs/optimizers.md.
+
+    python docs/make_method_tables.py
+
+What steps cost comes from docs/figures/methods/: costs.json (benchmarks/method_costs.py) and optimizer-costs.json
+(benchmarks/optimizers.py); what was learnt from the results of the studies `every-method` and `every-optimizer` in
+docs/studies/. Where one is missing the page says so.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from docs.filled_tables import filled, table
+
+DOCS = Path(__file__).resolve().parent
+MEASURED, STUDIES = DOCS / "figures" / "methods", DOCS / "studies"
+LEARNT = 0.3  # nats below the unigram model
+Rows = list[dict[str, Any]]
+
+
+def read(file: Path) -> Rows | None:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def missing(file: Path) -> str:
+    return f"*Not measured yet: {file.relative_to(DOCS.parent)} does not exist.*"
+
+
+def by_name(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["name"], {})[row["metric"]] = row
+    return found
+
+
+def spread(row: dict[str, Any]) -> str:
+    return f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+
+
+def method_costs() -> str:
+    file = MEASURED / "costs.json"
+    rows = read(file)
+    if rows is None:
+        return missing(file)
+    lines = [
+        (
+            *(f"`{name}`", spread(found["step_ratio"])),
+            *(f"{found[metric]['median']:.2f}" for metric in ("training_memory_ratio", "parameter_ratio")),
+        )
+        for name, found in by_name(rows).items()
+    ]
+    return table(("method", "step", "memory", "parameters"), lines)
+
+
+def optimizer_costs() -> str:
+    file = MEASURED / "optimizer-costs.json"
+    rows = read(file)
+    if rows is None:
+        return missing(file)
+    found = by_name(rows)
+    base = found["adamw"]["state_bytes"]["median"]
+    lines = [
+        (name.join("``"), spread(each["step_ratio"]), f"{each['state_bytes']['median'] / base:.2f}")
+        for name, each in found.items()
+    ]
+    return table(("optimizer", "step", "state"), lines)
+
+
+def learnt(study: str, key: str) -> Callable[[], str]:
+    """The table of a study whose cells differ in `key` and in the learning rate."""
+
+    def made() -> str:
+        folder = STUDIES / study / "results"
+        results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        results = [each for each in results if "point" in each]
+        if not results:
+            return missing(folder)
+        rates = sorted({each["lr"] for each in results})
+        unigram = results[0]["unigram_loss"]
+        loss: dict[str, dict[float, Any]] = {}
+        for each in results:
+            loss.setdefault(each["point"][key], {})[each["lr"]] = each
+        lines = []
+        for name, own in sorted(loss.items(), key=lambda item: _best(item[1].values())):
+            below = unigram - _best(own.values())
+            cells = [_cell(own[rate]) if rate in own else "" for rate in rates]
+            lines.append((f"`{name}`", *cells, f"{below:.2f}", "yes" if below >= LEARNT else "**no**"))
+        return table((key, *(f"{rate:g}" for rate in rates), "below unigram", "at least 0.3"), lines)
+
+    return made
+
+
+def _best(results: Any) -> float:
+    return min(float("inf") if each["val_loss"] is None else each["val_loss"] for each in results)
+
+
+def _cell(result: dict[str, Any]) -> str:
+    return "not finite" if result["val_loss"] is None else f"{result['val_loss']:.3f}"
+
+
+PAGES = {
+    DOCS / "methods" / "index.md": {"costs": method_costs, "learnt": learnt("every-method", "model.method")},
+    DOCS / "optimizers.md": {"costs": optimizer_costs, "learnt": learnt("every-optimizer", "train.optimizer")},
+}
+
+
+if __name__ == "__main__":
+    for page, tables in PAGES.items():
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
