@@ -150,12 +150,11 @@ def checkpoint_rows(records: Records) -> list[Reached]:
 
 
 def depth_rows(records: Records) -> list[Reached]:
-    return [
-        Reached(
-            f"peak memory of {each['name']}, of 16 GB", each["shape"], *(each["median"] / GOAL_BYTES,) * 3, 1.0, False
-        )
-        for each in records
-    ]
+    rows = []
+    for each in records:
+        share = each["median"] / GOAL_BYTES
+        rows.append(Reached(f"peak memory of {each['name']}, of 16 GB", each["shape"], share, share, share, 1.0, False))
+    return rows
 
 
 def _spread_of(record: dict[str, Any]) -> tuple[float, float, float]:
