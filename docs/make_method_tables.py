@@ -8,6 +8,7 @@ docs/studies/. Where one is missing the page says so.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,8 @@ def learnt(study: str, key: str) -> Callable[[], str]:
         for name, own in sorted(loss.items(), key=lambda item: _best(item[1].values())):
             below = unigram - _best(own.values())
             cells = [_cell(own[rate]) if rate in own else "" for rate in rates]
-            lines.append((f"`{name}`", *cells, f"{below:.2f}", "yes" if below >= LEARNT else "**no**"))
+            shown = f"{below:.2f}" if math.isfinite(below) else ""
+            lines.append((f"`{name}`", *cells, shown, "yes" if below >= LEARNT else "**no**"))
         return table((key, *(f"{rate:g}" for rate in rates), "below unigram", "at least 0.3"), lines)
 
     return made

@@ -1,0 +1,45 @@
+"""The tables of measured methods and optimizers: made from results, and saying what is missing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from docs import make_method_tables
+from docs.filled_tables import filled
+
+
+def test_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(make_method_tables, "DOCS", tmp_path / "docs")
+    monkeypatch.setattr(make_method_tables, "MEASURED", tmp_path / "docs" / "measured")
+    assert "docs/measured/costs.json does not exist" in make_method_tables.method_costs()
+    (tmp_path / "docs" / "measured").mkdir(parents=True)
+    spread = {"median": 1.5, "low": 1.4, "high": 1.6}
+    metrics = ("step_ratio", "training_memory_ratio", "parameter_ratio")
+    rows = [{"name": "keel", "metric": metric, **spread} for metric in metrics]
+    (tmp_path / "docs" / "measured" / "costs.json").write_text(json.dumps(rows))
+    assert make_method_tables.method_costs().splitlines()[-1] == "| `keel` | 1.50 (1.40 to 1.60) | 1.50 | 1.50 |"
+
+
+def test_what_was_learnt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(make_method_tables, "STUDIES", tmp_path)
+    folder = tmp_path / "every-method" / "results"
+    folder.mkdir(parents=True)
+    for number, (name, lr, loss) in enumerate(
+        [("dyt", 1e-3, 4.9), ("keel", 1e-3, 4.0), ("keel", 3e-3, None), ("rezero", 1e-3, None)]
+    ):
+        result = {"point": {"model.method": name}, "lr": lr, "val_loss": loss, "unigram_loss": 5.0}
+        (folder / f"{number}.json").write_text(json.dumps(result))
+    (folder / "baselines.json").write_text(json.dumps({"0": 3.7}))
+    assert make_method_tables.learnt("every-method", "model.method")().splitlines() == [
+        "| model.method | 0.001 | 0.003 | below unigram | at least 0.3 |",
+        "| --- | --- | --- | --- | --- |",
+        "| `keel` | 4.000 | not finite | 1.00 | yes |",
+        "| `dyt` | 4.900 |  | 0.10 | **no** |",
+        "| `rezero` | not finite |  |  | **no** |",
+    ]
+
+
+def test_other_tables_of_a_page_stay():
+    page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
+    assert filled(page, {"one": lambda: "new"}) == page.replace("old", "new")
