@@ -17,7 +17,6 @@ A finished group is kept in --runs: the same command continues where it was stop
 
 import argparse
 import json
-import statistics
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.goals import spread
 from benchmarks.train_step import say, shape_of
 from benchmarks.training.contestants import METHOD
 from benchmarks.training.live import Failed, Live, add_options, start
@@ -89,9 +89,8 @@ def records_of(rounds: dict[str, Rounds], shape: str) -> Rounds:
             "parameter_ratio": [each["parameters"] / base["parameters"] for each, base in pairs],
         }
         for metric, values in ratios.items():
-            low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-            spread = {"median": median, "low": low, "high": high}
-            made.append({"name": name, "shape": shape, "metric": metric, **spread, "unit": f"of {BASE}"})
+            found = dict(zip(("median", "low", "high"), spread(values), strict=True))
+            made.append({"name": name, "shape": shape, "metric": metric, **found, "unit": f"of {BASE}"})
     return made
 
 
@@ -103,8 +102,8 @@ def show(records: Rounds) -> None:
     print(f"{'':24}{'step':>24}{'memory':>9}{'parameters':>12}")
     for name in dict.fromkeys(each["name"] for each in records):
         step, memory, parameters = (each for each in records if each["name"] == name)
-        spread = f"{step['median']:.3f} ({step['low']:.3f} to {step['high']:.3f})"
-        print(f"{name:24}{spread:>24}{memory['median']:>9.2f}{parameters['median']:>12.2f}")
+        shown = f"{step['median']:.3f} ({step['low']:.3f} to {step['high']:.3f})"
+        print(f"{name:24}{shown:>24}{memory['median']:>9.2f}{parameters['median']:>12.2f}")
 
 
 def main(arguments: list[str]) -> int:

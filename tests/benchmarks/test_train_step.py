@@ -69,8 +69,8 @@ def test_rounds_are_kept_and_become_records(tmp_path: Path, capsys: pytest.Captu
     assert train_step.main(asked) == 0
     assert capsys.readouterr().err == ""  # nothing ran again
     assert train_step.main([*asked, "--rounds=4", "--sitting=2"]) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split("  ")[0] for line in told] == ["round 2", "round 3", "round 4"]
+    reported = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in reported] == ["round 2", "round 3", "round 4"]
     assert train_step.main([*asked, "--steps=2"]) == 78
     assert "holds rounds of other steps; name another folder" in capsys.readouterr().err
 
