@@ -5,9 +5,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stablelm.engine.torch_engine import TorchEngine
+from stablelm.methods.concatenation import Concatenation
 from stablelm.model.added_parameters import named_parameters_of
 from stablelm.model.attention.body import Attention
 from stablelm.model.feedforward import FeedForward
@@ -45,7 +45,7 @@ def added_code(engines: dict[str, TorchEngine], shape: Shape) -> list[Added]:
         Added("magneto: inner norms", inner_norms(engines["magneto"], shape)),
         Added("sigma_reparam: scales", sigma_scales(sigma, shape)),
         Added("sigma_reparam: refresh", refreshes(sigma)),
-        Added("catformer: cat, norm, recompute", reads(engines["catformer"], shape), reads(base, shape)),
+        Added("catformer: stream to first products", reads(engines["catformer"], shape), reads(base, shape)),
     ]
 
 
@@ -119,38 +119,25 @@ def sigma_scales(engine: TorchEngine, shape: Shape) -> Work:
 
 
 def reads(engine: TorchEngine, shape: Shape) -> Work:
-    """What every sub-layer does before its first product, forward and backward, recompute included."""
-    chunks: Chunks = (_features(engine, shape, shape.d_model, torch.float32),)
-    jobs: list[tuple[Sublayer, Chunks]] = []
-    for part in _parts(engine, Sublayer):
-        jobs.append((part, chunks))
-        if part.frees_input:
-            last = _last_map(part.body)
-            chunks = (*chunks, _features(engine, shape, len(last.weight), torch.float32))
-    largest = max(factor.numel() for part, read in jobs for factor in _factors(part, *read))
-    noise = torch.randn(largest, device=engine.device).to(jobs[0][0].compute_dtype)
+    """What every sub-layer does up to its first products, forward and backward, and writes to a stream that grows."""
+    parts, x = _parts(engine, Sublayer), _features(engine, shape, shape.d_model, torch.float32)
+    branches = [_features(engine, shape, len(_last_map(part.body).weight), part.compute_dtype) for part in parts]
+    width = x.shape[-1] + sum(branch.shape[-1] for branch in branches)
+    grows, noise = parts[0].stream.grows, dict[tuple[int, ...], Tensor]()
 
     def work() -> None:
-        for part, read in jobs:
-            if part.frees_input:
-                factors = checkpoint(_factors, part, *read, use_reentrant=False, preserve_rng_state=False)
-            else:
-                factors = _factors(part, *read)
-            torch.autograd.backward(factors, [noise[: factor.numel()].view_as(factor) for factor in factors])
-        _forget(*engine.parameters().values(), *chunks)
+        chunks, made = (Concatenation.start(x, width, parts[0].compute_dtype) if grows else (x,)), list[Tensor]()
+        for part, branch in zip(parts, branches, strict=True):
+            chunks, products = part.enter(chunks)
+            made += products
+            if grows:
+                chunks = part.stream.join(chunks, part.stream.write(chunks, branch, {}))
+        for product in made:
+            noise.setdefault(tuple(product.shape), torch.randn_like(product))
+        torch.autograd.backward(made, [noise[tuple(product.shape)] for product in made])
+        _forget(*engine.parameters().values(), x, *branches)
 
     return work
-
-
-def _factors(part: Sublayer, *chunks: Tensor) -> tuple[Tensor, ...]:
-    """The input of a sub-layer's first product and, where they are made for it, its matrices."""
-    x = part.stream.read(chunks, named_parameters_of(part, part.added))
-    x = x if part.norm_in is None else part.norm_in(x)
-    weights = [linear.first.weight for linear in part.body.first_maps]
-    if part.frees_input:
-        return x.to(part.compute_dtype), torch.cat([*weights]).to(part.compute_dtype)
-    made = [weight.to(part.compute_dtype) for weight in weights if weight.dtype != part.compute_dtype]
-    return x.to(part.compute_dtype), *made
 
 
 def _parts(engine: TorchEngine, kind: type[M]) -> list[M]:

@@ -89,15 +89,23 @@ class Concat(Stream):
         return self.finish(chunks)
 
     def write(self, chunks: "Chunks", branch: "Tensor", added: Mapping[str, "Tensor"]) -> "Chunks":
-        return (branch.to(chunks[0].dtype),)
+        from stablelm.methods.concatenation import Concatenation
+
+        return chunks.append(branch) if isinstance(chunks, Concatenation) else (branch.to(chunks[0].dtype),)
 
     def join(self, chunks: "Chunks", new: "Chunks") -> "Chunks":
-        return chunks + new
+        from stablelm.methods.concatenation import Concatenation
+
+        return new if isinstance(new, Concatenation) else chunks + new
 
     def settle(self, chunks: "Chunks") -> "Chunks":
         """Merges 16 chunks of equal width at a time: reading hundreds is slow."""
         import torch
 
+        from stablelm.methods.concatenation import Concatenation
+
+        if isinstance(chunks, Concatenation):
+            return chunks
         while len(chunks) >= MERGED and len({chunk.shape[-1] for chunk in chunks[-MERGED:]}) == 1:
             chunks = (*chunks[:-MERGED], torch.cat(chunks[-MERGED:], dim=-1))
         return chunks
@@ -108,7 +116,9 @@ class Concat(Stream):
     def finish(self, chunks: "Chunks") -> "Tensor":
         import torch
 
-        return torch.cat(chunks, dim=-1)
+        from stablelm.methods.concatenation import Concatenation
+
+        return chunks.stream if isinstance(chunks, Concatenation) else torch.cat(chunks, dim=-1)
 
     def export_obstacle(self, model: Model) -> str:
         return "its stream is a concatenation of all outputs so far, which no standard architecture has"

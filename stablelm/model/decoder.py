@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stablelm.config.schema import ModelConfig
+from stablelm.methods.concatenation import Concatenation
 from stablelm.methods.sizes import stream_width
 from stablelm.model import branch_factors
 from stablelm.model.added_parameters import add_parameters, named_parameters_of
@@ -19,7 +20,7 @@ from stablelm.model.devices import to_device
 from stablelm.model.linear import Dtypes, Linear, make_dtypes
 from stablelm.model.loss import LossSums, TokenScores, chunked_cross_entropy, drawn_tokens, token_scores
 from stablelm.model.norms import Norm
-from stablelm.model.sublayer import Chunks, Layer
+from stablelm.model.sublayer import Chunks, Layer, Sublayer
 from stablelm.model.token_loss import TokenLoss
 
 Tap = Callable[[int, Chunks], Chunks]
@@ -122,7 +123,7 @@ class Decoder(nn.Module):
             factors = branch_factors.usual(self.config, self.dtypes, training=self.training)
         factors = None if factors is None else to_device(factors, tokens.device)
         positions = self.positions(tokens, boundaries) if cache is None else cache.enter(tokens, self.dtypes)
-        chunks = self._tapped(0, self.stream.start(self.embed(tokens, cache)))
+        chunks = self._tapped(0, self._start(self.embed(tokens, cache), cache))
         values: Chunks = ()
         for index, place in enumerate(self.places):
             of_layer = None if cache is None else cache.layers[index], None if factors is None else factors[index]
@@ -134,6 +135,14 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.leave(tokens.shape[1])
         return self.finish(chunks)
+
+    def _start(self, embedded: Tensor, cache: KeyValueCache | None) -> Chunks:
+        """A concatenated stream is trained on in one buffer, unless somebody looks at its parts."""
+        appends = self.stream.grows and torch.is_grad_enabled() and self.tap is None and cache is None
+        if appends and all(part.takes_concatenation for part in self.modules() if isinstance(part, Sublayer)):
+            width = stream_width(self.config, self.config.n_layers)
+            return Concatenation.start(embedded, width, self.dtypes.compute)
+        return self.stream.start(embedded)
 
     def _tapped(self, index: int, chunks: Chunks) -> Chunks:
         return chunks if self.tap is None else self.tap(index, chunks)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from stablelm.config.schema import ModelConfig
 from stablelm.methods import spectral
 from stablelm.methods.axes import Reparam
+from stablelm.methods.concatenation import Concatenation
 from stablelm.model import float8
-from stablelm.model.products import Vectors, product
+from stablelm.model.products import Vectors, one_matrix, product
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,41 @@ def first_product(maps: "Sequence[Linear | LowRankLinear]", x: Tensor, *, keep: 
             return _completed(first, torch.cat(made, dim=-1))
         matrix = torch.cat([linear.scaled().to(x.dtype) for linear in first])
         return float8.linear(x, matrix, _bias(first, x.dtype), recipe)
-    quotients = [linear.reparam.quotient(linear) for linear in first if linear.reparam is not None]
-    found = [quotient for quotient in quotients if quotient is not None]
-    gains = [gain for gain, *_ in found] if found else _factors(first)
+    gains, vectors = _scales(first)
     if len(first) == 1 and not gains and recipe is None:
         return F.linear(x, weights[0].to(x.dtype), _bias(first, x.dtype))
-    vectors, bias = [Vectors(*own) for _, *own in found], _bias(first, x.dtype)
-    return product(x, weights, gains, vectors, bias, keep=keep, recipe=recipe)
+    return product(x, weights, gains, vectors, _bias(first, x.dtype), keep=keep, recipe=recipe)
+
+
+def product_of_concatenation(
+    maps: "Sequence[Linear | LowRankLinear]",
+    stream: Concatenation,
+    gain: Tensor,
+    shift: Tensor | None,
+    *,
+    centred: bool,
+    eps: float,
+) -> tuple[Concatenation, Tensor]:
+    """The stream that is appended to next, and what all maps make of it after a norm with that gain and bias, (width,)
+    each, (batch, seq, d_out of all) in the compute dtype; `centred`: the norm subtracts the mean."""
+    first = [linear.first for linear in maps]
+    weights, dtype = [linear.weight for linear in first], first[0].compute_dtype
+    gains, vectors = _scales(first)
+
+    make = partial(one_matrix, weights, gains, vectors, dtype, gain, stream.read_width)
+    # As of `product`: the weights of an engine that shards them come in the compute dtype.
+    stream, made = stream.read(make(), make if weights[0].dtype == dtype else None, centred=centred, eps=eps)
+    bias = _bias(first, dtype)
+    if shift is not None:
+        bias = F.linear(shift.to(dtype), one_matrix(weights, gains, vectors, dtype), bias)
+    return stream, finished(maps, made if bias is None else made + bias)
+
+
+def _scales(maps: Sequence[Linear]) -> tuple[list[Tensor], list[Vectors]]:
+    """What `products.one_matrix` makes one matrix of several with, beside the weights."""
+    quotients = [linear.reparam.quotient(linear) for linear in maps if linear.reparam is not None]
+    found = [quotient for quotient in quotients if quotient is not None]
+    return [gain for gain, *_ in found] if found else _factors(maps), [Vectors(*own) for _, *own in found]
 
 
 def finished(maps: "Sequence[Linear | LowRankLinear]", product: Tensor) -> Tensor:

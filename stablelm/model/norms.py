@@ -34,6 +34,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width, dtype=dtypes.parameter)) if has_bias else None
         self.alpha = nn.Parameter(torch.empty(1, dtype=dtypes.parameter)) if self.kind.has_slope else None
 
+    @property
+    def affine(self) -> tuple[Tensor, Tensor | None]:
+        """Gain and bias, (width,) each in the parameter dtype, of a norm that has a gain, times `scale`."""
+        assert self.weight is not None
+        if self.scale == 1:
+            return self.weight, self.bias
+        return self.weight * self.scale, None if self.bias is None else self.bias * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., width) of any float dtype -> the same shape, in the parameter dtype, or x's if the norm can.
 
@@ -41,11 +49,9 @@ class Norm(nn.Module):
         follow; the computation is in fp32.
         """
         dtype = x.dtype if self.kind.wide_inside else self.parameter_dtype
-        weight, bias = self.weight, self.bias
-        if weight is None:
-            made = self.kind.apply(x.to(dtype), None, bias, self.alpha, self.eps)
+        if self.weight is None:
+            made = self.kind.apply(x.to(dtype), None, self.bias, self.alpha, self.eps)
             return made if self.scale == 1 else made * self.scale
-        if self.scale != 1:
-            weight, bias = weight * self.scale, None if bias is None else bias * self.scale
+        weight, bias = self.affine
         bias = None if bias is None else bias.to(dtype)
         return self.kind.apply(x.to(dtype), weight.to(dtype), bias, self.alpha, self.eps)

@@ -25,14 +25,21 @@ class Vectors(NamedTuple):
 
 
 def one_matrix(
-    weights: Sequence[Tensor], gains: Sequence[Tensor], vectors: Sequence[Vectors], dtype: torch.dtype
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    vectors: Sequence[Vectors],
+    dtype: torch.dtype,
+    columns: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """The rows of all weights, (d_out, d_in) each, one below the other in `dtype`.
 
     `gains`, none or one (1,) or (d_out,) for each weight, multiply its rows before they are rounded; with `vectors`
-    too, of each weight, gain / sigma does, and the gains are (1,).
+    too, of each weight, gain / sigma does, and the gains are (1,). `columns` (d_in,) multiplies those of all; with it
+    there are `width` of them, and those beyond d_in are zeros.
     """
-    return _Matrix.apply(dtype, vectors, len(weights), *weights, *gains)  # pyright: ignore[reportReturnType]
+    wide = weights[0].shape[1] if width is None else width
+    return _Matrix.apply(dtype, vectors, len(weights), wide, columns, *weights, *gains)  # pyright: ignore[reportReturnType]
 
 
 def product(
@@ -58,41 +65,75 @@ def product(
 
 class _Matrix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, vectors: Sequence[Vectors], n: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        vectors: Sequence[Vectors],
+        n: int,
+        width: int,
+        columns: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
         weights, gains = parameters[:n], parameters[n:]
         rows = [len(weight) for weight in weights]
-        matrix = weights[0].new_empty((sum(rows), weights[0].shape[1]), dtype=dtype)
+        matrix, d_in = weights[0].new_empty((sum(rows), width), dtype=dtype), weights[0].shape[1]
         factors, norms = gains, ()
         if vectors:
             norms = (_joined([own.sigma for own in vectors]),)
             factors = (_joined(gains) / norms[0]).split(1)
+        parts = matrix.split(rows)
+        if width > d_in:
+            matrix[:, d_in:].zero_()
+            parts = matrix[:, :d_in].split(rows)
         if gains:
-            for part, weight, factor in zip(matrix.split(rows), weights, factors, strict=True):
-                torch.mul(weight, factor[:, None], out=part)
+            for part, weight, factor in zip(parts, weights, factors, strict=True):
+                torch.mul(*_scaled(weight, factor, columns), out=part)
+        elif columns is not None:
+            for part, weight in zip(parts, weights, strict=True):
+                torch.mul(weight, columns, out=part)
         else:
-            copy_all(matrix.split(rows), weights)
-        ctx.vectors, ctx.n, ctx.rows, ctx.dtype = vectors, n, rows, weights[0].dtype
-        ctx.save_for_backward(*(weights if gains else ()), *factors, *norms)
+            copy_all(parts, weights)
+        ctx.vectors, ctx.n, ctx.rows, ctx.d_in, ctx.dtype = vectors, n, rows, d_in, weights[0].dtype
+        ctx.save_for_backward(columns, *(weights if gains or columns is not None else ()), *factors, *norms)
         return matrix
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """With G = dL/dM for M = f W: dL/df = <G, W> and dL/dW = f G; with f = g / s, s = v^T W u, dL/dg = <G, W> / s
-        and dL/dW = f (G - dL/dg v u^T)."""
-        saved = ctx.saved_tensors
-        whole = gradient.to(ctx.dtype, copy=bool(saved))
-        parts = whole.split(ctx.rows)
-        if not saved:
-            return None, None, None, *parts
+        and dL/dW = f (G - dL/dg v u^T). For M = f W c, dL/dc is the sum over rows of f G W, and G c takes G's place."""
+        columns, *saved = ctx.saved_tensors
         weights, factors, norms = (saved[start : start + ctx.n] for start in (0, ctx.n, 2 * ctx.n))
+        whole, of_columns = gradient[:, : ctx.d_in].to(ctx.dtype, copy=bool(saved)), None
+        parts = whole.split(ctx.rows)
+        if columns is not None:
+            of_columns = _over_rows(parts, weights, factors)
+            whole.mul_(columns)
+        if not factors:
+            return None, None, None, None, of_columns, *parts
         slopes = [_slope(part, weight, factor) for part, weight, factor in zip(parts, weights, factors, strict=True)]
         if norms:
             slopes = (_joined(slopes) / norms[0]).split(1)
             for part, slope, (_, v, u) in zip(parts, slopes, ctx.vectors, strict=True):
                 part.addcmul_((v * slope)[:, None], u[None], value=-1)
         whole.mul_(_joined([factor.expand(n) for factor, n in zip(factors, ctx.rows, strict=True)])[:, None])
-        return None, None, None, *parts, *slopes
+        return None, None, None, None, of_columns, *parts, *slopes
+
+
+def _scaled(weight: Tensor, factor: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two tensors whose product is f W c."""
+    if columns is None:
+        return weight, factor[:, None]
+    return (weight, factor * columns) if len(factor) == 1 else (weight * factor[:, None], columns)
+
+
+def _over_rows(gradients: Sequence[Tensor], weights: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
+    """The sum over all rows of f G W, (d_in,)."""
+    products = [gradient * weight for gradient, weight in zip(gradients, weights, strict=True)]
+    if not factors:
+        return torch.stack([product.sum(dim=0) for product in products]).sum(dim=0)
+    rows = zip(products, factors, strict=True)
+    return torch.stack([factor.expand(len(product)) @ product for product, factor in rows]).sum(dim=0)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

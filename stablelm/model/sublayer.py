@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stablelm.config.schema import ModelConfig
+from stablelm.methods.concatenation import Concatenation
 from stablelm.methods.sizes import fits_float8
 from stablelm.model.added_parameters import add_parameters, named_parameters_of
 from stablelm.model.attention.body import Attention
@@ -20,6 +21,7 @@ from stablelm.model.linear import (
     completed,
     finished,
     first_product,
+    product_of_concatenation,
     side_by_side,
 )
 from stablelm.model.norms import Norm
@@ -41,7 +43,7 @@ class Sublayer(nn.Module):
         self.stream = axes.stream.at(config, index)
         self.compute_dtype = dtypes.compute
         self.separate = axes.stream.separate_inputs(config, index)
-        # For gradients, a concatenation at every depth would keep memory that grows with the square of the depth.
+        # For gradients, tensors put side by side at every depth would keep memory that grows with the depth's square.
         self.frees_input = self.stream.grows
         scale, eps_scale = placement.input_scale(layer), self.stream.eps_scale(config, index)
         before = placement.before_body
@@ -63,11 +65,23 @@ class Sublayer(nn.Module):
     if TYPE_CHECKING:
         stacked: Tensor | None
 
-    def enter(self, chunks: Chunks) -> Products:
-        """chunks: the stream -> what `body.first_maps` make of it, (batch, seq, each of `body.first_widths`) in the
-        compute dtype; with `body.passes_input`, what they read comes second."""
+    @property
+    def takes_concatenation(self) -> bool:
+        """Whether `enter` can read a `Concatenation`: all that its norm does can go into a product."""
+        norm, first = self.norm_in, self.body.first_maps[0].first
+        one_product = self.stacked is None and not self.separate and not self.body.passes_input and first.float8 is None
+        return one_product and norm is not None and norm.kind.standard is not None
+
+    def enter(self, chunks: Chunks) -> tuple[Chunks, Products]:
+        """chunks: the stream -> the stream that is written to, and what `body.first_maps` make of it, (batch, seq, each
+        of `body.first_widths`) in the compute dtype; with `body.passes_input`, what they read comes second."""
         maps, read = self.body.first_maps, None
-        if self.separate:
+        if isinstance(chunks, Concatenation):
+            norm = self.norm_in
+            assert norm is not None
+            centred = norm.kind.standard == "layer"
+            chunks, made = product_of_concatenation(maps, chunks, *norm.affine, centred=centred, eps=norm.eps)
+        elif self.separate:
             inputs = self._read_each(chunks)
             made = torch.cat([side_by_side((linear,), x) for linear, x in zip(maps, inputs, strict=True)], dim=-1)
         elif self.frees_input and self.stacked is None and torch.is_grad_enabled():
@@ -79,9 +93,9 @@ class Sublayer(nn.Module):
         widths = self.body.first_widths
         products = (made,) if len(widths) == 1 else made.split(widths, dim=-1)
         if not self.body.passes_input:
-            return products
+            return chunks, products
         assert read is not None
-        return (products[0], read, *products[1:])
+        return chunks, (products[0], read, *products[1:])
 
     @torch.no_grad()
     def fix(self) -> None:
@@ -185,7 +199,8 @@ class Layer(nn.Module):
         attended, own = self.attend(chunks, positions, values, cache, factor)
         between = self.stream.join(chunks, attended)
         read = chunks if self.stream.parallel else between
-        fed = self.feedforward.leave(between, self.feedforward.enter(read), positions, factor=factor_fed)
+        read, products = self.feedforward.enter(read)
+        fed = self.feedforward.leave(between if self.stream.parallel else read, products, positions, factor=factor_fed)
         added = named_parameters_of(self, self.added, self.compute_dtype)
         new = self.stream.end_layer(chunks, self.stream.join(attended, fed), added)
         return (*new, own) if own is not None else new
@@ -194,7 +209,7 @@ class Layer(nn.Module):
         self, chunks: Chunks, positions: Positions, values: Chunks, cache: LayerCache | None, factor: Tensor | None
     ) -> tuple[Chunks, Tensor | None]:
         """The attention sub-layer as `Sublayer.leave` returns it, and the layer's own values if it gives them."""
-        products = self.attention.enter(chunks)
+        chunks, products = self.attention.enter(chunks)
         own = products[1]
         if values:
             body = self.attention.body

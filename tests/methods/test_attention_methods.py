@@ -97,7 +97,7 @@ def test_simplified_attention_starts_as_the_identity(method: str, length: int):
     tokens, _ = sample(config, seq_len=length)
     chunks = decoder.stream.start(decoder.embed(tokens))
     attention: Any = decoder.get_submodule("layers.0.attention")
-    branch = attention.body(attention.enter(chunks), decoder.positions(tokens))
+    branch = attention.body(attention.enter(chunks)[1], decoder.positions(tokens))
     torch.testing.assert_close(branch, attention.norm_in(chunks[0]), rtol=0, atol=1e-12)
 
 
@@ -165,7 +165,7 @@ def test_sequences_of_one_token_attend_to_what_adds_to_the_denominator():
     with torch.no_grad():
         attention.body.query.weight.zero_()
     tokens, _ = sample(config, seq_len=1)
-    products = attention.enter(decoder.stream.start(decoder.embed(tokens)))
+    products = attention.enter(decoder.stream.start(decoder.embed(tokens)))[1]
     mixed = attention.body(products, decoder.positions(tokens))
     torch.testing.assert_close(mixed, 0.5 * attention.body.output(products[1]), rtol=1e-12, atol=1e-12)
 

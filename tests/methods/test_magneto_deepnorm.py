@@ -231,7 +231,7 @@ def test_sublayers_equal_the_equations(method, plain, index, activation, kv_head
     ours, theirs = (x.to(dtype).requires_grad_() for _ in range(2))
     positions = Positions(rotation_table(11, 8, 10000.0, dtype=dtype, device=torch.device("cpu")))
     weights = {name: p.detach().clone().requires_grad_() for name, p in sublayer.named_parameters()}
-    (found,) = sublayer.leave((ours,), sublayer.enter((ours,)), positions)
+    (found,) = sublayer.leave((ours,), sublayer.enter((ours,))[1], positions)
     wanted = plain(theirs, weights, config, index)
     found.backward(back.to(dtype))
     wanted.backward(back.to(dtype))

@@ -273,9 +273,9 @@ def _measured_skips(config: ModelConfig, seeds: int) -> list[float]:
                 found.append(skip)
                 with torch.no_grad():
                     part.get_parameter("skip").fill_(skip)
-                    branch = part.body(part.enter((x,)), positions)
+                    branch = part.body(part.enter((x,))[1], positions)
                     skip = math.sqrt((skip * x).var().item() + branch.var().item())
-                    (x,) = part.leave((x,), part.enter((x,)), positions)
+                    (x,) = part.leave((x,), part.enter((x,))[1], positions)
         means += torch.tensor(found, dtype=torch.float64) / seeds
     return means.tolist()
 

@@ -211,11 +211,11 @@ def test_later_layers_average_their_values_with_the_first_ones(kv_heads):
     first = None
     for layer in plain.layers:
         attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
-        both, value = attention.enter((x,))  # type: ignore[operator]
+        both, value = attention.enter((x,))[1]  # type: ignore[operator]
         first = value if first is None else first
         mixed = value if value is first else (value + first) / 2
         (x,) = attention.leave((x,), (both, mixed), positions)  # type: ignore[operator]
-        (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
+        (x,) = feedforward.leave((x,), feedforward.enter((x,))[1], positions)  # type: ignore[operator]
     torch.testing.assert_close(decoder(tokens), plain.finish((x,)), rtol=1e-12, atol=1e-12)
     assert (decoder(tokens) - plain(tokens)).abs().max() > 1e-3
     assert len(list(decoder.parameters())) == len(list(plain.parameters()))
@@ -251,11 +251,11 @@ def _with_mixed_values(plain: Decoder, tokens: Tensor, weights: list[Tensor]) ->
     positions, x, first = plain.positions(tokens), plain.embed(tokens), None
     for index, layer in enumerate(plain.layers):
         attention, feedforward = layer.get_submodule("attention"), layer.get_submodule("feedforward")
-        both, value = attention.enter((x,))  # type: ignore[operator]
+        both, value = attention.enter((x,))[1]  # type: ignore[operator]
         first = value if first is None else first
         mixed = value if index == 0 else weights[index - 1][0] * first + weights[index - 1][1] * value
         (x,) = attention.leave((x,), (both, mixed), positions)  # type: ignore[operator]
-        (x,) = feedforward.leave((x,), feedforward.enter((x,)), positions)  # type: ignore[operator]
+        (x,) = feedforward.leave((x,), feedforward.enter((x,))[1], positions)  # type: ignore[operator]
     return plain.finish((x,))
 
 
@@ -277,7 +277,7 @@ def test_rezero_starts_as_the_identity_and_its_gains_open_it():
         gains["layers.0.attention.gain"].fill_(0.5)
     layer = decoder.layers[0].get_submodule("attention")
     x = decoder.embed(tokens)
-    products = layer.enter((x,))  # type: ignore[operator]
+    products = layer.enter((x,))[1]  # type: ignore[operator]
     wanted = x + 0.5 * layer.get_submodule("body")(products, decoder.positions(tokens))
     torch.testing.assert_close(decoder(tokens), wanted, rtol=1e-12, atol=1e-12)
 

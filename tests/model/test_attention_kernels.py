@@ -149,7 +149,7 @@ def first_attention(decoder: Decoder, tokens: Tensor) -> tuple[Attention, tuple[
     assert isinstance(layer, Layer)
     body = layer.attention.body
     assert isinstance(body, Attention)
-    return body, layer.attention.enter(decoder.stream.start(decoder.embed(tokens)))
+    return body, layer.attention.enter(decoder.stream.start(decoder.embed(tokens)))[1]
 
 
 def weights_of(attention: Attention, query: Tensor, key: Tensor, positions: Positions) -> Tensor:

@@ -108,7 +108,7 @@ def test_attention_figures(overrides: tuple[str, ...], at_once: int, monkeypatch
     layer = layer_of(decoder, 0)
     attention = layer.attention.body
     assert isinstance(attention, Attention)
-    products = layer.attention.enter(chunks)
+    _, products = layer.attention.enter(chunks)
     found = layer_hooks.attention_figures(attention, products, positions)
     logits = attention.logits(*attention.queries_and_keys(products, positions), positions)
     entropies, sinks, largest = [], [], 0.0
@@ -159,7 +159,7 @@ def test_figures_of_a_whole_decoder(method: str):
     if method == "pre_ln":
         branches = seen[2][0] - seen[1][0]  # of attention and feed-forward together
         layer, positions = layer_of(decoder, 1), decoder.positions(tokens)
-        attended = layer.attention.leave(seen[1], layer.attention.enter(seen[1]), positions)[0] - seen[1][0]
+        attended = layer.attention.leave(seen[1], layer.attention.enter(seen[1])[1], positions)[0] - seen[1][0]
         assert float(rows[2]["attention_branch_variance"]) == pytest.approx(float(attended.square().mean()), rel=1e-9)
         fed = float((branches - attended).square().mean())
         assert float(rows[2]["feedforward_branch_variance"]) == pytest.approx(fed, rel=1e-9)
