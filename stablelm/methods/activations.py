@@ -17,7 +17,8 @@ class Relu(Activation):
     scales_evenly: ClassVar[bool] = True
 
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
-        return hidden.relu()
+        # In the form that the next matrix takes: a compiler then keeps nothing else, else a slow mask of bytes besides.
+        return hidden.flatten(0, -2).relu().view_as(hidden)
 
     def function(self, n_layers: int) -> Function:
         return RELU

@@ -267,9 +267,9 @@ class Tailored(Activation):
         return tailored_slope(n_layers, self.end)
 
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
-        import torch.nn.functional as F
+        from stablelm.methods.kernels import leaky_relu
 
-        return F.leaky_relu(hidden, self.slope(n_layers)) * self.output_scale(n_layers)
+        return leaky_relu(hidden, self.slope(n_layers), self.output_scale(n_layers))
 
     def function(self, n_layers: int) -> Function:
         return LeakyRelu(self.slope(n_layers))

@@ -1,12 +1,13 @@
 """What passes over the stream and over queries and keys, in as few kernels as torch has without a compiler.
 
-Each is written twice: from single operations, which a compiler fuses with what is around, and as a function of autograd
-that computes the same in fewer passes.
+Most are written twice: from single operations, which a compiler fuses with what is around, and as a function of
+autograd that computes the same in fewer passes.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -32,6 +33,28 @@ class _WeightedSum(torch.autograd.Function):
         skip, gain = ctx.gains
         own = torch.empty_like(gradient, dtype=ctx.dtype)
         return gradient if skip == 1 else gradient * skip, torch.mul(gradient, gain, out=own), None, None
+
+
+def leaky_relu(x: Tensor, slope: float, gain: float) -> Tensor:
+    """gain x where x > 0, else gain slope x, for a slope >= 0 and a gain > 0; x: (..., width).
+
+    Made in two dimensions, as the next matrix takes it: what that keeps for its gradient serves here too.
+    """
+    return _LeakyRelu.apply(x.flatten(0, -2), slope, gain).view_as(x)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _LeakyRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float, gain: float) -> Tensor:
+        ctx.slope, ctx.gain = slope, gain
+        made = F.leaky_relu(x, slope) * gain
+        ctx.save_for_backward(made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (made,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(gradient, made, ctx.slope, True) * ctx.gain, None, None
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -79,9 +79,9 @@ class ShapedRelu(Activation):
         return replace(self, slope=max(0.0, 1 - model.option(ShapedOptions).slope / math.sqrt(model.d_model)))
 
     def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
-        import torch.nn.functional as F
+        from stablelm.methods.kernels import leaky_relu
 
-        return F.leaky_relu(hidden, self.slope) * self.output_scale(n_layers)
+        return leaky_relu(hidden, self.slope, self.output_scale(n_layers))
 
     def function(self, n_layers: int) -> Function:
         return LeakyRelu(self.slope)

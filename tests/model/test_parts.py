@@ -4,7 +4,9 @@ import pytest
 import torch
 from plain_decoder import build, sample, small_config
 from support.bodies import first_products
+from torch import Tensor
 
+from stablelm.methods.kernels import leaky_relu
 from stablelm.methods.positions import rotate, rotation_table
 from stablelm.methods.sizes import widths
 from stablelm.model.feedforward import FeedForward
@@ -126,3 +128,31 @@ def test_linear_multiplies_in_bf16_and_keeps_fp32_weights():
 def test_dtypes_of_each_precision(precision, stream, expected):
     dtypes = make_dtypes(precision, stream)
     assert (dtypes.parameter, dtypes.compute, dtypes.stream) == expected
+
+
+@pytest.mark.parametrize("method", ["deepscalelm_pre", "e_spa", "sas"])
+def test_a_compiled_rectifier_keeps_no_mask(method):
+    """What follows it is kept anyway and says where it was 0; a mask of bytes took a seventh of a step on a CPU."""
+    config, kept = small_config(method), list[torch.dtype]()
+    body = FeedForward(config, make_dtypes("bf16", "fp32"), widths(config, 1), 1)
+    for parameter in body.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.dtype)
+        return tensor
+
+    x = torch.randn(2, 8, body.first_widths[0], dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.compile(body)((x,)).sum().backward()
+    assert kept and torch.bool not in kept
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
+def test_the_leaky_relu_is_that_of_torch(slope):
+    x, back = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, wanted = (x.clone().requires_grad_() for _ in range(2))
+    leaky_relu(found, slope, 1.4).backward(back)
+    (1.4 * torch.nn.functional.leaky_relu(wanted, slope)).backward(back)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-14, atol=0)
+    torch.testing.assert_close(leaky_relu(x, slope, 1.4), 1.4 * torch.nn.functional.leaky_relu(x, slope))
