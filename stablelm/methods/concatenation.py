@@ -19,7 +19,8 @@ WIDTHS = 32
 
 
 class Concatenation(NamedTuple):
-    """All outputs so far, side by side. Each is read, then appended to, by turns; a copy that was read is the next."""
+    """All outputs so far, side by side. `read` and `append` return the one to go on with, and each is used once:
+    gradients of all that read the stream go through the next one."""
 
     stream: Tensor
     """(batch, seq, width so far), the first columns of a buffer as wide as the stream at its end."""
@@ -55,7 +56,7 @@ class Concatenation(NamedTuple):
         The norm has no gain and no bias; `centred`: it subtracts the mean. `again` gives the matrix for the backward
         pass, until which it is kept where this is None.
         """
-        made = _Product.apply(*self, matrix, again, centred, eps)  # pyright: ignore[reportGeneralTypeIssues]
+        made = _NormedProduct.apply(*self, matrix, again, centred, eps)  # pyright: ignore[reportGeneralTypeIssues]
         return Concatenation(made[0], made[1], self.inputs), made[2]
 
 
@@ -93,7 +94,7 @@ class _Append(torch.autograd.Function):
         return of_stream[..., :width], of_sums, None, of_branch.to(ctx.dtype)
 
 
-class _Product(torch.autograd.Function):
+class _NormedProduct(torch.autograd.Function):
     """The stream and its sums are returned too, so that one buffer takes the gradients of all that reads them."""
 
     @staticmethod
@@ -115,7 +116,7 @@ class _Product(torch.autograd.Function):
             inverse = (squares + eps).rsqrt_()
             made = torch.mul(product, inverse[:, None], out=torch.empty_like(product))
         else:
-            inverse = (squares - mean.square() + eps).rsqrt_()
+            inverse = (squares - mean.square()).clamp_(min=0).add_(eps).rsqrt_()
             made = torch.addr(product.to(sums.dtype), mean, rows, alpha=-1).mul_(inverse[:, None]).to(product.dtype)
         ctx.save_for_backward(matrix if again is None else None, made, mean, inverse, rows)
         return stream, sums, made.unflatten(0, stream.shape[:2])
