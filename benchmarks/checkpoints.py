@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from out_path import out_path
 
 from stablelm.checkpoint import commit, fence, selection
 from stablelm.checkpoint.background import Saver
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=500.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", help="a folder on the disk to measure; default: the system's temporary one")
-    parser.add_argument("--out", type=Path, help="write the records here as JSON")
+    parser.add_argument("--out", type=out_path, help="write the records here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     state = make_state(options.megabytes)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from out_path import out_path
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -177,7 +178,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
     parser.add_argument("--rows", type=_sizes, default=[], help="tokens of a chunk to compare, separated by commas")
     parser.add_argument("--compile", action="store_true", help="compile what follows the logits, as on a GPU")
-    parser.add_argument("--out", help="write the records to this JSON file")
+    parser.add_argument("--out", type=out_path, help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     records = summarise(measure(options), options.shape)
     for record in records:

@@ -31,6 +31,8 @@ from data_readers import DATASETS, OURS, PLAIN, mark, read
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from out_path import out_path  # noqa: E402
+
 from tests.support.fakehub import COMMIT, FakeHub  # noqa: E402
 from tests.support.httpserver import FaultyServer, serve  # noqa: E402
 from tests.support.stores import s3_server  # noqa: E402
@@ -267,7 +269,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=3)
     parser.add_argument("--megabytes", type=float, default=60.0, help="text after tiling")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the readings here as JSON")
+    parser.add_argument("--out", type=out_path, help="write the readings here as JSON")
     parser.add_argument("--read", type=json.loads, help=argparse.SUPPRESS)  # a reader's own process
     options = parser.parse_args()
     if options.read:

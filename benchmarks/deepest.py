@@ -15,6 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.out_path import out_path
+
 GOAL_BYTES = 16e9
 # Of tensors: the interpreter and its libraries take the rest.
 LIMIT_BYTES = 15.2e9
@@ -75,7 +79,7 @@ def _most_held(pid: int) -> int:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the records here")
+    parser.add_argument("--out", type=out_path, metavar="FILE.json", help="write the records here")
     options = parser.parse_args(arguments)
     records = []
     for name, settings in CASES.items():

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from out_path import out_path
 
 from stablelm.checkpoint import commit
 from stablelm.checkpoint.contents import expected_shapes
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--config", action="append", default=[], help="default: configs/runs/c4-1.3b-192.yaml")
     parser.add_argument("--shard-gb", type=float, default=0.5, help="default: 0.5")
     parser.add_argument("--directory", help="a folder on the disk to write to; default: the system's temporary one")
-    parser.add_argument("--out", type=Path, help="write the records here as JSON")
+    parser.add_argument("--out", type=out_path, help="write the records here as JSON")
     options = parser.parse_args()
     config = load(options.config or [str(ROOT / "configs/runs/c4-1.3b-192.yaml")], STANDARD).config
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:

@@ -13,10 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.out_path import out_path
 from stablelm.config.schema import AttentionConfig, ModelConfig
 from stablelm.evaluate.generation.generate import Language, continue_prompts
 from stablelm.evaluate.generation.loaded_model import fixed
@@ -188,7 +192,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=f"{OURS},{THEIRS}", help="names, separated by commas")
-    parser.add_argument("--out", help="write the records to this JSON file")
+    parser.add_argument("--out", type=out_path, help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     layers, width, batch, length = (int(part) for part in options.shape.split("x"))
     shape = (layers, width, batch, length)

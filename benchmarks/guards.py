@@ -25,6 +25,7 @@ import torch.distributed as dist
 from added_code import Shape
 from chunked_loss import seconds
 from methods import config_of, record, step_of, text_of
+from out_path import out_path
 from torch.multiprocessing.spawn import spawn
 
 from stablelm.config.schema import Config, GuardsConfig, ObserveConfig, RunConfig
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
     shape = Shape(*(int(size) for size in options.shape.split("x")))
     config = config_of("pre_ln", shape, options)

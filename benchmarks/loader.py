@@ -30,6 +30,7 @@ import torch
 from loader_contestants import BATCH, SEQ_LEN, on_one_core, on_two_cores
 from loader_prepared import measure_prepared, measure_resume, write_shards
 from loader_streaming import in_passes, in_slices, pin, record, records
+from out_path import out_path
 
 from stablelm.data.shards import shard_format
 from stablelm.tokenizers import Tokenizer, load_tokenizer
@@ -101,7 +102,7 @@ def main() -> None:
     kinds.add_argument("--two-cores", action="store_true", help="with threads and processes on two cores")
     kinds.add_argument("--prepared", action="store_true", help="measure prepared shards instead of text")
     kinds.add_argument("--resume-text", type=float, metavar="MEGABYTES", help="resume in one json.gz of this size")
-    parser.add_argument("--out", type=Path, help="write the records here as JSON")
+    parser.add_argument("--out", type=out_path, help="write the records here as JSON")
     options = parser.parse_args()
     pin(2 if options.two_cores else 1)
     torch.set_num_threads(1)

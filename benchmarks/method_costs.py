@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.goals import spread
+from benchmarks.out_path import out_path
 from benchmarks.train_step import say, shape_of
 from benchmarks.training.contestants import METHOD
 from benchmarks.training.live import Failed, Live, add_options, start
@@ -117,7 +118,7 @@ def main(arguments: list[str]) -> int:
     )
     add_options(parser, steps=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/method-costs"), help="where finished groups are kept")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the records here")
+    parser.add_argument("--out", type=out_path, metavar="FILE.json", help="write the records here")
     options = parser.parse_args(arguments)
     try:
         names = chosen(options.only)

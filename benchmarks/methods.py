@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from added_code import Shape, Work, added_code
 from chunked_loss import peak_memory, seconds
+from out_path import out_path
 from torch import Tensor
 
 from stablelm.config.load import load
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile each layer")
     parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
-    parser.add_argument("--out", help="write the records to this JSON file")
+    parser.add_argument("--out", type=out_path, help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     if options.memory:
         options.vocab, options.compile = MEMORY_VOCABULARY, False

@@ -12,13 +12,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 from added_code import Shape
 from chunked_loss import seconds
 from methods import record, text_of
+from out_path import out_path
 from torch import Tensor
 
 from stablelm.config.load import load
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--only", default="", help="names after a comma; adamw is always among them")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=out_path)
     options = parser.parse_args()
     shape = Shape(*(int(size) for size in options.shape.split("x")))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from out_path import out_path
 
 from stablelm.config.load import load
 from stablelm.errors import ConfigError
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--out", default="propagation.json", help="one JSON object a line")
+    parser.add_argument("--out", type=out_path, default="propagation.json", help="one JSON object a line")
     parser.add_argument("--table", help="a Markdown file for the table")
     parser.add_argument("keys", nargs="*", metavar="KEY=VALUE", help="of the configuration, for all methods")
     options = parser.parse_args()

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.out_path import out_path
 from benchmarks.train_step import MODES, SHAPES, shape_of
 from benchmarks.training.contestants import Setting, stablelm
 from benchmarks.training.shape import Shape
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--method", default="pre_ln")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=out_path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     for shape in options.shape:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from generate import llama_of
+from out_path import out_path
 
 from stablelm.config import rules
 from stablelm.config.load import load
@@ -109,7 +110,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--shape", default="12x384x16x64", help="layers x width x batch x items")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="write the records to this JSON file")
+    parser.add_argument("--out", type=out_path, help="write the records to this JSON file")
     options = parser.parse_args(arguments)
     layers, width, batch, items = (int(part) for part in options.shape.split("x"))
     records = []

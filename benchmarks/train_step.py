@@ -34,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.out_path import out_path
 from benchmarks.training.contestants import CONTESTANTS, OURS, is_peer
 from benchmarks.training.live import REPOSITORY, Failed, Live, Unavailable, add_options, start
 from benchmarks.training.shape import Shape
@@ -248,7 +249,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add_options(parser, steps=3)
     parser.add_argument("--peers-venv", type=Path, metavar="DIR", help="virtual environment of the peers")
     parser.add_argument("--runs", type=Path, default=Path("runs/train-step"), help="where finished rounds are kept")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the records here")
+    parser.add_argument("--out", type=out_path, metavar="FILE.json", help="write the records here")
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from out_path import out_path
 from torch import Tensor
 
 from stablelm.config.keys import choices
@@ -207,7 +208,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each legal combination")
     parser.add_argument("--only", type=_only, default={}, help="fixed axes, such as stream=concat,norm=dyt")
-    parser.add_argument("--out", help="write the summary to this JSON file")
+    parser.add_argument("--out", type=out_path, help="write the summary to this JSON file")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     outcomes = walk(options.only, options.steps, options.jobs)

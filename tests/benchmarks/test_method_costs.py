@@ -1,10 +1,13 @@
 """What methods cost: ratios to pre_ln from made-up rounds, what may be asked, and one group that runs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.samples import REPOSITORY
 
 from benchmarks import method_costs
 from stablelm.methods.catalogue import METHODS
@@ -46,3 +49,12 @@ def test_a_group_is_measured_once_and_a_refused_method_left_out(tmp_path: Path, 
     kept = [file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")]
     assert method_costs.main(asked) == 0
     assert [file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*.json")] == kept
+
+
+@pytest.mark.parametrize("name", ["method_costs", "optimizers", "methods", "checkpoints", "data_faults"])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(name, tmp_path):
+    script = REPOSITORY / "benchmarks" / f"{name}.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "none" / "costs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "its folder does not exist; create it first" in done.stderr
