@@ -96,7 +96,7 @@ class Concat(Stream):
     def join(self, chunks: "Chunks", new: "Chunks") -> "Chunks":
         from stablelm.methods.concatenation import Concatenation
 
-        return new if isinstance(new, Concatenation) else chunks + new
+        return Concatenation(*new) if isinstance(chunks, Concatenation) else chunks + new
 
     def settle(self, chunks: "Chunks") -> "Chunks":
         """Merges 16 chunks of equal width at a time: reading hundreds is slow."""

@@ -217,7 +217,7 @@ def _read_as(form: str, decoder: Decoder) -> Decoder:
         ("model.method=catformer",),
         ("model.method=catformer", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=true"),
         ("model.method=catformer", "model.placement=peri", "model.attention.low_rank=0.25", "model.init=gpt2"),
-        ("model.method=catformer_sigma",),
+        ("model.method=catformer_sigma", "model.attention.value_residual=true"),
     ],
     ids=str,
 )
