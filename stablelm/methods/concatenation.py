@@ -3,7 +3,7 @@
 A norm before a matrix M needs no pass over the stream: with the sums of x and x^2 over each token's features kept
 beside it, norm(x) M^T = (x M^T - mean M 1) / deviation, the norm's gain being in M's columns. Backward, all that read
 the stream add to one buffer, and what goes through mean and deviation stays two numbers a token, which each branch
-takes when it is reached. So a layer costs what its products cost, however wide the stream is.
+takes when it is reached. So beside products one addition, of gradients, passes over the stream.
 """
 
 from collections.abc import Callable
