@@ -109,7 +109,7 @@ def initial_value(name: str, role: Role, shape: Sequence[int], config: ModelConf
         return torch.zeros(*shape)
     if role.kind not in MATRICES and role.kind not in TABLES:
         added = _added(name, role, config)
-        return _drawn(name, shape, seed) * added.std if added.std else torch.as_tensor(added.start, dtype=torch.float32)
+        return _drawn(name, shape, seed) * added.std if added.std else torch.tensor(added.start, dtype=torch.float32)
     value = _drawn(name, shape, seed)
     partner = init.partner(role.kind)
     beside = None if partner is None else _drawn(name.replace(f".{role.kind}.", f".{partner}."), shape[::-1], seed)

@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 from stablelm.config.load import load
 from stablelm.config.rules import resolve
 from stablelm.config.schema import Config
+from stablelm.methods.concatenation import Concatenation
+from stablelm.methods.sizes import stream_width
 from stablelm.model.decoder import Decoder
 from stablelm.model.initialise import initialise
 from stablelm.model.memory import recompute
@@ -43,7 +45,11 @@ def kept_in_a_real_step(config: Config) -> Counter[str]:
     for part in decoder.modules():
         if isinstance(part, Sublayer):  # several maps are copied into one matrix
             first = [linear.first.weight for linear in part.body.first_maps]
-            shapes.add((sum(map(len, first)), first[0].shape[1]))
+            rows, columns = sum(map(len, first)), first[0].shape[1]
+            shapes.add((rows, columns))
+            if part.stream.grows:  # columns beyond the stream are zeros
+                embedded, width = torch.zeros(1, 1, columns), stream_width(config.model, config.model.n_layers)
+                shapes.add((rows, Concatenation.start(embedded, width, torch.bfloat16).read_width))
     shapes |= {shape[::-1] for shape in shapes}
     own = {t.untyped_storage().data_ptr() for t in (*decoder.parameters(), *decoder.buffers())}
     found: dict[int, tuple[str, int, torch.Tensor]] = {}

@@ -17,8 +17,8 @@ VARIANTS = {
     "sigma_attention": ("model.method=sigma_reparam", "model.sigma.targets=attention"),
 }
 CASES = {name: (f"model.method={name}",) for name in METHODS} | VARIANTS
-for name in ("gtrxl", "sas", "sas_p"):  # with 64, activations would have the shape of their matrices
-    CASES[name] += ("data.seq_len=80",)
+for name in ("gtrxl", "sas", "sas_p", "catformer", "catformer_sigma"):  # as activations would have matrices' shapes
+    CASES[name] += ("data.seq_len=75",)
 
 
 EACH = ("pre_ln", "deepscalelm_pre", "sigma_reparam", "catformer")
