@@ -16,11 +16,11 @@ class Relu(Activation):
     standard: ClassVar[str | None] = "relu"
     scales_evenly: ClassVar[bool] = True
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         # In the form that the next matrix takes: a compiler then keeps nothing else, else a slow mask of bytes besides.
         return hidden.flatten(0, -2).relu().view_as(hidden)
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         return RELU
 
 
@@ -30,12 +30,12 @@ class GeluErf(Activation):
     standard: ClassVar[str | None] = "gelu"
     scales_evenly: ClassVar[bool] = True
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         import torch.nn.functional as F
 
         return F.gelu(hidden)
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         return GELU
 
 
@@ -47,12 +47,12 @@ class GeluTanh(Activation):
     standard: ClassVar[str | None] = "gelu_new"
     scales_evenly: ClassVar[bool] = True
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         import torch.nn.functional as F
 
         return F.gelu(hidden, approximate="tanh")
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         # They differ by less than 0.0005 everywhere.
         return GELU
 
@@ -69,13 +69,13 @@ class SwiGlu(Activation):
         """8/3 d_model, rounded up to a multiple of 64."""
         return -(-8 * d_model // (3 * 64)) * 64
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         import torch.nn.functional as F
 
         assert gate is not None
         return F.silu(gate) * hidden
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         return SILU
 
 

@@ -147,16 +147,16 @@ def _attention(model: Model, read: _Moments, index: int, first: _Moments | None)
 
 
 def _feedforward(model: Model, read: _Moments, index: int) -> _Moments:
-    width, activation, n_layers = widths(model, index), model.axes.activation, model.n_layers
-    correlation = activation.correlation(read.correlation, n_layers)
+    width, activation = widths(model, index), model.axes.activation
+    correlation = activation.correlation(read.correlation)
     if model.axes.init.solved:
         return _Moments(1.0, correlation)
     assert model.d_ff is not None
     hidden = read.variance * width.read * map_variance(model, "fc1", index, width.read, model.d_ff)
-    inside = activation.second_moment(hidden, n_layers)
+    inside = activation.second_moment(hidden)
     if activation.gated:
         gate = read.variance * width.read * map_variance(model, "gate", index, width.read, model.d_ff)
-        inside = activation.second_moment(gate, n_layers) / gate * hidden
+        inside = activation.second_moment(gate) / gate * hidden
     if model.axes.placement.at(model, index).before_output:
         inside = 1.0
     return _Moments(inside * model.d_ff * map_variance(model, "fc2", index, model.d_ff, width.branch), correlation)

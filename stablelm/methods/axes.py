@@ -220,7 +220,7 @@ class Stream(Value):
 
         `variances`: of the branches as written, before their scale. None: not known.
         """
-        if not self.predicted or self.dual or self.gate(model) is not None:
+        if not self.predicted or self.gate(model) is not None:
             return None
         places = range(len(variances))
         gains = [
@@ -603,26 +603,26 @@ class Activation(Value):
         """Feed-forward width unless it is given: 4 d_model."""
         return 4 * d_model
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         """hidden, and the gate's product if `gated`: (batch, seq, d_ff) -> the same shape."""
         raise NotImplementedError
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         """The pointwise function, of the gate if `gated`, with its Gaussian integrals."""
         raise NotImplementedError
 
-    def output_scale(self, n_layers: int) -> float:
+    def output_scale(self) -> float:
         """What multiplies the pointwise function."""
         return 1.0
 
-    def second_moment(self, variance: float, n_layers: int) -> float:
+    def second_moment(self, variance: float) -> float:
         """E[act(x)^2] for inputs of that variance."""
-        found = float(self.function(n_layers).second_moment(variance)) * self.output_scale(n_layers) ** 2
+        found = float(self.function().second_moment(variance)) * self.output_scale() ** 2
         return found * variance if self.gated else found
 
-    def correlation(self, r: float, n_layers: int) -> float:
+    def correlation(self, r: float) -> float:
         """Uncentred correlation of two tokens after it, from r before it at unit variance."""
-        function = self.function(n_layers)
+        function = self.function()
         after = float(function.dual(1.0, r, 1.0)) / float(function.dual(1.0, 1.0, 1.0))
         return after * r if self.gated else after
 

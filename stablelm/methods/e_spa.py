@@ -63,7 +63,7 @@ def setting(model: Model) -> Setting:
     if model.axes.position.adds_table:
         collision /= 2
     activation, (skip, branch) = model.axes.activation, model.axes.stream.gains(model)
-    function = activation.function(model.n_layers)
+    function = activation.function()
     return Setting(model.n_layers, collision * (1 - model.dropout), function, activation.gated, skip, branch)
 
 
@@ -250,10 +250,10 @@ class Tailored(Activation):
     name: ClassVar[str] = "tailored"
     keeps_variance: ClassVar[bool] = True
     earlier: ClassVar[Mapping[str, Any]] = {f"model.{EspaOptions.SECTION}.nonlinearity": 0.9}
-    end: float = EspaOptions.nonlinearity
+    slope: float = 0.0
 
     def at(self, model: Model) -> "Tailored":
-        return replace(self, end=model.option(EspaOptions).nonlinearity)
+        return replace(self, slope=tailored_slope(model.n_layers, model.option(EspaOptions).nonlinearity))
 
     def refusals(self, model: Model) -> Iterable[Refusal]:
         if not model.axes.init.unit_variance:
@@ -263,25 +263,22 @@ class Tailored(Activation):
                 "use model.init=fan_in, unit or orthogonal, or model.activation=relu",
             )
 
-    def slope(self, n_layers: int) -> float:
-        return tailored_slope(n_layers, self.end)
-
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         from stablelm.methods.kernels import leaky_relu
 
-        return leaky_relu(hidden, self.slope(n_layers), self.output_scale(n_layers))
+        return leaky_relu(hidden, self.slope, self.output_scale())
 
-    def function(self, n_layers: int) -> Function:
-        return LeakyRelu(self.slope(n_layers))
+    def function(self) -> Function:
+        return LeakyRelu(self.slope)
 
-    def output_scale(self, n_layers: int) -> float:
-        return math.sqrt(2 / (1 + self.slope(n_layers) ** 2))
+    def output_scale(self) -> float:
+        return math.sqrt(2 / (1 + self.slope**2))
 
-    def second_moment(self, variance: float, n_layers: int) -> float:
+    def second_moment(self, variance: float) -> float:
         return variance  # scaled to keep it
 
     def modelling(self, model: Model) -> dict[str, Any]:
-        return {"negative_slope": self.slope(model.n_layers)}
+        return {"negative_slope": self.slope}
 
 
 DEFAULTS = {

@@ -78,15 +78,15 @@ class ShapedRelu(Activation):
     def at(self, model: Model) -> "ShapedRelu":
         return replace(self, slope=max(0.0, 1 - model.option(ShapedOptions).slope / math.sqrt(model.d_model)))
 
-    def apply(self, hidden: "Tensor", gate: "Tensor | None", n_layers: int) -> "Tensor":
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
         from stablelm.methods.kernels import leaky_relu
 
-        return leaky_relu(hidden, self.slope, self.output_scale(n_layers))
+        return leaky_relu(hidden, self.slope, self.output_scale())
 
-    def function(self, n_layers: int) -> Function:
+    def function(self) -> Function:
         return LeakyRelu(self.slope)
 
-    def output_scale(self, n_layers: int) -> float:
+    def output_scale(self) -> float:
         return math.sqrt(2 / (1 + self.slope**2))
 
     def modelling(self, model: Model) -> dict[str, Any]:

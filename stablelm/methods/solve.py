@@ -59,7 +59,7 @@ def solve(model: Model, *, shared: bool = False, literal: bool = False) -> tuple
             out_correlation = averaged.correlation(own.variance)
         else:
             stds.append(_feedforward_stds(model, reading, index, shared))
-            out_correlation = model.axes.activation.correlation(reading.correlation, model.n_layers)
+            out_correlation = model.axes.activation.correlation(reading.correlation)
         variance, correlation = _write(model, variance, correlation, (1 - model.dropout) * out_correlation, index)
     return tuple(stds)
 
@@ -139,10 +139,10 @@ def _feedforward_stds(model: Model, reading: Reading, index: int, shared: bool) 
     if model.axes.placement.at(model, index).before_output:
         return {"fc1": fan_in, "gate": fan_in, "fc2": math.sqrt(target / model.d_ff)}
     if shared and activation.scales_evenly:
-        function = activation.function(model.n_layers)
+        function = activation.function()
         both = _shared_std(function, width.read * reading.variance, model.d_ff, target)
         return {"fc1": both, "fc2": both}
-    out = math.sqrt(target / (model.d_ff * activation.second_moment(1.0, model.n_layers)))
+    out = math.sqrt(target / (model.d_ff * activation.second_moment(1.0)))
     return {"fc1": fan_in, "gate": fan_in, "fc2": out}
 
 

@@ -22,7 +22,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, dtypes: Dtypes, width: Widths, index: int):
         super().__init__()
         assert config.d_ff is not None
-        self.config, self.activation, self.gains = config, config.axes.activation, config.axes.gains.at(config)
+        self.activation, self.gains = config.axes.activation, config.axes.gains.at(config)
         bias, reparam = bool(config.bias), reparam_of(config, index)
         self.fc1 = Linear(width.read, config.d_ff, bias=bias, dtypes=dtypes, reparam=reparam)
         if self.activation.gated:
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         hidden, gate = products[0], products[1] if self.activation.gated else None
         if self.added:
             hidden, gate = self.gains.hidden(hidden, gate, named_parameters_of(self, self.added))
-        hidden = self.activation.apply(hidden, gate, self.config.n_layers)
+        hidden = self.activation.apply(hidden, gate)
         if self.norm_inner is not None:
             hidden = self.norm_inner(hidden)
         return self.fc2(hidden)

@@ -231,7 +231,7 @@ def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardB
     gate = map_variance(config, "gate", index, width.read, config.d_ff) if activation.gated else 0.0
     last = map_variance(config, "fc2", index, config.d_ff, width.branch)
     return FeedForwardBody(
-        function=activation.function(config.n_layers),
+        function=activation.function(),
         fc1_gain=width.read * first,
         fc2_gain=config.d_ff * last,
         fc1_back=config.d_ff * first,
@@ -239,7 +239,7 @@ def _feedforward(config: ModelConfig, index: int, width: Widths) -> FeedForwardB
         gate_gain=width.read * gate,
         gate_back=config.d_ff * gate,
         inner_norm=_norm(config) if config.axes.placement.at(config, index).before_output else None,
-        output_scale=activation.output_scale(config.n_layers),
+        output_scale=activation.output_scale(),
         gated=activation.gated,
     )
 

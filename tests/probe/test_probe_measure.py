@@ -190,7 +190,7 @@ def test_sensitivity_and_growth_equal_the_whole_decoder(overrides: tuple[str, ..
     assert found.growth.stream_variance == pytest.approx(
         float(state.square().mean() / before[0].square().mean()), rel=1e-6
     )
-    assert found.growth.loss == pytest.approx(float(decoder_loss(decoder)), rel=1e-6)
+    assert found.growth.loss == pytest.approx(decoder_loss(decoder).item(), rel=1e-6)
     assert found.growth.loss < found.loss
 
 
@@ -251,6 +251,7 @@ def test_the_update_follows_rates_and_epsilon_of_roles():
         ("gtrxl", 0.6, 1.6),
         ("sas", 0.9, 1.1),
         ("sas_p", 0.9, 1.1),
+        ("resi_dual", 0.4, 2.6),
     ],
 )
 def test_sensitivity_beside_the_theory(method: str, low: float, high: float, tmp_path: Path):

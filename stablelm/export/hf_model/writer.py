@@ -90,7 +90,7 @@ def config(source: TrainedModel) -> dict[str, Any]:
         "embedding_scale": axes.init.embedding_scale(model),
         "head_scale": axes.init.head_scale(model),
         "gated": axes.activation.gated,
-        "activation_scale": axes.activation.output_scale(model.n_layers),
+        "activation_scale": axes.activation.output_scale(),
         "tie_word_embeddings": bool(model.tie_embeddings),
     }
     for value in axes.each():
