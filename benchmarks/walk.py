@@ -45,7 +45,10 @@ LAYERS, WIDTH, HEADS, SEQ_LEN, VOCABULARY, BATCH = 2, 32, 2, 16, 64, 2
 LR = 1e-3
 AXES: dict[str, tuple[str, ...]] = {
     **{axis: choices(f"model.{axis}") for axis in ("stream", "placement", "norm", "init")},
-    "reparam": ("none", "sigma:all:spectral", "sigma:all:one", "sigma:attention:spectral", "sigma:attention:one"),
+    "reparam": (
+        *(name for name in choices("model.reparam") if name != "sigma"),
+        *("sigma:all:spectral", "sigma:all:one", "sigma:attention:spectral", "sigma:attention:one"),
+    ),
 }
 
 

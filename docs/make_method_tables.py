@@ -3,8 +3,8 @@
     python docs/make_method_tables.py
 
 What steps cost comes from docs/figures/methods/: costs.json (benchmarks/method_costs.py) and optimizer-costs.json
-(benchmarks/optimizers.py); what was learnt from the results of the studies `every-method` and `every-optimizer` in
-docs/studies/. Where one is missing the page says so.
+(benchmarks/optimizers.py); what was learnt from the results of the studies `every-method`, `every-method-other-rates` and
+`every-optimizer` in docs/studies/. Where one is missing the page says so.
 """
 
 import json
@@ -72,15 +72,15 @@ def optimizer_costs() -> str:
     return table(("optimizer", "step", "state"), lines)
 
 
-def learnt(study: str, key: str) -> Callable[[], str]:
-    """The table of a study whose cells differ in `key` and in the learning rate."""
+def learnt(key: str, *studies: str) -> Callable[[], str]:
+    """One table of studies whose cells differ in `key` and in the learning rate."""
 
     def made() -> str:
-        folder = STUDIES / study / "results"
-        results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        folders = [STUDIES / study / "results" for study in studies]
+        results = [json.loads(file.read_text()) for folder in folders for file in sorted(folder.glob("*.json"))]
         results = [each for each in results if "point" in each]
         if not results:
-            return missing(folder)
+            return missing(folders[0])
         rates = sorted({each["lr"] for each in results})
         unigram = results[0]["unigram_loss"]
         loss: dict[str, dict[float, Any]] = {}
@@ -106,8 +106,11 @@ def _cell(result: dict[str, Any]) -> str:
 
 
 PAGES = {
-    DOCS / "methods" / "index.md": {"costs": method_costs, "learnt": learnt("every-method", "model.method")},
-    DOCS / "optimizers.md": {"costs": optimizer_costs, "learnt": learnt("every-optimizer", "train.optimizer")},
+    DOCS / "methods" / "index.md": {
+        "costs": method_costs,
+        "learnt": learnt("model.method", "every-method", "every-method-other-rates"),
+    },
+    DOCS / "optimizers.md": {"costs": optimizer_costs, "learnt": learnt("train.optimizer", "every-optimizer")},
 }
 
 

@@ -23,15 +23,18 @@ def test_costs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_what_was_learnt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(make_method_tables, "STUDIES", tmp_path)
-    folder = tmp_path / "every-method" / "results"
-    folder.mkdir(parents=True)
-    for number, (name, lr, loss) in enumerate(
-        [("dyt", 1e-3, 4.9), ("keel", 1e-3, 4.0), ("keel", 3e-3, None), ("rezero", 1e-3, None)]
-    ):
+    for study, name, lr, loss in [
+        ("one", "dyt", 1e-3, 4.9),
+        ("one", "keel", 1e-3, 4.0),
+        ("other", "keel", 3e-3, None),
+        ("one", "rezero", 1e-3, None),
+    ]:
+        folder = tmp_path / study / "results"
+        folder.mkdir(parents=True, exist_ok=True)
         result = {"point": {"model.method": name}, "lr": lr, "val_loss": loss, "unigram_loss": 5.0}
-        (folder / f"{number}.json").write_text(json.dumps(result))
-    (folder / "baselines.json").write_text(json.dumps({"0": 3.7}))
-    assert make_method_tables.learnt("every-method", "model.method")().splitlines() == [
+        (folder / f"{name}-{lr}.json").write_text(json.dumps(result))
+        (folder / "baselines.json").write_text(json.dumps({"0": 3.7}))
+    assert make_method_tables.learnt("model.method", "one", "other")().splitlines() == [
         "| model.method | 0.001 | 0.003 | below unigram | at least 0.3 |",
         "| --- | --- | --- | --- | --- |",
         "| `keel` | 4.000 | not finite | 1.00 | yes |",
