@@ -3,8 +3,8 @@
     python docs/make_method_tables.py
 
 What steps cost comes from docs/figures/methods/: costs.json (benchmarks/method_costs.py) and optimizer-costs.json
-(benchmarks/optimizers.py); what was learnt from the results of the studies `every-method`, `every-method-other-rates` and
-`every-optimizer` in docs/studies/. Where one is missing the page says so.
+(benchmarks/optimizers.py); what was learnt from the results of the studies `every-method`,
+`every-method-other-rates` and `every-optimizer` in docs/studies/. Where one is missing the page says so.
 """
 
 import json
