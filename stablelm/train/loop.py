@@ -18,8 +18,7 @@ from stablelm.train.stop import REASONS, Outcome, StepExchange
 
 def train(job: Job) -> str:
     """Trains to the last step or an agreed stop; returns the reason of the stop, '' at the end."""
-    config, progress, marker = job.config, job.progress, job.watchdog.marker
-    steps, sizes = config.train.steps, config.train.batch_sizes
+    config, progress, steps = job.config, job.progress, job.config.train.steps
     assert steps is not None
     interval = IntervalMetrics(
         job.engine.device, job.ranks, config, progress, job.records,
@@ -30,25 +29,7 @@ def train(job: Job) -> str:
         return REASONS[exchange.known]
     while progress.step < steps:
         step = progress.step + 1
-        started = time.perf_counter()
-        marker.at("data", step)
-        job.faults.hang(step, "data")
-        batch = job.loader.next()
-        marker.at("step", step)
-        job.faults.before(step)
-        met = time.perf_counter()
-        job.layers.before(step)
-        take = update(job, batch, step)
-        result = take(largest_norm=job.guard.largest_norm(step))
-        if config.guards.recheck:
-            recheck(step, result, take, job.ranks, job.watchdog.hosts, job.records.message)
-        progress.step = step
-        progress.tokens += sizes.at(batch.data_step) * config.data.seq_len
-        interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
-        marker.finished(step)
-        job.profiler.step(step)
-        job.collection.step(step)
-
+        batch, result = advance(job, interval, step)
         if due(step, config.observe.every, steps):
             interval.write(job.loader, job.own_metrics.take())
         job.layers.step(step, progress.tokens)
@@ -67,7 +48,7 @@ def train(job: Job) -> str:
         if spike is not None and not stopping and rewound(job, spike, exchange, interval):
             continue
         if saving:
-            marker.at("save", step)
+            job.watchdog.marker.at("save", step)
             job.saver.wait()
             # When it stops at a spike, the resumed run meets the spike again and handles it.
             if spike is None or not stopping or progress.checkpointed_step < 0:
@@ -78,6 +59,30 @@ def train(job: Job) -> str:
             exchange.settle()
             return reason
     return ""
+
+
+def advance(job: Job, interval: IntervalMetrics, step: int) -> tuple[Batch, StepResult]:
+    """Trains on the next batch and measures the step."""
+    config, progress, marker = job.config, job.progress, job.watchdog.marker
+    started = time.perf_counter()
+    marker.at("data", step)
+    job.faults.hang(step, "data")
+    batch = job.loader.next()
+    marker.at("step", step)
+    job.faults.before(step)
+    met = time.perf_counter()
+    job.layers.before(step)
+    take = update(job, batch, step)
+    result = take(largest_norm=job.guard.largest_norm(step))
+    if config.guards.recheck:
+        recheck(step, result, take, job.ranks, job.watchdog.hosts, job.records.message)
+    progress.step = step
+    progress.tokens += config.train.batch_sizes.at(batch.data_step) * config.data.seq_len
+    interval.add(result, wait=job.loader.wait_seconds, own=met - started, seconds=time.perf_counter() - started)
+    marker.finished(step)
+    job.profiler.step(step)
+    job.collection.step(step)
+    return batch, result
 
 
 def update(job: Job, batch: Batch, step: int) -> Callable[..., StepResult]:
