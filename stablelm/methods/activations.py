@@ -1,10 +1,11 @@
 """The feed-forward's nonlinearities: ReLU, GELU (exact, by erf, and by tanh) and SwiGLU."""
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from stablelm.methods.axes import Activation
-from stablelm.theory.moments import GELU, RELU, SILU, Function
+from stablelm.methods.axes import Activation, Model
+from stablelm.theory.moments import GELU, RELU, SILU, Function, LeakyRelu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,31 @@ class Relu(Activation):
 
     def function(self) -> Function:
         return RELU
+
+
+@dataclass(frozen=True)
+class UnitLeakyRelu(Activation):
+    """A leaky relu times sqrt(2 / (1 + slope^2)), which keeps the variance of Gaussian inputs."""
+
+    keeps_variance: ClassVar[bool] = True
+    slope: float = 0.0
+
+    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
+        from stablelm.methods.kernels import leaky_relu
+
+        return leaky_relu(hidden, self.slope, self.output_scale())
+
+    def function(self) -> Function:
+        return LeakyRelu(self.slope)
+
+    def output_scale(self) -> float:
+        return math.sqrt(2 / (1 + self.slope**2))
+
+    def second_moment(self, variance: float) -> float:
+        return variance
+
+    def modelling(self, model: Model) -> dict[str, Any]:
+        return {"negative_slope": self.slope}
 
 
 @dataclass(frozen=True)

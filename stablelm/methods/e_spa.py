@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablelm.key import ABOVE_0, Range, key
+from stablelm.methods.activations import UnitLeakyRelu
 from stablelm.methods.axes import (
-    Activation,
     Array,
     Method,
     MethodOptions,
@@ -27,10 +27,10 @@ from stablelm.methods.axes import (
 )
 from stablelm.methods.orthogonal import Orthogonal
 from stablelm.theory.faithful_attention import Decay, Setting, at_places, decay_factors, planned_length
-from stablelm.theory.moments import Function, LeakyRelu, token_collision
+from stablelm.theory.moments import token_collision
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 HE = "He et al., Deep Transformers without Shortcuts, ICLR 2023"
 LARGEST = 0.85
@@ -244,13 +244,11 @@ def _decay(model: Model) -> Decay:
 
 
 @dataclass(frozen=True)
-class Tailored(Activation):
-    """A leaky relu times sqrt(2 / (1 + slope^2)), its slope by the depth (Zhang et al., ICLR 2022)."""
+class Tailored(UnitLeakyRelu):
+    """Its slope follows from the depth (Zhang et al., ICLR 2022)."""
 
     name: ClassVar[str] = "tailored"
-    keeps_variance: ClassVar[bool] = True
     earlier: ClassVar[Mapping[str, Any]] = {f"model.{EspaOptions.SECTION}.nonlinearity": 0.9}
-    slope: float = 0.0
 
     def at(self, model: Model) -> "Tailored":
         return replace(self, slope=tailored_slope(model.n_layers, model.option(EspaOptions).nonlinearity))
@@ -262,23 +260,6 @@ class Tailored(Activation):
                 "the tailored slope is solved for activations of unit variance; "
                 "use model.init=fan_in, unit or orthogonal, or model.activation=relu",
             )
-
-    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
-        from stablelm.methods.kernels import leaky_relu
-
-        return leaky_relu(hidden, self.slope, self.output_scale())
-
-    def function(self) -> Function:
-        return LeakyRelu(self.slope)
-
-    def output_scale(self) -> float:
-        return math.sqrt(2 / (1 + self.slope**2))
-
-    def second_moment(self, variance: float) -> float:
-        return variance  # scaled to keep it
-
-    def modelling(self, model: Model) -> dict[str, Any]:
-        return {"negative_slope": self.slope}
 
 
 DEFAULTS = {

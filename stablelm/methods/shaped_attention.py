@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stablelm.key import ABOVE_0, Range, key
-from stablelm.methods.axes import Activation, Method, MethodOptions, Model, Refusal, Shaping, Stream
-from stablelm.theory.moments import Function, LeakyRelu
+from stablelm.methods.activations import UnitLeakyRelu
+from stablelm.methods.axes import Method, MethodOptions, Model, Refusal, Shaping, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,29 +68,13 @@ class Shaped(Centred):
 
 
 @dataclass(frozen=True)
-class ShapedRelu(Activation):
-    """sqrt(2 / (1 + s^2)) times x for x > 0, else s x."""
+class ShapedRelu(UnitLeakyRelu):
+    """Its slope nears 1 as the model gets wide."""
 
     name: ClassVar[str] = "shaped_relu"
-    keeps_variance: ClassVar[bool] = True
-    slope: float = 1.0
 
     def at(self, model: Model) -> "ShapedRelu":
         return replace(self, slope=max(0.0, 1 - model.option(ShapedOptions).slope / math.sqrt(model.d_model)))
-
-    def apply(self, hidden: "Tensor", gate: "Tensor | None") -> "Tensor":
-        from stablelm.methods.kernels import leaky_relu
-
-        return leaky_relu(hidden, self.slope, self.output_scale())
-
-    def function(self) -> Function:
-        return LeakyRelu(self.slope)
-
-    def output_scale(self) -> float:
-        return math.sqrt(2 / (1 + self.slope**2))
-
-    def modelling(self, model: Model) -> dict[str, Any]:
-        return {"negative_slope": self.slope}
 
 
 @dataclass(frozen=True)
