@@ -72,7 +72,8 @@ def predict(
     tokens = tokens or seq_len
     sublayers = [_sublayer(config, index, seq_len) for index in range(2 * config.n_layers)]
     kernel, text = _embedding(config, seq_len, collision)
-    trace = propagate(kernel, sublayers, _end(config, tokens, collision), text)
+    unequal = 0.0 if config.embedding_norm else config.axes.init.draw_variance(config.d_model, config.vocab_size)
+    trace = propagate(kernel, sublayers, _end(config, tokens, collision), text, unequal)
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)
     if trace.token_correlation.max() > COLLAPSED:
@@ -158,6 +159,7 @@ def _sublayer(config: ModelConfig, index: int, seq_len: int) -> SublayerTheory:
         dropout=config.dropout,
         concat=(width.read, width.branch) if stream.grows else None,
         gate=stream.gate(config),
+        features=width.branch,
     )
 
 

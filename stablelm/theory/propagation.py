@@ -34,6 +34,7 @@ from stablelm.theory.kernels import (
     times_diagonal,
 )
 from stablelm.theory.repeats import Repeats, correlation_of, pair, token_correlation
+from stablelm.theory.sizes import feedforward_of_unequal, sum_of_unequal
 
 Array = NDArray[np.float64]
 
@@ -44,7 +45,8 @@ class SublayerTheory:
 
     `dropout`: probability on the branch, 0 for evaluation. `concat`: (width, growth), instead of the sum the branch's
     `growth` features are set beside the stream's `width` ones; keep and write are then not used. `gate`: in place of
-    the sum. `parallel`: the body reads what the sub-layer before it read.
+    the sum. `parallel`: the body reads what the sub-layer before it read. `features`: of the stream, for what a finite
+    width adds.
     """
 
     body: AttentionBody | FeedForwardBody
@@ -57,6 +59,7 @@ class SublayerTheory:
     concat: tuple[int, int] | None = None
     gate: GateTheory | None = None
     parallel: bool = False
+    features: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,23 @@ class _First(NamedTuple):
     repeated: float
 
 
-class _Step(NamedTuple):
-    """A sub-layer's forward pass: the stream before it, what it reads of it, and the stream after it, also before
-    `norm_after`; the branch before `norm_branch`, before dropout and as written; the body's and the gate's state; the
-    entropy and the branch's spread, nan for feed-forward; the text before and after it."""
+class _Stream(NamedTuple):
+    """The stream's kernel, the text in it, and how unequal its tokens are (`theory.sizes`)."""
 
-    before: Array
-    read: Array
+    kernel: Array
+    text: Text | None
+    unequal: float
+
+
+class _Step(NamedTuple):
+    """A sub-layer's forward pass: the stream before it, that which it reads, the kernel before `norm_after`, and the
+    stream after it; the branch before `norm_branch`, before dropout and as written; the body's and the gate's state;
+    the entropy and the branch's spread, nan for feed-forward."""
+
+    before: _Stream
+    read: _Stream
     written: Array
-    after: Array
+    after: _Stream
     output: Array
     normed: Array
     branch: Array
@@ -131,8 +142,6 @@ class _Step(NamedTuple):
     gate: GateState | None
     entropy: float
     spread: float
-    text_before: Text | None
-    text_after: Text | None
 
 
 class _Beside(NamedTuple):
@@ -142,28 +151,32 @@ class _Beside(NamedTuple):
     cross: Array
 
 
-def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text: Text | None = None) -> Trace:
+def propagate(
+    kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text: Text | None = None, unequal: float = 0.0
+) -> Trace:
     """Carries a kernel up through `sublayers`, attention and feed-forward in turn, and the loss gradient down again.
 
     `kernel`: (T, T), of the stream after the embedding, at every position at least one other one, the mean over
-    whatever tokens these hold; `text`: which of them hold the same, None: none does. Memory grows with the square root
-    of the depth: the backward pass recomputes a run of sub-layers from a kept kernel.
+    whatever tokens these hold; `text`: which of them hold the same, None: none does; `unequal`: relative variance of
+    tokens' mean squares in it. Memory grows with the square root of the depth: the backward pass recomputes a run of
+    sub-layers from a kept kernel.
     """
     assert len(sublayers) % 2 == 0, "a layer is an attention and a feed-forward sub-layer"
     run = max(2, math.isqrt(len(sublayers)) // 2 * 2)  # whole layers
-    kept, records, first, summed, step, spread = [], [_record(kernel)], None, kernel, None, 0.0
+    stream, first, summed, step, spread = _Stream(kernel, text, unequal), None, kernel, None, 0.0
+    kept, records = [], [_record(kernel)]
     for i, sublayer in enumerate(sublayers):
         if i % run == 0:
-            kept.append((kernel, text))
-        step = _forward(sublayer, kernel, first, step, text)
+            kept.append(stream)
+        step = _forward(sublayer, stream, first, step)
         if first is None and isinstance(step.state, AttentionState):
             first = _first_of(sublayer, step)
         spread = _spread(sublayer, step, spread)
         if isinstance(sublayer.body, AttentionBody):
             step = step._replace(spread=spread)
-        kernel, summed, text = step.after, summed + step.branch, step.text_after
-        records.append(_record(kernel, step))
-    gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(kernel, summed, end))
+        stream, summed = step.after, summed + step.branch
+        records.append(_record(stream.kernel, step))
+    gradients, gradient_kernel = _gradients(kept, run, sublayers, first, _start(stream.kernel, summed, end))
     attention, feedforward = records[1::2], records[2::2]
     layers = [records[0], *feedforward]
     return Trace(
@@ -174,7 +187,7 @@ def propagate(kernel: Array, sublayers: Sequence[SublayerTheory], end: End, text
         feedforward_branch_variance=np.array([np.nan, *(r.branch for r in feedforward)]),
         attention_entropy=np.array([np.nan, *(r.entropy for r in attention)]),
         gradient_variance=gradients,
-        kernel=kernel,
+        kernel=stream.kernel,
         gradient_kernel=gradient_kernel,
     )
 
@@ -213,7 +226,7 @@ def _start(kernel: Array, summed: Array, end: End) -> tuple[Array, _Beside | Non
 
 
 def _gradients(
-    kept: list[tuple[Array, Text | None]],
+    kept: list[_Stream],
     run: int,
     sublayers: Sequence[SublayerTheory],
     first: _First | None,
@@ -224,12 +237,12 @@ def _gradients(
     variances, to_first, waiting = [float(np.diagonal(gradient).mean())], None, 0.0
     owner = next((i for i, s in enumerate(sublayers) if isinstance(s.body, AttentionBody)), None)
     for block in reversed(range(len(kept))):
-        (kernel, text), steps = kept[block], []
+        stream, steps = kept[block], []
         step = None
         for i in range(block * run, min((block + 1) * run, len(sublayers))):
-            step = _forward(sublayers[i], kernel, None if i == owner else first, step, text)
+            step = _forward(sublayers[i], stream, None if i == owner else first, step)
             steps.append((i, step))
-            kernel, text = step.after, step.text_after
+            stream = step.after
         for i, step in reversed(steps):
             gradient, own, to_values, beside = _backward(
                 sublayers[i], step, gradient, to_first if i == owner else None, beside
@@ -247,40 +260,57 @@ def _gradients(
 
 def _first_of(sublayer: SublayerTheory, step: _Step) -> _First:
     assert isinstance(step.state, AttentionState)
-    text = step.text_before
+    text = step.before.text
     repeated = 0.0 if text is None else correlation_of(norm_forward(sublayer.norm_in, text.pair))
     return _First(step.state.values, repeated)
 
 
-def _forward(
-    sublayer: SublayerTheory, before: Array, first: _First | None, below: _Step | None, text: Text | None
-) -> _Step:
+def _forward(sublayer: SublayerTheory, before: _Stream, first: _First | None, below: _Step | None) -> _Step:
     """`below`: the sub-layer before this one, for one that is parallel to it."""
-    body, entropy, spread, read, text_read, output_pair = sublayer.body, math.nan, math.nan, before, text, None
+    body, entropy, spread, read, output_pair = sublayer.body, math.nan, math.nan, before, None
     if sublayer.parallel:
         assert below is not None
-        read, text_read = below.before, below.text_before
-    inside = norm_forward(sublayer.norm_in, read)
-    inside_pair = None if text_read is None else norm_forward(sublayer.norm_in, text_read.pair)
+        read = below.before
+    inside = norm_forward(sublayer.norm_in, read.kernel)
+    inside_pair = None if read.text is None else norm_forward(sublayer.norm_in, read.text.pair)
+    unequal = read.unequal if sublayer.norm_in is None else 0.0
     if isinstance(body, AttentionBody):
         repeats = None
-        if text_read is not None and inside_pair is not None:
+        if read.text is not None and inside_pair is not None:
             own = correlation_of(inside_pair)
-            repeats = Repeats(text_read.share, own, own if first is None else first.repeated)
+            repeats = Repeats(read.text.share, own, own if first is None else first.repeated)
         output, entropy, state = attention_forward(body, inside, None if first is None else first.values, repeats)
         spread = 0.0 if sublayer.norm_branch is not None else branch_spread(body, state)
         output_pair = None if repeats is None else pair(np.diagonal(output).mean(), state.repeated)
+        unequal = unequal if body.centred else 0.0  # but for a token's own value it is an average over tokens
     else:
         output, state = feedforward_forward(body, inside)
-        output_pair = None if inside_pair is None else feedforward_forward(body, inside_pair)[0]
-    normed, branch, written, gate = _written(sublayer, before, output)
-    after, text_after = norm_forward(sublayer.norm_after, written), None
-    if text is not None and output_pair is not None:
-        pair_written = _written(sublayer, text.pair, output_pair)[2]
-        text_after = Text(text.share, norm_forward(sublayer.norm_after, pair_written))
-    return _Step(
-        before, read, written, after, output, normed, branch, state, gate, entropy, spread, text, text_after
-    )  # fmt: skip
+        larger, unequal = feedforward_of_unequal(body, float(np.diagonal(inside).mean()), unequal)
+        output = times_diagonal(output, larger)
+        output_pair = None if inside_pair is None else larger * feedforward_forward(body, inside_pair)[0]
+    normed, branch, written, gate = _written(sublayer, before.kernel, output)
+    text, after = None, norm_forward(sublayer.norm_after, written)
+    if before.text is not None and output_pair is not None:
+        pair_written = _written(sublayer, before.text.pair, output_pair)[2]
+        text = Text(before.text.share, norm_forward(sublayer.norm_after, pair_written))
+    left = _Stream(after, text, _unequal_after(sublayer, before, branch, unequal))
+    return _Step(before, read, written, left, output, normed, branch, state, gate, entropy, spread)
+
+
+def _unequal_after(sublayer: SublayerTheory, before: _Stream, branch: Array, of_branch: float) -> float:
+    """How unequal tokens are after the sub-layer, 0 where that is not followed; `of_branch`: in the body's output."""
+    if sublayer.norm_after is not None or sublayer.gate is not None or sublayer.concat is not None:
+        return 0.0
+    body, draws = sublayer.body, 2 / sublayer.features
+    if isinstance(body, AttentionBody):
+        draws = body.draw_variance
+    if sublayer.norm_branch is not None:
+        of_branch, draws = 0.0, 0.0
+    kept, written = (float(np.diagonal(kernel).mean()) for kernel in (before.kernel, branch))
+    kept, written = sublayer.keep**2 * kept, sublayer.write**2 * written
+    if not 0 < kept + written < math.inf:
+        return 0.0
+    return sum_of_unequal(written / (kept + written), before.unequal, of_branch, draws, sublayer.features)
 
 
 def _written(sublayer: SublayerTheory, before: Array, output: Array) -> tuple[Array, Array, Array, GateState | None]:
@@ -309,7 +339,8 @@ def _backward(
     gradient = norm_backward(sublayer.norm_after, step.written, gradient)
     if sublayer.gate is not None:
         assert step.gate is not None and beside is None
-        kept, inner = gate_backward(sublayer.gate, step.gate, step.before, step.normed, gradient, sublayer.dropout)
+        stream, dropout = step.before.kernel, sublayer.dropout
+        kept, inner = gate_backward(sublayer.gate, step.gate, stream, step.normed, gradient, dropout)
     else:
         keep, write = (sublayer.keep, sublayer.write) if sublayer.concat is None else (1.0, 1.0)
         kept, inner = keep**2 * gradient, write**2 * gradient
@@ -325,4 +356,4 @@ def _backward(
     else:
         assert isinstance(step.state, FeedForwardState)
         inner = feedforward_backward(sublayer.body, step.state, inner)
-    return kept, norm_backward(sublayer.norm_in, step.read, inner), to_values, beside
+    return kept, norm_backward(sublayer.norm_in, step.read.kernel, inner), to_values, beside
