@@ -87,6 +87,7 @@ read_arguments() { # CONFIG... key=value... or @FILE for an array; sets files, k
 
 take_snapshot() { # sets code to a copy of program, configuration files and arguments, kept in the run directory
     local copy=$run_dir/slurm/job-$SLURM_JOB_ID new number=0 file kept word arguments=() flags=()
+    local program=(-- . ':(exclude)docs' ':(exclude)tests')
     new=$copy.new
     [ ! -L "$run_dir/slurm" ] || { say "error: $run_dir/slurm is a link, and is not followed: remove it"; return 78; }
     rm -rf "$new"
@@ -96,9 +97,9 @@ take_snapshot() { # sets code to a copy of program, configuration files and argu
         comment "not requeued, storage full or unwritable (74): $run_dir"
         return 74
     fi
-    # The copy is not a checkout: its commit and its uncommitted changes are kept beside it.
-    if [ -e "$code/.git" ] && git -C "$code" rev-parse HEAD >"$new/.commit" 2>/dev/null; then
-        git -C "$code" diff HEAD --no-ext-diff --no-color >"$new/.commit.diff"
+    # The copy is not a checkout: the program's commit and its uncommitted changes are kept beside it.
+    if [ -e "$code/.git" ] && git -C "$code" log -1 --format=%H "${program[@]}" >"$new/.commit" 2>/dev/null; then
+        git -C "$code" diff HEAD --no-ext-diff --no-color "${program[@]}" >"$new/.commit.diff"
     else
         rm -f "$new/.commit"
     fi

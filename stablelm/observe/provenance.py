@@ -24,6 +24,8 @@ PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentenc
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
 COPIED = ".commit"
+# Results of studies are committed under docs while other runs go on: none of that is the program.
+PROGRAM = ("--", ".", ":(exclude)docs", ":(exclude)tests")
 
 
 class Attempt(TypedDict):
@@ -100,7 +102,8 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(directory: Path) -> tuple[str | None, str]:
-    """Commit of the checkout at `directory` and the diff of tracked files; (None, "") where there is none.
+    """The last commit of the program in the checkout at `directory`, and the diff of its tracked files; (None, "")
+    where there is none.
 
     A job's copy of the program is no checkout; `slurm/` keeps both beside it.
     """
@@ -112,8 +115,9 @@ def git_state(directory: Path) -> tuple[str | None, str]:
     # An installed package may lie inside some other project's checkout.
     if top is None or Path(top.strip()).resolve() != directory.resolve():
         return None, ""
-    commit = _git(directory, "rev-parse", "HEAD")
-    return commit and commit.strip(), _git(directory, "diff", "HEAD", "--no-ext-diff", "--no-color") or ""
+    commit = _git(directory, "log", "-1", "--format=%H", *PROGRAM)
+    diff = _git(directory, "diff", "HEAD", "--no-ext-diff", "--no-color", *PROGRAM)
+    return (commit or "").strip() or None, diff or ""
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

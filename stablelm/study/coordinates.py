@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from stablelm.config.load import load
 from stablelm.json_text import Number
 from stablelm.new_files import replace_file
-from stablelm.observe.provenance import git_state
+from stablelm.observe.provenance import REPOSITORY, git_state
 from stablelm.probe.prober import prepare
 from stablelm.study.cells import Cell, Run
 from stablelm.study.collect import asked, origin, run_dir
@@ -94,7 +94,7 @@ def measure(config_file: str) -> dict[str, Any]:
     batch = first_rows(request.prepared, rows, seq_len)
     started = time.monotonic()
     figures = figures_of(request.config, *batch)
-    commit, diff = git_state(Path(__file__).parent)
+    commit, diff = git_state(REPOSITORY)
     seconds = round(time.monotonic() - started, 1)
     return {"figures": figures, "seconds": seconds, "commit": commit, "changed": bool(diff)}
 

@@ -13,11 +13,17 @@ def checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
     root.mkdir()
     (root / "a.py").write_text("one\n")
-    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", str(root), *arguments], check=True)
+    subprocess.run(["git", "-C", str(root), "init", "-q"], check=True)
+    commit(root)
     monkeypatch.setattr(provenance, "REPOSITORY", root)
     return root
+
+
+def commit(root):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["add", "."], [*identity, "commit", "-qm", "some"]):
+        subprocess.run(["git", "-C", str(root), *arguments], check=True)
+    return subprocess.check_output(["git", "-C", str(root), "rev-parse", "HEAD"], text=True).strip()
 
 
 def entries(run_dir):
@@ -37,9 +43,23 @@ def test_attempts_add_up(tmp_path, checkout):
 
 
 def test_a_clean_checkout_has_a_commit_and_no_diff(tmp_path, checkout):
+    (checkout / "a.py").write_text("two\n")
+    of_program = commit(checkout)
     provenance.write(tmp_path, [], 1)
-    commit = subprocess.check_output(["git", "-C", str(checkout), "rev-parse", "HEAD"], text=True).strip()
-    assert (entries(tmp_path)[0]["commit"], entries(tmp_path)[0]["diff"]) == (commit, None)
+    assert (entries(tmp_path)[0]["commit"], entries(tmp_path)[0]["diff"]) == (of_program, None)
+
+
+def test_results_of_studies_and_tests_are_not_the_program(tmp_path, checkout):
+    """They are committed and changed while further runs of the same program are made."""
+    before = provenance.git_state(checkout)
+    for folder in ("docs/studies/a/results", "tests"):
+        (checkout / folder).mkdir(parents=True)
+        (checkout / folder / "x.json").write_text("1\n")
+    commit(checkout)
+    (checkout / "tests" / "x.json").write_text("2\n")
+    assert provenance.git_state(checkout) == before
+    (checkout / "docs.py").write_text("1\n")
+    assert commit(checkout) == provenance.git_state(checkout)[0] != before[0]
 
 
 def test_changes_are_kept_with_each_attempt(tmp_path, checkout):

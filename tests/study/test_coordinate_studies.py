@@ -13,6 +13,7 @@ from support.tiny import TinyCorpus
 
 from stablelm.config.load import dump, load
 from stablelm.errors import ConfigError
+from stablelm.observe.provenance import REPOSITORY, git_state
 from stablelm.probe.coordinates import FIGURES, STEPS
 from stablelm.study.cells import cells_of
 from stablelm.study.coordinates import measure, read_sizes
@@ -47,6 +48,7 @@ def test_from_file_to_report(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert study("run", file).returncode == 0
     found = read_sizes(tmp_path / "results")
     assert {name: found[name] for name in first} == first and len(found) == 8
+    assert {each["provenance"]["commit"] for each in found.values()} == {git_state(REPOSITORY)[0]}
     shown = study("report", file, "--out", str(tmp_path / "report"))
     assert shown.returncode == 0, shown.stderr
     with open(tmp_path / "report" / "tables" / "slopes.csv") as lines:
