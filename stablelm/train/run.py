@@ -13,7 +13,7 @@ from stablelm.config.schema import Config
 from stablelm.config.trust import believed
 from stablelm.engine.peak_memory import choice
 from stablelm.engine.process import environment
-from stablelm.engine.process.compilation import obstacle, settled
+from stablelm.engine.process.compilation import check_compile, obstacle, settled
 from stablelm.engine.process.compile_cache import CompileCache
 from stablelm.engine.process.torch_settings import arrange_heap, set_switches
 from stablelm.engine.ranks import Ranks, check_float8, check_precision, connect, disconnect
@@ -86,6 +86,7 @@ def _settled(prepared: Prepared, ranks: Ranks) -> tuple[Prepared, list[str]]:
     config = prepared.config
     check_precision(str(config.train.precision), ranks.device)
     check_float8(config.train.float8, ranks.device)
+    check_compile(config.train.compile, ranks.device)
     set_switches(config)
     arrange_heap(config, ranks.device)
     config, chosen = choice.resolved(settled(config, prepared.kind, ranks.device), prepared.kind, ranks)

@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from stablelm.config.schema import Config, EngineConfig, TrainConfig
 from stablelm.engine.process import compilation
-from stablelm.engine.process.compilation import obstacle, settled
+from stablelm.engine.process.compilation import check_compile, obstacle, settled
 from stablelm.engine.process.environment import in_words, recorded, set_variables, variables_kept
 from stablelm.engine.process.torch_settings import GarbageCollection, repeats, set_switches, switches_kept
+from stablelm.errors import ConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DETERMINISTIC = Config(train=TrainConfig(deterministic=True))
@@ -122,6 +124,19 @@ def test_why_a_gpu_does_not_compile(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P40")
     assert obstacle(GPU) == "Triton makes no kernels for Tesla P40"
+
+
+@pytest.mark.parametrize(("device", "needed"), [(CPU, "CPUs need the C++ compiler"), (GPU, "Triton needs a C")])
+def test_compiling_without_a_compiler_is_refused_before_anything_is_made(
+    device: torch.device, needed: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", "g++")
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=f"train.compile=true: {re.escape(needed)}.*use train.compile=false"):
+        check_compile(True, device)
+    for asked in ("auto", False):
+        check_compile(asked, device)
 
 
 HEAP = """

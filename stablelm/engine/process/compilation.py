@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -30,8 +31,14 @@ def settled(config: Config, kind: str, device: torch.device) -> Config:
 
 def obstacle(device: torch.device) -> str:
     """Why `train.compile: auto` means no on a device; '' where it means yes."""
+    return lacking(device) if device.type == "cuda" else "auto compiles on GPUs alone"
+
+
+def lacking(device: torch.device) -> str:
+    """What torch.compile lacks on a device; '' where it has all that it needs."""
     if device.type != "cuda":
-        return "auto compiles on GPUs alone"
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        return "" if shutil.which(compiler) else f"CPUs need the C++ compiler {compiler!r}, which is not installed"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
@@ -39,6 +46,12 @@ def obstacle(device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"Triton makes no kernels for {torch.cuda.get_device_name(device)}"
     return ""
+
+
+def check_compile(asked: bool | str, device: torch.device) -> None:
+    """Raises ConfigError where `train.compile` is true and cannot be."""
+    if asked is True and (reason := lacking(device)):
+        raise ConfigError(f"train.compile=true: {reason}; install it, or use train.compile=false")
 
 
 def compile_layers(layers: nn.ModuleList, config: ModelConfig, memory_budget: float) -> None:
