@@ -18,8 +18,8 @@ HARMLESS_HEADERS = {
 }  # fmt: skip
 
 _WORDS = (
-    # eos_token and bos_token are of a tokenizer.
-    r"secret|(?<!eos_)(?<!bos_)token|password|passwd|passphrase|pwd|credentials?|authorization|auth|cookie|signature|sig|sas|"
+    # eos_token and bos_token are of a tokenizer, sas is a method; Azure's signatures are named sig, or sas_token.
+    r"secret|(?<!eos_)(?<!bos_)token|password|passwd|passphrase|pwd|credentials?|authorization|auth|cookie|signature|sig|"
     r"api[-_]?key|(?:secret|access|account|private|shared|session)[-_]?key(?:[-_]?id)?|key[-_]?pair[-_]?id|"
     r"awsaccesskeyid|accountkey|sharedaccesssignature|connection[-_]?string|x[-_](?:api|amz|goog|auth)[-_][-\w]+"
 )
@@ -43,7 +43,7 @@ ASSIGNED = re.compile(
     _NAMED.format(words=_WORDS) + r"(\s*=\s*)(\"[^\"]*\"|'[^']*'|\[[^\]]*\]|\{[^}]*\}|[^\s,;&'\"\])}]+)", re.IGNORECASE
 )
 HEADER = re.compile(r"((?<![A-Za-z.])(?:authorization|cookie))(['\"]?\s*[=:]\s*)([^\s'\")][^\n'\")]*)", re.IGNORECASE)
-QUOTED = re.compile(_NAMED.format(words=_WORDS) + r"(['\"]\s*[:,]\s*)(\"[^\"]*\"|'[^']*')", re.IGNORECASE)
+QUOTED = re.compile(_NAMED.format(words=_WORDS) + r"(['\"]\s*[:,]\s*)(\"[^\"]*\"|'[^']*')(?!\s*:)", re.IGNORECASE)
 LINE = re.compile(r"(?m)^(\s*(?:[\w-]+[-_])?(?:" + _WORDS + r"))(:[ \t]+)(?!null$|\{\}$)(\S.*)$", re.IGNORECASE)
 SCHEME = re.compile(r"\b(Bearer|Basic)( +)([\w+/=.~-]{8,})")
 VARIABLE = re.compile(

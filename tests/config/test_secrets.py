@@ -1,12 +1,16 @@
 """Credentials: refused in a configuration with what to set instead, and taken out of whatever is printed or written."""
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from stablelm.config.keys import choices, keys
 from stablelm.config.load import load
 from stablelm.config.rules import check
 from stablelm.errors import ConfigError, DataError
+from stablelm.methods.catalogue import METHODS
 from stablelm.redaction import redacted
 
 REFUSED = {
@@ -105,3 +109,30 @@ def test_what_is_taken_out(monkeypatch, text, kept):
 )
 def test_what_is_left(text):
     assert redacted(text) == text
+
+
+def test_no_value_of_a_key_is_taken_for_the_name_of_a_secret():
+    """What runs are made of is written as JSON and YAML, in mappings and lists, and typed as arguments."""
+    values = sorted({value for name in keys() for value in choices(name)} | set(METHODS))
+    assert {"sas", "sas_p", "adamw", "alibi"} <= set(values)
+    for value in values:
+        point = {"model.method": value, "depth": "24", "tried": [value, "another", value]}
+        for text in (
+            json.dumps(point),
+            json.dumps(point, indent=1),
+            yaml.safe_dump(point),
+            f"model.method={value} a=b",
+        ):
+            assert redacted(text) == text
+
+
+@pytest.mark.parametrize("pair", ['{"kind": "token", "then": "word"}', '{"a": ["auth", {"signature": 3}]}'])
+def test_a_value_is_not_the_name_of_the_next_key(pair: str):
+    assert redacted(pair) == pair
+
+
+@pytest.mark.parametrize(
+    "text", ['("Authorization", "hush1")', "[('token', 'hush1'), ('a', 'b')]", "('sas', '?sv=1&sig=hush1')"]
+)
+def test_pairs_of_names_and_secrets(text: str):
+    assert "hush" not in redacted(text)
