@@ -131,8 +131,9 @@ def test_a_value_is_not_the_name_of_the_next_key(pair: str):
     assert redacted(pair) == pair
 
 
-@pytest.mark.parametrize(
-    "text", ['("Authorization", "hush1")', "[('token', 'hush1'), ('a', 'b')]", "('sas', '?sv=1&sig=hush1')"]
-)
+PAIRS = ['("Authorization", "hush1")', "[('token', 'hush1'), ('a', 'b')]", "('sas', '?sv=1&sig=hush1')"]
+
+
+@pytest.mark.parametrize("text", PAIRS)
 def test_pairs_of_names_and_secrets(text: str):
     assert "hush" not in redacted(text)
