@@ -1,18 +1,21 @@
 """Fills the measured tables of docs/methods/index.md and docs/optimizers.md.
 
-    python docs/make_method_tables.py
+    python docs/make_method_tables.py [--parity parity.xml]
 
 What steps cost comes from docs/figures/methods/: costs.json (benchmarks/method_costs.py) and optimizer-costs.json
 (benchmarks/optimizers.py); what was learnt from the results of the studies `every-method`,
-`every-method-other-rates` and `every-optimizer` in docs/studies/. Where one is missing the page says so.
+`every-method-other-rates` and `every-optimizer` in docs/studies/. --parity takes over what a report of the tests says
+(`pytest tests/methods --junit-xml parity.xml`). Where one is missing the page says so.
 """
 
+import argparse
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,6 +23,7 @@ from docs.filled_tables import filled, table
 
 DOCS = Path(__file__).resolve().parent
 MEASURED, STUDIES = DOCS / "figures" / "methods", DOCS / "studies"
+PARITY = MEASURED / "parity.json"
 LEARNT = 0.3  # nats below the unigram model
 Rows = list[dict[str, Any]]
 
@@ -72,6 +76,29 @@ def optimizer_costs() -> str:
     return table(("optimizer", "step", "state"), lines)
 
 
+def take_parity(report: Path) -> None:
+    """Keeps the largest errors of each method in a report of its tests, and in how many cases it was compared."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for each in ElementTree.parse(report).iter("property"):
+        if each.get("name") == "parity":
+            method, forward, backward = str(each.get("value")).split()
+            found.setdefault(method, []).append((float(forward), float(backward)))
+    largest = {name: [max(each) for each in zip(*errors, strict=True)] for name, errors in sorted(found.items())}
+    rows = [
+        {"name": name, "cases": len(found[name]), "output": output, "gradients": gradients}
+        for name, (output, gradients) in largest.items()
+    ]
+    PARITY.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def parity() -> str:
+    rows = read(PARITY)
+    if rows is None:
+        return missing(PARITY)
+    lines = [(f"`{row['name']}`", str(row["cases"]), f"{row['output']:.1g}", f"{row['gradients']:.1g}") for row in rows]
+    return table(("method", "cases", "output", "gradients"), lines)
+
+
 def learnt(key: str, *studies: str) -> Callable[[], str]:
     """One table of studies whose cells differ in `key` and in the learning rate."""
 
@@ -108,6 +135,7 @@ def _cell(result: dict[str, Any]) -> str:
 PAGES = {
     DOCS / "methods" / "index.md": {
         "costs": method_costs,
+        "parity": parity,
         "learnt": learnt("model.method", "every-method", "every-method-other-rates"),
     },
     DOCS / "optimizers.md": {"costs": optimizer_costs, "learnt": learnt("train.optimizer", "every-optimizer")},
@@ -115,5 +143,9 @@ PAGES = {
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parity", type=Path, help="report of the tests of methods, whose errors are kept")
+    if (report := parser.parse_args().parity) is not None:
+        take_parity(report)
     for page, tables in PAGES.items():
         page.write_text(filled(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -46,3 +46,14 @@ def test_what_was_learnt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_other_tables_of_a_page_stay():
     page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\nkept\n<!-- end -->\n"
     assert filled(page, {"one": lambda: "new"}) == page.replace("old", "new")
+
+
+def test_the_largest_errors_of_the_tests_are_kept(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(make_method_tables, "PARITY", tmp_path / "parity.json")
+    values = ("keel 1e-16 3e-15", "keel 2e-16 1e-15", "admin 0 1e-15")
+    cases = "".join(f'<testcase><property name="parity" value="{each}"/></testcase>' for each in values)
+    report = tmp_path / "parity.xml"
+    report.write_text(f"<testsuites><testsuite>{cases}<testcase/></testsuite></testsuites>")
+    make_method_tables.take_parity(report)
+    rows = make_method_tables.parity().splitlines()[2:]
+    assert rows == ["| `admin` | 1 | 0 | 1e-15 |", "| `keel` | 2 | 2e-16 | 3e-15 |"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from support.parity import assert_parity
 from support.statistics import measure, resolved
 from torch import Tensor
 
@@ -241,7 +242,7 @@ def _plain_loss(weights: dict[str, Tensor], config: ModelConfig, tokens: Tensor)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_loss_and_gradients_are_those_of_the_equations(method):
+def test_loss_and_gradients_are_those_of_the_equations(method, record_property):
     config = _sized(3, 32, 20, "model.attention.position=none", method=method)
     decoder, generator = _decoder(config, "fp64"), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -252,11 +253,8 @@ def test_loss_and_gradients_are_those_of_the_equations(method):
     ours = sums.total / sums.valid
     names, parameters = zip(*decoder.named_parameters(), strict=True)
     wanted = _plain_loss(dict(zip(names, parameters, strict=True)), config, tokens)
-    assert ours.item() == pytest.approx(wanted.item(), rel=1e-10)
-    for name, own, other in zip(
-        names, torch.autograd.grad(ours, parameters), torch.autograd.grad(wanted, parameters), strict=True
-    ):
-        torch.testing.assert_close(own, other, rtol=1e-7, atol=1e-9, msg=name)
+    pairs = zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(wanted, parameters), strict=True)
+    assert_parity(record_property, method, (ours, wanted), dict(zip(names, pairs, strict=True)))
 
 
 SIZES = [
