@@ -33,9 +33,11 @@ def measured() -> tuple[np.ndarray, np.ndarray]:
 
 
 def sublayers() -> list[SublayerTheory]:
+    gains = dict.fromkeys(("value_gain", "output_gain", "query_back", "key_back", "value_back", "output_back"), 1.0)
     attention = AttentionBody(
-        causal_pattern(TOKENS), 0.0, 0.0, *[1.0] * 6, WIDTH**-0.5, WIDTH, centred=True, draw_variance=4 / WIDTH
-    )
+        causal_pattern(TOKENS), query_gain=0.0, key_gain=0.0, scale=WIDTH**-0.5, d_head=WIDTH, centred=True,
+        draw_variance=4 / WIDTH, **gains,
+    )  # fmt: skip
     feedforward = FeedForwardBody(SILU, 1.0, 1.0, HIDDEN / WIDTH, WIDTH / HIDDEN, 1.0, HIDDEN / WIDTH, gated=True)
     return [
         SublayerTheory(body, GAIN, GAIN, features=WIDTH) for _ in range(LAYERS) for body in (attention, feedforward)
