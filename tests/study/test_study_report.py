@@ -83,6 +83,12 @@ def test_what_withholds_a_verdict(tiny_corpus: TinyCorpus, tmp_path: Path):
     assert cell is not None and outcomes(cell)[1.6e-2] == results.NOT_FINITE
 
 
+def test_losses_above_the_bigram_model_are_compared_nowhere(tiny_corpus: TinyCorpus, tmp_path: Path):
+    lines = verdicts(found(tmp_path, tiny_corpus, bigram=2.0))
+    assert not any("lowest loss" in line or " against " in line for line in lines)
+    assert any(" against " in line for line in verdicts(found(tmp_path, tiny_corpus)))
+
+
 def test_mixed_commits_and_a_loaded_machine_are_said(tiny_corpus: TinyCorpus, tmp_path: Path):
     own = found(tmp_path, tiny_corpus)
     own.runs[0]["provenance"] |= {"commit": "d" * 40, "changed": True, "load": 9.0}

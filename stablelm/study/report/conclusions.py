@@ -71,7 +71,8 @@ def limits(found: Findings) -> list[tuple[str, bool]]:
         lines.append((f"{words} tokens a parameter of the layers", low < FEW_TOKENS))
     widths = sorted({each.cell.shape.d_model for each in found.cells})
     lines.append((f"widths {', '.join(map(str, widths))}", False))
-    lines.append((f"at most {found.study.budget.max_epochs:g} epochs of the text", False))
+    epochs = found.study.budget.max_epochs
+    lines.append((f"at most {epochs:g} epoch{'s' * (epochs != 1)} of the text", False))
     if found.spread is not None:
         seeds = min((len(each.by_seed) for each in found.cells if each.by_seed), default=0)
         if seeds:
@@ -129,7 +130,7 @@ def _gaps(found: Findings, column: str) -> list[str]:
         gaps = []
         for depth in ends:
             own, base = found.at(arm, depth, column), found.at(found.arms[0], depth, column)
-            if own is None or base is None or found.mean(own) is None or found.mean(base) is None:
+            if own is None or base is None or not all(_speaks(found, each) for each in (own, base)):
                 break
             gaps.append({s: own.by_seed[s] - base.by_seed[s] for s in own.by_seed.keys() & base.by_seed.keys()})
         if len(gaps) < 2 or not (change := paired(gaps[1], gaps[0])):
@@ -141,6 +142,11 @@ def _gaps(found: Findings, column: str) -> list[str]:
             f"{arm} against {found.arms[0]}: {first:+.4f} at depth {ends[0]}, {last:+.4f} at depth {ends[1]}: {words}."
         )
     return lines
+
+
+def _speaks(found: Findings, finding: CellFinding) -> bool:
+    """Whether a loss was confirmed, and says something of depth."""
+    return found.mean(finding) is not None and beats_bigram(found, finding)
 
 
 def _transfers(found: Findings, column: str) -> list[str]:
