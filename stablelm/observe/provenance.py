@@ -24,7 +24,7 @@ PACKAGES = ("stablelm", "torch", "accelerate", "deepspeed", "datasets", "sentenc
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20
 COPIED = ".commit"
-# Results of studies are committed under docs while other runs go on: none of that is the program.
+# Results of studies are committed under docs while others run: none of that is the program (slurm/lib.sh: the same).
 PROGRAM = ("--", ".", ":(exclude)docs", ":(exclude)tests")
 
 
@@ -110,7 +110,7 @@ def git_state(directory: Path) -> tuple[str | None, str]:
     copied, diff = directory / COPIED, directory / f"{COPIED}.diff"
     if copied.is_file():
         changed = diff.read_text(encoding="utf-8", errors="surrogateescape") if diff.is_file() else ""
-        return copied.read_text(encoding="utf-8").strip(), changed
+        return copied.read_text(encoding="utf-8").strip() or None, changed
     top = _git(directory, "rev-parse", "--show-toplevel")
     # An installed package may lie inside some other project's checkout.
     if top is None or Path(top.strip()).resolve() != directory.resolve():

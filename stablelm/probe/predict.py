@@ -72,7 +72,7 @@ def predict(
     tokens = tokens or seq_len
     sublayers = [_sublayer(config, index, seq_len) for index in range(2 * config.n_layers)]
     kernel, text = _embedding(config, seq_len, collision)
-    unequal = 0.0 if config.embedding_norm else config.axes.init.draw_variance(config.d_model, config.vocab_size)
+    unequal = 0.0 if config.embedding_norm else 2 / config.d_model  # of Gaussian entries
     trace = propagate(kernel, sublayers, _end(config, tokens, collision), text, unequal)
     features = np.array([stream_width(config, layer) for layer in range(config.n_layers + 1)])
     gradient_norm = np.sqrt(trace.gradient_variance * features * tokens)

@@ -15,6 +15,8 @@ from stablelm.theory.kernels import FeedForwardBody, feedforward_forward
 
 def feedforward_of_unequal(body: FeedForwardBody, read: float, unequal: float) -> tuple[float, float]:
     """How much larger the output is than that of tokens of one size, `read`, and how unequal it is."""
+    if unequal == 0:  # wherever a norm reads
+        return 1.0, 0.0
     apart = math.sqrt(min(unequal, 1.0))
     small, alike, large = (_output(body, read * factor) for factor in (1 - apart, 1.0, 1 + apart))
     if alike == 0:

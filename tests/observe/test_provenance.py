@@ -1,7 +1,9 @@
 """provenance.json: one entry an attempt, with and without git."""
 
 import json
+import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +62,11 @@ def test_results_of_studies_and_tests_are_not_the_program(tmp_path, checkout):
     assert provenance.git_state(checkout) == before
     (checkout / "docs.py").write_text("1\n")
     assert commit(checkout) == provenance.git_state(checkout)[0] != before[0]
+
+
+def test_jobs_on_slurm_copy_the_commit_of_the_same_program():
+    library = (Path(__file__).parents[2] / "slurm" / "lib.sh").read_text()
+    assert f"local program=({' '.join(shlex.quote(each) for each in provenance.PROGRAM)})\n" in library
 
 
 def test_changes_are_kept_with_each_attempt(tmp_path, checkout):
