@@ -125,7 +125,7 @@ class ModelConfig(Model):
     )
     depth_drop: str | None = key(
         None,
-        "branches left out of a micro-batch at random, with model.drop.rate: uniform over depth, or linear_decay of "
+        "branches left out of a training step at random, with model.drop.rate: uniform over depth, or linear_decay of "
         "their survival; None: the method's own",
         identity=True,
         path=False,

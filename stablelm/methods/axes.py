@@ -876,7 +876,7 @@ class Stack(Value):
 
 
 class DepthDrop(Value):
-    """Which branches are left out of a micro-batch at random; each with the chance of its sub-layer."""
+    """Which branches are left out of a training step at random; each with the chance of its sub-layer."""
 
     active: ClassVar[bool] = False
     """Whether any is left out."""

@@ -11,8 +11,8 @@ UNIT = 2.0**-63
 """Of the seeds, which are below 2^63."""
 
 
-def drawn(config: ModelConfig, dtypes: Dtypes, seed: int, step: int, micro_batch: int) -> Tensor | None:
-    """Of a micro-batch of a training step, (n_layers, 2) on the CPU: 0 for a branch that is left out.
+def drawn(config: ModelConfig, dtypes: Dtypes, seed: int, step: int) -> Tensor | None:
+    """Of a training step, (n_layers, 2) on the CPU: 0 for a branch that is left out.
 
     None where no branch ever is. Each draw depends on these numbers and its layer alone.
     """
@@ -22,7 +22,7 @@ def drawn(config: ModelConfig, dtypes: Dtypes, seed: int, step: int, micro_batch
     kept = []
     for sublayer in range(2 * config.n_layers):
         unit = sublayer // 2 if drop.draws_layers(config) else sublayer
-        chance = UNIT * seed_from("depth_drop", seed, step, micro_batch, unit)
+        chance = UNIT * seed_from("depth_drop", seed, step, unit)
         kept.append(drop.trained(config, sublayer) if chance < drop.survival(config, sublayer) else 0.0)
     return torch.tensor(kept, dtype=dtypes.parameter).view(-1, 2)
 

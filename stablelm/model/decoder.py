@@ -194,10 +194,10 @@ class Decoder(nn.Module):
             return None
         return to_device(documents.boundaries(tokens, end), device)
 
-    def branch_factors(self, seed: int, step: int, micro_batch: int) -> Tensor | None:
+    def branch_factors(self, seed: int, step: int) -> Tensor | None:
         """For `forward` in a training step: what multiplies each branch, 0 for those that are left out; None: nothing
-        does. The same on every rank."""
-        return branch_factors.drawn(self.config, self.dtypes, seed, step, micro_batch)
+        does. The same for every rank and micro-batch."""
+        return branch_factors.drawn(self.config, self.dtypes, seed, step)
 
     def kernel(self, device: torch.device) -> attention_kernels.Kernel:
         """What averages values by attention on this device."""

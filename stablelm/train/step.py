@@ -87,12 +87,12 @@ class _Passes:
         engine.begin_pass(kind)
         dtype = torch.float64 if engine.device.type == "cpu" else torch.float32
         found = torch.zeros(2, dtype=dtype, device=engine.device)
+        factors = engine.module.branch_factors(self.seed, self.step)
         for index, part in enumerate(self.parts):
             place, last = f"micro-batch {index + 1} of {len(self.parts)}", index == len(self.parts) - 1
             self.mark("forward", place)
             self._seed(index)
             targets = self._drawn(index) if kind == CURVATURE else part.targets
-            factors = engine.module.branch_factors(self.seed, self.step, index)
             sums = engine.loss(part.tokens, targets, last=last, boundaries=part.boundaries, factors=factors)
             if self.loss_factor != 1.0:
                 changed = {name: getattr(sums, name) * self.loss_factor for name in ("total", "cross_entropy")}

@@ -1,9 +1,11 @@
 """What a user can combine, and a pairwise covering array of it: few rows in which every possible pair occurs.
 
-A value is a tuple of `key=value` arguments. A row's run starts under one engine and is resumed under another, so both
+A value is a tuple of `key=value` arguments. Methods are covered by mechanism: each pair with a mechanism is in a row, whose
+method is one of that mechanism's, and every method is in several rows. A row's run starts under one engine and is resumed under another, so both
 command lines must be legal; a pair of values that no legal row holds is refused by the rules, with a reason.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,8 +18,8 @@ from stablelm.errors import ConfigError
 
 SEED = 11
 TASK = "words"
-QUICK, MORE = 6, 4
-"""Rows of `make test` and of `make test-slow`."""
+FAST, EAGER, CHECKED = 2, 6, 10
+"""The first rows: those of `make test`, those that compile nothing, and those of the whole test suite."""
 STEPS, KILLED_AT = 6, 3
 BATCH = 24  # sequences: two micro-batches of 3 on each of four processes
 ENGINES = {
@@ -33,25 +35,33 @@ ENGINES = {
     "zero3 x2": ("zero3", 2),
     "zero3 x4": ("zero3", 4),
 }
+# Methods that are alike in what an engine has to shard, gather, recompute and save.
+MECHANISMS: dict[str, tuple[str, ...]] = {
+    "plain": ("pre_ln", "gpt2", "post_ln", "peri_ln", "magneto", "tfixup", "layernorm_scaling", "completep", "mlra", "dyt"),
+    "placed": ("keel", "mix_ln", "normformer", "resi_dual", "scaled_embed", "embed_ln"),
+    "scaled": ("deepscalelm_pre", "deepscalelm_post", "deepnorm", "rezero", "layerscale", "skipinit", "admin"),
+    "concat": ("catformer",),
+    "dense": ("denseformer",),
+    "sigma": ("sigma_reparam", "sigma_reparam_nonorm", "deepscalelm_sigma", "magneto_sigma", "catformer_sigma"),
+    "planned": ("e_spa", "u_spa", "value_skipinit", "e_spa_skips"),
+    "streams": ("hyper_connections", "mhc"),
+    "gated stream": ("gtrxl",),
+    "depth attention": ("attention_residuals",),
+    "mudd": ("muddformer",),
+    "ngpt": ("ngpt",),
+    "gains": ("wesar",),
+    "attention": ("gated_attention", "softmax_one", "attention_sink", "clipped_softmax", "qk_norm", "value_residual"),
+    "shaped": ("shaped_attention", "sas", "sas_p"),
+    "looped": ("looped",),
+    "dropped layers": ("layer_drop", "stochastic_depth"),
+}
+OPTIONS = {"sigma_reparam": ("model.sigma.targets=all",)}
 # Those that exclude one another come first.
 SETTINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "offload": {kind: (f"engine.offload={kind}",) for kind in ("none", "optimizer", "parameters")},
     "compile": {"no": (), "yes": ("train.compile=true",)},
     "precision": {kind: (f"train.precision={kind}",) for kind in ("fp32", "bf16")},
-    "method": {
-        "residual": ("model.method=pre_ln",),
-        "scaled": ("model.method=deepscalelm_pre",),
-        "concat": ("model.method=catformer",),
-        "dense": ("model.method=denseformer",),
-        "sigma": ("model.method=sigma_reparam", "model.sigma.targets=all"),
-        "espa": ("model.method=e_spa",),
-        "hyper": ("model.method=hyper_connections",),
-        "depth attention": ("model.method=attention_residuals",),
-        "mudd": ("model.method=muddformer",),
-        "ngpt": ("model.method=ngpt",),
-        "looped": ("model.method=looped",),
-        "layer_drop": ("model.method=layer_drop",),
-    },
+    "mechanism": dict.fromkeys(MECHANISMS, ()),
     "optimizer": {
         **{name: (f"train.optimizer={name}",) for name in ("adamw", "muon", "sophia", "sam", "looksam")},
         **{name: (f"train.optimizer={name}",) for name in ("stable_adamw", "lion")},
@@ -105,6 +115,7 @@ COMMON = (
     *("observe.every=1", "evaluate.batches=1", "engine.unit_bytes=20000"),
     *(f"checkpoint.every={KILLED_AT}", "checkpoint.keep=9"),
 )
+CHOSEN = (*SETTINGS, "method")
 NEUTRAL = {axis: values[0] for axis, values in AXES.items()}
 
 
@@ -117,23 +128,26 @@ class Sources(NamedTuple):
 
 def arguments(case: Mapping, engine: str, sources: Sources, *, later: bool = False) -> list[str]:
     """The command line of a row under one of its engines, `later` that from the kill on."""
+    method = case.get("method", MECHANISMS[case["mechanism"]][0])
     chosen = [item for axis, values in SETTINGS.items() for item in values[case[axis]]]
     task = [f"evaluate.tasks={{{TASK}: {sources.task}}}"] if case["tasks"] == "choices" else []
     text = sources.texts[case["source"], case["tokenizer"]]
     changed = CHANGED if later and case["rate"] == "changed" else ()
-    return [*COMMON, *text, *chosen, *task, *changed, f"engine.kind={ENGINES[engine][0]}"]
+    named = (f"model.method={method}", *OPTIONS.get(method, ()))
+    return [*COMMON, *text, *named, *chosen, *task, *changed, f"engine.kind={ENGINES[engine][0]}"]
 
 
 def refusal(case: Mapping) -> str:
     """What the rules say of a row's two command lines; '' if both are legal. Axes left out are as plain as can be."""
     whole = NEUTRAL | dict(case)
+    whole.setdefault("method", MECHANISMS[str(whole["mechanism"])][0])
     if "engine" not in case and "resume" in case:
         whole["engine"] = case["resume"]
     if "resume" not in case:
         whole["resume"] = whole["engine"]
     if "engine" not in case and "resume" not in case:
-        return _first_legal(tuple(whole[axis] for axis in SETTINGS))
-    chosen = tuple(whole[axis] for axis in SETTINGS)
+        return _first_legal(tuple(whole[axis] for axis in CHOSEN))
+    chosen = tuple(whole[axis] for axis in CHOSEN)
     words = _refusal(chosen, whole["engine"]) or _refusal(chosen, whole["resume"])
     if not words and whole["dropout"] == "yes" and whole["engine"] != whole["resume"]:
         return "dropout is seeded by rank: only the same engine and size draw the same masks"
@@ -149,7 +163,7 @@ def _first_legal(chosen: tuple[str, ...]) -> str:
 def _refusal(chosen: tuple[str, ...], engine: str) -> str:
     texts = {(source, kind): FORMS[source] for source in SETTINGS["source"] for kind in SETTINGS["tokenizer"]}
     nowhere = Sources(texts, "a.jsonl")
-    line = arguments(dict(zip(SETTINGS, chosen, strict=True)), engine, nowhere)
+    line = arguments(dict(zip(CHOSEN, chosen, strict=True)), engine, nowhere)
     try:
         loaded = load([], line)
         rules.check(loaded.config, ENGINES[engine][1], None, loaded.origins)
@@ -172,17 +186,31 @@ FORMS = {
 
 @lru_cache(1)
 def array() -> Cover:
-    """The covering array, the same in every process."""
-    return cover(AXES, lambda case: bool(refusal(case)), SEED)
+    """The covering array, the same in every process. Each case has a `method` besides, of its `mechanism`."""
+    found = cover(AXES, lambda case: bool(refusal(case)), SEED)
+    return found._replace(cases=_with_methods(found.cases))
+
+
+def _with_methods(cases: list[Case]) -> list[Case]:
+    """Gives each row the method that has fewest rows so far, of those that the rules allow there."""
+    uses: Counter[str] = Counter()
+    complete = []
+    for case in cases:
+        candidates = MECHANISMS[str(case["mechanism"])]
+        legal = [name for name in candidates if not refusal(case | {"method": name})]
+        method = min(legal, key=lambda name: uses[name])
+        uses[method] += 1
+        complete.append(case | {"method": method})
+    return complete
 
 
 def in_order() -> list[Case]:
-    """All rows; any first few of them hold as many pairs as they can. The `QUICK` first ones compile nothing."""
+    """All rows; any first few of them hold as many pairs as they can. The `EAGER` first ones compile nothing."""
     left = list(array().cases)
     seen: set[Pair] = set()
     ordered: list[Case] = []
     while left:
-        eligible = [case for case in left if case["compile"] == "no"] if len(ordered) < QUICK else left
+        eligible = [case for case in left if case["compile"] == "no"] if len(ordered) < EAGER else left
         best = max(eligible, key=lambda case: len(pairs_of(case) - seen))
         left.remove(best)
         seen |= pairs_of(best)
@@ -192,5 +220,5 @@ def in_order() -> list[Case]:
 
 def named(case: Case) -> str:
     """A row in one line: what is not plain."""
-    special = [f"{axis} {case[axis]}" for axis in SETTINGS if case[axis] != NEUTRAL[axis]]
-    return f"{case['engine']} -> {case['resume']}: {', '.join(special) or 'plain'}"
+    special = [f"{axis} {case[axis]}" for axis in SETTINGS if case[axis] != NEUTRAL[axis] and axis != "mechanism"]
+    return f"{case['engine']} -> {case['resume']}: {', '.join([str(case['method']), *special])}"

@@ -43,9 +43,9 @@ def precision_of(kind: str) -> str:
 
 @cache
 def alone(name: str, precision: str) -> list[float]:
-    """Losses of one process; as many micro-batches as each of two ranks has, since each draws its own layers."""
-    config, micro = config_of(name, "single", precision), 2 * MICRO
-    return run_steps(build_engine(config, "single", SINGLE), SINGLE, config, 1, STEPS, micro=micro)
+    """Losses of one process, whose batch is in twice as many micro-batches as that of each of two ranks."""
+    config = config_of(name, "single", precision)
+    return run_steps(build_engine(config, "single", SINGLE), SINGLE, config, 1, STEPS, micro=MICRO)
 
 
 def on_ranks(rank: int, world_size: int, name: str, kind: str) -> list[float]:

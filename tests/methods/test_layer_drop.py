@@ -62,23 +62,23 @@ def test_what_is_left_out_is_not_there_and_has_no_gradient(record_property):
     assert_parity(record_property, "layer_drop", (sums.total, wanted.total), gradients)
 
 
-def test_draws_follow_from_seed_step_micro_batch_and_layer():
+def test_draws_follow_from_seed_step_and_layer():
     decoder = built(resolved("model.method=layer_drop", "model.drop.rate=0.5"))
-    found = factors(decoder, 0, 7, 1)
-    assert torch.equal(found, factors(decoder, 0, 7, 1))
+    found = factors(decoder, 0, 7)
+    assert torch.equal(found, factors(decoder, 0, 7))
     assert torch.equal(found[:, 0], found[:, 1])  # both branches of a layer
-    others = [factors(decoder, 0, step, micro) for step in range(8) for micro in range(2)]
+    others = [factors(decoder, 0, step) for step in range(16)]
     assert len({tuple(each[:, 0].tolist()) for each in others}) > 5
-    assert not all(torch.equal(factors(decoder, 1, step, 0), factors(decoder, 0, step, 0)) for step in range(8))
+    assert not all(torch.equal(factors(decoder, 1, step), factors(decoder, 0, step)) for step in range(8))
     single = built(resolved("model.method=layer_drop", "model.drop.rate=0.5", "model.drop.unit=sublayer"))
-    assert any(not torch.equal(each[:, 0], each[:, 1]) for each in (factors(single, 0, step, 0) for step in range(8)))
-    assert built(resolved()).branch_factors(0, 1, 0) is None
+    assert any(not torch.equal(each[:, 0], each[:, 1]) for each in (factors(single, 0, step) for step in range(8)))
+    assert built(resolved()).branch_factors(0, 1) is None
 
 
 @pytest.mark.parametrize(("kind", "survival"), [("uniform", [0.6] * 4), ("linear_decay", [0.9, 0.8, 0.7, 0.6])])
 def test_survival_over_depth(kind, survival):
     decoder = built(resolved(f"model.depth_drop={kind}", "model.drop.rate=0.4", "model.drop.scale=none"))
-    mean = torch.stack([factors(decoder, 3, step, 0) for step in range(1500)]).mean(0)
+    mean = torch.stack([factors(decoder, 3, step) for step in range(1500)]).mean(0)
     np.testing.assert_allclose(mean[:, 0], survival, atol=0.05)
 
 
@@ -113,7 +113,7 @@ def test_the_mean_over_draws_is_as_predicted():
     with torch.no_grad():
         for step in range(60):
             with Recorder(decoder) as recorder:
-                decoder(text, factors=factors(decoder, 0, step, 0))
+                decoder(text, factors=factors(decoder, 0, step))
             draws.append([float(row["stream_variance"]) for row in recorder.rows()])
     predicted = predict(model, seq_len=32, collision=1 / 64).stream_variance
     np.testing.assert_allclose(np.mean(draws, axis=0) / predicted, 1, atol=0.25)
