@@ -1,11 +1,11 @@
 """The runs that the probe quotes: what small models are at their start, and whether they then train.
 
     python benchmarks/trained.py run [--data GLOB --validation GLOB --tokenizer FILE.model] [--plan FILE] [--out FILE]
-    python benchmarks/trained.py import trainability/trainability.json [--out FILE]
+    python benchmarks/trained.py import --study FILE [--out FILE]
 
 `run` trains every model of a plan, which is a list of {"method", "overrides", "n_layers", "lrs", "steps", "warmup"}, in
 this process and with one thread: it appends one JSON object a run to the file, and a run that is there already is not
-made again, so that it may be stopped and started at will. `import` adds the runs of benchmarks/trainability.py, whose
+made again, so that it may be stopped and started at will. `import` adds the finished runs of a study, whose
 starts are measured here.
 
 A model trained if its validation loss ends LEARNED nats below that of a unigram model, which is what counting tokens
@@ -14,6 +14,7 @@ reaches without any layer.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stablelm.config.load import load
+from stablelm.config.load import dump, load
+from stablelm.config.schema import Config
 from stablelm.data.storage.options import ReadOptions
 from stablelm.data.validation import unigram_cross_entropy
 from stablelm.engine.interface import Engine, build_engine
@@ -40,6 +42,9 @@ from stablelm.probe.changes import FirstUpdate
 from stablelm.probe.measure import measure
 from stablelm.probe.run_records import RECORDS
 from stablelm.probe.signals import Signals, signals_of
+from stablelm.study.cells import Cell, Run, cells_of
+from stablelm.study.results import Result, read_results
+from stablelm.study.study_file import DEPTH, WARMUP, read_study
 from stablelm.train.job import build_loader, first_rows, read_validation
 from stablelm.train.prepare import Prepared, prepare
 from stablelm.train.schedule import learning_rate
@@ -72,8 +77,8 @@ def main() -> None:
     running.add_argument("--validation", help="held-out text; may be left out for the embedded corpus")
     running.add_argument("--tokenizer", default="embedded", help="SentencePiece .model file")
     running.add_argument("--plan", type=Path, default=PLAN)
-    importing = commands.add_parser("import", help="take over the runs of a trainability comparison")
-    importing.add_argument("report", type=Path, help="trainability.json of benchmarks/trainability.py")
+    importing = commands.add_parser("import", help="take over the finished runs of a study")
+    importing.add_argument("--study", required=True, help="its file, as launch/study.py takes it")
     for command in (running, importing):
         command.add_argument("--out", type=Path, default=RECORDS)
     arguments = parser.parse_args()
@@ -81,7 +86,7 @@ def main() -> None:
     if arguments.command == "run":
         run_plan(arguments)
     else:
-        import_report(arguments)
+        import_study(arguments)
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
@@ -92,7 +97,8 @@ def run_plan(arguments: argparse.Namespace) -> None:
         if key in KnownRuns(arguments.out):
             continue
         try:
-            append(arguments.out, key | one_run({**FIXED, **text, **settings}))
+            given = [f"{name}={json.dumps(value)}" for name, value in {**FIXED, **text, **settings}.items()]
+            append(arguments.out, key | one_run(load([], given).config))
         except ConfigError as error:
             print(f"{key['method']} {key['overrides'] or ''}: left out, {error}", file=sys.stderr, flush=True)
 
@@ -140,9 +146,9 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     print(f"{words}: {record['val_loss']} (unigram {record['unigram_loss']}), {record['outcome']}", flush=True)
 
 
-def one_run(settings: Mapping[str, Any]) -> dict[str, Any]:
+def one_run(asked: Config) -> dict[str, Any]:
     """Signals at the start and what training makes of the model."""
-    prepared = prepared_of(settings)
+    prepared = prepared_of(asked)
     started = time.perf_counter()
     signals = signals_at_start(prepared)
     engine = build_engine(prepared.config, "single", SINGLE)
@@ -173,7 +179,7 @@ def outcome(signals: Signals, first: float, last: float, val_loss: float, unigra
         "first_loss": as_number(round(first, 4)),
         "last_loss": as_number(round(last, 4)),
         "val_loss": as_number(round(val_loss, 4)),
-        "unigram_loss": round(unigram, 4),
+        "unigram_loss": as_number(round(unigram, 4)),
         "signals": {name: as_number(float(f"{value:.5g}")) for name, value in asdict(signals).items()},
         "commit": commit(),
     }
@@ -201,11 +207,13 @@ def trained_losses(prepared: Prepared, engine: Engine) -> list[float]:
     return found
 
 
-def prepared_of(settings: Mapping[str, Any]) -> Prepared:
+def prepared_of(asked: Config) -> Prepared:
     """A checked configuration, whose run directory is never made."""
-    overrides = [f"{name}={json.dumps(value)}" for name, value in {"data.workers": 0, **settings}.items()]
     with tempfile.TemporaryDirectory() as folder:
-        return prepare(load([], [*overrides, f"run.dir={folder}/run"]), Launch(), AccelerateFlags(), "none")
+        file = Path(folder) / "config.yaml"
+        file.write_text(dump(asked))
+        loaded = load([str(file)], ["data.workers=0", f"run.dir={folder}/run"])
+        return prepare(loaded, Launch(), AccelerateFlags(), "none")
 
 
 def signals_at_start(prepared: Prepared) -> Signals:
@@ -227,19 +235,31 @@ def signals_at_start(prepared: Prepared) -> Signals:
     return signals_of(measured, vocab_size=config.model.vocab_size, seq_len=seq_len)
 
 
-def import_report(arguments: argparse.Namespace) -> None:
-    """The runs of a comparison, each with the signals of its method, rate and seed."""
-    told = json.loads(arguments.report.read_text())
-    for row in told["runs"]:
-        settings = {**told["settings"], "model.method": row["method"], "train.lr": row["lr"], "run.seed": row["seed"]}
-        key = {"method": row["method"], "overrides": {}, "n_layers": settings["model.n_layers"]}
-        key |= {"d_model": settings["model.d_model"], "lr": row["lr"], "seed": row["seed"]}
-        key |= {"warmup_steps": settings["train.warmup_steps"], "steps": settings["train.steps"]}
-        if key in KnownRuns(arguments.out):
-            continue
-        signals = signals_at_start(prepared_of(settings))
-        found = outcome(signals, row["first_loss"], row["final_loss"], row["val_loss"], row["unigram_loss"])
-        append(arguments.out, key | found | {"text": text_name(settings["data.path"])})
+def import_study(arguments: argparse.Namespace) -> None:
+    """The finished runs of a study, each with the signals of its model, rate and seed."""
+    study = read_study(arguments.study)
+    found = read_results(study.results_folder)
+    for cell in cells_of(study):
+        rows = [row for row in found.values() if Run(cell, row["lr"], row["seed"]).id == row["id"]]
+        for row in sorted(rows, key=lambda row: (row["seed"], row["lr"])):
+            key = key_of(cell, row)
+            if key in KnownRuns(arguments.out):
+                continue
+            signals = signals_at_start(prepared_of(Run(cell, row["lr"], row["seed"]).config))
+            # What is no finite number is None in a result.
+            names = ("first_loss", "train_loss", "val_loss", "unigram_loss")
+            losses = [math.nan if (loss := row[name]) is None else loss for name in names]
+            text = {"text": text_name(cell.config.data.path)}
+            append(arguments.out, key | outcome(signals, *losses) | text)
+
+
+def key_of(cell: Cell, row: Result) -> dict[str, Any]:
+    """What identifies a run of a study among the records."""
+    told = ("model.method", DEPTH, WARMUP)
+    key = {"method": cell.config.model.method, "n_layers": cell.shape.n_layers, "d_model": cell.shape.d_model}
+    key |= {"overrides": {name: value for name, value in cell.point if name not in told}}
+    key |= {"lr": row["lr"], "warmup_steps": cell.config.train.warmup_steps, "steps": row["steps"], "seed": row["seed"]}
+    return key
 
 
 def text_name(path: Any) -> str:

@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.programs import run
+from support.studies import write_study
 from support.tiny import TinyCorpus
 
 from benchmarks import trained
 from stablelm.config.load import load
 from stablelm.probe.run_records import read_records
 from stablelm.probe.signals import Signals
+from stablelm.study.results import read_results
 
 PLAN = [{"method": "rezero", "n_layers": 2, "lrs": [1e-2, 1e-3], "steps": 3, "warmup": 1}]
 
@@ -39,6 +42,26 @@ def test_runs_are_appended_and_not_made_again(tiny_corpus: TinyCorpus, tmp_path:
     assert len(read_records(out)) == 2
     start(monkeypatch, "run", *given, "--plan", plan, "--out", out)
     assert len(out.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_runs_of_a_study_are_taken_over_once(tiny_corpus: TinyCorpus, tmp_path: Path, monkeypatch):
+    grid = {"model.method": ["pre_ln"], "depth": [2], "model.tie_embeddings": [True]}
+    file, out = write_study(tmp_path, tiny_corpus, grid=grid, lr={"fixed": [4e-3, 1.6e-2]}), tmp_path / "records.jsonl"
+    done = run("study", "run", "--study", str(file), cwd=tmp_path, timeout=290)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    start(monkeypatch, "import", "--study", file, "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    results = list(read_results(tmp_path / "results").values())
+    assert sorted((row["lr"], row["seed"], row["val_loss"]) for row in rows) == sorted(
+        (result["lr"], result["seed"], round(result["val_loss"] or 0, 4)) for result in results
+    )
+    assert all(row["overrides"] == {"model.tie_embeddings": True} for row in rows)
+    assert len({row["signals"]["update_output_change"] for row in rows}) == len(rows)
+    assert len(read_records(out)) == len(rows) >= 2
+    start(monkeypatch, "import", "--study", file, "--out", out)
+    assert len(out.read_text().splitlines()) == len(rows)
 
 
 def test_an_outcome():

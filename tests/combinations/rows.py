@@ -1,8 +1,8 @@
 """What a user can combine, and a pairwise covering array of it: few rows in which every possible pair occurs.
 
-A value is a tuple of `key=value` arguments. Methods are covered by mechanism: each pair with a mechanism is in a row, whose
-method is one of that mechanism's, and every method is in several rows. A row's run starts under one engine and is resumed under another, so both
-command lines must be legal; a pair of values that no legal row holds is refused by the rules, with a reason.
+A value is a tuple of `key=value` arguments. A row's method is one of its mechanism's, which take turns: pairs are
+covered by mechanism. A row's run starts under one engine and is resumed under another, so both command lines must be
+legal; a pair of values that no legal row holds is refused by the rules, with a reason.
 """
 
 from collections import Counter
@@ -37,7 +37,10 @@ ENGINES = {
 }
 # Methods that are alike in what an engine has to shard, gather, recompute and save.
 MECHANISMS: dict[str, tuple[str, ...]] = {
-    "plain": ("pre_ln", "gpt2", "post_ln", "peri_ln", "magneto", "tfixup", "layernorm_scaling", "completep", "mlra", "dyt"),
+    "plain": (
+        *("pre_ln", "gpt2", "post_ln", "peri_ln", "magneto", "tfixup", "layernorm_scaling", "completep", "mlra"),
+        "dyt",
+    ),
     "placed": ("keel", "mix_ln", "normformer", "resi_dual", "scaled_embed", "embed_ln"),
     "scaled": ("deepscalelm_pre", "deepscalelm_post", "deepnorm", "rezero", "layerscale", "skipinit", "admin"),
     "concat": ("catformer",),
