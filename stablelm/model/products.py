@@ -132,8 +132,9 @@ def _over_rows(gradients: Sequence[Tensor], weights: Sequence[Tensor], factors: 
     products = [gradient * weight for gradient, weight in zip(gradients, weights, strict=True)]
     if not factors:
         return torch.stack([product.sum(dim=0) for product in products]).sum(dim=0)
-    rows = zip(products, factors, strict=True)
-    return torch.stack([factor.expand(len(product)) @ product for product, factor in rows]).sum(dim=0)
+    # Norms are fp32 where an engine gathers weights in bf16.
+    pairs = zip(products, factors, strict=True)
+    return torch.stack([factor.expand(len(product)) @ product.to(factor.dtype) for product, factor in pairs]).sum(dim=0)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

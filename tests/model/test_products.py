@@ -11,6 +11,7 @@ from torch import Tensor
 from stablelm.methods.axes import Reparam
 from stablelm.methods.kernels import weighted_sum
 from stablelm.model.linear import Linear, LowRankLinear, make_dtypes, side_by_side
+from stablelm.model.products import Vectors, one_matrix
 
 
 class RowLengths(Reparam):
@@ -68,6 +69,50 @@ def test_values_and_gradients_are_those_of_each_map(kind: str, precision: str, t
     wanted.backward(back)
     pairs = [(found, wanted), (ours.grad, x.grad), *((p.grad, leaves[p].grad) for p in parameters)]
     for mine, plain in pairs:
+        assert mine is not None and plain is not None
+        assert (mine - plain).norm() <= tolerance * plain.norm()
+
+
+@pytest.mark.parametrize("kind", ["alone", "gains", "gains of rows", "norms"])
+@pytest.mark.parametrize(
+    ("weights", "others", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.bfloat16, torch.bfloat16, 0.03),
+        (torch.bfloat16, torch.float32, 0.03),
+    ],
+)
+def test_one_matrix_and_its_gradients_in_the_precision_of_each_part(kind: str, weights, others, tolerance: float):
+    """Engines that shard weights in bf16 keep norms, and some gains, in fp32."""
+    sizes = (12, 4)
+    made = [gaussian(n, 16, seed=n, std=1).to(weights).requires_grad_() for n in sizes]
+    lengths = () if kind == "alone" else sizes if kind == "gains of rows" else (1, 1)
+    gains = [gaussian(n, seed=20 + n, std=1).to(others).requires_grad_() for n in lengths]
+    directions = [
+        (gaussian(n, seed=30 + n, std=0.3).to(others), gaussian(16, seed=40 + n, std=0.3).to(others)) for n in sizes
+    ]
+    norms = [
+        Vectors((v.double() @ w.detach().double() @ u.double())[None].to(others), v, u)
+        for w, (v, u) in zip(made, directions, strict=True)
+    ]
+    columns = gaussian(16, seed=50, std=1).to(weights).requires_grad_()
+    vectors = norms if kind == "norms" else ()
+    found = one_matrix(made, gains, vectors, weights, columns, 20)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (*made, *gains, columns)]
+    rows = [leaf[:, None] for leaf in leaves[2:-1]] or [torch.ones(1, 1, dtype=torch.float64)] * 2
+    if vectors:
+        rows = [
+            row / (own.v.double() @ leaf @ own.u.double()) for row, leaf, own in zip(rows, leaves, norms, strict=False)
+        ]
+    wanted = torch.cat([row * leaf * leaves[-1] for row, leaf in zip(rows, leaves, strict=False)])
+    back = gaussian(16, 20, seed=60, std=1)
+    found.backward(back.to(weights))
+    wanted.backward(back[:, :16])
+    assert not found[:, 16:].any()
+    for mine, plain in (
+        (found[:, :16], wanted),
+        *((a.grad, b.grad) for a, b in zip((*made, *gains, columns), leaves, strict=True)),
+    ):
         assert mine is not None and plain is not None
         assert (mine - plain).norm() <= tolerance * plain.norm()
 
