@@ -4,7 +4,8 @@ Fan et al., Reducing Transformer Depth on Demand with Structured Dropout, ICLR 2
 same probability, nothing scaled); Huang et al., Deep Networks with Stochastic Depth, ECCV 2016 (equation 4: survival
 1 - (l / L)(1 - p_L) of block l of L; equation 5: a block is multiplied by its survival when the model is used). A draw
 is of (run.seed, step, layer), one for the whole batch, and so the same however the batch is divided into micro-batches
-and over ranks, and after a resume. What is dropped is computed and multiplied by 0: collectives do not depend on the draw.
+and over ranks, and after a resume. What is dropped is computed and multiplied by 0, so that no collective depends on
+the draw.
 """
 
 from collections.abc import Iterable
