@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
-# Every pair of options that a user can combine, in runs that are killed and resumed: one to two hours; resumes if stopped.
+# Every pair of options that a user can combine, in runs that are killed and resumed: two to three hours; resumes if stopped.
 combinations: $(VENV)/.installed-dev
 	$(BIN)/python tests/combinations/run.py
 

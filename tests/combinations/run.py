@@ -1,7 +1,7 @@
 """Runs rows of the covering array: trained, killed, resumed elsewhere, and equal to the run that was not disturbed.
 
-`make combinations` runs all of them into runs/combinations (an hour or two on two cores); what is finished is kept, so
-that it goes on where it was stopped. `--out FOLDER --rows 0:24 --again` runs some of them, or failed ones anew.
+`make combinations` runs all of them into runs/combinations (two to three hours on two cores); what is finished is kept,
+so that it goes on where it was stopped. `--out FOLDER --rows 0:24 --again` runs some of them, or failed ones anew.
 """
 
 import argparse
