@@ -255,9 +255,9 @@ def import_study(arguments: argparse.Namespace) -> None:
 
 def key_of(cell: Cell, row: Result) -> dict[str, Any]:
     """What identifies a run of a study among the records."""
-    told = ("model.method", DEPTH, WARMUP)
+    own = ("model.method", DEPTH, WARMUP)
     key = {"method": cell.config.model.method, "n_layers": cell.shape.n_layers, "d_model": cell.shape.d_model}
-    key |= {"overrides": {name: value for name, value in cell.point if name not in told}}
+    key |= {"overrides": {name: value for name, value in cell.point if name not in own}}
     key |= {"lr": row["lr"], "warmup_steps": cell.config.train.warmup_steps, "steps": row["steps"], "seed": row["seed"]}
     return key
 
